@@ -1,0 +1,48 @@
+# make demo    the main job: LoRA on MNIST, every rank beside the full fine-tune
+# make test    the tests
+# make lint    ruff and mypy
+# make clean   removes the virtual environment, builds and caches
+#
+# The first of them makes a virtual environment and installs into it; that needs python3 (3.11 or newer), pip and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Another package index to take torch from, for instance PyTorch's own with CPU builds:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# More arguments for the demo or for pytest: make demo ARGS="--seeds 1", make test ARGS="-k readme"
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/python -m lora_fast demo $(ARGS)
+
+# Two workers with one thread each.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m mypy
+
+# The venv gets its pip from the outer one, which works where ensurepip is missing (Debian), and in a pinned version.
+# setuptools and torch come first, in the pinned versions: --no-build-isolation then builds with exactly these.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): a few minutes the first time."
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check -qq install -c constraints.txt pip setuptools
+ifneq ($(TORCH_INDEX),)
+	$(PIP) install -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch
+endif
+	$(PIP) install -c constraints.txt --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

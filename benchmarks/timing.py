@@ -1,0 +1,76 @@
+"""Timing that can be trusted on a power-capped chip: every candidate in each round, in a new random order, after a
+warm-up of its own that puts the chip back under load; medians over the rounds."""
+
+import random
+import statistics
+from collections.abc import Callable
+
+import torch
+
+
+def measure(
+    candidates: dict[str, Callable[[], object]], rounds: int = 24, target_ms: float = 8.0, seed: int = 0
+) -> dict[str, list[float]]:
+    """Microseconds per call of each candidate, one number a round.
+
+    A round runs every candidate once, in random order: two warm-up calls, then as many timed calls as fill
+    ``target_ms`` (at least 3), between two CUDA events.
+    """
+    calls = {}
+    for name, fn in candidates.items():
+        for _ in range(3):
+            fn()
+        calls[name] = max(3, int(target_ms * 1000 / _time(fn, 3)))
+    order = list(candidates)
+    shuffle = random.Random(seed).shuffle
+    times: dict[str, list[float]] = {name: [] for name in order}
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            fn = candidates[name]
+            fn()
+            fn()
+            times[name].append(_time(fn, calls[name]))
+    return times
+
+
+def _time(fn: Callable[[], object], calls: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        fn()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1000 / calls
+
+
+def summary(times: list[float]) -> tuple[float, float, float]:
+    """(median, 20th, 80th percentile)."""
+    ordered = sorted(times)
+    pick = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
+    return statistics.median(ordered), pick(0.2), pick(0.8)
+
+
+def peak_mib(step: Callable[[], object]) -> float:
+    """Peak memory allocated during a step above what was allocated before it, the last step's gradients in place."""
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def graphed(fn: Callable[[], object]) -> Callable[[], None]:
+    """The same work as one CUDA graph's replay."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return graph.replay

@@ -1,0 +1,115 @@
+"""Small device functions that several kernels call, and what their launchers share."""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def scalar(s, POINTER: tl.constexpr):
+    """A runtime number, or the value behind a pointer to one."""
+    if POINTER:
+        s = tl.load(s).to(tl.float32)
+    return s
+
+
+@triton.jit
+def load_tile(t, row, col, n_rows, n_cols, stride_r, stride_c, TMA: tl.constexpr,
+              ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """The [ROWS, COLS] tile at (row, col) of a descriptor's or a pointer's matrix, zero past its ends."""
+    if TMA:
+        tile = t.load([row, col])
+    else:
+        rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+        zero = tl.full((), 0, tl.int64)
+        first = t + (zero + row) * stride_r + (zero + col) * stride_c  # offsets within the tile fit 32 bits
+        inside = (rows < n_rows - row) & (cols < n_cols - col)
+        tile = tl.load(first + (rows * stride_r + cols * stride_c), mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def keep_bits(bits_ptr, rows, col, stride, WIDTH: tl.constexpr):
+    """Mask bits of columns col to col + WIDTH (both multiples of 32) of the given rows, as 0 or 1."""
+    words = col // 32 + tl.arange(0, WIDTH // 32)
+    w = tl.load(bits_ptr + rows[:, None] * stride + words[None, :], mask=words[None, :] < stride, other=0)
+    w = (w[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1  # [rows, WIDTH // 32, 32]
+    return tl.reshape(w, (w.shape[0], WIDTH))
+
+
+@triton.jit
+def _round_tf32(x):
+    """x to the 10 bits of mantissa that the matrix unit reads, to nearest: by itself it would cut the rest off."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # a NaN of all ones would overflow
+
+
+@triton.jit
+def mma(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. In float32 each step's product is summed by itself first, which halves the rounding error."""
+    if a.dtype == tl.float32:
+        if PRECISION == "tf32":
+            a = _round_tf32(a)
+            b = _round_tf32(b)
+        acc += tl.dot(a, b, input_precision=PRECISION)
+    else:
+        acc = tl.dot(a, b, acc, out_dtype=acc.dtype)
+    return acc
+
+
+def padded_rank(r: int) -> int:
+    """Columns of S and dS: r rounded up to the 16 that a matrix instruction takes; the padding holds zeros."""
+    return -(-r // 16) * 16
+
+
+def acc_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Accumulators are float32; float64 exists in the interpreter alone, for gradcheck."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are made: torch's own setting decides between ieee and tf32."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+def descriptor(t: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """A tensor descriptor (TMA) that reads or writes [rows, cols] tiles of a matrix."""
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])
+
+
+def layout(t: torch.Tensor | None) -> tuple | None:
+    """What of a tensor a compiled kernel depends on: part of a plan's key."""
+    return None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16)
+
+
+_plans: dict[tuple, tuple] = {}
+
+
+def launch(kernel, key: tuple, make: Callable[[], tuple], args: tuple) -> None:
+    """Launch ``kernel(*args, *constants)``.
+
+    ``make() -> (grid, constants by name in the kernel's order, options)`` is asked once per key; a later launch with
+    that key goes straight to the compiled kernel, past Triton's own look-up, which costs the host several times more
+    than the launch. The key must hold all that the choice and the compiled code depend on.
+    """
+    key = (kernel.__name__, *key)
+    plan = _plans.get(key)
+    if plan is not None:
+        plan[0](*args, *plan[1])
+        return
+    grid, constants, options = make()
+    grid = (*grid, 1, 1)[:3]
+    compiled = kernel[grid](*args, **constants, **options)
+    if not INTERPRETED:
+        if len(_plans) >= 4096:  # batch sizes that never repeat; the compiled kernels stay in Triton's cache
+            _plans.clear()
+        _plans[key] = (compiled[grid], tuple(constants.values()))

@@ -1,0 +1,55 @@
+"""Dropout mask bits: bit c % 32 of word [m, c // 32] says whether element (m, c) stays, with P(stays) = keep / 2^16.
+
+32 Bernoulli bits are made at once: with keep = 0.b1 b2 ... b16 in binary, start from zeros and take the digits from the
+last to the first, or-ing a random word where the digit is 1 and and-ing it where it is 0. Each step halves the
+distance, so every bit is 1 with probability keep / 2^16 exactly. The 16 random words come from 4 calls of Philox
+(Salmon et al. 2011), whose key is the seed and whose counter is the word's index: no state, any order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_fast.kernels.common import launch
+
+
+@triton.jit
+def _digit(acc, word, keep, D: tl.constexpr):
+    return tl.where((keep >> D) & 1 == 1, word | acc, word & acc)
+
+
+@triton.jit(do_not_specialize=["keep", "n_words"])
+def _mask_kernel(seed_ptr, bits_ptr, keep, n_words, BLOCK: tl.constexpr):
+    seed = tl.load(seed_ptr)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
+    acc = tl.zeros([BLOCK], dtype=tl.uint32)
+    for call in tl.static_range(4):
+        w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0 + call, low * 0, 7)
+        acc = _digit(acc, w0, keep, 4 * call)
+        acc = _digit(acc, w1, keep, 4 * call + 1)
+        acc = _digit(acc, w2, keep, 4 * call + 2)
+        acc = _digit(acc, w3, keep, 4 * call + 3)
+    tl.store(bits_ptr + index, acc.to(tl.int32, bitcast=True), mask=index < n_words)
+
+
+def keep_count(p: float) -> int:
+    """1 - p in units of 2^-16, within 1 and 65535; the kept elements are scaled by 65536 / keep_count(p)."""
+    return min(max(round((1 - p) * 65536), 1), 65535)
+
+
+def mask_bits(seed: torch.Tensor, p: float, m: int, k: int) -> torch.Tensor:
+    """int32 [m, ceil(k / 32)] mask bits for an [m, k] input, from a one-element int64 seed on the device."""
+    bits = torch.empty(m, triton.cdiv(k, 32), dtype=torch.int32, device=seed.device)
+    n = bits.numel()
+    if n:
+        key = (n, seed.data_ptr() % 16, seed.device)
+        make = lambda: ((triton.cdiv(n, 512),), {"BLOCK": 512}, {"num_warps": 4})  # noqa: E731
+        launch(_mask_kernel, key, make, (seed, bits, keep_count(p), n))
+    return bits
+
+
+def unpack(bits: torch.Tensor, k: int) -> torch.Tensor:
+    """The same mask as a boolean [m, k] tensor, for tests and for whoever wants to look at it."""
+    shifts = torch.arange(32, device=bits.device, dtype=torch.int32)
+    return ((bits[:, :, None] >> shifts) & 1).reshape(bits.shape[0], -1)[:, :k].bool()

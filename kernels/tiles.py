@@ -1,0 +1,101 @@
+"""Every tile choice, as a function of the problem and the chip. Measured on H100 and H200 (benchmarks/NOTES.md);
+elsewhere chosen to fit shared memory and registers, which the tests hold by compiling for each chip.
+
+Each function returns (constexpr arguments, launch options). M enters in few steps only, so that a batch size that
+changes from step to step compiles a bounded number of variants.
+"""
+
+from functools import cache
+
+import torch
+import triton
+
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a program may use
+
+
+@cache
+def arch(device: torch.device) -> int:
+    """Compute capability as 10 * major + minor; the interpreter on a CPU counts as 90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def n_programs(device: torch.device) -> int:
+    """How many persistent programs fill the device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def is_small(device: torch.device) -> bool:
+    """Chips whose programs share about 100 KB of memory and whose matrix unit is a warp's."""
+    return arch(device) in (86, 89) or arch(device) >= 120
+
+
+def tma_fits(*tensors: torch.Tensor) -> bool:
+    """Whether tensor descriptors can read and write these matrices: Hopper or later, rows contiguous, strides and start
+    multiples of 16 bytes."""
+    return all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+               for t in tensors) and arch(tensors[0].device) >= 90  # fmt: skip
+
+
+def rank_block(r: int, most: int) -> int:
+    """The tile of ranks that one instruction sequence takes: a power of two from 16 to ``most``."""
+    return min(max(triton.next_power_of_2(r), 16), most)
+
+
+def down_tile(m: int, k: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool) -> tuple[dict, dict]:
+    """S = x A^T: BLOCK_M rows a program, which walks over K with all ranks (up to 256) in its accumulator."""
+    block_r = rank_block(r, 256 if dtype.itemsize <= 2 else 64)
+    block_m, warps, stages = (64 if m > 2048 else 16), 4, 3 if is_small(device) else 4
+    block_k = 256 if tma and not is_small(device) and dtype.itemsize <= 2 else 64
+    if block_r >= 64:
+        block_m, block_k, warps, stages = 64, 64, 8 if block_r > 64 else 4, 3
+    if block_r >= 128:
+        block_k = 32
+    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": stages}
+
+
+def grad_tile(
+    m: int, n: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool, fused: bool
+) -> tuple[dict, dict]:
+    """G = Z^T P: BLOCK_N columns a program, BLOCK_M rows a step, BLOCK_R ranks in its accumulator."""
+    block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
+    if m <= 2048 or dtype.itemsize > 2:
+        block_n, block_m, warps, stages = 64, 32, 4, 3
+    elif not tma or is_small(device):
+        block_n, block_m, warps, stages = 64, 64, 4, 3
+    elif fused:
+        block_n, block_m, warps, stages = (512, 64, 4, 3) if block_r <= 16 else (256, 64, 8 if block_r > 32 else 4, 2)
+    else:
+        block_n, block_m, warps, stages = (128, 128, 4, 3) if block_r <= 64 else (128, 64, 8, 3)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": stages}
+
+
+def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device) -> tuple[int, int, int, int]:
+    """(column blocks, row splits, rank blocks, rows a split): enough programs for the chip, one wave of the large ones."""
+    col_blocks, rank_blocks = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(max(r, 1), tile["BLOCK_R"])
+    wanted = n_programs(device) * (1 if tile["BLOCK_N"] >= 256 else 4)
+    splits = max(1, min(wanted // (col_blocks * rank_blocks), triton.cdiv(m, 2 * tile["BLOCK_M"])))
+    rows_each = triton.cdiv(triton.cdiv(m, splits), tile["BLOCK_M"]) * tile["BLOCK_M"]
+    return col_blocks, triton.cdiv(m, rows_each), rank_blocks, rows_each
+
+
+def gemm_tile(
+    m: int, n: int, c: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool, masked: bool
+) -> tuple[dict, dict]:
+    """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together."""
+    block_r = rank_block(r, 64 if dtype.itemsize <= 2 and not is_small(device) else 32)
+    warps, stages = 8, 3
+    if dtype.itemsize > 2:
+        bm, bn, bc = 64, 64, 32
+    elif is_small(device) or not tma:
+        bm, bn, bc = 128, 128, 32
+    elif m > 2048:
+        bm, bn, bc = 128, 256, 64
+    else:
+        bm, bn, bc = 128, 128, 64
+    tile = {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_C": bc, "GROUP_M": 8, "BLOCK_R": block_r,
+            "RANK_STEPS": triton.cdiv(r, block_r)}  # fmt: skip
+    return tile, {"num_warps": warps, "num_stages": stages}

@@ -1,0 +1,38 @@
+"""Fused-kernel LoRA and DoRA layers for PyTorch: drop-in replacements of ``nn.Linear``."""
+
+from lora_fast import functional, reference
+from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
+from lora_fast.layers import LoRALinear
+from lora_fast.model import (
+    LoRAConfig,
+    add_lora,
+    disable_lora,
+    load_lora_state_dict,
+    lora_parameters,
+    lora_state_dict,
+    merge_lora,
+    print_trainable_parameters,
+    remove_lora,
+    unmerge_lora,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoRAConfig",
+    "LoRALinear",
+    "SlowPathWarning",
+    "add_lora",
+    "disable_lora",
+    "functional",
+    "get_backend",
+    "load_lora_state_dict",
+    "lora_parameters",
+    "lora_state_dict",
+    "merge_lora",
+    "print_trainable_parameters",
+    "reference",
+    "remove_lora",
+    "set_backend",
+    "unmerge_lora",
+]

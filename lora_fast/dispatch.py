@@ -1,0 +1,104 @@
+"""Which path an operator takes: the fused Triton kernels or the plain torch reference.
+
+The choice rests on facts known before anything runs (device, dtype, whether Triton is there), never on a caught
+exception, and whoever gets the slow path is told once, with the reason.
+"""
+
+import importlib.util
+import warnings
+
+import torch
+
+BACKENDS = ("auto", "triton", "reference")
+_backend = "auto"
+_told: set[str] = set()
+
+
+class SlowPathWarning(UserWarning):
+    """Given once per reason when an operator runs in plain torch instead of the fused kernels."""
+
+
+def set_backend(backend: str) -> None:
+    """Choose the path of every operator that is called with ``backend="auto"``.
+
+    ``"auto"``: the fused kernels where they can run, else plain torch with a :class:`SlowPathWarning`.
+    ``"triton"``: the fused kernels, or a ``RuntimeError`` that says why they cannot run. With ``TRITON_INTERPRET=1`` in
+    the environment before Triton is imported, they run on CPU tensors. ``"reference"``: plain torch, silently.
+
+    Raises:
+        ValueError: if ``backend`` is none of these.
+    """
+    global _backend
+    _backend = _checked(backend)
+
+
+def get_backend() -> str:
+    """What :func:`set_backend` was last given; ``"auto"`` at the start."""
+    return _backend
+
+
+def _checked(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    return backend
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why the fused kernels cannot run on such tensors, in words; None where they can."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "AMD GPUs (ROCm) have no fused kernels yet"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type!r}; the fused kernels need an NVIDIA GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"{dtype} has no fused kernel (bfloat16, float16 and float32 have)"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its CPU interpreter (``TRITON_INTERPRET=1``)."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """``"triton"`` or ``"reference"`` for an operator call on ``device`` that computes in ``dtype``.
+
+    Raises:
+        ValueError: unknown backend.
+        RuntimeError: ``"triton"`` was asked for and cannot run; the message says why.
+    """
+    if backend == "auto":
+        backend = _backend
+    if backend == "reference":
+        return backend
+    return _decide(backend, device, dtype)
+
+
+_decided: dict[tuple, str] = {}
+
+
+def _decide(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    key = (backend, device, dtype)
+    if key not in _decided:
+        reason = why_not_triton(device, dtype)
+        if reason is None or (_checked(backend) == "triton" and device.type == "cpu" and interpreted()):
+            _decided[key] = "triton"
+        elif backend == "triton":
+            raise RuntimeError(f"backend='triton': the fused kernels cannot run here: {reason}")
+        else:
+            _decided[key] = "reference"
+            if reason not in _told:
+                _told.add(reason)
+                warnings.warn(f"lora_fast takes the plain torch path: {reason}", SlowPathWarning, stacklevel=5)
+    return _decided[key]
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler: decided while tracing.
+_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]

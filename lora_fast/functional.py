@@ -1,0 +1,96 @@
+"""The functional API: checked inputs, one choice of path, then the fused kernels or the plain torch reference."""
+
+import math
+
+import torch
+
+from lora_fast import dispatch, reference
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float | torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """A frozen linear layer with a low-rank update: ``y = x W^T + scaling * (drop(x) A^T) B^T + bias``.
+
+    Formula of Hu et al. 2021 (arXiv 2106.09685). The base product sees x undropped. Gradients reach x, lora_A, lora_B
+    and bias, each if it asks for one; weight is frozen.
+
+    Args:
+        x: [..., K], one dimension or more, any strides, floating point.
+        weight: [N, K], x's dtype (outside autocast), must not require a gradient.
+        lora_A: [R, K], any floating dtype; computed in x's dtype, its gradient comes in its own.
+        lora_B: [N, R], likewise.
+        scaling: a number, or a 0-dim floating tensor (never read back to the host). It gets no gradient.
+        bias: [N] or None.
+        dropout_p: in [0, 1); elements of x are dropped in the low-rank branch while ``training``.
+        training: False switches dropout off.
+        backend: "auto" (what :func:`lora_fast.set_backend` says), "triton" or "reference".
+
+    Returns:
+        [..., N] with the dtype of ``F.linear(x, weight, bias)``, autocast included.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: wrong shapes or devices, dropout_p outside [0, 1), a non-finite scaling, a weight that requires grad.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run.
+    """
+    dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    p = dropout_p if training else 0.0
+    if dispatch.choose(backend, x.device, dtype) == "triton":
+        from lora_fast import ops  # needs Triton
+
+        return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
+    if isinstance(scaling, torch.Tensor):
+        scaling = scaling.detach()
+    return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
+
+
+def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:
+    """Raise on arguments that do not fit together; return the dtype that the products are made in."""
+    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    if bias is not None:
+        tensors["bias"] = bias
+    for name, t in tensors.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor")
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"{name}: got dtype {t.dtype}, expected a floating-point dtype")
+        if t.device != x.device:
+            raise ValueError(f"{name}: got a tensor on {t.device}, expected {x.device}, where x is")
+    if x.dim() < 1:
+        raise ValueError("x: got a tensor without dimensions, expected [..., K]")
+    k = x.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != k:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, {k}] to fit x {tuple(x.shape)}")
+    if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:
+        raise ValueError(f"lora_A: got shape {tuple(lora_A.shape)}, expected [r, {k}] with r >= 1")
+    n, r = weight.shape[0], lora_A.shape[0]
+    if lora_B.shape != (n, r):
+        raise ValueError(f"lora_B: got shape {tuple(lora_B.shape)}, expected {(n, r)}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected {(n,)}")
+    if isinstance(scaling, torch.Tensor):
+        if scaling.dim() != 0 or not scaling.dtype.is_floating_point:
+            raise ValueError(f"scaling: got a {scaling.dtype} tensor of shape {tuple(scaling.shape)}, expected 0-dim float")
+    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        if not torch.compiler.is_compiling():  # there a float may be symbolic
+            raise TypeError(f"scaling: got {type(scaling).__name__}, expected a number or a 0-dim tensor")
+    elif not torch.compiler.is_compiling() and not math.isfinite(scaling):
+        raise ValueError(f"scaling: got {scaling}, expected a finite number")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: got {dropout_p}, expected a probability in [0, 1)")
+    if weight.requires_grad:
+        raise ValueError("weight: requires grad, expected a frozen base weight (weight.requires_grad_(False))")
+    if torch.is_autocast_enabled(x.device.type):
+        return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight: got dtype {weight.dtype}, expected x's {x.dtype} (or autocast)")
+    return x.dtype

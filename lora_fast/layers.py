@@ -1,0 +1,220 @@
+"""``nn.Linear`` with a low-rank adapter."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_fast.functional import lora_linear
+
+
+class LoRALinear(nn.Linear):
+    """A frozen ``nn.Linear`` plus a trainable low-rank update: ``y = x W^T + bias + scaling * (drop(x) A^T) B^T``.
+
+    Hu et al. 2021 (arXiv 2106.09685); ``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``
+    (Kalajdzievski 2023, arXiv 2312.03732). Dropout acts on the low-rank branch alone.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
+        r: rank, >= 1.
+        lora_alpha: the numerator of the scaling.
+        lora_dropout: probability in [0, 1).
+        use_rslora: rank-stabilised scaling.
+        init_lora_weights: True (Kaiming-uniform A, zero B), "gaussian" (A ~ N(0, 1/r^2), zero B), or False (both
+            Kaiming-uniform: the layer then differs from its base from the start), as in PEFT.
+
+    Attributes:
+        weight [out, in], bias [out] or None: the frozen base.
+        lora_A [r, in], lora_B [out, r]: trainable; float32 on a 16-bit base, else the base's dtype.
+        merged, enabled: the layer's state.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or outside its range, before anything is allocated.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    unmerged_weight: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init_lora_weights: bool | str = True,
+    ) -> None:
+        _check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if not self.weight.dtype.is_floating_point:
+            raise TypeError(f"dtype: got {self.weight.dtype}, expected a floating-point dtype")
+        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, float(lora_dropout), use_rslora
+        self.enabled = True
+        self.register_buffer("unmerged_weight", None, persistent=False)
+        self._add_adapter(init_lora_weights)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        init_lora_weights: bool | str = True,
+    ) -> "LoRALinear":
+        """Wrap ``linear``: its weight and bias are shared (no copy) and frozen; its training flag is kept.
+
+        Raises:
+            TypeError: not an ``nn.Linear`` whose forward is the plain one and whose weight is floating point.
+            ValueError: a hyperparameter outside its range.
+        """
+        if not isinstance(linear, nn.Linear) or isinstance(linear, cls):
+            raise TypeError(f"linear: got {type(linear).__name__}, expected an nn.Linear")
+        if type(linear).forward is not nn.Linear.forward or not linear.weight.dtype.is_floating_point:
+            raise TypeError(f"linear: got {type(linear).__name__} with its own forward or a quantised weight, "
+                            "expected a plain nn.Linear")  # fmt: skip
+        if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise TypeError("linear: the output projection of nn.MultiheadAttention is never called (its weight is "
+                            "read directly), so an adapter there would have no effect")  # fmt: skip
+        layer = cls(linear.in_features, linear.out_features, r, lora_alpha, lora_dropout, use_rslora,
+                    bias=linear.bias is not None, device="meta", init_lora_weights=init_lora_weights)  # fmt: skip
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer._add_adapter(init_lora_weights)
+        return layer.train(linear.training)
+
+    def _add_adapter(self, init_lora_weights: bool | str) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        device, dtype = self.weight.device, self.weight.dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            dtype = torch.float32
+        self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, device=device, dtype=dtype))
+        self.reset_lora_parameters(init_lora_weights)
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
+        """Initialise lora_A and lora_B anew, as PEFT does (see the class). Raises ValueError on another value."""
+        _check_init(init_lora_weights)
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_B)
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] to y [..., out]; raises as :func:`lora_fast.functional.lora_linear`."""
+        if not self.enabled:
+            return F.linear(x, self.base_weight, self.bias)
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        return lora_linear(
+            x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, self.lora_dropout, self.training
+        )
+
+    def enable(self) -> None:
+        """Let the adapter act (the default)."""
+        self.enabled = True
+
+    def disable(self) -> None:
+        """Give the base layer's output, merged or not, until :meth:`enable`."""
+        self.enabled = False
+
+    @property
+    def merged(self) -> bool:
+        return self.unmerged_weight is not None
+
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """The frozen weight without the adapter, whether merged or not."""
+        return self.weight if self.unmerged_weight is None else self.unmerged_weight
+
+    def delta_weight(self) -> torch.Tensor:
+        """``scaling * B A`` [out, in], in float32 or better."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self.scaling * (self.lora_B.detach().to(dtype) @ self.lora_A.detach().to(dtype))
+
+    def merge(self, safe_merge: bool = False) -> None:
+        """Put ``W + scaling * B A``, summed in float32 and rounded once, in W's place; nothing if merged already.
+
+        The base weight is kept for :meth:`unmerge`, so a merged layer holds two weights; layers that share the base
+        weight with this one do not change.
+
+        Raises:
+            ValueError: with ``safe_merge``, if the merged weight is not finite; the layer is then as it was.
+        """
+        if self.merged:
+            return
+        delta = self.delta_weight()
+        merged = (self.weight.detach().to(delta.dtype) + delta).to(self.weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError("safe_merge: the merged weight has NaN or infinite elements; the layer stays unmerged")
+        self._buffers["unmerged_weight"] = self.weight  # plain assignment would register a second parameter
+        self.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit; nothing if not merged."""
+        if self.unmerged_weight is None:
+            return
+        base, self.unmerged_weight = self.unmerged_weight, None
+        self.weight = base if isinstance(base, nn.Parameter) else nn.Parameter(base, requires_grad=False)
+
+    def to_linear(self) -> nn.Linear:
+        """A plain ``nn.Linear`` that shares this layer's present weight (merged, if it is) and bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.base_weight if keep_vars else self.base_weight.detach()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        merged = self.merged
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+        if merged:
+            self.merge()
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+        flags = {"use_rslora=True": self.use_rslora, "merged": self.merged, "disabled": not self.enabled}
+        return ", ".join([text, *(name for name, on in flags.items() if on)])
+
+
+def _check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str) -> None:
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r: got {r!r}, expected an integer >= 1")
+    if r < 1:
+        raise ValueError(f"r: got {r}, expected an integer >= 1")
+    for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: got {value!r}, expected a number")
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha: got {lora_alpha}, expected a finite number")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout: got {lora_dropout}, expected a probability in [0, 1)")
+    _check_init(init_lora_weights)
+
+
+def _check_init(init_lora_weights: bool | str) -> None:
+    if not isinstance(init_lora_weights, bool) and init_lora_weights != "gaussian":
+        raise ValueError(f"init_lora_weights: got {init_lora_weights!r}, expected True, False or 'gaussian'")

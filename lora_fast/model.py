@@ -1,0 +1,241 @@
+"""Conversion of a whole model: LoRA on its nn.Linear layers in place; save, load, merge, switch off, take out."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lora_fast.config import LoRAConfig, find_targets, matching, resolve_pattern, some
+from lora_fast.layers import LoRALinear
+
+# What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
+_BEFORE = "_before_lora"  # {parameter name: requires_grad before add_lora}, for remove_lora
+_TRAINED = "_trained_with_lora"  # names of own tensors that train and are saved beside lora_A and lora_B
+
+
+def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear in place, freeze the rest, return ``model``.
+
+    Training flags are kept. A layer found under several names is converted once, in all its places: it is a target if
+    one of its names is, unless one of them is excluded.
+
+    Raises:
+        TypeError: not a module, not a LoRAConfig.
+        ValueError: the model has LoRA layers already or is itself an ``nn.Linear``; a target is no plain ``nn.Linear``
+            or its forward would not be called; a name or pattern of the config matches nothing.
+        After any error the model, its modules and its requires_grad flags are as they were.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected a LoRAConfig")
+    config = replace(config)  # its fields may have been assigned since it was checked
+    if present := [name or "itself" for name, module in model.named_modules() if isinstance(module, LoRALinear)]:
+        raise ValueError(f"model: has LoRA layers already ({some(present)}); call remove_lora first")
+    if isinstance(model, nn.Linear):
+        raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")
+
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module is not model:
+            names.setdefault(module, []).append(name)
+    saved = {m for root in matching("modules_to_save", config.modules_to_save, names) for m in root.modules()}
+    targets = find_targets(model, config, names, saved)
+    ranks = resolve_pattern("rank_pattern", config.rank_pattern, config.r, targets, names)
+    alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, config.lora_alpha, targets, names)
+    trained = {m: _trained_names(m, config.bias, m in targets, m in saved) for m in model.modules()}
+    to_train = {p for m, own in trained.items() for n, p in m._parameters.items() if n in own and p is not None}
+    if tied := [names[m][0] for m in targets if m.weight in to_train]:
+        raise ValueError(f"modules_to_save: would train the base weight of {some(tied)}, which is tied to it")
+
+    before = {m: {n: p.requires_grad for n, p in m._parameters.items() if p is not None} for m in model.modules()}
+    layers: dict[nn.Module, nn.Module] = {}
+    try:
+        for linear in targets:
+            hyperparameters = ranks[linear], alphas[linear], config.lora_dropout, config.use_rslora
+            with _noting(f"while converting {names[linear][0]!r}"):
+                layers[linear] = LoRALinear.from_linear(
+                    linear, *hyperparameters, init_lora_weights=config.init_lora_weights
+                )
+        for parameter in model.parameters():
+            parameter.requires_grad = parameter in to_train and parameter.is_floating_point()
+    except BaseException:
+        for module, flags in before.items():
+            _set_flags(module, flags)
+        raise
+    # From here on nothing can fail.
+    _swap(model, layers)
+    for module, flags in before.items():
+        vars(layers.get(module, module)).update({_BEFORE: flags, _TRAINED: trained[module]})
+    return model
+
+
+def remove_lora(model: nn.Module) -> nn.Module:
+    """Put plain ``nn.Linear`` layers back in place, and requires_grad as before :func:`add_lora`; return ``model``.
+
+    The weights are the base's, bit for bit, or the merged ones where a layer is merged: merge_lora, then remove_lora.
+
+    Raises:
+        ValueError: no LoRA layer, or ``model`` is itself one.
+    """
+    layers = _lora_layers(model)
+    if isinstance(model, LoRALinear):
+        raise ValueError("model: got a LoRALinear, which cannot be replaced in place; use its to_linear()")
+    linears: dict[nn.Module, nn.Module] = {layer: layer.to_linear() for layer in layers.values()}
+    modules = list(model.modules())
+    _swap(model, linears)
+    for module in modules:
+        vars(module).pop(_TRAINED, None)
+        _set_flags(linears.get(module, module), vars(module).pop(_BEFORE, {}))
+    return model
+
+
+def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Iterate over lora_A [r, in] and lora_B [out, r] of every LoRA layer. ValueError without LoRA layers."""
+    return iter([p for layer in _lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)])
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's part of ``model.state_dict()``, detached but not copied. ValueError without LoRA layers.
+
+    Keys ``<module>.lora_A`` and ``<module>.lora_B``, and the tensors of modules_to_save and of the biases that train.
+    """
+    return {name: tensor.detach() for name, tensor in _adapter_tensors(model).items()}
+
+
+@torch.no_grad()
+def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Copy what :func:`lora_state_dict` gave into ``model``, cast to the dtypes and devices there.
+
+    Raises:
+        TypeError: not a mapping of tensors.
+        ValueError: no LoRA layer; a merged one (its weight would keep the old adapter); missing or unexpected keys,
+            another shape or kind of number. All is checked first: the model is then untouched.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: got {type(state_dict).__name__}, expected a mapping of names to tensors")
+    if merged := [name for name, layer in _lora_layers(model).items() if layer.merged]:
+        raise ValueError(f"model: has merged LoRA layers ({some(merged)}); call unmerge_lora before loading")
+    own = _adapter_tensors(model)
+    problems = [f"missing {name}" for name in own if name not in state_dict]
+    problems += [f"unexpected {name}" for name in state_dict if name not in own]
+    for name, old in own.items():
+        new = state_dict.get(name, old)
+        if not isinstance(new, torch.Tensor):
+            raise TypeError(f"state_dict[{name!r}]: got {type(new).__name__}, expected a tensor")
+        if new.shape != old.shape:
+            problems.append(f"{name} has shape {tuple(new.shape)}, expected {tuple(old.shape)}")
+        if new.is_floating_point() != old.is_floating_point() or new.is_complex():
+            problems.append(f"{name} has dtype {new.dtype}, expected {old.dtype}")
+        if new.is_meta and not old.is_meta:
+            problems.append(f"{name} is on the meta device, without data")
+    if problems:
+        raise ValueError("state_dict: does not fit the model: " + "; ".join(problems))
+    for name, tensor in own.items():
+        tensor.copy_(state_dict[name])
+
+
+def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """Print how many parameters train, in PEFT's format; return (trainable, all). ValueError without LoRA layers."""
+    _lora_layers(model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    share = 100 * trainable / total
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+    return trainable, total
+
+
+def merge_lora(model: nn.Module, safe_merge: bool = False) -> nn.Module:
+    """Merge every adapter into its layer's weight; return ``model``. Layers merged already stay as they are.
+
+    Raises:
+        ValueError: no LoRA layer; with ``safe_merge``, a merged weight that is not finite.
+        After any error the layers that this call merged are unmerged again.
+    """
+    unmerged = {name: layer for name, layer in _lora_layers(model).items() if not layer.merged}
+    try:
+        for name, layer in unmerged.items():
+            with _noting(f"while merging {name!r}"):
+                layer.merge(safe_merge=safe_merge)
+    except BaseException:
+        for layer in unmerged.values():
+            layer.unmerge()
+        raise
+    return model
+
+
+def unmerge_lora(model: nn.Module) -> nn.Module:
+    """Put every base weight back, bit for bit; return ``model``. ValueError without LoRA layers."""
+    for layer in _lora_layers(model).values():
+        layer.unmerge()
+    return model
+
+
+@contextmanager
+def disable_lora(model: nn.Module) -> Iterator[None]:
+    """Within ``with disable_lora(model):`` every layer gives its base's output; then each is as it was before.
+
+    Biases and modules_to_save that were trained stay as trained. ValueError without LoRA layers.
+    """
+    enabled = [layer for layer in _lora_layers(model).values() if layer.enabled]
+    try:
+        for layer in enabled:
+            layer.disable()
+        yield
+    finally:
+        for layer in enabled:
+            layer.enable()
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if not layers:
+        raise ValueError("model: has no LoRA layers; call add_lora first")
+    return layers
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Each tensor once, under its first name."""
+    _lora_layers(model)
+    tensors: dict[torch.Tensor, str] = {}
+    for prefix, module in model.named_modules():
+        own = ("lora_A", "lora_B") if isinstance(module, LoRALinear) else ()
+        for name in (*own, *vars(module).get(_TRAINED, ())):
+            tensors.setdefault(getattr(module, name), f"{prefix}.{name}" if prefix else name)
+    return {name: tensor for tensor, name in tensors.items()}
+
+
+def _trained_names(module: nn.Module, bias: str, is_target: bool, is_saved: bool) -> list[str]:
+    """Names of the module's own tensors that train, or follow training (buffers of modules_to_save)."""
+    if is_saved:
+        tensors = {**module._parameters, **module._buffers}
+        return [n for n, t in tensors.items() if t is not None and n not in module._non_persistent_buffers_set]
+    if bias == "all" or (bias == "lora_only" and is_target):
+        return [n for n, p in module._parameters.items() if p is not None and "bias" in n]
+    return []
+
+
+def _swap(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in new:
+                parent._modules[name] = new[child]
+
+
+def _set_flags(module: nn.Module, flags: dict[str, bool]) -> None:
+    for name, flag in flags.items():
+        if (parameter := module._parameters.get(name)) is not None:
+            parameter.requires_grad = flag
+
+
+@contextmanager
+def _noting(note: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise

@@ -1,0 +1,123 @@
+"""Compile every kernel for one chip without a GPU, as the launchers would for real problems, and report what came out.
+
+``python tests/compile_kernels.py 90`` prints one JSON line a compiled kernel: its name, the problem, its matrix
+instructions, shared memory, registers and stack bytes (spills). Runs in a process of its own, since it puts a driver in
+Triton's place that knows its target and nothing else, and turns launches into compilations.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+MATRIX = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
+
+
+class TargetOnly:
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_device_interface(self):
+        return torch.cuda
+
+
+def disassemble(cubin: bytes, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as f:
+        f.write(cubin)
+    try:
+        return subprocess.run([tool, option, f.name], capture_output=True, text=True, check=True).stdout
+    finally:
+        os.unlink(f.name)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, stack bytes a thread)."""
+    text = disassemble(cubin, "-res-usage")
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def longest_run(cubin: bytes) -> int:
+    """The most warpgroup matrix instructions that are issued without waiting for the one before.
+
+    ptxas serialises them all when anything touches the accumulator while they run, at a third of the speed.
+    """
+    run = best = 0
+    for line in disassemble(cubin, "-sass").splitlines():
+        if "HGMMA" in line:
+            run += 1
+            best = max(best, run)
+        elif "WARPGROUP.DEPBAR" in line:
+            run = 0
+    return best
+
+
+def compile_for(capability: int, problems) -> list[dict]:
+    from lora_fast.kernels import down, gemm, grad, mask, tiles
+
+    driver.set_active(TargetOnly(capability))
+    tiles.arch = lambda device: capability
+    tiles.n_programs = gemm.n_programs = grad.n_programs = lambda device: 132
+    found: list[dict] = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if hasattr(kernel, "result"):
+            kernel = kernel.result()
+        registers, stack = resources(kernel.asm["cubin"])
+        found.append({
+            "kernel": self.__name__, "problem": compile_only.problem, "shared": kernel.metadata.shared,
+            "registers": registers, "stack": stack, "run": longest_run(kernel.asm["cubin"]) if capability == 90 else 0,
+            **{name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in MATRIX.items()},
+        })  # fmt: skip
+        return defaultdict(lambda: lambda *args: None)
+
+    JITFunction.run = compile_only
+    for m, k, n, r, dtype, p, adapter, with_bias in problems:
+        compile_only.problem = f"{m}x{k}x{n} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]}"
+        x, w, dy = (torch.empty(*s, dtype=dtype) for s in ((m, k), (n, k), (m, n)))
+        a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
+        bias = torch.empty(n, dtype=dtype) if with_bias else None
+        bits = mask.mask_bits(torch.zeros(1, dtype=torch.int64), p, m, k) if p else None
+        s = down.down_fwd(x, a, 2.0, bits)
+        gemm.gemm(x, w, s, b, True, bias=bias)
+        grad_b = torch.empty(n, r, dtype=adapter)
+        ds, _ = grad.dy_bwd(dy, s, b, 2.0, grad_b, dtype if with_bias else None)
+        grad.a_bwd(x, ds, torch.empty(r, k, dtype=adapter), bits)
+        gemm.gemm(dy, w, ds, a, False, bits=bits)
+    return found
+
+
+PROBLEMS = [
+    (4096, 4096, 4096, 16, torch.bfloat16, 0.0, torch.bfloat16, False),
+    (4096, 4096, 4096, 16, torch.bfloat16, 0.1, torch.float32, True),
+    (4096, 4096, 4096, 64, torch.float16, 0.1, torch.float16, False),
+    (4096, 4096, 4096, 256, torch.bfloat16, 0.1, torch.float32, True),
+    (1024, 1003, 1001, 16, torch.bfloat16, 0.1, torch.float32, False),
+    (4096, 4099, 4097, 16, torch.bfloat16, 0.1, torch.float32, False),
+    (4096, 4096, 4096, 16, torch.float32, 0.1, torch.float32, False),
+]
+
+if __name__ == "__main__":
+    for row in compile_for(int(sys.argv[1]), PROBLEMS):
+        print(json.dumps(row))
