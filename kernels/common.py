@@ -7,8 +7,18 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_fast.kernels.tiles import arch
+
 TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def wait_for_stream(PDL: tl.constexpr):
+    """First thing in every kernel: let the next one be set up, wait for what the one before wrote."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -35,12 +45,17 @@ def load_tile(t, row, col, n_rows, n_cols, stride_r, stride_c, TMA: tl.constexpr
 
 
 @triton.jit
-def keep_bits(bits_ptr, rows, col, stride, WIDTH: tl.constexpr):
-    """Mask bits of columns col to col + WIDTH (both multiples of 32) of the given rows, as 0 or 1."""
+def mask_words(bits_ptr, rows, col, stride, WIDTH: tl.constexpr):
+    """The words that hold the mask bits of columns col to col + WIDTH (both multiples of 32) of the given rows."""
     words = col // 32 + tl.arange(0, WIDTH // 32)
-    w = tl.load(bits_ptr + rows[:, None] * stride + words[None, :], mask=words[None, :] < stride, other=0)
-    w = (w[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1  # [rows, WIDTH // 32, 32]
-    return tl.reshape(w, (w.shape[0], WIDTH))
+    return tl.load(bits_ptr + rows.to(tl.int64)[:, None] * stride + words[None, :], mask=words[None, :] < stride, other=0)
+
+
+@triton.jit
+def keep(words):
+    """[rows, 32 * words] booleans from mask words."""
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1  # [rows, words, 32]
+    return tl.reshape(bits, (words.shape[0], 32 * words.shape[1])) == 1
 
 
 @triton.jit
@@ -58,7 +73,8 @@ def mma(a, b, acc, PRECISION: tl.constexpr):
         if PRECISION == "tf32":
             a = _round_tf32(a)
             b = _round_tf32(b)
-        acc += tl.dot(a, b, input_precision=PRECISION)
+        one = (tl.num_programs(0) > 0).to(tl.float32)  # at run time: by itself the compiler would fold the sum away
+        acc += tl.dot(a, b, input_precision=PRECISION) * one
     else:
         acc = tl.dot(a, b, acc, out_dtype=acc.dtype)
     return acc
@@ -81,35 +97,63 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def descriptor(t: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
-    """A tensor descriptor (TMA) that reads or writes [rows, cols] tiles of a matrix."""
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])
+def pdl(device: torch.device) -> bool:
+    """Whether kernels start before the one ahead of them in the stream has ended, and wait for it on the device
+    (programmatic dependent launch, Hopper and later): that hides the launch."""
+    return device.type == "cuda" and arch(device) >= 90 and not INTERPRETED
 
 
-def layout(t: torch.Tensor | None) -> tuple | None:
-    """What of a tensor a compiled kernel depends on: part of a plan's key."""
+def sig(t: torch.Tensor | None) -> tuple | None:
+    """What of a tensor a plan depends on."""
     return None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16)
 
 
-_plans: dict[tuple, tuple] = {}
+def descriptor(t: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    """A tensor descriptor (TMA) that reads or writes tiles of shape ``block``. Without the class's own checks, which
+    cost the host more than the rest of a launch: ``tma_fits`` has made them."""
+    d = object.__new__(TensorDescriptor)
+    d.base, d.shape, d.strides, d.block_shape, d.padding = t, list(t.shape), list(t.stride()), block, "zero"
+    return d
 
 
-def launch(kernel, key: tuple, make: Callable[[], tuple], args: tuple) -> None:
-    """Launch ``kernel(*args, *constants)``.
+class Plan:
+    """A launch whose choices were made: kernel, grid, constants (by name, in the kernel's order), compile options, and
+    in ``info`` what its launcher wants to remember. The first call compiles through Triton; later ones go straight to
+    the compiled kernel, past Triton's own look-up, which costs the host several times more than the launch.
 
-    ``make() -> (grid, constants by name in the kernel's order, options)`` is asked once per key; a later launch with
-    that key goes straight to the compiled kernel, past Triton's own look-up, which costs the host several times more
-    than the launch. The key must hold all that the choice and the compiled code depend on.
+    A plan must be kept under a key that holds all that its choices and the compiled code depend on.
     """
-    key = (kernel.__name__, *key)
+
+    def __init__(self, kernel, grid: tuple, constants: dict, options: dict, device: torch.device, **info) -> None:
+        if "PDL" in kernel.arg_names:
+            constants["PDL"] = pdl(device)
+        self.kernel, self.grid, self.constants = kernel, (*grid, 1, 1)[:3], constants
+        self.options = {**options, **({"launch_pdl": True} if pdl(device) else {})}
+        self.info = info
+        self.device = device.index
+        self.run = None
+
+    def __call__(self, *args) -> None:
+        if self.run is not None:
+            stream = self.stream(self.device)
+            self.run(*self.grid, stream, self.function, self.metadata, None, None, None, *args, *self.values)
+            return
+        compiled = self.kernel[self.grid](*args, **self.constants, **self.options)
+        if not INTERPRETED:
+            self.stream = triton.runtime.driver.active.get_current_stream
+            self.function, self.metadata = compiled.function, compiled.packed_metadata
+            self.values = tuple(self.constants.values())
+            self.run = compiled.run
+
+
+_plans: dict[tuple, Plan] = {}
+
+
+def plan_for(key: tuple, make: Callable[..., Plan], *args) -> Plan:
+    """The plan kept under ``key``, or ``make(*args)``, kept from now on."""
     plan = _plans.get(key)
-    if plan is not None:
-        plan[0](*args, *plan[1])
-        return
-    grid, constants, options = make()
-    grid = (*grid, 1, 1)[:3]
-    compiled = kernel[grid](*args, **constants, **options)
-    if not INTERPRETED:
+    if plan is None:
         if len(_plans) >= 4096:  # batch sizes that never repeat; the compiled kernels stay in Triton's cache
             _plans.clear()
-        _plans[key] = (compiled[grid], tuple(constants.values()))
+        plan = _plans[key] = make(*args)
+    return plan

@@ -10,16 +10,19 @@ import triton.language as tl
 
 from lora_fast.kernels.common import (
     TL,
+    Plan,
     acc_dtype,
     descriptor,
-    keep_bits,
-    launch,
-    layout,
+    keep,
     load_tile,
+    mask_words,
     mma,
     padded_rank,
+    plan_for,
     precision,
     scalar,
+    sig,
+    wait_for_stream,
 )
 from lora_fast.kernels.tiles import down_tile, tma_fits
 
@@ -30,8 +33,9 @@ def _down_fwd_kernel(
     stride_xm, stride_xk, stride_ar, stride_ak, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     MASK: tl.constexpr, SCALING_PTR: tl.constexpr, TMA: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_stream(PDL)
     row, rank = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_R
     rows = row + tl.arange(0, BLOCK_M)
     ranks = rank + tl.arange(0, BLOCK_R)
@@ -40,12 +44,22 @@ def _down_fwd_kernel(
         tile = load_tile(x, row, k, M, K, stride_xm, stride_xk, TMA, BLOCK_M, BLOCK_K)  # [BLOCK_M, BLOCK_K]
         a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K)  # [BLOCK_R, BLOCK_K]
         if MASK:
-            safe_rows = tl.minimum(rows, M - 1).to(tl.int64)
-            tile = tl.where(keep_bits(bits_ptr, safe_rows, k, stride_bits, BLOCK_K) == 1, tile, 0.0)
-        acc = mma(tile, a.to(DTYPE).T, acc, PRECISION)
+            tile = tl.where(keep(mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)), tile, 0.0)
+        acc = mma(tile, a.T, acc, PRECISION)
     s = acc * (scalar(scaling, SCALING_PTR) * keep_scale)
     s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * RS + ranks[None, :]
     tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < RS))
+
+
+def _plan(x, a, scaling, bits, exact) -> Plan:
+    (m, k), r, tma = x.shape, a.shape[0], tma_fits(x)
+    tile, options = down_tile(m, k, r, x.dtype, x.device, tma)
+    grid = (triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(padded_rank(r), tile["BLOCK_R"]))
+    constants = {**tile, "MASK": bits is not None, "SCALING_PTR": isinstance(scaling, torch.Tensor), "TMA": tma,
+                 "ACC": acc_dtype(x.dtype), "PRECISION": exact, "DTYPE": TL[x.dtype]}  # fmt: skip
+    ints = (m, k, r, padded_rank(r), *x.stride(), *a.stride(), bits.stride(0) if bits is not None else 0)
+    return Plan(_down_fwd_kernel, grid, constants, options, x.device,
+                block=[tile["BLOCK_M"], tile["BLOCK_K"]] if tma else None, ints=ints)  # fmt: skip
 
 
 def down_fwd(
@@ -55,27 +69,14 @@ def down_fwd(
     bits: torch.Tensor | None = None,
     keep_scale: float = 1.0,
 ) -> torch.Tensor:
-    """S [M, padded_rank(R)] from x [M, K], a [R, K], mask bits of x or None, and what kept elements are multiplied by."""
-    (m, k), r = x.shape, a.shape[0]
-    rs = padded_rank(r)
-    s = torch.empty(m, rs, dtype=x.dtype, device=x.device)
-    if m == 0:
+    """S [M, padded_rank(R)] from x [M, K], a [R, K] in x's dtype, mask bits of x or None, and what kept elements are
+    multiplied by."""
+    s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
+    if x.shape[0] == 0:
         return s
-    by_pointer = isinstance(scaling, torch.Tensor)
     exact = precision(x.dtype)
-    tma = tma_fits(x)
-    tile, options = down_tile(m, k, r, x.dtype, x.device, tma)
-
-    def make():
-        grid = (triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(rs, tile["BLOCK_R"]))
-        constants = {**tile, "MASK": bits is not None, "SCALING_PTR": by_pointer, "TMA": tma,
-                     "ACC": acc_dtype(x.dtype), "PRECISION": exact, "DTYPE": TL[x.dtype]}  # fmt: skip
-        return grid, constants, options
-
-    key = (layout(x), layout(a), bits is None, scaling.dtype if by_pointer else None, exact, x.device)
-    args = (
-        descriptor(x, tile["BLOCK_M"], tile["BLOCK_K"]) if tma else x, a, s, bits, scaling, keep_scale, m, k, r, rs,
-        *x.stride(), *a.stride(), bits.stride(0) if bits is not None else 0,
-    )  # fmt: skip
-    launch(_down_fwd_kernel, key, make, args)
+    key = ("down", sig(x), sig(a), bits is None, getattr(scaling, "dtype", None), exact, x.get_device())
+    plan = plan_for(key, _plan, x, a, scaling, bits, exact)
+    block = plan.info["block"]
+    plan(descriptor(x, block) if block else x, a, s, bits, scaling, keep_scale, *plan.info["ints"])
     return s

@@ -12,16 +12,19 @@ import triton.language as tl
 
 from lora_fast.kernels.common import (
     TL,
+    Plan,
     acc_dtype,
     descriptor,
-    keep_bits,
-    launch,
-    layout,
+    keep,
     load_tile,
+    mask_words,
     mma,
     padded_rank,
+    plan_for,
     precision,
     scalar,
+    sig,
+    wait_for_stream,
 )
 from lora_fast.kernels.down import down_fwd
 from lora_fast.kernels.tiles import grad_splits, grad_tile, tma_fits
@@ -35,22 +38,22 @@ def _grad_kernel(
     stride_zm, stride_zn, stride_bn, stride_br, stride_gs, stride_gn, stride_gr, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_stream(PDL)
     pid_n, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     col, rank = pid_n * BLOCK_N, pid_r * BLOCK_R
     cols = col + tl.arange(0, BLOCK_N)
     ranks = rank + tl.arange(0, BLOCK_R)
     if WITH_DS:
-        b = load_tile(b_ptr, col, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(DTYPE)
+        b = load_tile(b_ptr, col, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R)
     g = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
     first = split * rows_each  # a multiple of BLOCK_M
     for m in range(first, tl.minimum(first + rows_each, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         tile = load_tile(z, m, col, M, N, stride_zm, stride_zn, TMA, BLOCK_M, BLOCK_N)
         if MASK:
-            safe_rows = tl.minimum(rows, M - 1).to(tl.int64)
-            tile = tl.where(keep_bits(bits_ptr, safe_rows, col, stride_bits, BLOCK_N) == 1, tile, 0.0)
+            tile = tl.where(keep(mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, BLOCK_N)), tile, 0.0)
         if WITH_G:
             p = load_tile(p_ptr, m, rank, M, RS, RS, 1, False, BLOCK_M, BLOCK_R)
         else:
@@ -73,20 +76,22 @@ def _grad_kernel(
 
 @triton.jit
 def _add_parts(src, dst, block, parts, size, scale, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """dst[i] = scale * sum over parts of src[part, i]."""
+    """dst[i] = scale * sum over parts of src[part, i]; eight loads under way at a time."""
     i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], dtype=ACC)
-    for part in range(parts):
-        total += tl.load(src + part * size + i, mask=i < size, other=0.0)
-    tl.store(dst + i, (total * scale).to(dst.dtype.element_ty), mask=i < size)
+    total = tl.zeros([8, BLOCK], dtype=ACC)
+    for first in range(0, parts, 8):
+        part = first + tl.arange(0, 8)
+        total += tl.load(src + part[:, None] * size + i[None, :], mask=(part[:, None] < parts) & (i[None, :] < size), other=0.0)
+    tl.store(dst + i, (tl.sum(total, 0) * scale).to(dst.dtype.element_ty), mask=i < size)
 
 
 @triton.jit(do_not_specialize=["ds_size"])
 def _sum_kernel(
     g_src, g_dst, ds_src, ds_dst, sum_src, sum_dst, scaling, keep_scale, splits, col_blocks, g_size, ds_size, sum_size,
     WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, SCALING_PTR: tl.constexpr,
-    BLOCK: tl.constexpr, ACC: tl.constexpr,
+    BLOCK: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_stream(PDL)
     block = tl.program_id(0)
     if WITH_G:
         n = tl.cdiv(g_size, BLOCK)
@@ -103,8 +108,11 @@ def _sum_kernel(
             _add_parts(sum_src, sum_dst, block, splits, sum_size, 1.0, BLOCK, ACC)
 
 
-def _column_pass(z, p, g, b=None, scaling=1.0, bias_dtype=None, bits=None, keep_scale=1.0):
-    """Fill g, the [N, R] view that Z^T P goes to, if given. Returns (dS if b is given, column sums if bias_dtype is)."""
+SUM_BLOCK = 256
+
+
+def _plans_of(z, b, g, scaling, bias_dtype, bits, exact) -> tuple[Plan, Plan]:
+    """The pass itself (whose info has the shapes of its outputs' parts) and the sum of its parts."""
     m, n = z.shape
     like = b if b is not None else g
     r = like.shape[1] if like is not None else 0
@@ -113,43 +121,39 @@ def _column_pass(z, p, g, b=None, scaling=1.0, bias_dtype=None, bits=None, keep_
     tma = tma_fits(z)
     tile, options = grad_tile(m, n, ranks, z.dtype, z.device, tma, fused=b is not None)
     col_blocks, splits, rank_blocks, rows_each = grad_splits(m, n, ranks, tile, z.device)
-    exact = "ieee" if bias_dtype is not None else precision(z.dtype)
-    by_pointer = isinstance(scaling, torch.Tensor)
     flags = {"WITH_G": g is not None, "WITH_DS": b is not None, "WITH_SUM": bias_dtype is not None}
+    constants = {**tile, **flags, "MASK": bits is not None, "TMA": tma, "ACC": acc_dtype(z.dtype), "PRECISION": exact,
+                 "DTYPE": TL[z.dtype]}  # fmt: skip
+    g_shape = g_strides = (0, 0, 0)
+    if g is not None:  # parts lie as the gradient does: [N, R], or [R, N] seen from the side
+        g_shape = (splits, *g.shape)
+        g_strides = (g.numel(), *g.stride())
+    ints = (m, n, r, rs, rows_each, *z.stride(), *(b.stride() if b is not None else (0, 0)), *g_strides,
+            bits.stride(0) if bits is not None else 0)  # fmt: skip
+    main = Plan(_grad_kernel, (col_blocks, splits, rank_blocks), constants, options, z.device,
+                block=[tile["BLOCK_M"], tile["BLOCK_N"]] if tma else None, ints=ints, ds=(m, rs),
+                g_parts=g_shape, ds_parts=(col_blocks, m, rs), sum_parts=(splits, n))  # fmt: skip
+    sizes = (flags["WITH_G"] * n * r, flags["WITH_DS"] * m * rs, flags["WITH_SUM"] * n)
+    constants = {**flags, "SCALING_PTR": isinstance(scaling, torch.Tensor), "BLOCK": SUM_BLOCK, "ACC": acc_dtype(z.dtype)}
+    grid = (sum(triton.cdiv(size, SUM_BLOCK) for size in sizes),)
+    return main, Plan(_sum_kernel, grid, constants, {"num_warps": 4}, z.device, ints=(splits, col_blocks, *sizes))
 
-    def empty(*shape, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32):
-        return torch.empty(shape, dtype=dtype, device=z.device)
 
-    g_parts = ds_parts = ds = sum_parts = sums = None
-    if g is not None:
-        g_parts = empty(splits, *g.shape) if g.is_contiguous() else empty(splits, *g.shape[::-1]).transpose(1, 2)
+def _column_pass(z, p, g, b=None, scaling=1.0, bias_dtype=None, bits=None, keep_scale=1.0):
+    """Fill g, the [N, R] view that Z^T P goes to, if given. Returns (dS if b is given, column sums if bias_dtype is)."""
+    exact = "ieee" if bias_dtype is not None else precision(z.dtype)
+    key = ("grad", sig(z), sig(b), sig(g), bias_dtype, bits is None, getattr(scaling, "dtype", None), exact, z.get_device())
+    main, add = plan_for(key, _plans_of, z, b, g, scaling, bias_dtype, bits, exact)
+    info, acc = main.info, torch.float64 if z.dtype == torch.float64 else torch.float32
+    g_parts = z.new_empty(info["g_parts"], dtype=acc) if g is not None else None
+    ds_parts = ds = sum_parts = sums = None
     if b is not None:
-        ds_parts, ds = empty(col_blocks, m, rs), empty(m, rs, dtype=z.dtype)
+        ds_parts, ds = z.new_empty(info["ds_parts"], dtype=acc), z.new_empty(info["ds"])
     if bias_dtype is not None:
-        sum_parts, sums = empty(splits, n), empty(n, dtype=bias_dtype)
-
-    def make():
-        constants = {**tile, **flags, "MASK": bits is not None, "TMA": tma, "ACC": acc_dtype(z.dtype),
-                     "PRECISION": exact, "DTYPE": TL[z.dtype]}  # fmt: skip
-        return (col_blocks, splits, rank_blocks), constants, options
-
-    key = (layout(z), layout(b), layout(g), bias_dtype, bits is None, exact, z.device)
-    args = (
-        descriptor(z, tile["BLOCK_M"], tile["BLOCK_N"]) if tma else z, p, b, bits, g_parts, ds_parts, sum_parts,
-        m, n, r, rs, rows_each, *z.stride(), *(b.stride() if b is not None else (0, 0)),
-        *(g_parts.stride() if g is not None else (0, 0, 0)), bits.stride(0) if bits is not None else 0,
-    )  # fmt: skip
-    launch(_grad_kernel, key, make, args)
-
-    sizes = [t.numel() if t is not None else 0 for t in (g, ds, sums)]
-
-    def make_sum():
-        constants = {**flags, "SCALING_PTR": by_pointer, "BLOCK": 1024, "ACC": acc_dtype(z.dtype)}
-        return (sum(triton.cdiv(size, 1024) for size in sizes),), constants, {"num_warps": 4}
-
-    key = (*key, scaling.dtype if by_pointer else None)
-    args = (g_parts, g, ds_parts, ds, sum_parts, sums, scaling, keep_scale, splits, col_blocks, *sizes)
-    launch(_sum_kernel, key, make_sum, args)
+        sum_parts, sums = z.new_empty(info["sum_parts"], dtype=acc), z.new_empty(z.shape[1], dtype=bias_dtype)
+    block = info["block"]
+    main(descriptor(z, block) if block else z, p, b, bits, g_parts, ds_parts, sum_parts, *info["ints"])
+    add(g_parts, g, ds_parts, ds, sum_parts, sums, scaling, keep_scale, *add.info["ints"])
     return ds, sums
 
 

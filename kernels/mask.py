@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import launch
+from lora_fast.kernels.common import Plan, plan_for, wait_for_stream
 
 
 @triton.jit
@@ -19,7 +19,8 @@ def _digit(acc, word, keep, D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["keep", "n_words"])
-def _mask_kernel(seed_ptr, bits_ptr, keep, n_words, BLOCK: tl.constexpr):
+def _mask_kernel(seed_ptr, bits_ptr, keep, n_words, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_stream(PDL)
     seed = tl.load(seed_ptr)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
@@ -43,9 +44,9 @@ def mask_bits(seed: torch.Tensor, p: float, m: int, k: int) -> torch.Tensor:
     bits = torch.empty(m, triton.cdiv(k, 32), dtype=torch.int32, device=seed.device)
     n = bits.numel()
     if n:
-        key = (n, seed.data_ptr() % 16, seed.device)
-        make = lambda: ((triton.cdiv(n, 512),), {"BLOCK": 512}, {"num_warps": 4})  # noqa: E731
-        launch(_mask_kernel, key, make, (seed, bits, keep_count(p), n))
+        key = ("mask", n, seed.data_ptr() % 16, seed.get_device())
+        plan = plan_for(key, Plan, _mask_kernel, (triton.cdiv(n, 512),), {"BLOCK": 512}, {"num_warps": 4}, seed.device)
+        plan(seed, bits, keep_count(p), n)
     return bits
 
 

@@ -49,11 +49,12 @@ def down_tile(m: int, k: int, r: int, dtype: torch.dtype, device: torch.device, 
     """S = x A^T: BLOCK_M rows a program, which walks over K with all ranks (up to 256) in its accumulator."""
     block_r = rank_block(r, 256 if dtype.itemsize <= 2 else 64)
     block_m, warps, stages = (64 if m > 2048 else 16), 4, 3 if is_small(device) else 4
-    block_k = 256 if tma and not is_small(device) and dtype.itemsize <= 2 else 64
+    roomy = tma and not is_small(device) and dtype.itemsize <= 2
+    block_k = 256 if roomy else 64
     if block_r >= 64:
-        block_m, block_k, warps, stages = 64, 64, 8 if block_r > 64 else 4, 3
+        block_m, block_k, warps = 64, 128 if roomy else 64, 4
     if block_r >= 128:
-        block_k = 32
+        block_k, warps, stages = 32, 8, 3
     return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": stages}
 
 
@@ -62,19 +63,19 @@ def grad_tile(
 ) -> tuple[dict, dict]:
     """G = Z^T P: BLOCK_N columns a program, BLOCK_M rows a step, BLOCK_R ranks in its accumulator."""
     block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
-    if m <= 2048 or dtype.itemsize > 2:
-        block_n, block_m, warps, stages = 64, 32, 4, 3
-    elif not tma or is_small(device):
-        block_n, block_m, warps, stages = 64, 64, 4, 3
-    elif fused:
-        block_n, block_m, warps, stages = (512, 64, 4, 3) if block_r <= 16 else (256, 64, 8 if block_r > 32 else 4, 2)
+    if not tma or is_small(device) or dtype.itemsize > 2:
+        block_n, block_m, warps, stages = 64, 64 if dtype.itemsize <= 2 else 32, 4, 3
+    elif fused and block_r <= 16 and m > 2048:
+        block_n, block_m, warps, stages = 512, 64, 4, 3
+    elif block_r <= 64:
+        block_n, block_m, warps, stages = 256, 64, 8 if block_r == 64 else 4, 3
     else:
-        block_n, block_m, warps, stages = (128, 128, 4, 3) if block_r <= 64 else (128, 64, 8, 3)
+        block_n, block_m, warps, stages = 128, 64, 8, 3
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": stages}
 
 
 def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device) -> tuple[int, int, int, int]:
-    """(column blocks, row splits, rank blocks, rows a split): enough programs for the chip, one wave of the large ones."""
+    """(column blocks, row splits, rank blocks, rows a split): one wave of programs for the chip, four of small ones."""
     col_blocks, rank_blocks = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(max(r, 1), tile["BLOCK_R"])
     wanted = n_programs(device) * (1 if tile["BLOCK_N"] >= 256 else 4)
     splits = max(1, min(wanted // (col_blocks * rank_blocks), triton.cdiv(m, 2 * tile["BLOCK_M"])))
@@ -83,19 +84,14 @@ def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device) -> tup
 
 
 def gemm_tile(
-    m: int, n: int, c: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool, masked: bool
+    m: int, n: int, c: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool
 ) -> tuple[dict, dict]:
-    """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together."""
-    block_r = rank_block(r, 64 if dtype.itemsize <= 2 and not is_small(device) else 32)
-    warps, stages = 8, 3
+    """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together, and the
+    ranks that a masked low-rank product takes at a time."""
+    bm, bn, bc = 128, 256, 64
     if dtype.itemsize > 2:
         bm, bn, bc = 64, 64, 32
     elif is_small(device) or not tma:
         bm, bn, bc = 128, 128, 32
-    elif m > 2048:
-        bm, bn, bc = 128, 256, 64
-    else:
-        bm, bn, bc = 128, 128, 64
-    tile = {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_C": bc, "GROUP_M": 8, "BLOCK_R": block_r,
-            "RANK_STEPS": triton.cdiv(r, block_r)}  # fmt: skip
-    return tile, {"num_warps": warps, "num_stages": stages}
+    tile = {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_C": bc, "GROUP_M": 8, "BLOCK_R": rank_block(r, 32)}
+    return tile, {"num_warps": 8, "num_stages": 3}

@@ -30,7 +30,7 @@ def lora_linear(x, weight, lora_A, lora_B, scaling, bias, p: float) -> torch.Ten
         return torch.ops.lora_fast.lora_linear(x, weight, lora_A, lora_B, scaling, bias, seed, p)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
         return _LoRALinear.apply(x, weight, lora_A, lora_B, scaling, bias, seed, p)
-    return _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p)[0]
+    return _forward(x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, bias, seed, p)[0]
 
 
 def _on(device: torch.device):
@@ -40,7 +40,7 @@ def _on(device: torch.device):
 
 
 def _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p) -> tuple[torch.Tensor, torch.Tensor, Optional_]:
-    """y [..., N], S [M, padded R] and the mask bits [M, K / 32] or None."""
+    """y [..., N], S [M, padded R] and the mask bits [M, K / 32] or None. The adapters come in x's dtype."""
     k = weight.shape[1]
     with _on(x.device):
         rows = x.reshape(-1, k)
@@ -100,10 +100,11 @@ def _dtype(t: Optional_) -> torch.dtype | None:
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, seed, p):
-        y, s, bits = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p)
+        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        y, s, bits = _forward(x, weight, a, b, scaling, bias, seed, p)
         need = ctx.needs_input_grad
         ctx.needs = (need[0], need[2], need[3], need[5])
-        ctx.save_for_backward(*_to_save(x, weight, lora_A, lora_B, s, bits, scaling, ctx.needs))
+        ctx.save_for_backward(*_to_save(x, weight, a, b, s, bits, scaling, ctx.needs))
         ctx.scaling = None if isinstance(scaling, torch.Tensor) else scaling
         ctx.p, ctx.r, ctx.dtypes = p, lora_A.shape[0], (lora_A.dtype, lora_B.dtype, _dtype(bias))
         return y
@@ -129,7 +130,7 @@ def _lora_linear_op(
     x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: torch.Tensor,
     bias: Optional_, seed: Optional_, p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    y, s, bits = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p)
+    y, s, bits = _forward(x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, bias, seed, p)
     return y, s, _some(bits, s)
 
 
@@ -149,7 +150,8 @@ def _lora_linear_bwd_op(
     bits: Optional_, scaling: Optional_, p: float, needs: list[bool], shape: list[int],
     a_dtype: torch.dtype, b_dtype: torch.dtype, bias_dtype: torch.dtype,
 ) -> list[torch.Tensor]:  # fmt: skip
-    grads = _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, shape[1],
+    a, b = (t if t is None else t.to(dy.dtype) for t in (lora_A, lora_B))
+    grads = _backward(dy, x, weight, a, b, s, bits, scaling, p, needs, shape[1],
                       (a_dtype, b_dtype, bias_dtype))  # fmt: skip
     return [_some(g, dy) for g in grads]
 

@@ -11,8 +11,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -72,10 +72,11 @@ def longest_run(cubin: bytes) -> int:
 
 
 def compile_for(capability: int, problems) -> list[dict]:
-    from lora_fast.kernels import down, gemm, grad, mask, tiles
+    from lora_fast.kernels import common, down, gemm, grad, mask, tiles
 
     driver.set_active(TargetOnly(capability))
     tiles.arch = lambda device: capability
+    common.pdl = lambda device: capability >= 90
     tiles.n_programs = gemm.n_programs = grad.n_programs = lambda device: 132
     found: list[dict] = []
     run = JITFunction.run
@@ -90,13 +91,12 @@ def compile_for(capability: int, problems) -> list[dict]:
             "registers": registers, "stack": stack, "run": longest_run(kernel.asm["cubin"]) if capability == 90 else 0,
             **{name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in MATRIX.items()},
         })  # fmt: skip
-        return defaultdict(lambda: lambda *args: None)
+        return SimpleNamespace(function=None, packed_metadata=None, run=lambda *args: None)
 
     JITFunction.run = compile_only
     for m, k, n, r, dtype, p, adapter, with_bias in problems:
         compile_only.problem = f"{m}x{k}x{n} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]}"
-        x, w, dy = (torch.empty(*s, dtype=dtype) for s in ((m, k), (n, k), (m, n)))
-        a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
+        x, w, dy, a, b = (torch.empty(*s, dtype=dtype) for s in ((m, k), (n, k), (m, n), (r, k), (n, r)))
         bias = torch.empty(n, dtype=dtype) if with_bias else None
         bits = mask.mask_bits(torch.zeros(1, dtype=torch.int64), p, m, k) if p else None
         s = down.down_fwd(x, a, 2.0, bits)
