@@ -1,23 +1,18 @@
 """Small device functions that several kernels call, and what their launchers share."""
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-from lora_fast.kernels.tiles import arch
 
 TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
 def wait_for_stream(PDL: tl.constexpr):
     """First thing in every kernel: let the next one be set up, wait for what the one before wrote."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if PDL == 1:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
 
@@ -95,65 +90,3 @@ def precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return "ieee"
-
-
-def pdl(device: torch.device) -> bool:
-    """Whether kernels start before the one ahead of them in the stream has ended, and wait for it on the device
-    (programmatic dependent launch, Hopper and later): that hides the launch."""
-    return device.type == "cuda" and arch(device) >= 90 and not INTERPRETED
-
-
-def sig(t: torch.Tensor | None) -> tuple | None:
-    """What of a tensor a plan depends on."""
-    return None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16)
-
-
-def descriptor(t: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """A tensor descriptor (TMA) that reads or writes tiles of shape ``block``. Without the class's own checks, which
-    cost the host more than the rest of a launch: ``tma_fits`` has made them."""
-    d = object.__new__(TensorDescriptor)
-    d.base, d.shape, d.strides, d.block_shape, d.padding = t, list(t.shape), list(t.stride()), block, "zero"
-    return d
-
-
-class Plan:
-    """A launch whose choices were made: kernel, grid, constants (by name, in the kernel's order), compile options, and
-    in ``info`` what its launcher wants to remember. The first call compiles through Triton; later ones go straight to
-    the compiled kernel, past Triton's own look-up, which costs the host several times more than the launch.
-
-    A plan must be kept under a key that holds all that its choices and the compiled code depend on.
-    """
-
-    def __init__(self, kernel, grid: tuple, constants: dict, options: dict, device: torch.device, **info) -> None:
-        if "PDL" in kernel.arg_names:
-            constants["PDL"] = pdl(device)
-        self.kernel, self.grid, self.constants = kernel, (*grid, 1, 1)[:3], constants
-        self.options = {**options, **({"launch_pdl": True} if pdl(device) else {})}
-        self.info = info
-        self.device = device.index
-        self.run = None
-
-    def __call__(self, *args) -> None:
-        if self.run is not None:
-            stream = self.stream(self.device)
-            self.run(*self.grid, stream, self.function, self.metadata, None, None, None, *args, *self.values)
-            return
-        compiled = self.kernel[self.grid](*args, **self.constants, **self.options)
-        if not INTERPRETED:
-            self.stream = triton.runtime.driver.active.get_current_stream
-            self.function, self.metadata = compiled.function, compiled.packed_metadata
-            self.values = tuple(self.constants.values())
-            self.run = compiled.run
-
-
-_plans: dict[tuple, Plan] = {}
-
-
-def plan_for(key: tuple, make: Callable[..., Plan], *args) -> Plan:
-    """The plan kept under ``key``, or ``make(*args)``, kept from now on."""
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= 4096:  # batch sizes that never repeat; the compiled kernels stay in Triton's cache
-            _plans.clear()
-        plan = _plans[key] = make(*args)
-    return plan

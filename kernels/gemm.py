@@ -1,29 +1,20 @@
 """out = X W' + [mask *] P Q' (+ bias): one kernel body for y = x W^T + S B^T + bias and dX = dY W + mask * (dS A).
 
-X [M, C], W [N, C] (W_T) or [C, N], P [M, R], Q [N, R] (W_T) or [R, N]. The low-rank product costs one more step (of
-BLOCK_C ranks) of the same pipelined contraction: its operands are read through P's and Q's descriptors instead of X's
-and W's. Under a dropout mask it needs an accumulator of its own: it is made in the epilogue, half a tile at a time.
-Persistent: each program walks over tiles of the result.
+X [M, C], W [N, C] (W_T) or [C, N], P [M, R], Q [N, R] (W_T) or [R, N]. The low-rank product is the first step (of BLOCK_C
+ranks, or more) of the same pipelined contraction: its operands come through P's and Q's descriptors instead of X's and
+W's, and after it a dropout mask is applied to the accumulator, which then goes on with the base product.
+
+Persistent: a program walks over tiles of the result in one flat loop over all their steps, so that the loads of the
+next tile are under way while this one is stored. The accumulator is touched outside the products in one place only
+(``turn``): where ptxas finds two, it makes all products wait for each other.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import (
-    TL,
-    Plan,
-    acc_dtype,
-    descriptor,
-    keep,
-    load_tile,
-    mask_words,
-    mma,
-    plan_for,
-    precision,
-    sig,
-    wait_for_stream,
-)
+from lora_fast.kernels.common import TL, acc_dtype, keep, load_tile, mask_words, mma, precision, wait_for_stream
+from lora_fast.kernels.launch import Plan, plan_for, sig
 from lora_fast.kernels.tiles import gemm_tile, n_programs, tma_fits
 
 
@@ -34,19 +25,6 @@ def _tile_of(tile, grid_m, grid_n, GROUP_M: tl.constexpr):
     first = group * GROUP_M
     size = tl.minimum(grid_m - first, GROUP_M)
     return first + (tile % size), (tile % (GROUP_M * grid_n)) // size
-
-
-@triton.jit
-def _masked_product(p, q, p_tile, q_half, words, row, col, M, N, R, stride_p, stride_qr, stride_qc, TMA: tl.constexpr,
-                    BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """mask * (P Q) for half a tile, whose mask words are given; p_tile and q_half are its first BLOCK_R ranks."""
-    low = tl.zeros([p_tile.shape[0], q_half.shape[1]], dtype=ACC)
-    low = mma(p_tile, q_half, low, PRECISION)
-    for step in tl.range(1, RANK_STEPS, num_stages=1):  # one buffer: the K loop needs the shared memory
-        a = load_tile(p, row, step * BLOCK_R, M, stride_p, stride_p, 1, TMA, p_tile.shape[0], BLOCK_R)
-        b = load_tile(q, step * BLOCK_R, col, R, N, stride_qr, stride_qc, TMA, BLOCK_R, q_half.shape[1])
-        low = mma(a, b, low, PRECISION)
-    return tl.where(keep(words), low, 0.0)
 
 
 @triton.jit
@@ -68,7 +46,7 @@ def _gemm_kernel(
     x, w, p, q, out, bias_ptr, bits_ptr, keep_scale, M, N, C, R,
     stride_xm, stride_xc, stride_wr, stride_wc, stride_p, stride_qr, stride_qc, stride_om, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP_M: tl.constexpr,
-    BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, PROGRAMS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     W_T: tl.constexpr, TMA: tl.constexpr, HAS_BIAS: tl.constexpr, MASK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -76,44 +54,50 @@ def _gemm_kernel(
     HALF: tl.constexpr = BLOCK_N // 2
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
-    first_rank = tl.cdiv(C, BLOCK_C) * BLOCK_C  # from here on the contraction runs over ranks
-    end = first_rank if MASK else first_rank + R
-    for tile in tl.range(tl.program_id(0), grid_m * grid_n, PROGRAMS, flatten=TMA and not (MASK and RANK_STEPS > 1)):
-        pid_m, pid_n = _tile_of(tile, grid_m, grid_n, GROUP_M)
-        row = pid_m * BLOCK_M
-        col = pid_n * BLOCK_N
-        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-        for c in range(0, end, BLOCK_C):
-            xs, ws, at, to = x, w, c, C
-            xr, xc, wr, wc = stride_xm, stride_xc, stride_wr, stride_wc
-            if not MASK:
-                if c >= first_rank:
-                    xs, ws, at, to = p, q, c - first_rank, R
-                    xr, xc, wr, wc = stride_p, 1, stride_qr, stride_qc
-            a = load_tile(xs, row, at, M, to, xr, xc, TMA, BLOCK_M, BLOCK_C)
-            if W_T:
-                b = load_tile(ws, col, at, N, to, wr, wc, TMA, BLOCK_N, BLOCK_C).T
+    n_rank = tl.cdiv(R, BLOCK_C) * BLOCK_C
+    end = n_rank + tl.cdiv(C, BLOCK_C) * BLOCK_C
+    tile = tl.program_id(0) - PROGRAMS
+    mine = tl.cdiv(grid_m * grid_n - tl.program_id(0), PROGRAMS)
+    c = end - BLOCK_C
+    row = 0
+    col = 0
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    for _ in range(0, mine * (end // BLOCK_C)):
+        c += BLOCK_C
+        if c == end:
+            c = 0
+            tile += PROGRAMS
+            pid_m, pid_n = _tile_of(tile, grid_m, grid_n, GROUP_M)
+            row = pid_m * BLOCK_M
+            col = pid_n * BLOCK_N
+        xs, ws, at, to = x, w, c - n_rank, C
+        xr, xc, wr, wc = stride_xm, stride_xc, stride_wr, stride_wc
+        if c < n_rank:
+            xs, ws, at, to = p, q, c, R
+            xr, xc, wr, wc = stride_p, 1, stride_qr, stride_qc
+        a = load_tile(xs, row, at, M, to, xr, xc, TMA, BLOCK_M, BLOCK_C)
+        if W_T:
+            b = load_tile(ws, col, at, N, to, wr, wc, TMA, BLOCK_N, BLOCK_C).T
+        else:
+            b = load_tile(ws, at, col, to, N, wr, wc, TMA, BLOCK_C, BLOCK_N)
+        acc = mma(a, b, acc, PRECISION)
+        if MASK:
+            turn = (c == n_rank - BLOCK_C) | (c == end - BLOCK_C)
+        else:
+            turn = c == end - BLOCK_C
+        if turn:
+            if MASK:
+                acc = acc * tl.where(c < n_rank, keep_scale, 1.0)
+            if c == end - BLOCK_C:
+                left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+                _store(out, left, row, col, M, N, stride_om, bias_ptr, DTYPE, TMA, HAS_BIAS)
+                _store(out, right, row, col + HALF, M, N, stride_om, bias_ptr, DTYPE, TMA, HAS_BIAS)
+            if MASK:
+                rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1)
+                kept = keep(mask_words(bits_ptr, rows, col, stride_bits, BLOCK_N)) & (c < n_rank)
+                acc = tl.where(kept, acc, 0.0)
             else:
-                b = load_tile(ws, at, col, to, N, wr, wc, TMA, BLOCK_C, BLOCK_N)
-            acc = mma(a, b, acc, PRECISION)
-        if MASK:
-            rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1)
-            left_words = mask_words(bits_ptr, rows, col, stride_bits, HALF)
-            right_words = mask_words(bits_ptr, rows, col + HALF, stride_bits, HALF)
-            p_tile = load_tile(p, row, 0, M, stride_p, stride_p, 1, TMA, BLOCK_M, BLOCK_R)
-            q_left = load_tile(q, 0, col, R, N, stride_qr, stride_qc, TMA, BLOCK_R, HALF)
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        if MASK:
-            left += keep_scale * _masked_product(
-                p, q, p_tile, q_left, left_words, row, col, M, N, R, stride_p, stride_qr, stride_qc,
-                TMA, BLOCK_R, RANK_STEPS, ACC, PRECISION)  # fmt: skip
-        _store(out, left, row, col, M, N, stride_om, bias_ptr, DTYPE, TMA, HAS_BIAS)
-        if MASK:
-            q_right = load_tile(q, 0, col + HALF, R, N, stride_qr, stride_qc, TMA, BLOCK_R, HALF)
-            right += keep_scale * _masked_product(
-                p, q, p_tile, q_right, right_words, row, col + HALF, M, N, R, stride_p, stride_qr, stride_qc,
-                TMA, BLOCK_R, RANK_STEPS, ACC, PRECISION)  # fmt: skip
-        _store(out, right, row, col + HALF, M, N, stride_om, bias_ptr, DTYPE, TMA, HAS_BIAS)
+                acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
 
 
 def _plan(x, w, p, q, out, transposed, bias, bits, exact) -> Plan:
@@ -121,17 +105,17 @@ def _plan(x, w, p, q, out, transposed, bias, bits, exact) -> Plan:
     tma = tma_fits(x, w, out, q)
     tile, options = gemm_tile(m, n, c, r, x.dtype, x.device, tma)
     programs = n_programs(x.device)
-    bm, bn, bc, br = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_C"], tile["BLOCK_R"]
-    constants = {**tile, "RANK_STEPS": triton.cdiv(r, br), "PROGRAMS": programs, "W_T": transposed, "TMA": tma,
+    bm, bn, bc = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_C"]
+    constants = {**tile, "PROGRAMS": programs, "W_T": transposed, "TMA": tma,
                  "HAS_BIAS": bias is not None, "MASK": bits is not None, "ACC": acc_dtype(x.dtype),
                  "PRECISION": exact, "DTYPE": TL[x.dtype]}  # fmt: skip
     blocks = None
     if tma:
-        low = ([bm, br], [br, bn // 2]) if bits is not None else ([bm, bc], [bn, bc] if transposed else [bc, bn])
-        blocks = ([bm, bc], [bn, bc] if transposed else [bc, bn], *low, [bm, bn // 2])
+        pair = [bm, bc], [bn, bc] if transposed else [bc, bn]
+        blocks = dict(enumerate((*pair, *pair, [bm, bn // 2])))
     ints = (m, n, c, r, *x.stride(), *w.stride(), p.stride(0), *q.stride(), n, bits.stride(0) if bits is not None else 0)
     grid = (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),)
-    return Plan(_gemm_kernel, grid, constants, options, x.device, blocks=blocks, ints=ints)
+    return Plan(_gemm_kernel, grid, constants, options, x.device, ints, blocks)
 
 
 def gemm(
@@ -157,8 +141,5 @@ def gemm(
     exact = precision(x.dtype)
     key = ("gemm", sig(x), sig(w), sig(q), sig(bias), bits is None, transposed, exact, x.get_device())
     plan = plan_for(key, _plan, x, w, p, q, out, transposed, bias, bits, exact)
-    operands = (x, w, p, q, out)
-    if plan.info["blocks"]:
-        operands = map(descriptor, operands, plan.info["blocks"])
-    plan(*operands, bias, bits, keep_scale, *plan.info["ints"])
+    plan(x, w, p, q, out, bias, bits, keep_scale)
     return out

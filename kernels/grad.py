@@ -12,21 +12,18 @@ import triton.language as tl
 
 from lora_fast.kernels.common import (
     TL,
-    Plan,
     acc_dtype,
-    descriptor,
     keep,
     load_tile,
     mask_words,
     mma,
     padded_rank,
-    plan_for,
     precision,
     scalar,
-    sig,
     wait_for_stream,
 )
 from lora_fast.kernels.down import down_fwd
+from lora_fast.kernels.launch import Plan, plan_for, sig
 from lora_fast.kernels.tiles import grad_splits, grad_tile, tma_fits
 
 FUSED_RANK = 64  # the largest rank at which dS comes from the same pass
@@ -111,8 +108,8 @@ def _sum_kernel(
 SUM_BLOCK = 256
 
 
-def _plans_of(z, b, g, scaling, bias_dtype, bits, exact) -> tuple[Plan, Plan]:
-    """The pass itself (whose info has the shapes of its outputs' parts) and the sum of its parts."""
+def _plans_of(z, b, g, scaling, bias_dtype, bits, exact) -> tuple[Plan, Plan, tuple]:
+    """The pass itself, the sum of its parts, and the shapes of the parts of G, of dS and of the sums."""
     m, n = z.shape
     like = b if b is not None else g
     r = like.shape[1] if like is not None else 0
@@ -130,30 +127,29 @@ def _plans_of(z, b, g, scaling, bias_dtype, bits, exact) -> tuple[Plan, Plan]:
         g_strides = (g.numel(), *g.stride())
     ints = (m, n, r, rs, rows_each, *z.stride(), *(b.stride() if b is not None else (0, 0)), *g_strides,
             bits.stride(0) if bits is not None else 0)  # fmt: skip
-    main = Plan(_grad_kernel, (col_blocks, splits, rank_blocks), constants, options, z.device,
-                block=[tile["BLOCK_M"], tile["BLOCK_N"]] if tma else None, ints=ints, ds=(m, rs),
-                g_parts=g_shape, ds_parts=(col_blocks, m, rs), sum_parts=(splits, n))  # fmt: skip
+    blocks = {0: [tile["BLOCK_M"], tile["BLOCK_N"]]} if tma else None
+    main = Plan(_grad_kernel, (col_blocks, splits, rank_blocks), constants, options, z.device, ints, blocks)
     sizes = (flags["WITH_G"] * n * r, flags["WITH_DS"] * m * rs, flags["WITH_SUM"] * n)
     constants = {**flags, "SCALING_PTR": isinstance(scaling, torch.Tensor), "BLOCK": SUM_BLOCK, "ACC": acc_dtype(z.dtype)}
     grid = (sum(triton.cdiv(size, SUM_BLOCK) for size in sizes),)
-    return main, Plan(_sum_kernel, grid, constants, {"num_warps": 4}, z.device, ints=(splits, col_blocks, *sizes))
+    add = Plan(_sum_kernel, grid, constants, {"num_warps": 4}, z.device, (splits, col_blocks, *sizes))
+    return main, add, (g_shape, (col_blocks, m, rs), (splits, n))
 
 
 def _column_pass(z, p, g, b=None, scaling=1.0, bias_dtype=None, bits=None, keep_scale=1.0):
     """Fill g, the [N, R] view that Z^T P goes to, if given. Returns (dS if b is given, column sums if bias_dtype is)."""
     exact = "ieee" if bias_dtype is not None else precision(z.dtype)
     key = ("grad", sig(z), sig(b), sig(g), bias_dtype, bits is None, getattr(scaling, "dtype", None), exact, z.get_device())
-    main, add = plan_for(key, _plans_of, z, b, g, scaling, bias_dtype, bits, exact)
-    info, acc = main.info, torch.float64 if z.dtype == torch.float64 else torch.float32
-    g_parts = z.new_empty(info["g_parts"], dtype=acc) if g is not None else None
+    main, add, shapes = plan_for(key, _plans_of, z, b, g, scaling, bias_dtype, bits, exact)
+    acc = torch.float64 if z.dtype == torch.float64 else torch.float32
+    g_parts = z.new_empty(shapes[0], dtype=acc) if g is not None else None
     ds_parts = ds = sum_parts = sums = None
     if b is not None:
-        ds_parts, ds = z.new_empty(info["ds_parts"], dtype=acc), z.new_empty(info["ds"])
+        ds_parts, ds = z.new_empty(shapes[1], dtype=acc), z.new_empty(shapes[1][1:])
     if bias_dtype is not None:
-        sum_parts, sums = z.new_empty(info["sum_parts"], dtype=acc), z.new_empty(z.shape[1], dtype=bias_dtype)
-    block = info["block"]
-    main(descriptor(z, block) if block else z, p, b, bits, g_parts, ds_parts, sum_parts, *info["ints"])
-    add(g_parts, g, ds_parts, ds, sum_parts, sums, scaling, keep_scale, *add.info["ints"])
+        sum_parts, sums = z.new_empty(shapes[2], dtype=acc), z.new_empty(shapes[2][1], dtype=bias_dtype)
+    main(z, p, b, bits, g_parts, ds_parts, sum_parts)
+    add(g_parts, g, ds_parts, ds, sum_parts, sums, scaling, keep_scale)
     return ds, sums
 
 

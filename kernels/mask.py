@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import Plan, plan_for, wait_for_stream
+from lora_fast.kernels.common import wait_for_stream
+from lora_fast.kernels.launch import Plan, plan_for
 
 
 @triton.jit

@@ -86,12 +86,11 @@ def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device) -> tup
 def gemm_tile(
     m: int, n: int, c: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool
 ) -> tuple[dict, dict]:
-    """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together, and the
-    ranks that a masked low-rank product takes at a time."""
+    """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together."""
     bm, bn, bc = 128, 256, 64
     if dtype.itemsize > 2:
         bm, bn, bc = 64, 64, 32
     elif is_small(device) or not tma:
         bm, bn, bc = 128, 128, 32
-    tile = {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_C": bc, "GROUP_M": 8, "BLOCK_R": rank_block(r, 32)}
+    tile = {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_C": bc, "GROUP_M": 8}
     return tile, {"num_warps": 8, "num_stages": 3}

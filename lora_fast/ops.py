@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lora_fast.kernels.common import padded_rank
-from lora_fast.kernels.down import down_fwd
+from lora_fast.kernels.down import down_cast_fwd
 from lora_fast.kernels.gemm import gemm
 from lora_fast.kernels.grad import a_bwd, dy_bwd
 from lora_fast.kernels.mask import keep_count, mask_bits
@@ -30,7 +30,7 @@ def lora_linear(x, weight, lora_A, lora_B, scaling, bias, p: float) -> torch.Ten
         return torch.ops.lora_fast.lora_linear(x, weight, lora_A, lora_B, scaling, bias, seed, p)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
         return _LoRALinear.apply(x, weight, lora_A, lora_B, scaling, bias, seed, p)
-    return _forward(x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, bias, seed, p)[0]
+    return _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p)[0]
 
 
 def _on(device: torch.device):
@@ -39,15 +39,16 @@ def _on(device: torch.device):
     return torch.cuda.device(device)
 
 
-def _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p) -> tuple[torch.Tensor, torch.Tensor, Optional_]:
-    """y [..., N], S [M, padded R] and the mask bits [M, K / 32] or None. The adapters come in x's dtype."""
+def _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p):
+    """y [..., N], S [M, padded R], the mask bits [M, K / 32] or None, and both adapters in x's dtype."""
     k = weight.shape[1]
     with _on(x.device):
         rows = x.reshape(-1, k)
         bits = mask_bits(seed, p, rows.shape[0], k) if seed is not None else None
-        s = down_fwd(rows, lora_A, scaling, bits, 65536 / keep_count(p) if seed is not None else 1.0)
-        y = gemm(rows, weight, s, lora_B, transposed=True, bias=bias)
-    return y.view(*x.shape[:-1], weight.shape[0]), s, bits
+        keep_scale = 65536 / keep_count(p) if seed is not None else 1.0
+        s, a, b = down_cast_fwd(rows, lora_A, lora_B, scaling, bits, keep_scale)
+        y = gemm(rows, weight, s, b, transposed=True, bias=bias)
+    return y.view(*x.shape[:-1], weight.shape[0]), s, bits, a, b
 
 
 def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, r, dtypes) -> tuple[Optional_, ...]:
@@ -100,8 +101,7 @@ def _dtype(t: Optional_) -> torch.dtype | None:
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, seed, p):
-        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        y, s, bits = _forward(x, weight, a, b, scaling, bias, seed, p)
+        y, s, bits, a, b = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p)
         need = ctx.needs_input_grad
         ctx.needs = (need[0], need[2], need[3], need[5])
         ctx.save_for_backward(*_to_save(x, weight, a, b, s, bits, scaling, ctx.needs))
@@ -130,7 +130,7 @@ def _lora_linear_op(
     x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: torch.Tensor,
     bias: Optional_, seed: Optional_, p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    y, s, bits = _forward(x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, bias, seed, p)
+    y, s, bits, _, _ = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p)
     return y, s, _some(bits, s)
 
 

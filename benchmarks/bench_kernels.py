@@ -1,0 +1,199 @@
+"""Each fused kernel against its floor.
+
+Run from the repository root, on a machine with an NVIDIA GPU: python -m benchmarks.bench_kernels
+
+The floor of a pass is the bytes that it must move over the rate at which this card reads (a sum over 512 MiB); that of
+the mask bits, which only writes, the same over the copy rate; that of a product is cuBLAS's time for the base product
+alone. Floors are measured in the same rounds as the kernels, in random order. Everything runs in CUDA graphs of
+several launches, so no host time is in it; the launches take turns among copies of x and dY that together exceed the
+cache by far, so nothing is read from there that a training step would not find there.
+
+mask_bits  the dropout mask       dy_pass  dS and dB from dY, with the kernel that adds up the parts
+down       S = s drop(x) A^T      d_a      dA = dS^T drop(x), likewise
+up_gemm    y = x W^T + S B^T      dx_gemm  dX = dY W + mask * (dS A)
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import common, timing
+from benchmarks.bench_lora import positive
+
+COLUMNS = "gpu torch triton commit dtype M K N r p kernel median_us floor_us ratio bound".split()
+P = 0.1
+READ_BYTES = 2**29
+
+
+class Case(NamedTuple):
+    dtype: str
+    M: int
+    K: int
+    N: int
+    r: int
+
+
+class Kernel(NamedTuple):
+    name: str
+    p: float
+    run: Callable[[int], Any]  # launches it on the inputs' copy of that number
+    floor: float | str  # bytes to move, or the name of cuBLAS's product
+    bound: float | str  # how many times the floor it may take; "" where nothing was set
+
+
+def all_cases(shapes: list[tuple[int, int, int]]) -> list[Case]:
+    """Every shape at r=16, the first one at the other ranks and dtypes too."""
+    cases = [Case("bf16", *shape, 16) for shape in shapes] + [Case("bf16", *shapes[0], r) for r in (64, 256)]
+    return cases + [Case(dtype, *shapes[0], 16) for dtype in ("fp16", "fp32")]
+
+
+class Inputs(NamedTuple):
+    x: Tensor  # [copies, M, K]
+    dy: Tensor  # [copies, M, N]
+    w: Tensor  # [N, K]
+    a: Tensor  # [r, K], float32 as in LoRALinear
+    b: Tensor  # [N, r], likewise
+    s: Tensor  # [M, padded r]
+    ds: Tensor
+    seed: Tensor
+    bits: Tensor
+    grad_a: Tensor  # written by the kernels
+    grad_b: Tensor
+
+
+def inputs(case: Case, device: str, copies: int) -> Inputs:
+    from lora_fast.kernels import down, mask
+
+    torch.manual_seed(0)
+    _, m, k, n, r = case
+    kind: dict[str, Any] = {"device": device, "dtype": common.DTYPES[case.dtype]}
+    x, dy = torch.randn(copies, m, k, **kind), torch.randn(copies, m, n, **kind)
+    w = torch.randn(n, k, **kind) / k**0.5
+    a, b = torch.randn(r, k, device=device) / k**0.5, torch.randn(n, r, device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    s, ds = down.down_fwd(x[0], a, 1.0), down.down_fwd(dy[0], b.t(), 1.0)
+    return Inputs(x, dy, w, a, b, s, ds, seed, mask.mask_bits(seed, P, m, k), torch.empty_like(a), torch.empty_like(b))
+
+
+def build(case: Case, t: Inputs) -> tuple[list[Kernel], dict[str, Callable[[int], Tensor]]]:
+    """(the kernels, cuBLAS's products by name)."""
+    from lora_fast.kernels import down, gemm, grad, mask
+
+    _, m, k, n, r = case
+    x, dy, w, a, b, s, ds, seed, bits, grad_a, grad_b = t
+    keep = 65536 / mask.keep_count(P)
+    small, adapters = m * r * x.itemsize, 4 * r  # bytes of S or dS, of a column of A or a row of B
+    x_pass = m * k * x.itemsize + small + k * adapters  # down: x, A, S; dA: x, dS, dA
+    dy_pass = m * n * x.itemsize + 2 * small + 2 * n * adapters  # dY, S, B, dS, dB
+    mask_bytes = m * k / 8
+    kernels = [
+        Kernel("mask_bits", P, lambda i: mask.mask_bits(seed, P, m, k), mask_bytes, ""),
+        Kernel("down", 0, lambda i: down.down_fwd(x[i], a, 1.0), x_pass, 1.3),
+        Kernel("down", P, lambda i: down.down_fwd(x[i], a, 1.0, bits, keep), x_pass + mask_bytes, 1.5),
+        Kernel("up_gemm", 0, lambda i: gemm.gemm(x[i], w, s, b, True), "cublas_up", 1.04),
+        Kernel("dy_pass", 0, lambda i: grad.dy_bwd(dy[i], s, b, 1.0, grad_b, None)[0], dy_pass, 1.5),
+        Kernel("d_a", 0, lambda i: grad.a_bwd(x[i], ds, grad_a), x_pass, 1.3),
+        Kernel("d_a", P, lambda i: grad.a_bwd(x[i], ds, grad_a, bits, keep), x_pass + mask_bytes, 1.5),
+        Kernel("dx_gemm", 0, lambda i: gemm.gemm(dy[i], w, ds, a, False), "cublas_dx", 1.04),
+        Kernel("dx_gemm", P, lambda i: gemm.gemm(dy[i], w, ds, a, False, None, bits, keep), "cublas_dx", 1.04),
+    ]
+    return kernels, {"cublas_up": lambda i: x[i] @ w.t(), "cublas_dx": lambda i: dy[i] @ w}
+
+
+def n_copies(case: Case) -> int:
+    """So many that the smaller of x and dY has 256 MiB in all, five times the cache of an H100."""
+    smaller = case.M * min(case.K, case.N) * common.DTYPES[case.dtype].itemsize
+    return max(4, -(-(2**28) // smaller))
+
+
+@torch.no_grad()
+def measured(case: Case, rounds: int, about: common.Row) -> tuple[list[common.Row], dict[str, float]]:
+    """(a row for each kernel, this case's read and copy rates in bytes per microsecond)."""
+    copies = n_copies(case)
+    kernels, products = build(case, inputs(case, "cuda", copies))
+    source = torch.randn(READ_BYTES // 4, device="cuda")
+    target = torch.empty_like(source)
+    launches = {f"{k.name} {k.p}": copies if isinstance(k.floor, str) else max(copies, 16) for k in kernels}
+    launches |= dict.fromkeys(products, copies)
+    runs = {f"{k.name} {k.p}": k.run for k in kernels} | products
+
+    def several(name: str) -> Callable[[], None]:
+        def launch() -> None:
+            for i in range(launches[name]):
+                runs[name](i % copies)
+
+        return launch
+
+    torch.cuda.synchronize()
+    graphs: dict[str, Callable[[], object]] = {name: timing.graphed(several(name)) for name in runs}
+    graphs |= {"read": timing.graphed(source.sum), "copy": timing.graphed(lambda: target.copy_(source))}
+    times = {name: timing.summary(us)[0] / launches.get(name, 1) for name, us in timing.measure(graphs, rounds).items()}
+    rates = {"read": READ_BYTES / times["read"], "copy": 2 * READ_BYTES / times["copy"]}
+    rows = []
+    for kernel in kernels:
+        median = times[f"{kernel.name} {kernel.p}"]
+        if isinstance(kernel.floor, str):
+            floor = times[kernel.floor]
+        else:
+            floor = kernel.floor / rates["copy" if kernel.name == "mask_bits" else "read"]
+        rows.append({**about, **case._asdict(), "p": kernel.p, "kernel": kernel.name, "bound": kernel.bound,
+                     "median_us": round(median, 2), "floor_us": round(floor, 2),
+                     "ratio": round(median / floor, 3)})  # fmt: skip
+    return rows, rates
+
+
+def table(rows: list[common.Row]) -> str:
+    """A line for each case: time in microseconds and times the floor of each kernel, in bold where over the bound."""
+    names = list(dict.fromkeys((row["kernel"], row["p"], row["bound"]) for row in rows))
+    lines: dict[tuple, dict[tuple, str]] = {}
+    for row in rows:
+        line = lines.setdefault(tuple(row[key] for key in Case._fields), {})
+        over = row["bound"] != "" and row["ratio"] > row["bound"]
+        ratio = f"**{row['ratio']:.2f}**" if over else f"{row['ratio']:.2f}"
+        line[row["kernel"], row["p"]] = f"{row['median_us']:.1f} ({ratio})"
+    header = [*Case._fields, *(f"{kernel} p={p}" if p else kernel for kernel, p, _ in names)]
+    bounds = ["at most", *[""] * 4, *(bound for *_, bound in names)]
+    return common.markdown(header, [bounds, *([*case, *(line[n[:2]] for n in names)] for case, line in lines.items())])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.bench_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=positive, default=24,
+                        help="in bf16 (default 24); a third of it, but 3 at least, in fp16 and fp32")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="the first shape alone, in bf16 at r=16")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR",
+                        help="where bench_kernels_CARD.csv is rewritten (default benchmarks/results)")  # fmt: skip
+    parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
+    args = parser.parse_args(argv)
+    reason = common.why_no_gpu()
+    if reason is not None:
+        print(reason, file=sys.stderr)
+        return 1
+    about, start = common.run_columns(args.commit), time.monotonic()
+    cases = all_cases(common.SHAPES)
+    rows: list[common.Row] = []
+    rates: list[dict[str, float]] = []
+    for case in common.progress(cases[:1] if args.quick else cases, "bench_kernels"):
+        new, rate = measured(case, args.rounds if case.dtype == "bf16" else max(3, args.rounds // 3), about)
+        rows += new
+        rates.append(rate)
+        common.write_csv(args.out / f"bench_kernels_{common.card(about['gpu'])}.csv", COLUMNS, rows)
+        torch.cuda.empty_cache()
+    read, copy = (sum(rate[name] for rate in rates) / len(rates) / 1e6 for name in ("read", "copy"))
+    print(f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}: reads "
+          f"{read:.2f} TB/s, copies {copy:.2f} TB/s (read and written bytes); {time.monotonic() - start:.0f} s\n\n"
+          "Microseconds (times the floor):\n")  # fmt: skip
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

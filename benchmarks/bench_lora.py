@@ -1,0 +1,219 @@
+"""LoRA layers against the frozen ``nn.Linear``: time and peak memory of forward and forward + backward.
+
+Run from the repository root, on a machine with an NVIDIA GPU: python -m benchmarks.bench_lora
+
+All candidates of a shape, rank and dropout share x (which asks for its gradient), dY and W, hold equal adapters
+(not zero: zeros draw less power) and run in random order each round. fwd records for a backward, as in training; a step
+of fwd+bwd drops the gradients, then runs y = layer(x) and y.backward(dy). No bias, no autocast.
+
+frozen          nn.Linear whose weight asks for no gradient; frozen_again is the same once more, to show the noise
+eager           lora_fast.reference: plain torch in its best form (addmm), adapters in float32 as in LoRALinear
+eager_compiled  torch.compile of the same
+peft            PEFT's layer, where PEFT is installed; adapters in x's dtype (autocast_adapter_dtype=False): with its
+                default of float32 ones it would upcast x outside autocast
+lora_fast_lora  LoRALinear
+"""
+
+import argparse
+import functools
+import gc
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import common, timing
+from benchmarks.summary import summarise
+from lora_fast import LoRALinear, reference, set_backend
+
+IMPLS = ("frozen", "frozen_again", "eager", "eager_compiled", "peft", "lora_fast_lora")
+COLUMNS = ("gpu torch triton commit dtype M K N r p what impl median_us p20_us p80_us ratio_to_frozen peak_mib").split()
+KINDS: dict[str, Callable[[str], Any]] = {"dtype": str, "M": int, "K": int, "N": int, "r": int, "p": float, "impl": str}
+
+
+class Case(NamedTuple):
+    dtype: str
+    M: int
+    K: int
+    N: int
+    r: int
+    p: float
+
+    def is_main(self) -> bool:
+        """The points that the targets speak of get all rounds, the others a third."""
+        return self.r == 16 and self.dtype == "bf16"
+
+
+def all_cases() -> list[Case]:
+    cases = [Case("bf16", *shape, r, p) for r in (16, 8, 64, 256) for shape in common.SHAPES for p in common.PS]
+    return cases + [Case(dtype, *common.SHAPES[0], 16, p) for dtype in ("fp16", "fp32") for p in common.PS]
+
+
+class Candidate(NamedTuple):
+    """A layer under test with what a step needs."""
+
+    layer: Callable[[Tensor], Tensor]
+    x: Tensor
+    dy: Tensor
+    leaves: list[Tensor]  # all that get a gradient
+
+    def forward(self) -> Tensor:
+        return self.layer(self.x)
+
+    def step(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+        y = self.layer(self.x)
+        y.backward(self.dy)
+
+    def calls(self) -> dict[str, Callable[[], object]]:
+        return {"fwd": self.forward, "fwd+bwd": self.step}
+
+
+def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidate]:
+    """The candidates by name; peft is left out where it is not installed."""
+    torch.manual_seed(0)
+    kind: dict[str, Any] = {"device": device, "dtype": common.DTYPES[case.dtype]}
+    x = torch.randn(case.M, case.K, **kind).requires_grad_()
+    dy = torch.randn(case.M, case.N, **kind)
+    frozen = nn.Linear(case.K, case.N, bias=False, **kind).requires_grad_(False)
+    ours = LoRALinear.from_linear(frozen, case.r, 2 * case.r, case.p, init_lora_weights=False)
+
+    def eager(linear: Callable[..., Tensor]) -> Candidate:
+        a, b = ours.lora_A, ours.lora_B
+        return Candidate(lambda x: linear(x, frozen.weight, a, b, ours.scaling, None, case.p), x, dy, [x, a, b])
+
+    made: dict[str, Candidate] = {}
+    for impl in impls:
+        if impl in ("frozen", "frozen_again"):
+            made[impl] = Candidate(frozen, x, dy, [x])
+        elif impl == "eager":
+            made[impl] = eager(reference.lora_linear)
+        elif impl == "eager_compiled":
+            made[impl] = eager(torch.compile(reference.lora_linear, fullgraph=True, dynamic=False))
+        elif impl == "peft" and importlib.util.find_spec("peft"):
+            layer = peft_layer(ours)
+            made[impl] = Candidate(layer, x, dy, [x, *(p for p in layer.parameters() if p.requires_grad)])
+        elif impl == "lora_fast_lora":
+            made[impl] = Candidate(ours, x, dy, [x, ours.lora_A, ours.lora_B])
+    return made
+
+
+def peft_layer(ours: LoRALinear) -> nn.Module:
+    """PEFT's layer on the same base weight, with equal adapters in the weight's dtype."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=ours.r, lora_alpha=int(ours.lora_alpha), lora_dropout=ours.lora_dropout, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(ours.to_linear()), config, autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(ours.lora_A)
+        layer.lora_B["default"].weight.copy_(ours.lora_B)
+    return layer
+
+
+def measured(
+    case: Case, candidates: dict[str, Candidate], rounds: int, graph: bool, about: common.Row
+) -> list[common.Row]:
+    """A row for each candidate and each of fwd and fwd+bwd; under CUDA graphs peak_mib stays empty."""
+    calls = {(what, impl): call for impl, c in candidates.items() for what, call in c.calls().items()}
+    peaks: dict[tuple[str, str], Any] = {key: "" for key in calls}
+    if graph:
+        torch.cuda.synchronize()
+        calls = {key: timing.graphed(call) for key, call in calls.items()}
+    else:
+        peaks = {key: round(timing.peak_mib(call), 2) for key, call in calls.items()}
+    times = timing.measure({" ".join(key): call for key, call in calls.items()}, rounds)
+    rows = []
+    for what, impl in calls:
+        median, p20, p80 = timing.summary(times[f"{what} {impl}"])
+        ratio = median / timing.summary(times[f"{what} frozen"])[0]
+        rows.append({**about, **case._asdict(), "what": what, "impl": impl, "median_us": round(median, 2),
+                     "p20_us": round(p20, 2), "p80_us": round(p80, 2), "ratio_to_frozen": round(ratio, 4),
+                     "peak_mib": peaks[what, impl]})  # fmt: skip
+    return rows
+
+
+def only(text: str) -> tuple[str, set[Any]]:
+    """``r=16,64`` -> ("r", {16, 64})."""
+    key, _, values = text.partition("=")
+    if key not in KINDS or not values:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected KEY=VALUE[,VALUE], KEY one of {', '.join(KINDS)}")
+    try:
+        found = {KINDS[key](value) for value in values.split(",")}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers for {key}") from None
+    if key == "impl" and not found <= set(IMPLS):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected impls among {', '.join(IMPLS)}")
+    return key, found
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= 1")
+    return int(text)
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case], tuple[str, ...]]:
+    """(arguments, the cases to run, the impls to run)."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.bench_lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=positive, default=24,
+                        help="at r=16 in bf16 (default 24); a third of it, but 3 at least, elsewhere")  # fmt: skip
+    parser.add_argument("--only", type=only, action="append", default=[], metavar="KEY=VALUE[,VALUE]",
+                        help="a part only, for instance --only r=16 --only p=0; KEY is one of "
+                        f"{', '.join(KINDS)}; frozen always runs")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a first look: r=16 in bf16, a third of the rounds")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR",
+                        help="where bench_lora_CARD.csv and, for M=1024 under CUDA graphs, bench_lora_graph_CARD.csv "
+                        "are rewritten (default benchmarks/results)")  # fmt: skip
+    parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
+    args = parser.parse_args(argv)
+    wanted = [(key, values) for key, values in args.only if key != "impl"]
+    cases = [c for c in all_cases() if all(getattr(c, key) in values for key, values in wanted)]
+    impls = [values | {"frozen"} for key, values in args.only if key == "impl"]
+    cases = [c for c in cases if c.is_main()] if args.quick else cases
+    if not cases:
+        parser.error("--only leaves nothing to measure")
+    return args, cases, tuple(impl for impl in IMPLS if all(impl in names for names in impls))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, cases, impls = parse(argv)
+    reason = common.why_no_gpu()
+    if reason is not None:
+        print(reason, file=sys.stderr)
+        return 1
+    set_backend("triton")  # never the slow path unawares
+    about, start = common.run_columns(args.commit), time.monotonic()
+    card = common.card(about["gpu"])
+    fewer = max(3, args.rounds // 3)
+    rows: list[common.Row] = []
+    graph_rows: list[common.Row] = []
+    save = functools.partial(common.write_csv, columns=COLUMNS)
+    for case in common.progress(cases, "bench_lora"):
+        rounds = args.rounds if case.is_main() and not args.quick else fewer
+        candidates = build(case, impls, "cuda")
+        rows += measured(case, candidates, rounds, False, about)
+        save(args.out / f"bench_lora_{card}.csv", rows=rows)  # after each case, so that a run cut short leaves its part
+        if case.M == 1024 and case.r == 16:
+            graph_rows += measured(case, candidates, rounds, True, about)
+            save(args.out / f"bench_lora_graph_{card}.csv", rows=graph_rows)
+        del candidates
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}, "
+          f"{time.monotonic() - start:.0f} s\n")  # fmt: skip
+    print(summarise(rows, graph_rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""How the tests run: the kernels in Triton's interpreter where there is no GPU, on the GPU where there is one."""
+
+import importlib.util
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: it is read when a kernel is defined
+TRITON = importlib.util.find_spec("triton") is not None
+
+
+def pytest_addoption(parser):
+    parser.addoption("--commit", help="the commit for the junit report, where this is not a git checkout")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "interpreted: runs the kernels in Triton's interpreter, where there is no GPU")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not (GPU and TRITON):
+        pytest.skip("needs a GPU and Triton")
+    if item.get_closest_marker("interpreted") and (GPU or not TRITON):
+        pytest.skip("needs Triton, interpreted")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment(record_testsuite_property, request):
+    """Says in the junit report what was tested on."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = request.config.getoption("commit")
+    if not commit and (Path(__file__).parent.parent / ".git").exists():
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    record_testsuite_property("gpu", torch.cuda.get_device_name() if GPU else "none")
+    record_testsuite_property("torch", torch.__version__)
+    if TRITON:
+        import triton
+
+        record_testsuite_property("triton", triton.__version__)
+    record_testsuite_property("commit", commit or "unknown")
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN or the largest integer, so that an output that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def ieee_products():
+    """float32 products without tf32, so that eager torch is as exact as it gets."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+CPU = pytest.param("cpu", marks=pytest.mark.interpreted)
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=[CPU, CUDA])
+def device(request):
+    """Where the fused kernels run."""
+    return request.param
+
+
+PATHS = [
+    ("reference", "cpu", ()),
+    ("reference", "cuda", pytest.mark.gpu),
+    ("triton", "cpu", pytest.mark.interpreted),
+    ("triton", "cuda", pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=[pytest.param(path[:2], marks=path[2], id="-".join(path[:2])) for path in PATHS])
+def path(request):
+    """(backend, device) of every way that an operator can run."""
+    return request.param
+
+
+@pytest.fixture
+def dtype16(path):
+    """A 16-bit dtype that the path computes rightly: the interpreter's bfloat16 does not."""
+    return torch.float16 if path == ("triton", "cpu") else torch.bfloat16

@@ -1,0 +1,187 @@
+"""The benchmark scripts as far as a machine without a GPU can tell: arguments, candidates, kernels, rows."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_kernels, bench_lora, common, plot
+from lora_fast import LoRALinear
+
+ROOT = Path(__file__).parent.parent
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+@NO_GPU
+@pytest.mark.parametrize("script", ["bench_lora", "bench_kernels"])
+def test_says_that_there_is_no_gpu(script):
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{script}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "NVIDIA GPU" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("main", [bench_lora.main, bench_kernels.main, plot.main])
+def test_help_says_how_to_run(main, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0 and "python -m benchmarks." in capsys.readouterr().out
+
+
+def test_all_cases():
+    cases = bench_lora.all_cases()
+    assert len(cases) == len(set(cases)) == 8 * 4 * 2 + 2 * 2
+    assert {(c.r, c.p) for c in cases if c.dtype == "bf16"} == {(r, p) for r in (8, 16, 64, 256) for p in (0, 0.1)}
+    assert {c[1:5] for c in cases if c.dtype != "bf16"} == {(8192, 4096, 4096, 16)}
+
+
+def test_arguments_choose_the_cases():
+    args, cases, impls = bench_lora.parse([])
+    assert (args.rounds, len(cases), impls) == (24, 68, bench_lora.IMPLS)
+    _, cases, impls = bench_lora.parse(["--only", "r=8,64", "--only", "p=0", "--only", "M=1024", "--only", "impl=peft"])
+    assert cases == [bench_lora.Case("bf16", 1024, 4096, 4096, r, 0) for r in (8, 64)]
+    assert impls == ("frozen", "peft")
+    _, cases, _ = bench_lora.parse(["--quick"])
+    assert len(cases) == 16 and all(c.is_main() for c in cases)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--only q=1", "KEY=VALUE"),
+        ("--only r=", "KEY=VALUE"),
+        ("--only r=many", "expected numbers"),
+        ("--only impl=unsloth", "expected impls"),
+        ("--only r=3", "leaves nothing"),
+        ("--rounds 0", ">= 1"),
+    ],
+)
+def test_bad_arguments(argv, message, capsys):
+    with pytest.raises(SystemExit) as done:
+        bench_lora.main(argv.split())
+    assert done.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_candidates_compute_the_same(dtype, monkeypatch):
+    """All LoRA candidates agree at p = 0, in the output and every gradient, and differ from the frozen layer."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    case = bench_lora.Case(dtype, 32, 24, 40, 8, 0)
+    candidates = bench_lora.build(case, bench_lora.IMPLS, "cpu")
+    has_peft = importlib.util.find_spec("peft") is not None
+    assert list(candidates) == [impl for impl in bench_lora.IMPLS if impl != "peft" or has_peft]
+    found = {}
+    for impl, candidate in candidates.items():
+        calls = candidate.calls()
+        assert list(calls) == ["fwd", "fwd+bwd"]
+        calls["fwd+bwd"]()
+        calls["fwd+bwd"]()  # gradients are dropped, not added up
+        grads = [leaf.grad for leaf in candidate.leaves if leaf.grad is not None]
+        assert len(grads) == len(candidate.leaves) == (1 if impl.startswith("frozen") else 3)
+        found[impl] = [t.detach().double() for t in (candidate.forward(), *grads)]
+    frozen, again, ours = found.pop("frozen"), found.pop("frozen_again"), found["lora_fast_lora"]
+    assert all(torch.equal(a, b) for a, b in zip(frozen, again, strict=True))
+    assert (ours[0] - frozen[0]).norm() > 0.1 * frozen[0].norm()
+    for tensors in found.values():
+        for a, b in zip(tensors, ours, strict=True):
+            assert (a - b).norm() <= (0.01 if dtype == "bf16" else 1e-5) * b.norm()
+
+
+def test_candidates_drop_inputs():
+    """With dropout, every LoRA candidate gives another output at each call."""
+    impls = tuple(impl for impl in bench_lora.IMPLS if impl != "eager_compiled")
+    candidates = bench_lora.build(bench_lora.Case("fp32", 32, 24, 40, 8, 0.5), impls, "cpu")
+    for impl, candidate in candidates.items():
+        assert torch.equal(candidate.forward(), candidate.forward()) == impl.startswith("frozen")
+
+
+def test_adapters_are_as_the_layer_makes_them():
+    case = bench_lora.Case("bf16", 4, 8, 8, 2, 0.1)
+    layer = bench_lora.build(case, ("lora_fast_lora",), "cpu")["lora_fast_lora"].layer
+    assert isinstance(layer, LoRALinear) and layer.weight.dtype == torch.bfloat16
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32 and layer.lora_B.any()
+    assert layer.lora_dropout == 0.1 and layer.training and not layer.weight.requires_grad
+
+
+KERNELS = """
+import torch
+from benchmarks import bench_kernels
+from lora_fast.kernels import mask
+case = bench_kernels.Case("fp32", 48, 64, 96, 16)
+t = bench_kernels.inputs(case, "cpu", 2)
+kernels, products = bench_kernels.build(case, t)
+keep = mask.unpack(t.bits, 64) * 65536 / mask.keep_count(bench_kernels.P)
+assert 0.8 < mask.unpack(t.bits, 64).float().mean() < 0.97
+for i in range(2):
+    x, dy = t.x[i], t.dy[i]
+    up, dx = x @ t.w.T, dy @ t.w
+    assert torch.equal(products["cublas_up"](i), up) and torch.equal(products["cublas_dx"](i), dx)
+    want = {
+        ("mask_bits", 0.1): t.bits, ("down", 0): x @ t.a.T, ("down", 0.1): (x * keep) @ t.a.T,
+        ("up_gemm", 0): up + t.s @ t.b.T, ("dy_pass", 0): dy @ t.b, ("d_a", 0): t.ds.T @ x,
+        ("d_a", 0.1): t.ds.T @ (x * keep), ("dx_gemm", 0): dx + t.ds @ t.a, ("dx_gemm", 0.1): dx + (t.ds @ t.a) * keep,
+    }
+    assert list(want) == [(k.name, k.p) for k in kernels]
+    for kernel in kernels:
+        t.grad_a.fill_(torch.nan), t.grad_b.fill_(torch.nan)
+        got = kernel.run(i)
+        torch.testing.assert_close(t.grad_a if kernel.name == "d_a" else got, want[kernel.name, kernel.p], **close)
+        if kernel.name == "dy_pass":
+            torch.testing.assert_close(t.grad_b, dy.T @ t.s, **close)
+print("all right")
+""".replace("**close", "atol=1e-3, rtol=1e-4")
+
+
+def test_kernels_do_what_they_are_named_after():
+    """Each of bench_kernels' launches, interpreted, against plain torch."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", KERNELS], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "all right\n", done.stderr
+
+
+def test_copies_exceed_the_cache():
+    for case in bench_kernels.all_cases(common.SHAPES):
+        smaller = case.M * min(case.K, case.N) * common.DTYPES[case.dtype].itemsize
+        assert bench_kernels.n_copies(case) * smaller >= 2**28
+
+
+def test_kernel_table():
+    row = dict(zip(bench_kernels.COLUMNS[4:9], ("bf16", 8, 16, 16, 4), strict=True))
+    rows = [
+        {**row, "p": 0, "kernel": "down", "median_us": 30.04, "floor_us": 20.0, "ratio": 1.502, "bound": 1.3},
+        {**row, "p": 0.1, "kernel": "mask_bits", "median_us": 5.0, "floor_us": 1.0, "ratio": 5.0, "bound": ""},
+    ]
+    assert bench_kernels.table(rows).splitlines() == [
+        "| dtype | M | K | N | r | down | mask_bits p=0.1 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| at most |  |  |  |  | 1.3 |  |",
+        "| bf16 | 8 | 16 | 16 | 4 | 30.0 (**1.50**) | 5.0 (5.00) |",
+    ]
+
+
+def test_card():
+    names = ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-80GB"]
+    assert [common.card(name) for name in names] == ["h100", "h200", "rtx-4090", "a100-sxm4-80gb"]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_rows_of_a_case(graph, monkeypatch):
+    """The timing harness replaced: ratios are to frozen of the same kind, columns are complete."""
+    case = bench_lora.Case("bf16", 4, 8, 8, 2, 0)
+    candidates = bench_lora.build(case, ("frozen", "eager"), "cpu")
+    fake = {"fwd frozen": [1.0, 2.0, 3.0], "fwd eager": [4.0], "fwd+bwd frozen": [5.0], "fwd+bwd eager": [6.0]}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(bench_lora.timing, "graphed", lambda call: call)
+    monkeypatch.setattr(bench_lora.timing, "peak_mib", lambda call: 7.125)
+    monkeypatch.setattr(bench_lora.timing, "measure", lambda calls, rounds: {name: fake[name] for name in calls})
+    about = {"gpu": "g", "torch": "t", "triton": "t", "commit": "c"}
+    rows = bench_lora.measured(case, candidates, 3, graph, about)
+    assert all(list(row) == bench_lora.COLUMNS for row in rows)
+    found = {(row["what"], row["impl"]): (row["median_us"], row["ratio_to_frozen"]) for row in rows}
+    assert found == {("fwd", "frozen"): (2, 1), ("fwd", "eager"): (4, 2),
+                     ("fwd+bwd", "frozen"): (5, 1), ("fwd+bwd", "eager"): (6, 1.2)}  # fmt: skip
+    assert {row["peak_mib"] for row in rows} == {"" if graph else 7.12}

@@ -1,0 +1,263 @@
+"""Each kernel by itself against its formula, under the error rule, in fresh memory full of NaN."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import compare, draw, eager_gradients, gradients
+from conftest import CPU, CUDA, TRITON
+
+if not TRITON:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+import triton.language as tl
+
+from lora_fast.kernels import down, gemm, grad, mask, tiles
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
+SMALL = [(33, 70, 45, 3), (17, 64, 96, 16), (5, 24, 16, 40), (1, 9, 7, 1)]
+LARGE = [(4096, 4096, 4096, 16), (8192, 4096, 1024, 64), (1000, 1003, 1001, 12), (4099, 2048, 4097, 100),
+         (2048, 1024, 768, 256), (2049, 1032, 520, 200)]  # fmt: skip
+CASES = [(device, *case) for device, dtypes, shapes in
+         ((CPU, (FLOAT, HALF), SMALL), (CUDA, (BF16, HALF, FLOAT), SMALL + LARGE))
+         for case in product(dtypes, shapes)]  # fmt: skip
+CASES = [pytest.param(device.values[0], dtype, shape, marks=device.marks,
+                      id=f"{device.values[0]}-{str(dtype)[6:]}-{'x'.join(map(str, shape))}")
+         for device, dtype, shape in CASES]  # fmt: skip
+P = 0.25
+KEEP_SCALE = 65536 / mask.keep_count(P)
+
+
+def hold(kernel, formula, device, dtype, shape, **options):
+    """The error rule for what ``kernel(inputs, keep, bits)`` and ``formula(inputs, keep)`` return by name; the formula
+    is eager torch in the inputs' dtype and the truth in float64."""
+    m, k, n, r = shape
+    ours, eagers, truths = [], [], []
+    for seed in range(16 if m * n < 10000 else 1):
+        inputs = draw(m, k, n, r, dtype, device, seed, **options)
+        bits = mask.mask_bits(torch.tensor([seed], device=device), P, m, k)
+        keep = mask.unpack(bits, k)
+        ours.append(kernel(inputs, bits))
+        eagers.append(formula(inputs, keep))
+        truths.append(formula(doubled(inputs), keep))
+    compare(ours, eagers, truths, dtype)
+
+
+def doubled(inputs):
+    tensors = {name: t.double() for name, t in vars(inputs).items() if isinstance(t, torch.Tensor)}
+    return type(inputs)(**{**vars(inputs), **tensors})
+
+
+def low(inputs, tensor):
+    """A product's [M, R] partner beside its padding, as the passes hand it on: all padding zero."""
+    return F.pad(tensor, (0, -tensor.shape[1] % 16))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("device, dtype, shape", CASES)
+def test_down(device, dtype, shape, masked):
+    scaling = torch.tensor(0.7, device=device) if masked else 0.7
+    r = shape[3]
+
+    def kernel(inputs, bits):
+        s = down.down_fwd(inputs.x, inputs.lora_A, scaling, bits if masked else None, KEEP_SCALE if masked else 1.0)
+        assert s.dtype == dtype and s.shape[1] % 16 == 0 and not s[:, r:].any()
+        return {"S": s[:, :r]}
+
+    def formula(inputs, keep):
+        x = inputs.x * keep * KEEP_SCALE if masked else inputs.x
+        return {"S": F.linear(x, inputs.lora_A) * 0.7}
+
+    hold(kernel, formula, device, dtype, shape)
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("device, dtype, shape", CASES)
+def test_up_product(device, dtype, shape, with_bias):
+    def kernel(inputs, bits):
+        s = low(inputs, F.linear(inputs.x, inputs.lora_A))
+        return {"y": gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, True, inputs.bias if with_bias else None)}
+
+    def formula(inputs, keep):
+        s = F.linear(inputs.x.to(dtype), inputs.lora_A.to(dtype)).to(inputs.x.dtype)
+        base = F.linear(inputs.x, inputs.weight, inputs.bias if with_bias else None)
+        return {"y": base + s @ inputs.lora_B.T}
+
+    hold(kernel, formula, device, dtype, shape)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("device, dtype, shape", CASES)
+def test_dx_product(device, dtype, shape, masked):
+    def kernel(inputs, bits):
+        ds = low(inputs, inputs.dy @ inputs.lora_B)
+        args = (bits, KEEP_SCALE) if masked else (None, 1.0)
+        return {"dx": gemm.gemm(inputs.dy, inputs.weight, ds, inputs.lora_A, False, None, *args)}
+
+    def formula(inputs, keep):
+        ds = (inputs.dy.to(dtype) @ inputs.lora_B.to(dtype)).to(inputs.x.dtype)
+        branch = ds @ inputs.lora_A
+        return {"dx": inputs.dy @ inputs.weight + (branch * keep * KEEP_SCALE if masked else branch)}
+
+    hold(kernel, formula, device, dtype, shape)
+
+
+WANTED = [("dS",), ("dB",), ("dbias",), ("dS", "dB"), ("dS", "dbias"), ("dB", "dbias"), ("dS", "dB", "dbias")]
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids="+".join)
+@pytest.mark.parametrize("device, dtype, shape", CASES)
+def test_pass_over_dy(device, dtype, shape, wanted):
+    r = shape[3]
+
+    def kernel(inputs, bits):
+        s = low(inputs, F.linear(inputs.x, inputs.lora_A)) if "dB" in wanted else None
+        grad_b = torch.empty_like(inputs.lora_B) if "dB" in wanted else None
+        b = inputs.lora_B if "dS" in wanted else None
+        ds, bias = grad.dy_bwd(inputs.dy, s, b, 0.7, grad_b, dtype if "dbias" in wanted else None)
+        assert ds is None or not ds[:, r:].any()
+        found = {"dS": ds if ds is None else ds[:, :r], "dB": grad_b, "dbias": bias}
+        assert {name for name, t in found.items() if t is not None} == set(wanted)
+        return {name: found[name] for name in wanted}
+
+    def formula(inputs, keep):
+        s = F.linear(inputs.x.to(dtype), inputs.lora_A.to(dtype)).to(inputs.x.dtype)
+        made = {"dS": inputs.dy @ inputs.lora_B * 0.7, "dB": inputs.dy.T @ s, "dbias": inputs.dy.sum(0)}
+        return {name: made[name] for name in wanted}
+
+    hold(kernel, formula, device, dtype, shape)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("device, dtype, shape", CASES)
+def test_gradient_of_a(device, dtype, shape, masked):
+    def kernel(inputs, bits):
+        grad_a = torch.empty_like(inputs.lora_A, dtype=FLOAT)  # as of float32 adapters
+        args = (bits, KEEP_SCALE) if masked else (None, 1.0)
+        grad.a_bwd(inputs.x, low(inputs, inputs.dy @ inputs.lora_B), grad_a, *args)
+        return {"dA": grad_a}
+
+    def formula(inputs, keep):
+        ds = (inputs.dy.to(dtype) @ inputs.lora_B.to(dtype)).to(inputs.x.dtype)
+        return {"dA": ds.T @ (inputs.x * keep * KEEP_SCALE if masked else inputs.x)}
+
+    hold(kernel, formula, device, dtype, shape)
+
+
+def test_no_rows(device):
+    inputs = draw(0, 24, 20, 3, FLOAT, device)
+    s = down.down_fwd(inputs.x, inputs.lora_A, 1.0)
+    assert s.shape == (0, 16)
+    assert gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, True).shape == (0, 20)
+    grad_a, grad_b = torch.empty_like(inputs.lora_A), torch.empty_like(inputs.lora_B)
+    ds, grad_bias = grad.dy_bwd(inputs.dy, s, inputs.lora_B, 1.0, grad_b, FLOAT)
+    grad.a_bwd(inputs.x, ds, grad_a)
+    assert ds.shape == (0, 16)
+    assert not grad_a.any() and not grad_b.any() and not grad_bias.any()
+
+
+def strided(tensor, how):
+    """The same values under other strides, or at an address that is no multiple of 16 bytes."""
+    if how == "transposed":
+        return tensor.T.contiguous().T
+    rows, columns = tensor.shape
+    if how == "padded":
+        return tensor.new_zeros(rows, columns + 3)[:, :columns].copy_(tensor)
+    if how == "every_second":
+        return tensor.new_zeros(rows, 2 * columns)[:, ::2].copy_(tensor)
+    return tensor.new_zeros(tensor.numel() + 1)[1:].view(rows, columns).copy_(tensor)
+
+
+@pytest.mark.parametrize("how", ["transposed", "padded", "every_second", "misaligned"])
+def test_any_strides(device, how):
+    inputs = draw(20, 32, 48, 8, FLOAT, device)
+    bits = mask.mask_bits(torch.tensor([5], device=device), P, 20, 32)
+
+    def run(x, weight, a, b):
+        s = down.down_fwd(x, a, 1.0, bits)
+        grad_a = torch.empty(8, 32, device=device)
+        grad.a_bwd(x, s, grad_a, bits)
+        return s, gemm.gemm(x, weight, s, b, True), gemm.gemm(x, weight.T, s, b.T, False), grad_a
+
+    tensors = (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B)
+    plain = run(*tensors)
+    for changed in range(4):
+        again = run(*(strided(t, how) if i == changed else t for i, t in enumerate(tensors)))
+        for one, other in zip(plain, again, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_plans_tell_aligned_from_misaligned(device):
+    """The same shapes and strides, another alignment: the launch chosen for the one must not serve the other."""
+    inputs = draw(16, 64, 64, 16, HALF, device)
+    for x in (inputs.x, strided(inputs.x, "misaligned"), inputs.x):
+        assert x.shape == inputs.x.shape and x.stride() == inputs.x.stride()
+        torch.testing.assert_close(
+            down.down_fwd(x, inputs.lora_A, 1.0), F.linear(inputs.x, inputs.lora_A), rtol=1e-2, atol=1e-2
+        )
+
+
+@pytest.mark.parametrize("first, then", [(1, 2.5), (3, 0.5), (0.5, 2), (2.0, None), (None, 2)])
+def test_plans_tell_scalings_apart(device, first, then):
+    """Whole numbers, floats and tensors in turn: Triton compiles each its own way."""
+    inputs = draw(16, 64, 48, 16, FLOAT, device)
+    for value in (first, then):
+        scaling = torch.tensor(1.5, device=device) if value is None else value
+        expected = F.linear(inputs.x, inputs.lora_A) * (1.5 if value is None else value)
+        torch.testing.assert_close(down.down_fwd(inputs.x, inputs.lora_A, scaling), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_float64_gradients(device):
+    """Interpreted, the kernels compute in float64: there they agree with the truth to its rounding."""
+    if device == "cuda":
+        pytest.skip("float64 is the interpreter's")
+    from lora_fast.functional import lora_linear
+
+    inputs = draw(4, 7, 5, 3, torch.float64)
+    truth = eager_gradients(inputs)
+    ours = gradients(lambda x, w, a, b, bias: lora_linear(x, w, a, b, 2.0, bias, backend="triton"), inputs)
+    for name in truth:
+        torch.testing.assert_close(ours[name], truth[name], rtol=1e-13, atol=1e-13)
+
+    def op(x, a, b, bias):
+        torch.manual_seed(3)
+        return lora_linear(x, inputs.weight, a, b, 1.7, bias, 0.4, backend="triton")
+
+    leaves = (inputs.x, inputs.lora_A, inputs.lora_B, inputs.bias)
+    assert torch.autograd.gradcheck(op, [t.clone().requires_grad_() for t in leaves])
+
+
+def test_mutant_with_a_sixteen_bit_accumulator_fails(device, monkeypatch):
+    shape = (64, 1024, 96, 8) if device == "cpu" else (512, 4096, 768, 16)
+    inputs = draw(*shape, HALF, device)
+    formula = eager_gradients(inputs)["y"]
+    truth = eager_gradients(inputs, torch.float64)["y"]
+    s = low(inputs, F.linear(inputs.x, inputs.lora_A) * inputs.scaling)
+
+    def run():
+        y = gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, True, inputs.bias)
+        compare([{"y": y}], [{"y": formula}], [{"y": truth}], HALF)
+
+    run()
+    inputs.x = strided(inputs.x, "padded")  # a problem that no launch was planned for yet
+    monkeypatch.setattr(gemm, "acc_dtype", lambda dtype: tl.float16)
+    with pytest.raises(AssertionError, match="error too large: y"):
+        run()
+
+
+def test_tiles_fit_every_rank_and_chip(monkeypatch):
+    """Whatever the problem, tiles are powers of two and a program's operands fit the chip's shared memory."""
+    for chip, r, m, kind, tma in product(tiles.SHARED_MEMORY, (1, 3, 16, 100, 256), (1, 4096), (HALF, FLOAT), (0, 1)):
+        monkeypatch.setattr(tiles, "arch", lambda device, chip=chip: chip)
+        if tma and chip < 90:
+            continue
+        device = torch.device("cpu")
+        for tile, options in (
+            tiles.down_tile(m, 4096, r, kind, device, bool(tma)),
+            tiles.grad_tile(m, 4096, r, kind, device, bool(tma), True),
+            tiles.gemm_tile(m, 4096, 4096, r, kind, device, bool(tma)),
+        ):
+            assert all(size & (size - 1) == 0 for size in (*tile.values(), options["num_warps"])), tile
