@@ -9,10 +9,10 @@ TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.
 
 @triton.jit
 def wait_for_stream(PDL: tl.constexpr):
-    """First thing in every kernel: let the next one be set up, wait for what the one before wrote."""
+    """First thing in every kernel: wait for what the one before wrote; with PDL 2 let the next one be set up now."""
+    if PDL == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     if PDL:
-        if PDL == 1:
-            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
 
@@ -40,10 +40,11 @@ def load_tile(t, row, col, n_rows, n_cols, stride_r, stride_c, TMA: tl.constexpr
 
 
 @triton.jit
-def mask_words(bits_ptr, rows, col, stride, WIDTH: tl.constexpr):
+def mask_words(bits_ptr, rows, col, stride, WIDTH: tl.constexpr, wanted=True, other=0):
     """The words that hold the mask bits of columns col to col + WIDTH (both multiples of 32) of the given rows."""
     words = col // 32 + tl.arange(0, WIDTH // 32)
-    return tl.load(bits_ptr + rows.to(tl.int64)[:, None] * stride + words[None, :], mask=words[None, :] < stride, other=0)
+    inside = (words[None, :] < stride) & wanted
+    return tl.load(bits_ptr + rows.to(tl.int64)[:, None] * stride + words[None, :], mask=inside, other=other)
 
 
 @triton.jit

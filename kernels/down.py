@@ -83,7 +83,7 @@ def _plan(x, a, scaling, bits, b, exact) -> Plan:
             bits.stride(0) if bits is not None else 0)  # fmt: skip
     descriptors = {0: [tile["BLOCK_M"], tile["BLOCK_K"]]} if tma else None
     grid = (blocks, triton.cdiv(padded_rank(r), tile["BLOCK_R"]))
-    return Plan(_down_fwd_kernel, grid, constants, options, x.device, ints, descriptors)
+    return Plan(_down_fwd_kernel, grid, constants, options, x, ints, descriptors)
 
 
 def down_fwd(

@@ -28,6 +28,15 @@ def _tile_of(tile, grid_m, grid_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def _words_of(bits_ptr, tile, grid_m, grid_n, M, stride_bits, wanted, other, GROUP_M: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """If wanted the mask words of a tile (of the last one for tiles past it), else other."""
+    pid_m, pid_n = _tile_of(tl.minimum(tile, grid_m * grid_n - 1), grid_m, grid_n, GROUP_M)
+    rows = tl.minimum(pid_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
+    return mask_words(bits_ptr, rows, pid_n * BLOCK_N, stride_bits, BLOCK_N, wanted, other)
+
+
+@triton.jit
 def _store(out, acc, row, col, M, N, stride_om, bias_ptr, dtype: tl.constexpr, TMA: tl.constexpr,
            HAS_BIAS: tl.constexpr):  # fmt: skip
     cols = col + tl.arange(0, acc.shape[1])
@@ -62,6 +71,9 @@ def _gemm_kernel(
     row = 0
     col = 0
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    if MASK:
+        words = _words_of(bits_ptr, tl.program_id(0), grid_m, grid_n, M, stride_bits, True, 0,
+                          GROUP_M, BLOCK_M, BLOCK_N)  # fmt: skip
     for _ in range(0, mine * (end // BLOCK_C)):
         c += BLOCK_C
         if c == end:
@@ -93,9 +105,10 @@ def _gemm_kernel(
                 _store(out, left, row, col, M, N, stride_om, bias_ptr, DTYPE, TMA, HAS_BIAS)
                 _store(out, right, row, col + HALF, M, N, stride_om, bias_ptr, DTYPE, TMA, HAS_BIAS)
             if MASK:
-                rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1)
-                kept = keep(mask_words(bits_ptr, rows, col, stride_bits, BLOCK_N)) & (c < n_rank)
-                acc = tl.where(kept, acc, 0.0)
+                acc = tl.where(keep(tl.where(c < n_rank, words, 0)), acc, 0.0)
+                # The next tile's, a whole tile ahead.
+                words = _words_of(bits_ptr, tile + PROGRAMS, grid_m, grid_n, M, stride_bits, c < n_rank, words,
+                                  GROUP_M, BLOCK_M, BLOCK_N)  # fmt: skip
             else:
                 acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
 
@@ -103,7 +116,7 @@ def _gemm_kernel(
 def _plan(x, w, p, q, out, transposed, bias, bits, exact) -> Plan:
     (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
     tma = tma_fits(x, w, out, q)
-    tile, options = gemm_tile(m, n, c, r, x.dtype, x.device, tma)
+    tile, options = gemm_tile(x.dtype, x.device, tma, bits is not None)
     programs = n_programs(x.device)
     bm, bn, bc = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_C"]
     constants = {**tile, "PROGRAMS": programs, "W_T": transposed, "TMA": tma,
@@ -115,7 +128,7 @@ def _plan(x, w, p, q, out, transposed, bias, bits, exact) -> Plan:
         blocks = dict(enumerate((*pair, *pair, [bm, bn // 2])))
     ints = (m, n, c, r, *x.stride(), *w.stride(), p.stride(0), *q.stride(), n, bits.stride(0) if bits is not None else 0)
     grid = (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),)
-    return Plan(_gemm_kernel, grid, constants, options, x.device, ints, blocks)
+    return Plan(_gemm_kernel, grid, constants, options, x, ints, blocks)
 
 
 def gemm(

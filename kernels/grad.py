@@ -128,11 +128,11 @@ def _plans_of(z, b, g, scaling, bias_dtype, bits, exact) -> tuple[Plan, Plan, tu
     ints = (m, n, r, rs, rows_each, *z.stride(), *(b.stride() if b is not None else (0, 0)), *g_strides,
             bits.stride(0) if bits is not None else 0)  # fmt: skip
     blocks = {0: [tile["BLOCK_M"], tile["BLOCK_N"]]} if tma else None
-    main = Plan(_grad_kernel, (col_blocks, splits, rank_blocks), constants, options, z.device, ints, blocks)
+    main = Plan(_grad_kernel, (col_blocks, splits, rank_blocks), constants, options, z, ints, blocks)
     sizes = (flags["WITH_G"] * n * r, flags["WITH_DS"] * m * rs, flags["WITH_SUM"] * n)
     constants = {**flags, "SCALING_PTR": isinstance(scaling, torch.Tensor), "BLOCK": SUM_BLOCK, "ACC": acc_dtype(z.dtype)}
     grid = (sum(triton.cdiv(size, SUM_BLOCK) for size in sizes),)
-    add = Plan(_sum_kernel, grid, constants, {"num_warps": 4}, z.device, (splits, col_blocks, *sizes))
+    add = Plan(_sum_kernel, grid, constants, {"num_warps": 4}, z, (splits, col_blocks, *sizes))
     return main, add, (g_shape, (col_blocks, m, rs), (splits, n))
 
 

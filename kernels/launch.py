@@ -20,10 +20,12 @@ INTERPRETED = triton.knobs.runtime.interpret
 DIRECT = not INTERPRETED and triton.__version__.startswith("3.6.")
 
 
-def pdl(device: torch.device) -> bool:
-    """Whether a kernel is set up while the one ahead of it in the stream still runs, and waits for it on the device
-    (programmatic dependent launch, Hopper and later)."""
-    return device.type == "cuda" and arch(device) >= 90 and not INTERPRETED
+def pdl(device: torch.device, rows: int) -> int:
+    """Programmatic dependent launch (Hopper and later): a kernel is set up while the one ahead of it in the stream ends,
+    and waits for it on the device. 0: not; 1: so; 2: already while that one runs, which pays where kernels are short."""
+    if device.type != "cuda" or arch(device) < 90 or INTERPRETED:
+        return 0
+    return 2 if rows <= 2048 else 1
 
 
 def sig(t: torch.Tensor | None) -> tuple | None:
@@ -32,18 +34,18 @@ def sig(t: torch.Tensor | None) -> tuple | None:
 
 
 class Plan:
-    """A launch of ``kernel`` on ``grid`` with these constants (by name, in the kernel's order) and compile options.
+    """A launch of ``kernel`` on ``grid`` with these constants (by name, in the kernel's order, which ends with PDL) and
+    compile options, on the device of the matrix ``like``, whose rows say how long it takes.
 
     Called with the tensors and numbers that come first in the kernel's signature; ``ints``, which never change under
     one plan, follow them. ``blocks`` names the arguments that the kernel reads through tensor descriptors, by position,
     with the shape of their tiles. A plan must be kept under a key that holds all that it depends on (``plan_for``).
     """
 
-    def __init__(self, kernel, grid, constants: dict, options: dict, device: torch.device, ints=(), blocks=None):
-        if "PDL" in kernel.arg_names:
-            constants["PDL"] = pdl(device)
-        self.kernel, self.grid, self.constants = kernel, (*grid, 1, 1)[:3], constants
-        self.options = {**options, "launch_pdl": True} if pdl(device) else options
+    def __init__(self, kernel, grid, constants: dict, options: dict, like: torch.Tensor, ints=(), blocks=None):
+        device, early = like.device, pdl(like.device, like.shape[0])
+        self.kernel, self.grid, self.constants = kernel, (*grid, 1, 1)[:3], {**constants, "PDL": early}
+        self.options = {**options, "launch_pdl": True} if early else options
         self.device, self.ints, self.blocks = device.index, ints, blocks or {}
         self.direct: _Direct | None = None
 
@@ -106,7 +108,7 @@ class _Direct:
                     self.numbers.append((i, slots[-1]))
         slots += [ctypes.c_uint64(0), ctypes.c_uint64(0)]
         self.slots = slots
-        self.params = (ctypes.c_void_p * len(slots))(*(s and ctypes.addressof(s) for s in slots))
+        self.params = (ctypes.c_void_p * len(slots))(*(None if s is None else ctypes.addressof(s) for s in slots))
         self.config = _Config(*plan.grid, 32 * compiled.metadata.num_warps, 1, 1, compiled.metadata.shared)
         if compiled.metadata.launch_pdl:
             self.attribute = _Attribute(self.SERIALIZATION, 0, 1)

@@ -1,8 +1,8 @@
-"""Dropout mask bits: bit c % 32 of word [m, c // 32] says whether element (m, c) stays, with P(stays) = keep / 2^16.
+"""Dropout mask bits: bit c % 32 of word [m, c // 32] says whether element (m, c) stays, with P(stays) = keep / 2^12.
 
-32 Bernoulli bits are made at once: with keep = 0.b1 b2 ... b16 in binary, start from zeros and take the digits from the
+32 Bernoulli bits are made at once: with keep = 0.b1 b2 ... b12 in binary, start from zeros and take the digits from the
 last to the first, or-ing a random word where the digit is 1 and and-ing it where it is 0. Each step halves the
-distance, so every bit is 1 with probability keep / 2^16 exactly. The 16 random words come from 4 calls of Philox
+distance, so every bit is 1 with probability keep / 2^12 exactly. The 12 random words come from 3 calls of Philox
 (Salmon et al. 2011), whose key is the seed and whose counter is the word's index: no state, any order.
 """
 
@@ -26,7 +26,7 @@ def _mask_kernel(seed_ptr, bits_ptr, keep, n_words, BLOCK: tl.constexpr, PDL: tl
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
     acc = tl.zeros([BLOCK], dtype=tl.uint32)
-    for call in tl.static_range(4):
+    for call in tl.static_range(3):
         w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0 + call, low * 0, 7)
         acc = _digit(acc, w0, keep, 4 * call)
         acc = _digit(acc, w1, keep, 4 * call + 1)
@@ -36,8 +36,13 @@ def _mask_kernel(seed_ptr, bits_ptr, keep, n_words, BLOCK: tl.constexpr, PDL: tl
 
 
 def keep_count(p: float) -> int:
-    """1 - p in units of 2^-16, within 1 and 65535; the kept elements are scaled by 65536 / keep_count(p)."""
-    return min(max(round((1 - p) * 65536), 1), 65535)
+    """1 - p in units of 2^-12, within 1 and 4095."""
+    return min(max(round((1 - p) * 4096), 1), 4095)
+
+
+def keep_scale(p: float) -> float:
+    """What kept elements are multiplied by, so that the expectation is exact: about 1 / (1 - p)."""
+    return 4096 / keep_count(p)
 
 
 def mask_bits(seed: torch.Tensor, p: float, m: int, k: int) -> torch.Tensor:
@@ -45,8 +50,8 @@ def mask_bits(seed: torch.Tensor, p: float, m: int, k: int) -> torch.Tensor:
     bits = torch.empty(m, triton.cdiv(k, 32), dtype=torch.int32, device=seed.device)
     n = bits.numel()
     if n:
-        key = ("mask", n, seed.data_ptr() % 16, seed.get_device())
-        plan = plan_for(key, Plan, _mask_kernel, (triton.cdiv(n, 512),), {"BLOCK": 512}, {"num_warps": 4}, seed.device)
+        key = ("mask", bits.shape, seed.data_ptr() % 16, seed.get_device())
+        plan = plan_for(key, Plan, _mask_kernel, (triton.cdiv(n, 512),), {"BLOCK": 512}, {"num_warps": 4}, bits)
         plan(seed, bits, keep_count(p), n)
     return bits
 

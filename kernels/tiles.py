@@ -46,15 +46,15 @@ def rank_block(r: int, most: int) -> int:
 
 
 def down_tile(m: int, k: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool) -> tuple[dict, dict]:
-    """S = x A^T: BLOCK_M rows a program, which walks over K with all ranks (up to 256) in its accumulator."""
-    block_r = rank_block(r, 256 if dtype.itemsize <= 2 else 64)
+    """S = x A^T: BLOCK_M rows a program, which walks over K with up to 128 ranks in its accumulator."""
+    block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
     block_m, warps, stages = (64 if m > 2048 else 16), 4, 3 if is_small(device) else 4
     roomy = tma and not is_small(device) and dtype.itemsize <= 2
-    block_k = 256 if roomy else 64
+    block_k = 256 if roomy else 64 * 2 // max(dtype.itemsize, 2)
     if block_r >= 64:
         block_m, block_k, warps = 64, 128 if roomy else 64, 4
     if block_r >= 128:
-        block_k, warps, stages = 32, 8, 3
+        block_m, block_k, warps, stages = (128, 64, 8, 3) if roomy else (64, 32, 8, 3)
     return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": stages}
 
 
@@ -65,8 +65,10 @@ def grad_tile(
     block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
     if not tma or is_small(device) or dtype.itemsize > 2:
         block_n, block_m, warps, stages = 64, 64 if dtype.itemsize <= 2 else 32, 4, 3
-    elif fused and block_r <= 16 and m > 2048:
-        block_n, block_m, warps, stages = 512, 64, 4, 3
+    elif fused and block_r in (16, 64) and m > 2048:
+        block_n, block_m, warps, stages = (512, 64, 4, 3) if block_r == 16 else (512, 64, 8, 2)
+        if block_r == 64 and arch(device) >= 100:
+            block_n = 256
     elif block_r <= 64:
         block_n, block_m, warps, stages = 256, 64, 8 if block_r == 64 else 4, 3
     else:
@@ -84,7 +86,7 @@ def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device) -> tup
 
 
 def gemm_tile(
-    m: int, n: int, c: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool
+    dtype: torch.dtype, device: torch.device, tma: bool, masked: bool
 ) -> tuple[dict, dict]:
     """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together."""
     bm, bn, bc = 128, 256, 64
@@ -92,5 +94,7 @@ def gemm_tile(
         bm, bn, bc = 64, 64, 32
     elif is_small(device) or not tma:
         bm, bn, bc = 128, 128, 32
-    tile = {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_C": bc, "GROUP_M": 8}
+    elif masked and arch(device) >= 100:
+        bn = 128
+    tile = {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_C": bc, "GROUP_M": 16}
     return tile, {"num_warps": 8, "num_stages": 3}

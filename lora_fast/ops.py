@@ -9,7 +9,7 @@ from lora_fast.kernels.common import padded_rank
 from lora_fast.kernels.down import down_cast_fwd
 from lora_fast.kernels.gemm import gemm
 from lora_fast.kernels.grad import a_bwd, dy_bwd
-from lora_fast.kernels.mask import keep_count, mask_bits
+from lora_fast.kernels.mask import keep_scale, mask_bits
 
 Optional_ = torch.Tensor | None
 
@@ -45,8 +45,7 @@ def _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p):
     with _on(x.device):
         rows = x.reshape(-1, k)
         bits = mask_bits(seed, p, rows.shape[0], k) if seed is not None else None
-        keep_scale = 65536 / keep_count(p) if seed is not None else 1.0
-        s, a, b = down_cast_fwd(rows, lora_A, lora_B, scaling, bits, keep_scale)
+        s, a, b = down_cast_fwd(rows, lora_A, lora_B, scaling, bits, keep_scale(p) if bits is not None else 1.0)
         y = gemm(rows, weight, s, b, transposed=True, bias=bias)
     return y.view(*x.shape[:-1], weight.shape[0]), s, bits, a, b
 
@@ -59,7 +58,7 @@ def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, r, dtyp
     """
     need_x, need_a, need_b, need_bias = needs
     n = dy.shape[-1]
-    keep_scale = 65536 / keep_count(p) if bits is not None else 1.0
+    scale = keep_scale(p) if bits is not None else 1.0
     dx = grad_a = grad_b = None
     with _on(dy.device):
         rows = dy.reshape(-1, n)
@@ -72,9 +71,9 @@ def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, r, dtyp
         if need_a:
             flat = x.reshape(-1, x.shape[-1])
             grad_a = torch.empty(r, flat.shape[1], dtype=dtypes[0], device=dy.device)
-            a_bwd(flat, ds, grad_a, bits, keep_scale)
+            a_bwd(flat, ds, grad_a, bits, scale)
         if need_x:
-            dx = gemm(rows, weight, ds, lora_A, transposed=False, bits=bits, keep_scale=keep_scale)
+            dx = gemm(rows, weight, ds, lora_A, transposed=False, bits=bits, keep_scale=scale)
             dx = dx.view(*dy.shape[:-1], weight.shape[1])
     return dx, grad_a, grad_b, grad_bias
 

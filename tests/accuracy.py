@@ -59,18 +59,21 @@ def eager(x, weight, lora_A, lora_B, bias, scaling, keep=None, keep_scale=1.0) -
 
 
 def gradients(fn: Callable, inputs: Inputs, dtype: torch.dtype | None = None) -> Results:
-    """y, dx, dA, dB and dbias of ``fn(x, weight, lora_A, lora_B, bias)``, with the inputs cast to ``dtype`` if given."""
+    """y, dx, dA, dB and dbias of ``fn(x, weight, lora_A, lora_B, bias)``, the inputs cast to ``dtype`` if given."""
     weight, dy = (t if dtype is None else t.to(dtype) for t in (inputs.weight, inputs.dy))
     wanted = {"dx": inputs.x, "dA": inputs.lora_A, "dB": inputs.lora_B, "dbias": inputs.bias}
     leaves = {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in wanted.items() if t is not None}
     y = fn(leaves["dx"], weight, leaves["dA"], leaves["dB"], leaves.get("dbias"))
-    grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
-    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+    y.backward(dy.to(y.dtype))
+    grads = {name: t.grad for name, t in leaves.items() if t.grad is not None}
+    assert grads.keys() == leaves.keys(), f"gradients of {list(grads)} alone"
+    return {"y": y.detach(), **grads}
 
 
 def eager_gradients(inputs: Inputs, dtype: torch.dtype | None = None) -> Results:
     """What eager torch makes of them, in their own dtype or in another; float64 gives the truth."""
-    return gradients(lambda *args: eager(*args, inputs.scaling, inputs.keep, inputs.keep_scale), inputs, dtype)
+    rest = {"scaling": inputs.scaling, "keep": inputs.keep, "keep_scale": inputs.keep_scale}
+    return gradients(lambda *args: eager(*args, **rest), inputs, dtype)
 
 
 def error(result: torch.Tensor, truth: torch.Tensor) -> float:
@@ -116,3 +119,12 @@ def check(fn: Callable, draws: list[Inputs], dtype: torch.dtype | None = None) -
 def with_mask(inputs: Inputs, keep: torch.Tensor, keep_scale: float) -> Inputs:
     """The same inputs with a dropout mask."""
     return replace(inputs, keep=keep.view(inputs.x.shape), keep_scale=keep_scale)
+
+
+def check_one_mask(inputs: Inputs, results: Results) -> None:
+    """Without a base and a bias, <dy, y> = <dx, x> = <dA, A> = <dB, B> if and only if one mask served them all."""
+    y, dy = results["y"].double(), inputs.dy.double()
+    for name, leaf in (("dx", inputs.x), ("dA", inputs.lora_A), ("dB", inputs.lora_B)):
+        found = (results[name].double() * leaf.double()).sum()
+        off = abs((found - (dy * y).sum()).item()) / (dy.norm() * y.norm()).item()
+        assert off < torch.finfo(results["y"].dtype).eps, f"{name} saw another mask than y: {off:.2e}"

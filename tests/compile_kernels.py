@@ -75,7 +75,7 @@ def compile_for(capability: int, problems) -> list[dict]:
 
     driver.set_active(TargetOnly(capability))
     tiles.arch = lambda device: capability
-    launch.pdl = lambda device: capability >= 90
+    launch.pdl = lambda device, rows: int(capability >= 90)
     launch.DIRECT = False
     tiles.n_programs = gemm.n_programs = grad.n_programs = lambda device: 132
     found: list[dict] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accuracy import draw
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -70,7 +71,7 @@ def device(request):
     return request.param
 
 
-PATHS = [
+PATHS: list = [
     ("reference", "cpu", ()),
     ("reference", "cuda", pytest.mark.gpu),
     ("triton", "cpu", pytest.mark.interpreted),
@@ -88,3 +89,20 @@ def path(request):
 def dtype16(path):
     """A 16-bit dtype that the path computes rightly: the interpreter's bfloat16 does not."""
     return torch.float16 if path == ("triton", "cpu") else torch.bfloat16
+
+
+@pytest.fixture
+def call(path):
+    """lora_linear(x, weight, lora_A, lora_B, bias) on this path, with more arguments by name."""
+    from lora_fast.functional import lora_linear
+
+    def fn(x, weight, lora_A, lora_B, bias=None, scaling=2.0, p=0.0, **kwargs):
+        return lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, **{"backend": path[0], **kwargs})
+
+    return fn
+
+
+@pytest.fixture
+def inputs(path):
+    """Small float32 inputs on this path's device."""
+    return draw(12, 40, 24, 3, torch.float32, path[1])

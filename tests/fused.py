@@ -1,0 +1,36 @@
+"""The fused operator as a function for the error rule, and the mask that it will draw."""
+
+import torch
+from accuracy import with_mask
+
+from lora_fast.functional import lora_linear
+from lora_fast.kernels import mask
+
+
+def seed_drawn(device, seed):
+    """The dropout seed that the next fused call draws, and the generator as it was before."""
+    torch.manual_seed(seed)
+    drawn = torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+    torch.manual_seed(seed)
+    return drawn
+
+
+def masked(inputs, p, seed=1):
+    """The inputs with the mask that ``fused`` will draw with this p and seed."""
+    if p == 0:
+        return inputs
+    x = inputs.x
+    bits = mask.mask_bits(seed_drawn(x.device, seed), p, x.numel() // x.shape[-1], x.shape[-1])
+    return with_mask(inputs, mask.unpack(bits, x.shape[-1]), mask.keep_scale(p))
+
+
+def fused(p=0.0, seed=1, scaling=None):
+    def of(inputs):
+        def fn(x, weight, lora_A, lora_B, bias):
+            torch.manual_seed(seed)
+            by = inputs.scaling if scaling is None else scaling
+            return lora_linear(x, weight, lora_A, lora_B, by, bias, p, backend="triton")
+
+        return fn
+
+    return of

@@ -1,0 +1,182 @@
+"""The fused operator: the error rule through autograd, and what Triton, autograd and the compiler make of it."""
+
+import math
+
+import pytest
+import torch
+from accuracy import check, draw, gradients
+from conftest import CPU, CUDA, TRITON
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+if not TRITON:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+from fused import fused, masked, seed_drawn
+
+from lora_fast import ops
+from lora_fast.functional import lora_linear
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
+
+
+def case(device, dtype, m, k, n, r, p=0.0, bias=True, adapter=None):
+    name = f"{device.values[0]}-{str(dtype)[6:]}-{m}x{k}x{n}-r{r}-p{p}"
+    name += ("" if bias else "-no_bias") + (f"-{str(adapter)[6:]}_adapters" if adapter else "")
+    return pytest.param(device.values[0], dtype, (m, k, n, r), p, bias, adapter, marks=device.marks, id=name)
+
+
+CASES = [
+    case(CPU, FLOAT, 33, 70, 45, 3, 0.3),
+    case(CPU, FLOAT, 20, 64, 48, 80, bias=False),
+    case(CPU, HALF, 33, 70, 45, 3, bias=False),
+    case(CPU, HALF, 24, 64, 48, 16, 0.5),
+    case(CPU, HALF, 24, 64, 48, 16, 0.1, adapter=FLOAT),
+    *(case(CUDA, dtype, *shape, p, bias, adapter)
+      for dtype in (BF16, HALF, FLOAT)
+      for shape, p, bias, adapter in [
+          ((4096, 4096, 4096, 16), 0.0, False, FLOAT),
+          ((4096, 4096, 4096, 16), 0.1, True, None),
+          ((8192, 4096, 1024, 64), 0.1, False, FLOAT),
+          ((1000, 1003, 1001, 12), 0.5, True, None),
+          ((1000, 1003, 1001, 12), 0.0, True, FLOAT),
+          ((1024, 4096, 14336, 8), 0.0, False, None),
+          ((4099, 2048, 4096, 100), 0.1, True, FLOAT),
+          ((2048, 1024, 768, 256), 0.1, True, None),
+          ((2048, 1024, 768, 256), 0.0, False, FLOAT),
+          ((33, 70, 45, 3), 0.3, True, None),
+          ((20, 24, 16, 80), 0.0, True, FLOAT),
+          ((1, 64, 48, 5), 0.1, False, None),
+      ] if adapter != dtype),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("device, dtype, shape, p, bias, adapter", CASES)
+def test_error_rule(device, dtype, shape, p, bias, adapter):
+    pooled = 2 if device == "cpu" else 16 if shape[0] * shape[2] < 10000 else 1
+    draws = [draw(*shape, dtype, device, seed, bias, adapter) for seed in range(pooled)]
+    check(fused(p), [masked(inputs, p) for inputs in draws])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, pytest.param(BF16, marks=pytest.mark.gpu)])
+def test_mutant_that_drops_the_lora_term_fails(device, dtype, monkeypatch):
+    inputs = draw(40, 64, 48, 16, dtype, device, b_std=0.002)
+    check(fused(), [inputs])
+    honest = ops.gemm
+    monkeypatch.setattr(ops, "gemm", lambda x, w, p, *args, **rest: honest(x, w, torch.zeros_like(p), *args, **rest))
+    with pytest.raises(AssertionError, match="y: .*dx: "):
+        check(fused(), [inputs])
+
+
+@pytest.mark.parametrize("examples", [pytest.param(6, marks=pytest.mark.interpreted, id="cpu"),
+                                      pytest.param(100, marks=pytest.mark.gpu, id="cuda")])  # fmt: skip
+def test_error_rule_everywhere(examples):
+    gpu = examples > 6
+    dim = st.integers(1, 300 if gpu else 40)
+    dtypes = st.sampled_from([BF16, HALF, FLOAT] if gpu else [HALF, FLOAT])
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(m=dim, k=dim, n=dim, r=st.integers(1, 140 if gpu else 40), dtype=dtypes, bias=st.booleans(),
+           p=st.sampled_from([0.0, 0.1, 0.9]), float_adapters=st.booleans(),
+           layout=st.sampled_from(["plain", "transposed", "sliced"]))  # fmt: skip
+    def run(m, k, n, r, dtype, p, bias, float_adapters, layout):
+        if m * k * n * r == 1:
+            return
+        draws = [draw(m, k, n, r, dtype, "cuda" if gpu else "cpu", seed, bias, FLOAT if float_adapters else None)
+                 for seed in range(16 if gpu else 4)]  # fmt: skip
+        for inputs in draws:
+            if layout == "transposed":
+                inputs.x, inputs.dy = inputs.x.T.contiguous().T, inputs.dy.T.contiguous().T
+            elif layout == "sliced":
+                inputs.x = torch.cat([inputs.x, inputs.x], 1)[:, :k]
+                inputs.weight = torch.cat([inputs.weight, inputs.weight], 1)[:, k:]
+        check(fused(p), [masked(inputs, p) for inputs in draws])
+
+    run()
+
+
+def test_two_runs_give_the_same_bits(device):
+    shape = (40, 70, 45, 5) if device == "cpu" else (4096, 4096, 4096, 16)
+    inputs = draw(*shape, FLOAT if device == "cpu" else BF16, device, adapter=FLOAT)
+    first, again = (gradients(fused(0.2)(inputs), inputs) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], again[name]), name
+    other = gradients(fused(0.2, seed=2)(inputs), inputs)
+    assert not torch.equal(first["y"], other["y"])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_nan_stays_in_its_row(device, p):
+    inputs = draw(40, 64, 48, 16, FLOAT, device)
+    clean = gradients(fused(p)(inputs), inputs)
+    inputs.x[17], inputs.dy[17] = math.nan, math.nan
+    ours = gradients(fused(p)(inputs), inputs)
+    others = torch.arange(40) != 17
+    for name in ("y", "dx"):
+        assert ours[name][17].isnan().all()
+        assert torch.equal(ours[name][others], clean[name][others])
+
+
+def test_second_derivatives_raise_a_clear_error(device):
+    inputs = draw(4, 8, 6, 2, FLOAT, device)
+    x = inputs.x.requires_grad_()
+    y = lora_linear(x, inputs.weight, inputs.lora_A, inputs.lora_B, 1.0, backend="triton")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_nothing_but_saved_tensors_is_kept(device):
+    """What backward reads lies in saved tensors (which hooks may move), and only what it needs."""
+    inputs = draw(40, 64, 48, 16, FLOAT, device, bias=False)
+    scaling = torch.tensor(2.0, device=device)
+
+    def saved(p, **needs):
+        shapes = []
+        tensors = {name: getattr(inputs, name).detach().requires_grad_(needs.get(name, False))
+                   for name in ("x", "lora_A", "lora_B")}  # fmt: skip
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+            y = lora_linear(tensors["x"], inputs.weight, tensors["lora_A"], tensors["lora_B"], scaling, None, p,
+                            backend="triton")  # fmt: skip
+        assert not [v for v in vars(y.grad_fn).values() if isinstance(v, torch.Tensor)]
+        return sorted(shapes, key=lambda s: (len(s), s))
+
+    x, w, a, b, s, bits = (40, 64), (48, 64), (16, 64), (48, 16), (40, 16), (40, 2)
+    assert saved(0.1, lora_B=True) == [s]
+    assert saved(0.0, lora_A=True, lora_B=True) == sorted([(), x, b, s], key=lambda s: (len(s), s))
+    assert saved(0.1, x=True) == sorted([(), w, a, b, bits], key=lambda s: (len(s), s))
+
+
+def test_opcheck(device):
+    """torch's own checks of the custom operator: schema, fake tensors, autograd registration, under dynamic shapes."""
+    inputs = draw(6, 40, 24, 3, FLOAT, device)
+    seed = torch.tensor([7], device=device)
+    scaling = torch.tensor(2.0, device=device)
+    for x_grad, bias, p in [(True, inputs.bias, 0.5), (False, None, 0.0)]:
+        leaves = [inputs.x.detach().view(2, 3, 40).requires_grad_(x_grad), inputs.weight,
+                  inputs.lora_A.detach().requires_grad_(), inputs.lora_B.detach().requires_grad_(), scaling,
+                  bias if bias is None else bias.detach().requires_grad_(), seed if p else None, p]  # fmt: skip
+        torch.library.opcheck(torch.ops.lora_fast.lora_linear, leaves, atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_op_keeps_to_the_error_rule(device):
+    inputs = masked(draw(33, 70, 45, 3, FLOAT, device), 0.25)
+
+    def of(inputs):
+        def fn(x, weight, a, b, bias):
+            drawn = seed_drawn(x.device, 1)
+            scaling = torch.tensor(inputs.scaling, device=x.device)
+            return torch.ops.lora_fast.lora_linear(x, weight, a, b, scaling, bias, drawn, 0.25)[0]
+
+        return fn
+
+    check(of, [inputs])
+
+
+def test_gradient_of_an_expanded_output(device):
+    """The gradient of a sum is expanded from one number: strides of zero."""
+    inputs = draw(20, 24, 16, 4, FLOAT, device)
+    inputs.dy = torch.ones((), device=device).expand(20, 16)
+    check(fused(), [inputs])
