@@ -23,7 +23,6 @@ from lora_fast.kernels.common import (
 from lora_fast.kernels.launch import Plan, plan_for, sig
 from lora_fast.kernels.tiles import down_tile, tma_fits
 
-
 CAST_BLOCK = 4096
 CAST_STEPS = 4
 

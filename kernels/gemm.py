@@ -1,8 +1,8 @@
 """out = X W' + [mask *] P Q' (+ bias): one kernel body for y = x W^T + S B^T + bias and dX = dY W + mask * (dS A).
 
-X [M, C], W [N, C] (W_T) or [C, N], P [M, R], Q [N, R] (W_T) or [R, N]. The low-rank product is the first step (of BLOCK_C
-ranks, or more) of the same pipelined contraction: its operands come through P's and Q's descriptors instead of X's and
-W's, and after it a dropout mask is applied to the accumulator, which then goes on with the base product.
+X [M, C], W [N, C] (W_T) or [C, N], P [M, R], Q [N, R] (W_T) or [R, N]. The low-rank product is the first step (or more,
+of BLOCK_C ranks each) of the same pipelined contraction: its operands come through P's and Q's descriptors instead of
+X's and W's, and after it a dropout mask is applied to the accumulator, which then goes on with the base product.
 
 Persistent: a program walks over tiles of the result in one flat loop over all their steps, so that the loads of the
 next tile are under way while this one is stored. The accumulator is touched outside the products in one place only
@@ -54,8 +54,7 @@ def _store(out, acc, row, col, M, N, stride_om, bias_ptr, dtype: tl.constexpr, T
 def _gemm_kernel(
     x, w, p, q, out, bias_ptr, bits_ptr, keep_scale, M, N, C, R,
     stride_xm, stride_xc, stride_wr, stride_wc, stride_p, stride_qr, stride_qc, stride_om, stride_bits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP_M: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
     W_T: tl.constexpr, TMA: tl.constexpr, HAS_BIAS: tl.constexpr, MASK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +125,8 @@ def _plan(x, w, p, q, out, transposed, bias, bits, exact) -> Plan:
     if tma:
         pair = [bm, bc], [bn, bc] if transposed else [bc, bn]
         blocks = dict(enumerate((*pair, *pair, [bm, bn // 2])))
-    ints = (m, n, c, r, *x.stride(), *w.stride(), p.stride(0), *q.stride(), n, bits.stride(0) if bits is not None else 0)
+    bits_stride = bits.stride(0) if bits is not None else 0
+    ints = (m, n, c, r, *x.stride(), *w.stride(), p.stride(0), *q.stride(), n, bits_stride)
     grid = (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),)
     return Plan(_gemm_kernel, grid, constants, options, x, ints, blocks)
 

@@ -78,7 +78,8 @@ def _add_parts(src, dst, block, parts, size, scale, BLOCK: tl.constexpr, ACC: tl
     total = tl.zeros([8, BLOCK], dtype=ACC)
     for first in range(0, parts, 8):
         part = first + tl.arange(0, 8)
-        total += tl.load(src + part[:, None] * size + i[None, :], mask=(part[:, None] < parts) & (i[None, :] < size), other=0.0)
+        inside = (part[:, None] < parts) & (i[None, :] < size)
+        total += tl.load(src + part[:, None] * size + i[None, :], mask=inside, other=0.0)
     tl.store(dst + i, (tl.sum(total, 0) * scale).to(dst.dtype.element_ty), mask=i < size)
 
 
@@ -130,16 +131,18 @@ def _plans_of(z, b, g, scaling, bias_dtype, bits, exact) -> tuple[Plan, Plan, tu
     blocks = {0: [tile["BLOCK_M"], tile["BLOCK_N"]]} if tma else None
     main = Plan(_grad_kernel, (col_blocks, splits, rank_blocks), constants, options, z, ints, blocks)
     sizes = (flags["WITH_G"] * n * r, flags["WITH_DS"] * m * rs, flags["WITH_SUM"] * n)
-    constants = {**flags, "SCALING_PTR": isinstance(scaling, torch.Tensor), "BLOCK": SUM_BLOCK, "ACC": acc_dtype(z.dtype)}
+    constants = {**flags, "SCALING_PTR": isinstance(scaling, torch.Tensor), "BLOCK": SUM_BLOCK,
+                 "ACC": acc_dtype(z.dtype)}  # fmt: skip
     grid = (sum(triton.cdiv(size, SUM_BLOCK) for size in sizes),)
     add = Plan(_sum_kernel, grid, constants, {"num_warps": 4}, z, (splits, col_blocks, *sizes))
     return main, add, (g_shape, (col_blocks, m, rs), (splits, n))
 
 
 def _column_pass(z, p, g, b=None, scaling=1.0, bias_dtype=None, bits=None, keep_scale=1.0):
-    """Fill g, the [N, R] view that Z^T P goes to, if given. Returns (dS if b is given, column sums if bias_dtype is)."""
+    """Fill g, the [N, R] view that Z^T P goes to, if given. Returns dS if b is given, column sums if bias_dtype is."""
     exact = "ieee" if bias_dtype is not None else precision(z.dtype)
-    key = ("grad", sig(z), sig(b), sig(g), bias_dtype, bits is None, getattr(scaling, "dtype", None), exact, z.get_device())
+    scaling_dtype = getattr(scaling, "dtype", None)
+    key = ("grad", sig(z), sig(b), sig(g), bias_dtype, bits is None, scaling_dtype, exact, z.get_device())
     main, add, shapes = plan_for(key, _plans_of, z, b, g, scaling, bias_dtype, bits, exact)
     acc = torch.float64 if z.dtype == torch.float64 else torch.float32
     g_parts = z.new_empty(shapes[0], dtype=acc) if g is not None else None

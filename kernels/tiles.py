@@ -85,9 +85,7 @@ def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device) -> tup
     return col_blocks, triton.cdiv(m, rows_each), rank_blocks, rows_each
 
 
-def gemm_tile(
-    dtype: torch.dtype, device: torch.device, tma: bool, masked: bool
-) -> tuple[dict, dict]:
+def gemm_tile(dtype: torch.dtype, device: torch.device, tma: bool, masked: bool) -> tuple[dict, dict]:
     """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together."""
     bm, bn, bc = 128, 256, 64
     if dtype.itemsize > 2:

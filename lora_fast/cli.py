@@ -56,8 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in command.imports:
             importlib.import_module(name)
     except ImportError as error:
-        print(f"lora-fast {args.command}: error: {name.partition('.')[0]} cannot be imported ({error}); "
-              f"it comes with: pip install lora-fast[{command.extra}]", file=sys.stderr)
+        print(
+            f"lora-fast {args.command}: error: {name.partition('.')[0]} cannot be imported ({error}); "
+            f"it comes with: pip install lora-fast[{command.extra}]",
+            file=sys.stderr,
+        )
         return 1
     try:
         return importlib.import_module(command.module).run(args)

@@ -122,8 +122,10 @@ def _experiment(seeds: int, ranks: list[int], device: torch.device, out: Path) -
     best = max((run for run in runs if run.rank), key=lambda run: run.validation_accuracy)
     _save(out, runs, groups, bases[best.seed], adapters[best.rank, best.seed])
     again = accuracy(_load(out, best.rank, device), *new["test"])
-    console.print(f"Adapter of rank {best.rank}, seed {best.seed} (best on validation): test accuracy "
-                  f"{best.test_accuracy:.4f}; saved, and loaded into a fresh model: {again:.4f}")
+    console.print(
+        f"Adapter of rank {best.rank}, seed {best.seed} (best on validation): test accuracy "
+        f"{best.test_accuracy:.4f}; saved, and loaded into a fresh model: {again:.4f}"
+    )
     console.print(f"{out} now holds {', '.join(FILES)}. All this took {time.perf_counter() - start:.0f} s.")
     return 0 if again == best.test_accuracy else 1
 
@@ -136,8 +138,10 @@ def load_digits(device: torch.device) -> tuple[Digits, Digits]:
     images = ((images.float() / 255 - 0.1307) / 0.3081).to(device)  # MNIST's mean and standard deviation
     generator = torch.Generator().manual_seed(0)
     halves: tuple[Digits, Digits] = ({}, {})
-    shuffled = [where[torch.randperm(len(where), generator=generator)]
-                for where in (torch.nonzero(labels == digit).flatten() for digit in range(10))]
+    shuffled = [
+        where[torch.randperm(len(where), generator=generator)]
+        for where in (torch.nonzero(labels == digit).flatten() for digit in range(10))
+    ]
     parts = [chosen.split(list(SPLIT.values())) for chosen in shuffled]
     for half, first in zip(halves, (0, 5), strict=True):
         for position, part in enumerate(SPLIT):
@@ -147,8 +151,11 @@ def load_digits(device: torch.device) -> tuple[Digits, Digits]:
 
 
 def network() -> nn.Sequential:
-    return nn.Sequential(OrderedDict(
-        fc1=nn.Linear(784, 64), relu1=nn.ReLU(), fc2=nn.Linear(64, 64), relu2=nn.ReLU(), head=nn.Linear(64, 5)))
+    return nn.Sequential(
+        OrderedDict(
+            fc1=nn.Linear(784, 64), relu1=nn.ReLU(), fc2=nn.Linear(64, 64), relu2=nn.ReLU(), head=nn.Linear(64, 5)
+        )
+    )
 
 
 def adapted(base: nn.Module, rank: int) -> nn.Module:
@@ -201,9 +208,14 @@ def _table(groups: list[list[Run]]):
         if not group[0].rank:
             table.add_section()
         mean, std = _mean_std(group)
-        table.add_row(str(group[0].rank or "full"), str(group[0].trainable_parameters),
-                      f"{group[0].share_of_full_model:.1%}", f"{mean:.3f}", f"{std:.3f}" if len(group) > 1 else "-",
-                      f"{fmean(run.seconds for run in group):.2f}")
+        table.add_row(
+            str(group[0].rank or "full"),
+            str(group[0].trainable_parameters),
+            f"{group[0].share_of_full_model:.1%}",
+            f"{mean:.3f}",
+            f"{std:.3f}" if len(group) > 1 else "-",
+            f"{fmean(run.seconds for run in group):.2f}",
+        )
     return table
 
 

@@ -39,7 +39,7 @@ def lora_linear(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: wrong shapes or devices, dropout_p outside [0, 1), a non-finite scaling, a weight that requires grad.
+        ValueError: wrong shapes or devices, dropout_p outside [0, 1), scaling not finite, a weight that requires grad.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
     dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
@@ -79,7 +79,10 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected {(n,)}")
     if isinstance(scaling, torch.Tensor):
         if scaling.dim() != 0 or not scaling.dtype.is_floating_point:
-            raise ValueError(f"scaling: got a {scaling.dtype} tensor of shape {tuple(scaling.shape)}, expected 0-dim float")
+            shape = tuple(scaling.shape)
+            raise ValueError(f"scaling: got a {scaling.dtype} tensor of shape {shape}, expected a 0-dim floating one")
+        if scaling.device != x.device:
+            raise ValueError(f"scaling: got a tensor on {scaling.device}, expected {x.device}, where x is")
     elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         if not torch.compiler.is_compiling():  # there a float may be symbolic
             raise TypeError(f"scaling: got {type(scaling).__name__}, expected a number or a 0-dim tensor")

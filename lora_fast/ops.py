@@ -11,7 +11,7 @@ from lora_fast.kernels.gemm import gemm
 from lora_fast.kernels.grad import a_bwd, dy_bwd
 from lora_fast.kernels.mask import keep_scale, mask_bits
 
-Optional_ = torch.Tensor | None
+MaybeTensor = torch.Tensor | None
 
 
 def lora_linear(x, weight, lora_A, lora_B, scaling, bias, p: float) -> torch.Tensor:
@@ -50,7 +50,7 @@ def _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p):
     return y.view(*x.shape[:-1], weight.shape[0]), s, bits, a, b
 
 
-def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, r, dtypes) -> tuple[Optional_, ...]:
+def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, r, dtypes) -> tuple[MaybeTensor, ...]:
     """(dx, dA, dB, dbias), each None where ``needs`` (in this order) does not ask for it.
 
     ``dtypes`` are those of lora_A, lora_B and bias. dX comes last: what the passes before it need is freed by then, so
@@ -68,17 +68,17 @@ def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, r, dtyp
             grad_b = torch.empty(n, r, dtype=dtypes[1], device=dy.device)
         b = lora_B if need_x or need_a else None
         ds, grad_bias = dy_bwd(rows, s, b, scaling, grad_b, dtypes[2] if need_bias else None)
-        if need_a:
+        if need_a and ds is not None:
             flat = x.reshape(-1, x.shape[-1])
             grad_a = torch.empty(r, flat.shape[1], dtype=dtypes[0], device=dy.device)
             a_bwd(flat, ds, grad_a, bits, scale)
-        if need_x:
+        if need_x and ds is not None:
             dx = gemm(rows, weight, ds, lora_A, transposed=False, bits=bits, keep_scale=scale)
             dx = dx.view(*dy.shape[:-1], weight.shape[1])
     return dx, grad_a, grad_b, grad_bias
 
 
-def _to_save(x, weight, lora_A, lora_B, s, bits, scaling, needs) -> tuple[Optional_, ...]:
+def _to_save(x, weight, lora_A, lora_B, s, bits, scaling, needs) -> tuple[MaybeTensor, ...]:
     """What the backward will read, and nothing else."""
     need_x, need_a, need_b, _ = needs
     both = need_x or need_a
@@ -93,7 +93,7 @@ def _to_save(x, weight, lora_A, lora_B, s, bits, scaling, needs) -> tuple[Option
     )
 
 
-def _dtype(t: Optional_) -> torch.dtype | None:
+def _dtype(t: MaybeTensor) -> torch.dtype | None:
     return None if t is None else t.dtype
 
 
@@ -119,7 +119,7 @@ class _LoRALinear(torch.autograd.Function):
         return dx, None, grad_a, grad_b, None, grad_bias, None, None
 
 
-def _some(t: Optional_, like: torch.Tensor) -> torch.Tensor:
+def _some(t: MaybeTensor, like: torch.Tensor) -> torch.Tensor:
     """A custom op returns tensors only: an empty one stands for None."""
     return like.new_empty(0) if t is None else t
 
@@ -127,7 +127,7 @@ def _some(t: Optional_, like: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("lora_fast::lora_linear", mutates_args=())
 def _lora_linear_op(
     x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: torch.Tensor,
-    bias: Optional_, seed: Optional_, p: float,
+    bias: MaybeTensor, seed: MaybeTensor, p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     y, s, bits, _, _ = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p)
     return y, s, _some(bits, s)
@@ -145,8 +145,8 @@ def _(x, weight, lora_A, lora_B, scaling, bias, seed, p):
 
 @torch.library.custom_op("lora_fast::lora_linear_bwd", mutates_args=())
 def _lora_linear_bwd_op(
-    dy: torch.Tensor, x: Optional_, weight: Optional_, lora_A: Optional_, lora_B: Optional_, s: Optional_,
-    bits: Optional_, scaling: Optional_, p: float, needs: list[bool], shape: list[int],
+    dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor, lora_A: MaybeTensor, lora_B: MaybeTensor, s: MaybeTensor,
+    bits: MaybeTensor, scaling: MaybeTensor, p: float, needs: list[bool], shape: list[int],
     a_dtype: torch.dtype, b_dtype: torch.dtype, bias_dtype: torch.dtype,
 ) -> list[torch.Tensor]:  # fmt: skip
     a, b = (t if t is None else t.to(dy.dtype) for t in (lora_A, lora_B))

@@ -52,7 +52,8 @@ def disassemble(cubin: bytes, option: str) -> str:
 def resources(cubin: bytes) -> tuple[int, int]:
     """(registers a thread, stack bytes a thread)."""
     text = disassemble(cubin, "-res-usage")
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+    registers, stack = (re.findall(rf"{name}:(\d+)", text)[0] for name in ("REG", "STACK"))
+    return int(registers), int(stack)
 
 
 def longest_run(cubin: bytes) -> int:
@@ -74,12 +75,17 @@ def compile_for(capability: int, problems) -> list[dict]:
     from lora_fast.kernels import down, gemm, grad, launch, mask, tiles
 
     driver.set_active(TargetOnly(capability))
-    tiles.arch = lambda device: capability
-    launch.pdl = lambda device, rows: int(capability >= 90)
-    launch.DIRECT = False
-    tiles.n_programs = gemm.n_programs = grad.n_programs = lambda device: 132
+    for module, name, value in (
+        (tiles, "arch", lambda device: capability),
+        (launch, "pdl", lambda device, rows: int(capability >= 90)),
+        (launch, "DIRECT", False),
+        (tiles, "n_programs", lambda device: 132),
+        (gemm, "n_programs", lambda device: 132),
+    ):
+        setattr(module, name, value)
     found: list[dict] = []
     run = JITFunction.run
+    problem = ""
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -87,7 +93,7 @@ def compile_for(capability: int, problems) -> list[dict]:
             kernel = kernel.result()
         registers, stack = resources(kernel.asm["cubin"])
         found.append({
-            "kernel": self.__name__, "problem": compile_only.problem, "shared": kernel.metadata.shared,
+            "kernel": self.__name__, "problem": problem, "shared": kernel.metadata.shared,
             "registers": registers, "stack": stack, "run": longest_run(kernel.asm["cubin"]) if capability == 90 else 0,
             **{name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in MATRIX.items()},
         })  # fmt: skip
@@ -95,16 +101,17 @@ def compile_for(capability: int, problems) -> list[dict]:
 
     JITFunction.run = compile_only
     for m, k, n, r, dtype, p, adapter, with_bias in problems:
-        compile_only.problem = f"{m}x{k}x{n} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]}"
-        x, w, dy, a, b = (torch.empty(*s, dtype=dtype) for s in ((m, k), (n, k), (m, n), (r, k), (n, r)))
+        problem = f"{m}x{k}x{n} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]}"
+        x, w, dy = (torch.empty(*s, dtype=dtype) for s in ((m, k), (n, k), (m, n)))
+        a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
         bias = torch.empty(n, dtype=dtype) if with_bias else None
         bits = mask.mask_bits(torch.zeros(1, dtype=torch.int64), p, m, k) if p else None
-        s = down.down_fwd(x, a, 2.0, bits)
-        gemm.gemm(x, w, s, b, True, bias=bias)
-        grad_b = torch.empty(n, r, dtype=adapter)
-        ds, _ = grad.dy_bwd(dy, s, b, 2.0, grad_b, dtype if with_bias else None)
-        grad.a_bwd(x, ds, torch.empty(r, k, dtype=adapter), bits)
-        gemm.gemm(dy, w, ds, a, False, bits=bits)
+        s, a_cast, b_cast = down.down_cast_fwd(x, a, b, 2.0, bits)
+        gemm.gemm(x, w, s, b_cast, True, bias=bias)
+        ds, _ = grad.dy_bwd(dy, s, b_cast, 2.0, torch.empty_like(b), dtype if with_bias else None)
+        assert ds is not None
+        grad.a_bwd(x, ds, torch.empty_like(a), bits)
+        gemm.gemm(dy, w, ds, a_cast, False, bits=bits)
     return found
 
 

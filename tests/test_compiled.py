@@ -70,3 +70,13 @@ def test_new_batch_sizes_hardly_recompile(call, inputs, compiled):
     for m in (5, 7, 9, 12):
         close(fn(x[:m]), eager(x[:m], *rest, 2.0))
     assert compiled.counter.frame_count <= 2
+
+
+def test_compiled_under_autocast(call, inputs, compiled, path, dtype16):
+    fn = compiled(lambda *a: call(*a))
+    with torch.autocast(path[1], dtype=dtype16):
+        ours = gradients(fn, inputs)
+    expected = gradients(lambda *a: eager(*a, 2.0), inputs)
+    assert ours["y"].dtype == dtype16 and all(ours[name].dtype == torch.float32 for name in ("dx", "dA", "dB", "dbias"))
+    for name in expected:
+        torch.testing.assert_close(ours[name].float(), expected[name], rtol=0.05, atol=0.05)

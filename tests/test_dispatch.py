@@ -124,9 +124,10 @@ def test_without_triton_the_reference_runs():
 
 
 @pytest.mark.gpu
-def test_a_gpu_takes_the_fused_path_without_a_warning():
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_a_gpu_takes_the_fused_path_without_a_warning(dropout_p):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         x = torch.ones(2, 4, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        y = lora_linear(x, x.detach()[:, :4], x.detach()[:1], x.detach()[:, :1], 1.0)
+        y = lora_linear(x, x.detach(), x.detach()[:1], x.detach()[:, :1], 1.0, dropout_p=dropout_p)
     assert "LoRALinear" in type(y.grad_fn).__name__

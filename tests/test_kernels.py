@@ -211,10 +211,9 @@ def test_plans_tell_scalings_apart(device, first, then):
         torch.testing.assert_close(down.down_fwd(inputs.x, inputs.lora_A, scaling), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_float64_gradients(device):
+@pytest.mark.interpreted
+def test_float64_gradients():
     """Interpreted, the kernels compute in float64: there they agree with the truth to its rounding."""
-    if device == "cuda":
-        pytest.skip("float64 is the interpreter's")
     from lora_fast.functional import lora_linear
 
     inputs = draw(4, 7, 5, 3, torch.float64)
