@@ -140,13 +140,15 @@ def gemm(
     bias: torch.Tensor | None = None,
     bits: torch.Tensor | None = None,
     keep_scale: float = 1.0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x w^T + p q^T + bias`` if transposed (w [N, C], q [N, R]), else ``x w + mask * (p q)`` (w [C, N], q [R, N]).
+    """``x w^T + p q^T + bias`` if transposed (w [N, C], q [N, R]), else ``x w + mask * (p q)`` ([C, N], [R, N]).
 
-    x [M, C], w, p [M, padded R] and q in one dtype, which the result has; bits as ``mask_bits`` gives for the result's
-    shape, with kept elements of the low-rank product multiplied by keep_scale (transposed has no mask).
+    x [M, C], w, p [M, padded R], q and out [M, N], whose rows are contiguous, in one dtype; bits as ``mask_bits`` gives
+    for out's shape, with kept elements of the low-rank product multiplied by keep_scale (transposed has no mask).
     """
-    out = x.new_empty(x.shape[0], w.shape[not transposed])
+    if out is None:
+        out = x.new_empty(x.shape[0], w.shape[not transposed])
     if x.shape[0] == 0:
         return out
     if transposed and q.stride(0) * q.element_size() % 16:

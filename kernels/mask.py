@@ -59,4 +59,4 @@ def mask_bits(seed: torch.Tensor, p: float, m: int, k: int) -> torch.Tensor:
 def unpack(bits: torch.Tensor, k: int) -> torch.Tensor:
     """The same mask as a boolean [m, k] tensor, for tests and for whoever wants to look at it."""
     shifts = torch.arange(32, device=bits.device, dtype=torch.int32)
-    return ((bits[:, :, None] >> shifts) & 1).reshape(bits.shape[0], -1)[:, :k].bool()
+    return ((bits[:, :, None] >> shifts) & 1).flatten(1)[:, :k].bool()

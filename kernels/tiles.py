@@ -50,7 +50,7 @@ def down_tile(m: int, k: int, r: int, dtype: torch.dtype, device: torch.device, 
     block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
     block_m, warps, stages = (64 if m > 2048 else 16), 4, 3 if is_small(device) else 4
     roomy = tma and not is_small(device) and dtype.itemsize <= 2
-    block_k = 256 if roomy else 64 * 2 // max(dtype.itemsize, 2)
+    block_k = 256 if roomy else 64 if dtype.itemsize <= 2 else 32
     if block_r >= 64:
         block_m, block_k, warps = 64, 128 if roomy else 64, 4
     if block_r >= 128:

