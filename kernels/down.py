@@ -120,6 +120,8 @@ def _down(x, a, scaling, bits, keep_scale, b, a_cast, b_cast) -> torch.Tensor:
     if x.shape[0] == 0:
         return s
     exact = precision(x.dtype)
+    if not isinstance(scaling, torch.Tensor):
+        scaling = float(scaling)  # Triton compiles some integers in
     key = ("down", sig(x), sig(a), sig(b), bits is None, getattr(scaling, "dtype", None), exact, x.get_device())
     plan = plan_for(key, _plan, x, a, scaling, bits, b, exact)
     plan(x, a, s, bits, b, a_cast, b_cast, scaling, keep_scale)

@@ -77,13 +77,13 @@ def _add_parts(src, dst, block, parts, size, scale, BLOCK: tl.constexpr, ACC: tl
     i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([8, BLOCK], dtype=ACC)
     for first in range(0, parts, 8):
-        part = first + tl.arange(0, 8)
+        part = first + tl.arange(0, 8).to(tl.int64)
         inside = (part[:, None] < parts) & (i[None, :] < size)
         total += tl.load(src + part[:, None] * size + i[None, :], mask=inside, other=0.0)
     tl.store(dst + i, (tl.sum(total, 0) * scale).to(dst.dtype.element_ty), mask=i < size)
 
 
-@triton.jit(do_not_specialize=["ds_size"])
+@triton.jit(do_not_specialize=["splits", "col_blocks", "ds_size"])
 def _sum_kernel(
     g_src, g_dst, ds_src, ds_dst, sum_src, sum_dst, scaling, keep_scale, splits, col_blocks, g_size, ds_size, sum_size,
     WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, SCALING_PTR: tl.constexpr,
@@ -140,7 +140,11 @@ def _plans_of(z, b, g, scaling, bias_dtype, bits, exact) -> tuple[Plan, Plan, tu
 
 def _column_pass(z, p, g, b=None, scaling=1.0, bias_dtype=None, bits=None, keep_scale=1.0):
     """Fill g, the [N, R] view that Z^T P goes to, if given. Returns dS if b is given, column sums if bias_dtype is."""
-    exact = "ieee" if bias_dtype is not None else precision(z.dtype)
+    exact = precision(z.dtype)
+    if exact == "tf32" and bias_dtype is not None:
+        exact = "tf32x3"  # dbias is no product: it stays exact
+    if not isinstance(scaling, torch.Tensor):
+        scaling = float(scaling)  # Triton compiles some integers in
     scaling_dtype = getattr(scaling, "dtype", None)
     key = ("grad", sig(z), sig(b), sig(g), bias_dtype, bits is None, scaling_dtype, exact, z.get_device())
     main, add, shapes = plan_for(key, _plans_of, z, b, g, scaling, bias_dtype, bits, exact)

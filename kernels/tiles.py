@@ -89,7 +89,7 @@ def gemm_tile(dtype: torch.dtype, device: torch.device, tma: bool, masked: bool)
     """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together."""
     bm, bn, bc = 128, 256, 64
     if dtype.itemsize > 2:
-        bm, bn, bc = 64, 64, 32
+        bm, bn, bc = (128, 128, 32) if tma and not is_small(device) else (64, 64, 32)
     elif is_small(device) or not tma:
         bm, bn, bc = 128, 128, 32
     elif masked and arch(device) >= 100:

@@ -94,12 +94,14 @@ def compare(ours: Iterable[Results], eagers: Iterable[Results], truths: Iterable
     for our, base, truth in zip(ours, eagers, truths, strict=True):
         assert our.keys() == truth.keys()
         for name in our:
-            pooled.setdefault(name, []).append(
-                (error(our[name], truth[name]) ** 2, error(base[name], truth[name]) ** 2, truth[name].numel())
-            )
+            assert our[name].shape == truth[name].shape, f"{name}: {tuple(our[name].shape)}"
+            squares = [torch.linalg.norm(t.double() - truth[name]).item() ** 2 for t in (our[name], base[name])]
+            size = torch.linalg.norm(truth[name]).item() ** 2
+            pooled.setdefault(name, []).append((*squares, size, truth[name].numel()))
     too_far = []
     for name, rows in pooled.items():
-        ours_sq, eager_sq, numels = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+        ours_sq, eager_sq, size, numels = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+        ours_sq, eager_sq = (square / (size or 1.0) for square in (ours_sq, eager_sq))
         limit = allowed(math.sqrt(eager_sq), dtype, numels)
         if not math.sqrt(ours_sq) <= limit:  # so that a NaN fails
             too_far.append(f"{name}: {math.sqrt(ours_sq):.3e}, eager {math.sqrt(eager_sq):.3e}, allowed {limit:.3e}")

@@ -40,9 +40,7 @@ def test_kernels_of(chip):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(HERE.parent)
     command = [sys.executable, str(HERE / "compile_kernels.py"), str(chip)]
-    done = subprocess.run(
-        command, cwd=HERE.parent, env=env, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=HERE.parent, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     for p in ("p=0.0", "p=0.1"):
