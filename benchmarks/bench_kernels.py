@@ -57,13 +57,13 @@ class Inputs(NamedTuple):
     x: Tensor  # [copies, M, K]
     dy: Tensor  # [copies, M, N]
     w: Tensor  # [N, K]
-    a: Tensor  # [r, K], float32 as in LoRALinear
-    b: Tensor  # [N, r], likewise
+    a: Tensor  # [r, K]
+    b: Tensor  # [N, r]
     s: Tensor  # [M, padded r]
     ds: Tensor
     seed: Tensor
     bits: Tensor
-    grad_a: Tensor  # written by the kernels
+    grad_a: Tensor  # float32, as LoRALinear's adapters; written by the kernels
     grad_b: Tensor
 
 
@@ -75,10 +75,22 @@ def inputs(case: Case, device: str, copies: int) -> Inputs:
     kind: dict[str, Any] = {"device": device, "dtype": common.DTYPES[case.dtype]}
     x, dy = torch.randn(copies, m, k, **kind), torch.randn(copies, m, n, **kind)
     w = torch.randn(n, k, **kind) / k**0.5
-    a, b = torch.randn(r, k, device=device) / k**0.5, torch.randn(n, r, device=device)
+    a, b = torch.randn(r, k, **kind) / k**0.5, torch.randn(n, r, **kind)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     s, ds = down.down_fwd(x[0], a, 1.0), down.down_fwd(dy[0], b.t(), 1.0)
-    return Inputs(x, dy, w, a, b, s, ds, seed, mask.mask_bits(seed, P, m, k), torch.empty_like(a), torch.empty_like(b))
+    return Inputs(
+        x,
+        dy,
+        w,
+        a,
+        b,
+        s,
+        ds,
+        seed,
+        mask.mask_bits(seed, P, m, k),
+        torch.empty_like(a, dtype=torch.float32),
+        torch.empty_like(b, dtype=torch.float32),
+    )
 
 
 def build(case: Case, t: Inputs) -> tuple[list[Kernel], dict[str, Callable[[int], Tensor]]]:
@@ -87,10 +99,10 @@ def build(case: Case, t: Inputs) -> tuple[list[Kernel], dict[str, Callable[[int]
 
     _, m, k, n, r = case
     x, dy, w, a, b, s, ds, seed, bits, grad_a, grad_b = t
-    keep = 65536 / mask.keep_count(P)
-    small, adapters = m * r * x.itemsize, 4 * r  # bytes of S or dS, of a column of A or a row of B
-    x_pass = m * k * x.itemsize + small + k * adapters  # down: x, A, S; dA: x, dS, dA
-    dy_pass = m * n * x.itemsize + 2 * small + 2 * n * adapters  # dY, S, B, dS, dB
+    keep = mask.keep_scale(P)
+    small = m * r * x.itemsize  # bytes of S or dS; an adapter has 2 * r a column or row, its gradient 4 * r
+    x_pass = m * k * x.itemsize + small + k * 4 * r  # down: x, A, S; dA: x, dS, dA
+    dy_pass = m * n * x.itemsize + 2 * small + n * 6 * r  # dY, S, B, dS, dB
     mask_bytes = m * k / 8
     kernels = [
         Kernel("mask_bits", P, lambda i: mask.mask_bits(seed, P, m, k), mask_bytes, ""),

@@ -86,9 +86,12 @@ def acc_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 products are made: in tf32 where torch's setting allows it, else as three tf32 products, which are
-    as exact as float32 (arithmetic without the matrix units is five times slower)."""
+def precision(dtype: torch.dtype, terms: int) -> str:
+    """How float32 products that sum up so many terms are made: in tf32 where torch's setting allows it, else as three
+    tf32 products. Those are as exact as float32 in long sums, and several times faster than arithmetic without the
+    matrix units, which short sums keep."""
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    if torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "tf32x3" if terms >= 256 else "ieee"

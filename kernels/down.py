@@ -119,7 +119,7 @@ def _down(x, a, scaling, bits, keep_scale, b, a_cast, b_cast) -> torch.Tensor:
     s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
     if x.shape[0] == 0:
         return s
-    exact = precision(x.dtype)
+    exact = precision(x.dtype, x.shape[1])
     if not isinstance(scaling, torch.Tensor):
         scaling = float(scaling)  # Triton compiles some integers in
     key = ("down", sig(x), sig(a), sig(b), bits is None, getattr(scaling, "dtype", None), exact, x.get_device())

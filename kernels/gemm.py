@@ -115,7 +115,7 @@ def _gemm_kernel(
 def _plan(x, w, p, q, out, transposed, bias, bits, exact) -> Plan:
     (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
     tma = tma_fits(x, w, out, q)
-    tile, options = gemm_tile(x.dtype, x.device, tma, bits is not None)
+    tile, options = gemm_tile(x.dtype, x.device, tma, bits is not None, exact)
     programs = n_programs(x.device)
     bm, bn, bc = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_C"]
     constants = {**tile, "PROGRAMS": programs, "W_T": transposed, "TMA": tma,
@@ -153,7 +153,7 @@ def gemm(
         return out
     if transposed and q.stride(0) * q.element_size() % 16:
         q = torch.nn.functional.pad(q, (0, -q.shape[1] % 16))  # rows of a descriptor are multiples of 16 bytes
-    exact = precision(x.dtype)
+    exact = precision(x.dtype, x.shape[1])
     key = ("gemm", sig(x), sig(w), sig(q), sig(bias), bits is None, transposed, exact, x.get_device())
     plan = plan_for(key, _plan, x, w, p, q, out, transposed, bias, bits, exact)
     plan(x, w, p, q, out, bias, bits, keep_scale)

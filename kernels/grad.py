@@ -140,9 +140,9 @@ def _plans_of(z, b, g, scaling, bias_dtype, bits, exact) -> tuple[Plan, Plan, tu
 
 def _column_pass(z, p, g, b=None, scaling=1.0, bias_dtype=None, bits=None, keep_scale=1.0):
     """Fill g, the [N, R] view that Z^T P goes to, if given. Returns dS if b is given, column sums if bias_dtype is."""
-    exact = precision(z.dtype)
+    exact = precision(z.dtype, min(z.shape) if b is not None else z.shape[0])
     if exact == "tf32" and bias_dtype is not None:
-        exact = "tf32x3"  # dbias is no product: it stays exact
+        exact = "ieee"  # dbias is no product: it stays exact
     if not isinstance(scaling, torch.Tensor):
         scaling = float(scaling)  # Triton compiles some integers in
     scaling_dtype = getattr(scaling, "dtype", None)

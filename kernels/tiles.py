@@ -85,11 +85,11 @@ def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device) -> tup
     return col_blocks, triton.cdiv(m, rows_each), rank_blocks, rows_each
 
 
-def gemm_tile(dtype: torch.dtype, device: torch.device, tma: bool, masked: bool) -> tuple[dict, dict]:
+def gemm_tile(dtype: torch.dtype, device: torch.device, tma: bool, masked: bool, exact: str) -> tuple[dict, dict]:
     """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together."""
     bm, bn, bc = 128, 256, 64
     if dtype.itemsize > 2:
-        bm, bn, bc = (128, 128, 32) if tma and not is_small(device) else (64, 64, 32)
+        bm, bn, bc = (64, 64, 32) if exact == "ieee" or is_small(device) or not tma else (128, 128, 32)
     elif is_small(device) or not tma:
         bm, bn, bc = 128, 128, 32
     elif masked and arch(device) >= 100:

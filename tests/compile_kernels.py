@@ -123,6 +123,7 @@ PROBLEMS = [
     (1024, 1003, 1001, 16, torch.bfloat16, 0.1, torch.float32, False),
     (4096, 4099, 4097, 16, torch.bfloat16, 0.1, torch.float32, False),
     (4096, 4096, 4096, 16, torch.float32, 0.1, torch.float32, False),
+    (4096, 128, 192, 16, torch.float32, 0.1, torch.float32, False),
 ]
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.junitxml import xml_key
 from accuracy import draw
 
 GPU = torch.cuda.is_available()
@@ -19,8 +20,27 @@ def pytest_addoption(parser):
     parser.addoption("--commit", help="the commit for the junit report, where this is not a git checkout")
 
 
+@pytest.hookimpl(trylast=True)  # after the junit report is there
 def pytest_configure(config):
     config.addinivalue_line("markers", "interpreted: runs the kernels in Triton's interpreter, where there is no GPU")
+    report = config.stash.get(xml_key, None)  # with xdist in the controller alone
+    if report is not None:
+        for name, value in environment(config.getoption("commit")).items():
+            report.add_global_property(name, value)
+
+
+def environment(commit: str | None) -> dict[str, str]:
+    """What was tested, and on what."""
+    root = Path(__file__).parent.parent
+    if not commit and (root / ".git").exists():
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    found = {"gpu": torch.cuda.get_device_name() if GPU else "none", "torch": torch.__version__}
+    if TRITON:
+        import triton
+
+        found["triton"] = triton.__version__
+    return found | {"commit": commit or "unknown"}
 
 
 def pytest_runtest_setup(item):
@@ -28,22 +48,6 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a GPU and Triton")
     if item.get_closest_marker("interpreted") and (GPU or not TRITON):
         pytest.skip("needs Triton, interpreted")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def environment(record_testsuite_property, request):
-    """Says in the junit report what was tested on."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = request.config.getoption("commit")
-    if not commit and (Path(__file__).parent.parent / ".git").exists():
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    record_testsuite_property("gpu", torch.cuda.get_device_name() if GPU else "none")
-    record_testsuite_property("torch", torch.__version__)
-    if TRITON:
-        import triton
-
-        record_testsuite_property("triton", triton.__version__)
-    record_testsuite_property("commit", commit or "unknown")
 
 
 @pytest.fixture

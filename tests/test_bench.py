@@ -113,7 +113,7 @@ from lora_fast.kernels import mask
 case = bench_kernels.Case("fp32", 48, 64, 96, 16)
 t = bench_kernels.inputs(case, "cpu", 2)
 kernels, products = bench_kernels.build(case, t)
-keep = mask.unpack(t.bits, 64) * 65536 / mask.keep_count(bench_kernels.P)
+keep = mask.unpack(t.bits, 64) * mask.keep_scale(bench_kernels.P)
 assert 0.8 < mask.unpack(t.bits, 64).float().mean() < 0.97
 for i in range(2):
     x, dy = t.x[i], t.dy[i]
