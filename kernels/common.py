@@ -48,7 +48,7 @@ def mask_words(bits_ptr, rows, col, stride, WIDTH: tl.constexpr, wanted=True, ot
 
 
 @triton.jit
-def keep(words):
+def unpack_words(words):
     """[rows, 32 * words] booleans from mask words."""
     bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1  # [rows, words, 32]
     return tl.reshape(bits, (words.shape[0], 32 * words.shape[1])) == 1

@@ -11,13 +11,13 @@ import triton.language as tl
 from lora_fast.kernels.common import (
     TL,
     acc_dtype,
-    keep,
     load_tile,
     mask_words,
     mma,
     padded_rank,
     precision,
     scalar,
+    unpack_words,
     wait_for_stream,
 )
 from lora_fast.kernels.launch import Plan, plan_for, sig
@@ -53,7 +53,7 @@ def _down_fwd_kernel(
             tile = load_tile(x, row, k, M, K, stride_xm, stride_xk, TMA, BLOCK_M, BLOCK_K)  # [BLOCK_M, BLOCK_K]
             a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K)  # [BLOCK_R, BLOCK_K]
             if MASK:
-                kept = keep(mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K))
+                kept = unpack_words(mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K))
                 tile = tl.where(kept, tile, 0.0)
             acc = mma(tile, a.to(DTYPE).T, acc, PRECISION)
         s = acc * (scalar(scaling, SCALING_PTR) * keep_scale)

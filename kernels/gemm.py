@@ -1,8 +1,9 @@
 """out = X W' + [mask *] P Q' (+ bias): one kernel body for y = x W^T + S B^T + bias and dX = dY W + mask * (dS A).
 
-X [M, C], W [N, C] (W_T) or [C, N], P [M, R], Q [N, R] (W_T) or [R, N]. The low-rank product is the first step (or more,
-of BLOCK_C ranks each) of the same pipelined contraction: its operands come through P's and Q's descriptors instead of
-X's and W's, and after it a dropout mask is applied to the accumulator, which then goes on with the base product.
+X [M, C], W [N, C] (W_T) or [C, N], P [M, R], Q [N, R] (W_T) or [R, N].
+The low-rank product is the first step (or more, of BLOCK_C ranks each) of the same pipelined contraction: its operands
+come from P and Q instead of X and W, and after it a dropout mask is applied to the accumulator, which then goes on with
+the base product.
 
 Persistent: a program walks over tiles of the result in one flat loop over all their steps, so that the loads of the
 next tile are under way while this one is stored. The accumulator is touched outside the products in one place only
@@ -13,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import TL, acc_dtype, keep, load_tile, mask_words, mma, precision, wait_for_stream
+from lora_fast.kernels.common import TL, acc_dtype, load_tile, mask_words, mma, precision, unpack_words, wait_for_stream
 from lora_fast.kernels.launch import Plan, plan_for, sig
 from lora_fast.kernels.tiles import gemm_tile, n_programs, tma_fits
 
@@ -104,7 +105,7 @@ def _gemm_kernel(
                 _store(out, left, row, col, M, N, stride_om, bias_ptr, DTYPE, TMA, HAS_BIAS)
                 _store(out, right, row, col + HALF, M, N, stride_om, bias_ptr, DTYPE, TMA, HAS_BIAS)
             if MASK:
-                acc = tl.where(keep(tl.where(c < n_rank, words, 0)), acc, 0.0)
+                acc = tl.where(unpack_words(tl.where(c < n_rank, words, 0)), acc, 0.0)
                 # The next tile's, a whole tile ahead.
                 words = _words_of(bits_ptr, tile + PROGRAMS, grid_m, grid_n, M, stride_bits, c < n_rank, words,
                                   GROUP_M, BLOCK_M, BLOCK_N)  # fmt: skip

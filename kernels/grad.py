@@ -13,13 +13,13 @@ import triton.language as tl
 from lora_fast.kernels.common import (
     TL,
     acc_dtype,
-    keep,
     load_tile,
     mask_words,
     mma,
     padded_rank,
     precision,
     scalar,
+    unpack_words,
     wait_for_stream,
 )
 from lora_fast.kernels.down import down_fwd
@@ -50,7 +50,8 @@ def _grad_kernel(
         rows = m + tl.arange(0, BLOCK_M)
         tile = load_tile(z, m, col, M, N, stride_zm, stride_zn, TMA, BLOCK_M, BLOCK_N)
         if MASK:
-            tile = tl.where(keep(mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, BLOCK_N)), tile, 0.0)
+            words = mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, BLOCK_N)
+            tile = tl.where(unpack_words(words), tile, 0.0)
         if WITH_G:
             p = load_tile(p_ptr, m, rank, M, RS, RS, 1, False, BLOCK_M, BLOCK_R)
         else:

@@ -1,8 +1,8 @@
-"""Dropout mask bits: bit c % 32 of word [m, c // 32] says whether element (m, c) stays, with P(stays) = keep / 2^12.
+"""Dropout mask bits: bit c % 32 of word [m, c // 32] says whether element (m, c) stays, with P(stays) = count / 2^12.
 
-32 Bernoulli bits are made at once: with keep = 0.b1 b2 ... b12 in binary, start from zeros and take the digits from the
-last to the first, or-ing a random word where the digit is 1 and and-ing it where it is 0. Each step halves the
-distance, so every bit is 1 with probability keep / 2^12 exactly. The 12 random words come from 3 calls of Philox
+32 Bernoulli bits are made at once: with count / 2^12 = 0.b1 b2 ... b12 in binary, start from zeros and take the digits
+from the last to the first, or-ing a random word where the digit is 1 and and-ing it where it is 0. Each step halves the
+distance, so every bit is 1 with probability count / 2^12 exactly. The 12 random words come from 3 calls of Philox
 (Salmon et al. 2011), whose key is the seed and whose counter is the word's index: no state, any order.
 """
 
@@ -15,12 +15,12 @@ from lora_fast.kernels.launch import Plan, plan_for
 
 
 @triton.jit
-def _digit(acc, word, keep, D: tl.constexpr):
-    return tl.where((keep >> D) & 1 == 1, word | acc, word & acc)
+def _digit(acc, word, count, D: tl.constexpr):
+    return tl.where((count >> D) & 1 == 1, word | acc, word & acc)
 
 
-@triton.jit(do_not_specialize=["keep", "n_words"])
-def _mask_kernel(seed_ptr, bits_ptr, keep, n_words, BLOCK: tl.constexpr, PDL: tl.constexpr):
+@triton.jit(do_not_specialize=["count", "n_words"])
+def _mask_kernel(seed_ptr, bits_ptr, count, n_words, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_stream(PDL)
     seed = tl.load(seed_ptr)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -28,10 +28,10 @@ def _mask_kernel(seed_ptr, bits_ptr, keep, n_words, BLOCK: tl.constexpr, PDL: tl
     acc = tl.zeros([BLOCK], dtype=tl.uint32)
     for call in tl.static_range(3):
         w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0 + call, low * 0, 7)
-        acc = _digit(acc, w0, keep, 4 * call)
-        acc = _digit(acc, w1, keep, 4 * call + 1)
-        acc = _digit(acc, w2, keep, 4 * call + 2)
-        acc = _digit(acc, w3, keep, 4 * call + 3)
+        acc = _digit(acc, w0, count, 4 * call)
+        acc = _digit(acc, w1, count, 4 * call + 1)
+        acc = _digit(acc, w2, count, 4 * call + 2)
+        acc = _digit(acc, w3, count, 4 * call + 3)
     tl.store(bits_ptr + index, acc.to(tl.int32, bitcast=True), mask=index < n_words)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lora_fast.layers import _check_hyperparameters
+from lora_fast.layers import _check_hyperparameters, why_not_lora
 
 _SUFFIX = r"(.*\.)?({})$"  # how PEFT reads a key of rank_pattern: it stands for a full name or its last parts
 
@@ -21,6 +21,7 @@ class LoRAConfig:
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in :class:`lora_fast.LoRALinear`.
         target_modules: a list of full module names or their last parts ("q_proj", "attn.q_proj"), a regex that must
             match the full name, or "all-linear": every ``nn.Linear`` but the model's ``get_output_embeddings()``.
+            A layer among them that no adapter can stand in for (of an ``nn.MultiheadAttention``, say) is an error.
         exclude_modules: a list or a regex, likewise: targets to leave alone.
         rank_pattern, alpha_pattern: {regex of a full name or its last parts: r or lora_alpha}; the first match wins.
         bias: the existing biases that train: "none", "lora_only" (those of the converted layers) or "all".
@@ -95,11 +96,9 @@ def find_targets(
 
 
 def _why_not(module: nn.Module, parents: list[nn.Module]) -> str | None:
-    """Why a LoRALinear could not stand in for the module, in words."""
-    if type(module) is not nn.Linear:
-        return f"is a {type(module).__name__}, not a plain nn.Linear"
-    if "forward" in vars(module) or any(value for key, value in vars(module).items() if key.endswith("_hooks")):
-        return "has hooks or a replaced forward, which would be lost (register hooks after add_lora)"
+    """Why a LoRALinear could not stand in for the module in this place, in words."""
+    if why := why_not_lora(module):
+        return why
     if torch.backends.mha.get_fastpath_enabled() and any(isinstance(p, nn.TransformerEncoderLayer) for p in parents):
         return (
             "is in an nn.TransformerEncoderLayer, whose inference fast path reads the weight and would skip the adapter"

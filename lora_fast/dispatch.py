@@ -5,6 +5,7 @@ exception, and whoever gets the slow path is told once, with the reason.
 """
 
 import importlib.util
+import sys
 import warnings
 
 import torch
@@ -38,7 +39,7 @@ def get_backend() -> str:
 
 
 def _checked(backend: str) -> str:
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     return backend
 
@@ -74,11 +75,26 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         ValueError: unknown backend.
         RuntimeError: ``"triton"`` was asked for and cannot run; the message says why.
     """
-    if backend == "auto":
+    if _checked(backend) == "auto":
         backend = _backend
     if backend == "reference":
         return backend
     return _decide(backend, device, dtype)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast, if it is on, has products computed in on this device."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` (for the caller of this function) of whoever called into lora_fast, modules left out."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("lora_fast", "torch.nn.modules")):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 _decided: dict[tuple, str] = {}
@@ -88,7 +104,7 @@ def _decide(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     key = (backend, device, dtype)
     if key not in _decided:
         reason = why_not_triton(device, dtype)
-        if reason is None or (_checked(backend) == "triton" and device.type == "cpu" and interpreted()):
+        if reason is None or (backend == "triton" and device.type == "cpu" and interpreted()):
             _decided[key] = "triton"
         elif backend == "triton":
             raise RuntimeError(f"backend='triton': the fused kernels cannot run here: {reason}")
@@ -96,7 +112,7 @@ def _decide(backend: str, device: torch.device, dtype: torch.dtype) -> str:
             _decided[key] = "reference"
             if reason not in _told:
                 _told.add(reason)
-                warnings.warn(f"lora_fast takes the plain torch path: {reason}", SlowPathWarning, stacklevel=5)
+                warnings.warn(f"lora_fast takes the plain torch path: {reason}", SlowPathWarning, _callers_level())
     return _decided[key]
 
 

@@ -6,6 +6,8 @@ import torch
 
 from lora_fast import dispatch, reference
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def lora_linear(
     x: torch.Tensor,
@@ -29,8 +31,9 @@ def lora_linear(
         lora_A: [R, K], any floating dtype; computed in x's dtype, its gradient comes in its own.
         lora_B: [N, R], likewise.
         scaling: a number, or a 0-dim floating tensor (never read back to the host). It gets no gradient.
-        bias: [N] or None.
-        dropout_p: in [0, 1); elements of x are dropped in the low-rank branch while ``training``.
+        bias: [N] or None, in x's dtype (outside autocast).
+        dropout_p: in [0, 1); elements of x are dropped in the low-rank branch while ``training``. The fused kernels
+            round the probability to a multiple of 2^-12, and scale what stays to fit exactly that.
         training: False switches dropout off.
         backend: "auto" (what :func:`lora_fast.set_backend` says), "triton" or "reference".
 
@@ -39,7 +42,8 @@ def lora_linear(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: wrong shapes or devices, dropout_p outside [0, 1), scaling not finite, a weight that requires grad.
+        ValueError: wrong shapes or devices, dropout_p outside [0, 1), scaling not finite (looked at in eager alone, and
+            not if it is a tensor), a weight that requires grad.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
     dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
@@ -61,8 +65,8 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:
     for name, t in tensors.items():
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor")
-        if not t.dtype.is_floating_point:
-            raise TypeError(f"{name}: got dtype {t.dtype}, expected a floating-point dtype")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name}: got dtype {t.dtype}, expected float16, bfloat16, float32 or float64")
         if t.device != x.device:
             raise ValueError(f"{name}: got a tensor on {t.device}, expected {x.device}, where x is")
     if x.dim() < 1:
@@ -94,8 +98,12 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:
         raise ValueError(f"dropout_p: got {dropout_p}, expected a probability in [0, 1)")
     if weight.requires_grad:
         raise ValueError("weight: requires grad, expected a frozen base weight (weight.requires_grad_(False))")
-    if torch.is_autocast_enabled(x.device.type):
-        return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight: got dtype {weight.dtype}, expected x's {x.dtype} (or autocast)")
+    autocast = dispatch.autocast_dtype(x.device)
+    if autocast is not None and x.dtype != torch.float64:
+        if weight.dtype == torch.float64:
+            raise TypeError(f"weight: got dtype {weight.dtype}, which autocast leaves alone, expected x's {x.dtype}")
+        return autocast
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name}: got dtype {t.dtype}, expected x's {x.dtype} (or autocast)")
     return x.dtype

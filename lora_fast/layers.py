@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fast.functional import lora_linear
+from lora_fast.functional import FLOATS, lora_linear
 
 
 class LoRALinear(nn.Linear):
@@ -53,9 +53,11 @@ class LoRALinear(nn.Linear):
         init_lora_weights: bool | str = True,
     ) -> None:
         _check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights)
+        if not isinstance(use_rslora, bool):
+            raise TypeError(f"use_rslora: got {use_rslora!r}, expected True or False")
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"dtype: got {dtype}, expected float16, bfloat16, float32 or float64")
         super().__init__(in_features, out_features, bias, device, dtype)
-        if not self.weight.dtype.is_floating_point:
-            raise TypeError(f"dtype: got {self.weight.dtype}, expected a floating-point dtype")
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, float(lora_dropout), use_rslora
         self.enabled = True
         self.register_buffer("unmerged_weight", None, persistent=False)
@@ -75,17 +77,11 @@ class LoRALinear(nn.Linear):
         """Wrap ``linear``: its weight and bias are shared (no copy) and frozen; its training flag is kept.
 
         Raises:
-            TypeError: not an ``nn.Linear`` whose forward is the plain one and whose weight is floating point.
+            TypeError: not an ``nn.Linear`` itself, or one with hooks, a replaced forward or a quantised weight.
             ValueError: a hyperparameter outside its range.
         """
-        if not isinstance(linear, nn.Linear) or isinstance(linear, cls):
-            raise TypeError(f"linear: got {type(linear).__name__}, expected an nn.Linear")
-        if type(linear).forward is not nn.Linear.forward or not linear.weight.dtype.is_floating_point:
-            raise TypeError(f"linear: got {type(linear).__name__} with its own forward or a quantised weight, "
-                            "expected a plain nn.Linear")  # fmt: skip
-        if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise TypeError("linear: the output projection of nn.MultiheadAttention is never called (its weight is "
-                            "read directly), so an adapter there would have no effect")  # fmt: skip
+        if why := why_not_lora(linear):
+            raise TypeError(f"linear: expected a plain nn.Linear, got one that {why}")
         layer = cls(linear.in_features, linear.out_features, r, lora_alpha, lora_dropout, use_rslora,
                     bias=linear.bias is not None, device="meta", init_lora_weights=init_lora_weights)  # fmt: skip
         layer.weight, layer.bias = linear.weight, linear.bias
@@ -156,7 +152,8 @@ class LoRALinear(nn.Linear):
         """Put ``W + scaling * B A``, summed in float32 and rounded once, in W's place; nothing if merged already.
 
         The base weight is kept for :meth:`unmerge`, so a merged layer holds two weights; layers that share the base
-        weight with this one do not change.
+        weight with this one do not change. Moving or casting the model while merged can part them (the values stay
+        right).
 
         Raises:
             ValueError: with ``safe_merge``, if the merged weight is not finite; the layer is then as it was.
@@ -198,6 +195,19 @@ class LoRALinear(nn.Linear):
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
         flags = {"use_rslora=True": self.use_rslora, "merged": self.merged, "disabled": not self.enabled}
         return ", ".join([text, *(name for name, on in flags.items() if on)])
+
+
+def why_not_lora(module: nn.Module) -> str | None:
+    """Why a :class:`LoRALinear` could not stand in for the module, in words; None where it can."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "is the output projection of nn.MultiheadAttention, which reads its weight and would skip the adapter"
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__name__}, not a plain nn.Linear"
+    if "forward" in vars(module) or any(value for key, value in vars(module).items() if key.endswith("_hooks")):
+        return "has hooks or a replaced forward, which would be lost (register hooks after the conversion)"
+    if module.weight.dtype not in FLOATS:
+        return f"has a quantised weight ({module.weight.dtype})"
+    return None
 
 
 def _check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str) -> None:

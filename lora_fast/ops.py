@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch.autograd.function import once_differentiable
 
+from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels.common import padded_rank
 from lora_fast.kernels.down import down_cast_fwd
 from lora_fast.kernels.gemm import gemm
@@ -20,8 +21,8 @@ def lora_linear(x, weight, lora_A, lora_B, scaling, bias, p: float) -> torch.Ten
     The dropout seed is drawn here, outside the operator, from the device's generator: so checkpointing, which restores
     that generator, draws the same one again, and a CUDA graph draws a new one in every replay.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device)
+    if dtype is not None and x.dtype != torch.float64:
         x, weight = x.to(dtype), weight.to(dtype)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p > 0 else None
     if torch.compiler.is_compiling():

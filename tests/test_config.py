@@ -201,7 +201,7 @@ def shadowed():
         (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "x is a ParametrizedLinear"),
         (hooked(), "x has hooks"),
         (shadowed(), "x has hooks or a replaced forward"),
-        (nn.MultiheadAttention(4, 2), "x.out_proj is a NonDynamicallyQuantizableLinear"),
+        (nn.MultiheadAttention(4, 2), "x.out_proj is the output projection of nn.MultiheadAttention"),
         (nn.TransformerEncoderLayer(4, 2, 4), "x.linear1 is in an nn.TransformerEncoderLayer"),
     ],
 )

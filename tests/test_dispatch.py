@@ -40,6 +40,13 @@ def test_backends_are_checked():
         call(backend="cuda")
 
 
+def test_backends_are_checked_where_the_kernels_could_run(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: None)
+    for backend in ("foo", ["triton"], None):
+        with pytest.raises(ValueError, match="backend: got"):
+            dispatch.choose(backend, CPU, torch.float32)
+
+
 def test_the_slow_path_warns_once_per_reason():
     with pytest.warns(lora_fast.SlowPathWarning, match="'cpu'.*need an NVIDIA GPU") as told:
         call()

@@ -188,6 +188,7 @@ BAD = [
     (TypeError, "lora_A", None),
     (TypeError, "lora_B", torch.ones(5, 2, dtype=torch.bool)),
     (TypeError, "bias", torch.ones(5, dtype=torch.complex64)),
+    (TypeError, "bias", torch.ones(5, dtype=torch.bfloat16)),
     (TypeError, "bias", 0.0),
     (TypeError, "scaling", "2"),
     (TypeError, "scaling", None),

@@ -149,6 +149,12 @@ def test_from_linear_shares_and_freezes(bias, training):
     assert back.training is training and (back.in_features, back.out_features) == (7, 5)
 
 
+def hooked() -> nn.Linear:
+    linear = nn.Linear(7, 5)
+    linear.register_forward_hook(lambda *_: None)
+    return linear
+
+
 class OwnForward(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -157,11 +163,12 @@ class OwnForward(nn.Linear):
 @pytest.mark.parametrize(
     "linear, message",
     [
-        (nn.Conv1d(1, 1, 1), "got Conv1d, expected an nn.Linear"),
-        (LoRALinear(7, 5), "got LoRALinear, expected an nn.Linear"),
-        (OwnForward(7, 5), "got OwnForward with its own forward"),
+        (nn.Conv1d(1, 1, 1), "is a Conv1d, not a plain nn.Linear"),
+        (LoRALinear(7, 5), "is a LoRALinear, not a plain"),
+        (OwnForward(7, 5), "is a OwnForward, not a plain"),
         (nn.MultiheadAttention(8, 2).out_proj, "output projection of nn.MultiheadAttention"),
-        (None, "got NoneType"),
+        (None, "is a NoneType"),
+        (hooked(), "has hooks or a replaced forward"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -205,9 +212,12 @@ def test_bad_hyperparameters(error, name, value):
     assert linear.weight.requires_grad and linear.bias.requires_grad
 
 
-def test_integer_dtypes_are_refused():
-    with pytest.raises((TypeError, RuntimeError), match="int8|floating"):
-        LoRALinear(7, 5, dtype=torch.int8)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(TypeError, match="^dtype: got .*expected float16"):
+        LoRALinear(7, 5, dtype=dtype)
+    with pytest.raises(TypeError, match="^use_rslora: got 'no'"):
+        LoRALinear(7, 5, use_rslora="no")
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -234,6 +244,7 @@ def test_extra_repr(layer):
 def test_on_the_meta_device():
     layer = LoRALinear(7, 5, device="meta")
     assert all(p.is_meta for p in layer.parameters())
+    assert layer(torch.ones(3, 7, device="meta")).shape == (3, 5)
     layer.to_empty(device="cpu").reset_lora_parameters()
     assert layer.lora_A.isfinite().all() and layer.lora_A.any() and not layer.lora_B.any()
 
@@ -271,4 +282,4 @@ def test_warns_of_the_slow_path_at_the_caller(layer, monkeypatch):
         warnings.simplefilter("always")
         layer(torch.ones(1, 7))
         layer(torch.ones(1, 7))
-    assert [w.category for w in told] == [SlowPathWarning]
+    assert [w.category for w in told] == [SlowPathWarning] and told[0].filename == __file__
