@@ -29,6 +29,7 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check -q
 	$(BIN)/python -m mypy
 
 # The venv gets its pip from the outer one, which works where ensurepip is missing (Debian), and in a pinned version.
