@@ -66,6 +66,7 @@ def peak_mib(step: Callable[[], object]) -> float:
 def graphed(fn: Callable[[], object]) -> Callable[[], None]:
     """The same work as one CUDA graph's replay."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             fn()

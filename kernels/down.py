@@ -106,9 +106,8 @@ def down_cast_fwd(
     keep_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """S as ``down_fwd`` gives it, and a [R, K] and b [N, R] in x's dtype, in the same launch."""
-    if a.dtype == b.dtype == x.dtype:
-        return down_fwd(x, a, scaling, bits, keep_scale), a, b
-    if x.shape[0] == 0 or a.dtype != b.dtype or not (a.is_contiguous() and b.is_contiguous()):
+    flat = a.is_contiguous() and b.is_contiguous()
+    if a.dtype == x.dtype or a.dtype != b.dtype or not flat or x.shape[0] == 0:
         a, b = a.to(x.dtype), b.to(x.dtype)
         return down_fwd(x, a, scaling, bits, keep_scale), a, b
     a_cast, b_cast = torch.empty_like(a, dtype=x.dtype), torch.empty_like(b, dtype=x.dtype)

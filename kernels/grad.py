@@ -27,6 +27,7 @@ from lora_fast.kernels.launch import Plan, plan_for, sig
 from lora_fast.kernels.tiles import grad_splits, grad_tile, tma_fits
 
 FUSED_RANK = 64  # the largest rank at which dS comes from the same pass
+SUM_BLOCK = 256  # elements that a program of the second kernel adds up
 
 
 @triton.jit(do_not_specialize=["M", "rows_each"])
@@ -107,9 +108,6 @@ def _sum_kernel(
             _add_parts(sum_src, sum_dst, block, splits, sum_size, 1.0, BLOCK, ACC)
 
 
-SUM_BLOCK = 256
-
-
 def _plans_of(z, b, g, scaling, bias_dtype, bits, exact) -> tuple[Plan, Plan, tuple]:
     """The pass itself, the sum of its parts, and the shapes of the parts of G, of dS and of the sums."""
     m, n = z.shape
@@ -176,10 +174,9 @@ def dy_bwd(
             grad_b.zero_()
         ds = dy.new_empty(0, padded_rank(b.shape[1])) if b is not None else None
         return ds, dy.new_zeros(dy.shape[1], dtype=bias_dtype) if bias_dtype is not None else None
+    ds = None
     if b is not None and (b.shape[1] > FUSED_RANK or grad_b is None):
         ds, b = down_fwd(dy, b.t(), scaling), None
-    else:
-        ds = None
     if b is None and grad_b is None and bias_dtype is None:
         return ds, None
     fused_ds, grad_bias = _column_pass(dy, s, grad_b, b, scaling, bias_dtype)

@@ -45,9 +45,7 @@ class LoRAConfig:
     modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
-        _check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
-        if not isinstance(self.use_rslora, bool):
-            raise TypeError(f"use_rslora: got {self.use_rslora!r}, expected a bool")
+        _check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.init_lora_weights)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'bias: got {self.bias!r}, expected "none", "all" or "lora_only"')
         _check_names("target_modules", self.target_modules)
@@ -63,7 +61,7 @@ class LoRAConfig:
                 _check_regex(argument, key, _SUFFIX)
                 r, alpha = (value, 1) if argument == "rank_pattern" else (1, value)
                 try:
-                    _check_hyperparameters(r, alpha, 0.0, True)
+                    _check_hyperparameters(r, alpha, 0.0, False, True)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{argument}[{key!r}]: {error}") from None
 

@@ -5,16 +5,14 @@ The network is 784-64-64-5 (54,725 parameters); LoRA on its three layers trains 
 
 import argparse
 import copy
-import csv
 import sys
 import tempfile
 import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fast import LoRAConfig, SlowPathWarning, add_lora, load_lora_state_dict, lora_state_dict
+from lora_fast.demo_report import Run, plot, table, write_csv
 from lora_fast.dispatch import why_not_triton
 
 FILES = ("results.csv", "accuracy.png", "base.safetensors", "adapter.safetensors")
@@ -33,20 +32,6 @@ PRETRAIN_LR, LORA_LR, FULL_LR = 1e-3, 1e-2, 2e-3
 BATCH, MAX_EPOCHS, PATIENCE = 128, 100, 15
 
 Digits = dict[str, tuple[Tensor, Tensor]]  # part of SPLIT: (images [n, 784] float32, labels [n] int64 in 0..4)
-
-
-@dataclass
-class Run:
-    """One fine-tuning run, a row of results.csv. Accuracies are from 0 to 1."""
-
-    rank: int  # 0: the full fine-tune
-    seed: int
-    trainable_parameters: int
-    share_of_full_model: float
-    validation_accuracy: float
-    test_accuracy: float
-    epochs: int
-    seconds: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +103,7 @@ def _experiment(seeds: int, ranks: list[int], device: torch.device, out: Path) -
                     adapters[rank, seed] = lora_state_dict(model)
 
     groups = [[run for run in runs if run.rank == rank] for rank in [*ranks, 0]]
-    console.print(_table(groups), soft_wrap=False)
+    console.print(table(groups), soft_wrap=False)
     best = max((run for run in runs if run.rank), key=lambda run: run.validation_accuracy)
     _save(out, runs, groups, bases[best.seed], adapters[best.rank, best.seed])
     again = accuracy(_load(out, best.rank, device), *new["test"])
@@ -195,41 +180,11 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (model(images).argmax(1) == labels).double().mean().item()
 
 
-def _mean_std(group: list[Run]) -> tuple[float, float]:
-    scores = [run.test_accuracy for run in group]
-    return fmean(scores), stdev(scores) if len(scores) > 1 else 0.0
-
-
-def _table(groups: list[list[Run]]):
-    from rich.table import Table
-
-    caption = f"seeds: {len(groups[0])}; mean and std of the accuracy, mean seconds"
-    table = Table(title="Fine-tuned on the digits 5-9", caption=caption)
-    for heading in ("\nrank", "trainable\nparameters", "share of\nfull model", "test\naccuracy", "\nstd", "\nseconds"):
-        table.add_column(heading, justify="right")
-    for group in groups:
-        if not group[0].rank:
-            table.add_section()
-        mean, std = _mean_std(group)
-        table.add_row(
-            str(group[0].rank or "full"),
-            str(group[0].trainable_parameters),
-            f"{group[0].share_of_full_model:.1%}",
-            f"{mean:.3f}",
-            f"{std:.3f}" if len(group) > 1 else "-",
-            f"{fmean(run.seconds for run in group):.2f}",
-        )
-    return table
-
-
 def _save(out: Path, runs: list[Run], groups: list[list[Run]], base: nn.Module, adapter: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    with open(out / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Run)])
-        writer.writeheader()
-        writer.writerows(asdict(run) | {"rank": run.rank or "full"} for run in runs)
-    _plot(groups).savefig(out / "accuracy.png", dpi=150)
+    write_csv(out / "results.csv", runs)
+    plot(groups).savefig(out / "accuracy.png", dpi=150)
     save_file(base.state_dict(), out / "base.safetensors")
     save_file(adapter, out / "adapter.safetensors")
 
@@ -242,29 +197,6 @@ def _load(out: Path, rank: int, device: torch.device) -> nn.Module:
     model = adapted(base, rank)
     load_lora_state_dict(model, load_file(out / "adapter.safetensors"))
     return model
-
-
-def _plot(groups: list[list[Run]]):
-    from matplotlib.figure import Figure  # without pyplot: no window, no display needed
-    from matplotlib.ticker import PercentFormatter
-
-    counts = [group[0].trainable_parameters for group in groups]
-    means, stds = zip(*map(_mean_std, groups), strict=True)
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.add_subplot(xscale="log", xlabel="trainable parameters", ylabel="test accuracy on 5-9")
-    axes.axhline(means[-1], color="tab:gray", linestyle="--", linewidth=1)
-    axes.axhspan(means[-1] - stds[-1], means[-1] + stds[-1], color="tab:gray", alpha=0.15, linewidth=0)
-    full = f"full fine-tune ({counts[-1]:,} parameters)"
-    axes.errorbar(counts[-1], means[-1], stds[-1], fmt="s", color="tab:gray", capsize=3, label=full)
-    axes.errorbar(counts[:-1], means[:-1], stds[:-1], fmt="o-", color="tab:blue", capsize=3, label="LoRA, base frozen")
-    axes.set_xticks(counts[:-1], [f"{group[0].trainable_parameters:,}\nr = {group[0].rank}" for group in groups[:-1]])
-    axes.minorticks_off()
-    axes.set_title(f"MNIST digits 5-9 on a network pretrained on 0-4; mean and std, seeds: {len(groups[0])}")
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
-    return figure
 
 
 def _not_writable(out: Path) -> str | None:

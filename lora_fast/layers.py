@@ -52,9 +52,7 @@ class LoRALinear(nn.Linear):
         *,
         init_lora_weights: bool | str = True,
     ) -> None:
-        _check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights)
-        if not isinstance(use_rslora, bool):
-            raise TypeError(f"use_rslora: got {use_rslora!r}, expected True or False")
+        _check_hyperparameters(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype: got {dtype}, expected float16, bfloat16, float32 or float64")
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -210,7 +208,9 @@ def why_not_lora(module: nn.Module) -> str | None:
     return None
 
 
-def _check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str) -> None:
+def _check_hyperparameters(
+    r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, init_lora_weights: bool | str
+) -> None:
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"r: got {r!r}, expected an integer >= 1")
     if r < 1:
@@ -222,6 +222,8 @@ def _check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float, init_
         raise ValueError(f"lora_alpha: got {lora_alpha}, expected a finite number")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout: got {lora_dropout}, expected a probability in [0, 1)")
+    if not isinstance(use_rslora, bool):
+        raise TypeError(f"use_rslora: got {use_rslora!r}, expected True or False")
     _check_init(init_lora_weights)
 
 

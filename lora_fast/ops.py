@@ -55,8 +55,8 @@ def _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p):
 def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, r, dtypes) -> tuple[MaybeTensor, ...]:
     """(dx, dA, dB, dbias), each None where ``needs`` (in this order) does not ask for it.
 
-    ``dtypes`` are those of lora_A, lora_B and bias. dX comes last: what the passes before it need is freed by then, so
-    it alone makes the peak of memory.
+    The tensors are those of ``_to_save``; ``dtypes`` are those of lora_A, lora_B and bias. dX comes last: what the
+    passes before it need is freed by then, so it alone makes the peak of memory.
     """
     need_x, need_a, need_b, need_bias = needs
     n = dy.shape[-1]
@@ -68,8 +68,7 @@ def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, r, dtyp
             rows = rows.contiguous()
         if need_b:
             grad_b = torch.empty(n, r, dtype=dtypes[1], device=dy.device)
-        b = lora_B if need_x or need_a else None
-        ds, grad_bias = dy_bwd(rows, s, b, scaling, grad_b, dtypes[2] if need_bias else None)
+        ds, grad_bias = dy_bwd(rows, s, lora_B, scaling, grad_b, dtypes[2] if need_bias else None)
         if need_a and ds is not None:
             flat = x.reshape(-1, x.shape[-1])
             grad_a = torch.empty(r, flat.shape[1], dtype=dtypes[0], device=dy.device)

@@ -14,6 +14,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"demo"},
+    {"demo_report"},
     {"__init__"},
     {"model"},
     {"config"},
