@@ -109,11 +109,11 @@ def build(case: Case, t: Inputs) -> tuple[list[Kernel], dict[str, Callable[[int]
         Kernel("down", 0, lambda i: down.down_fwd(x[i], a, 1.0), x_pass, 1.3),
         Kernel("down", P, lambda i: down.down_fwd(x[i], a, 1.0, bits, keep), x_pass + mask_bytes, 1.5),
         Kernel("up_gemm", 0, lambda i: gemm.gemm(x[i], w, s, b, True), "cublas_up", 1.04),
-        Kernel("dy_pass", 0, lambda i: grad.dy_bwd(dy[i], s, b, 1.0, grad_b, None)[0], dy_pass, 1.5),
+        Kernel("dy_pass", 0, lambda i: grad.dy_bwd(dy[i], s, b, 1.0, grad_b), dy_pass, 1.5),
         Kernel("d_a", 0, lambda i: grad.a_bwd(x[i], ds, grad_a), x_pass, 1.3),
-        Kernel("d_a", P, lambda i: grad.a_bwd(x[i], ds, grad_a, bits, keep), x_pass + mask_bytes, 1.5),
+        Kernel("d_a", P, lambda i: grad.a_bwd(x[i], ds, grad_a, bits), x_pass + mask_bytes, 1.5),
         Kernel("dx_gemm", 0, lambda i: gemm.gemm(dy[i], w, ds, a, False), "cublas_dx", 1.04),
-        Kernel("dx_gemm", P, lambda i: gemm.gemm(dy[i], w, ds, a, False, None, bits, keep), "cublas_dx", 1.04),
+        Kernel("dx_gemm", P, lambda i: gemm.gemm(dy[i], w, ds, a, False, None, bits), "cublas_dx", 1.04),
     ]
     return kernels, {"cublas_up": lambda i: x[i] @ w.t(), "cublas_dx": lambda i: dy[i] @ w}
 

@@ -20,7 +20,7 @@ from lora_fast.kernels.common import (
     unpack_words,
     wait_for_stream,
 )
-from lora_fast.kernels.launch import Plan, plan_for, sig
+from lora_fast.kernels.launch import Plan, plan_for, scaling_kind, sig
 from lora_fast.kernels.tiles import down_tile, tma_fits
 
 CAST_BLOCK = 4096
@@ -28,15 +28,18 @@ CAST_STEPS = 4
 
 
 @triton.jit
-def _cast(src, dst, block, size, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def _cast(src, dst, block, rows, cols, dst_cols, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """dst [rows, dst_cols] from src [rows, cols], the columns beyond those of src zero; both contiguous."""
     for step in range(STEPS):
         i = (block * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(dst + i, tl.load(src + i, mask=i < size, other=0.0).to(dst.dtype.element_ty), mask=i < size)
+        row, col, inside = i // dst_cols, i % dst_cols, i < rows * dst_cols
+        value = tl.load(src + row.to(tl.int64) * cols + col, mask=inside & (col < cols), other=0.0)
+        tl.store(dst + i, value.to(dst.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _down_fwd_kernel(
-    x, a_ptr, s_ptr, bits_ptr, b_ptr, a_cast_ptr, b_cast_ptr, scaling, keep_scale, M, K, R, RS, b_size,
+    x, a_ptr, s_ptr, bits_ptr, b_ptr, a_cast_ptr, b_cast_ptr, scaling, keep_scale, M, K, R, RS, N,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     CAST_BLOCK: tl.constexpr, CAST_STEPS: tl.constexpr,
@@ -49,12 +52,15 @@ def _down_fwd_kernel(
         rows = row + tl.arange(0, BLOCK_M)
         ranks = rank + tl.arange(0, BLOCK_R)
         acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
+        if MASK:
+            mask_rows = tl.minimum(rows, M - 1)
+            words = mask_words(bits_ptr, mask_rows, 0, stride_bits, BLOCK_K)
         for k in range(0, K, BLOCK_K):
             tile = load_tile(x, row, k, M, K, stride_xm, stride_xk, TMA, BLOCK_M, BLOCK_K)  # [BLOCK_M, BLOCK_K]
             a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K)  # [BLOCK_R, BLOCK_K]
             if MASK:
-                kept = unpack_words(mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K))
-                tile = tl.where(kept, tile, 0.0)
+                tile = tl.where(unpack_words(words), tile, 0.0)
+                words = mask_words(bits_ptr, mask_rows, k + BLOCK_K, stride_bits, BLOCK_K)  # a step ahead
             acc = mma(tile, a.to(DTYPE).T, acc, PRECISION)
         s = acc * (scalar(scaling, SCALING_PTR) * keep_scale)
         s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * RS + ranks[None, :]
@@ -64,22 +70,24 @@ def _down_fwd_kernel(
         a_blocks = tl.cdiv(R * K, CAST_BLOCK * CAST_STEPS)
         if rank == 0:
             if block < a_blocks:
-                _cast(a_ptr, a_cast_ptr, block, R * K, CAST_BLOCK, CAST_STEPS)
+                _cast(a_ptr, a_cast_ptr, block, R, K, K, CAST_BLOCK, CAST_STEPS)
             else:
-                _cast(b_ptr, b_cast_ptr, block - a_blocks, b_size, CAST_BLOCK, CAST_STEPS)
+                _cast(b_ptr, b_cast_ptr, block - a_blocks, N, R, RS, CAST_BLOCK, CAST_STEPS)
 
 
-def _plan(x, a, scaling, bits, b, exact) -> Plan:
+def down_plan(x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, masked: bool,
+              b: torch.Tensor | None = None) -> Plan:  # fmt: skip
+    """The launch for these tensors (see the functions below); with b it also casts a and b."""
     (m, k), r, tma = x.shape, a.shape[0], tma_fits(x)
     tile, options = down_tile(m, k, r, x.dtype, x.device, tma)
-    blocks = triton.cdiv(m, tile["BLOCK_M"])
+    blocks, n = triton.cdiv(m, tile["BLOCK_M"]), 0
     if b is not None:
-        blocks += sum(triton.cdiv(t.numel(), CAST_BLOCK * CAST_STEPS) for t in (a, b))
-    constants = {**tile, "CAST_BLOCK": CAST_BLOCK, "CAST_STEPS": CAST_STEPS, "MASK": bits is not None,
+        n = b.shape[0]
+        blocks += sum(triton.cdiv(size, CAST_BLOCK * CAST_STEPS) for size in (r * k, n * padded_rank(r)))
+    constants = {**tile, "CAST_BLOCK": CAST_BLOCK, "CAST_STEPS": CAST_STEPS, "MASK": masked,
                  "CAST": b is not None, "SCALING_PTR": isinstance(scaling, torch.Tensor), "TMA": tma,
-                 "ACC": acc_dtype(x.dtype), "PRECISION": exact, "DTYPE": TL[x.dtype]}  # fmt: skip
-    ints = (m, k, r, padded_rank(r), b.numel() if b is not None else 0, *x.stride(), *a.stride(),
-            bits.stride(0) if bits is not None else 0)  # fmt: skip
+                 "ACC": acc_dtype(x.dtype), "PRECISION": precision(x.dtype, k), "DTYPE": TL[x.dtype]}  # fmt: skip
+    ints = (m, k, r, padded_rank(r), n, *x.stride(), *a.stride(), triton.cdiv(k, 32) if masked else 0)
     descriptors = {0: [tile["BLOCK_M"], tile["BLOCK_K"]]} if tma else None
     grid = (blocks, triton.cdiv(padded_rank(r), tile["BLOCK_R"]))
     return Plan(_down_fwd_kernel, grid, constants, options, x, ints, descriptors)
@@ -94,7 +102,17 @@ def down_fwd(
 ) -> torch.Tensor:
     """S [M, padded_rank(R)] from x [M, K], a [R, K] in any float dtype, mask bits of x or None, and what kept elements
     are multiplied by."""
-    return _down(x, a, scaling, bits, keep_scale, None, None, None)
+    s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
+    if x.shape[0]:
+        key = ("down", sig(x), sig(a), bits is None, scaling_kind(scaling), precision(x.dtype, x.shape[1]))
+        plan = plan_for(key, down_plan, x, a, scaling, bits is not None)
+        plan(x, a, s, bits, None, None, None, scaling, keep_scale)
+    return s
+
+
+def cast_wanted(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the product needs copies of the adapters: in x's dtype, b with rows of a multiple of 16 bytes."""
+    return a.dtype != x.dtype or b.dtype != x.dtype or b.stride(0) * b.element_size() % 16 != 0 or b.stride(1) != 1
 
 
 def down_cast_fwd(
@@ -105,23 +123,14 @@ def down_cast_fwd(
     bits: torch.Tensor | None = None,
     keep_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """S as ``down_fwd`` gives it, and a [R, K] and b [N, R] in x's dtype, in the same launch."""
-    flat = a.is_contiguous() and b.is_contiguous()
-    if a.dtype == x.dtype or a.dtype != b.dtype or not flat or x.shape[0] == 0:
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        return down_fwd(x, a, scaling, bits, keep_scale), a, b
-    a_cast, b_cast = torch.empty_like(a, dtype=x.dtype), torch.empty_like(b, dtype=x.dtype)
-    return _down(x, a, scaling, bits, keep_scale, b, a_cast, b_cast), a_cast, b_cast
-
-
-def _down(x, a, scaling, bits, keep_scale, b, a_cast, b_cast) -> torch.Tensor:
-    s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
-    if x.shape[0] == 0:
-        return s
-    exact = precision(x.dtype, x.shape[1])
-    if not isinstance(scaling, torch.Tensor):
-        scaling = float(scaling)  # Triton compiles some integers in
-    key = ("down", sig(x), sig(a), sig(b), bits is None, getattr(scaling, "dtype", None), exact, x.get_device())
-    plan = plan_for(key, _plan, x, a, scaling, bits, b, exact)
+    """S as ``down_fwd`` gives it, and copies in x's dtype of contiguous a [R, K] and of b [N, R], which is padded with
+    zeros to [N, padded_rank(R)], in the same launch. x has rows."""
+    s, a_cast, b_cast = x.new_empty(x.shape[0], padded_rank(a.shape[0])), *cast_space(x, a, b)
+    key = ("down", sig(x), sig(a), sig(b), bits is None, scaling_kind(scaling), precision(x.dtype, x.shape[1]))
+    plan = plan_for(key, down_plan, x, a, scaling, bits is not None, b)
     plan(x, a, s, bits, b, a_cast, b_cast, scaling, keep_scale)
-    return s
+    return s, a_cast, b_cast
+
+
+def cast_space(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(a.shape), x.new_empty(b.shape[0], padded_rank(b.shape[1]))

@@ -14,7 +14,17 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import TL, acc_dtype, load_tile, mask_words, mma, precision, unpack_words, wait_for_stream
+from lora_fast.kernels.common import (
+    TL,
+    acc_dtype,
+    load_tile,
+    mask_words,
+    mma,
+    padded_rank,
+    precision,
+    unpack_words,
+    wait_for_stream,
+)
 from lora_fast.kernels.launch import Plan, plan_for, sig
 from lora_fast.kernels.tiles import gemm_tile, n_programs, tma_fits
 
@@ -53,7 +63,7 @@ def _store(out, acc, row, col, M, N, stride_om, bias_ptr, dtype: tl.constexpr, T
 
 @triton.jit(do_not_specialize=["M"])
 def _gemm_kernel(
-    x, w, p, q, out, bias_ptr, bits_ptr, keep_scale, M, N, C, R,
+    x, w, p, q, out, bias_ptr, bits_ptr, M, N, C, R,
     stride_xm, stride_xc, stride_wr, stride_wc, stride_p, stride_qr, stride_qc, stride_om, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
     W_T: tl.constexpr, TMA: tl.constexpr, HAS_BIAS: tl.constexpr, MASK: tl.constexpr,
@@ -98,8 +108,8 @@ def _gemm_kernel(
         else:
             turn = c == end - BLOCK_C
         if turn:
-            if MASK:
-                acc = acc * tl.where(c < n_rank, keep_scale, 1.0)
+            if MASK:  # by one, known at run time only: else ptxas of Triton 3.6 finds two places
+                acc = acc * (tl.num_programs(0) > 0).to(ACC)
             if c == end - BLOCK_C:
                 left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
                 _store(out, left, row, col, M, N, stride_om, bias_ptr, DTYPE, TMA, HAS_BIAS)
@@ -113,21 +123,24 @@ def _gemm_kernel(
                 acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
 
 
-def _plan(x, w, p, q, out, transposed, bias, bits, exact) -> Plan:
+def gemm_plan(
+    x: torch.Tensor, w: torch.Tensor, q: torch.Tensor, out: torch.Tensor, transposed: bool, with_bias: bool,
+    masked: bool,
+) -> Plan:  # fmt: skip
+    """The launch for these tensors (see ``gemm``)."""
     (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
-    tma = tma_fits(x, w, out, q)
-    tile, options = gemm_tile(x.dtype, x.device, tma, bits is not None, exact)
+    exact, tma = precision(x.dtype, c), tma_fits(x, w, out, q)
+    tile, options = gemm_tile(x.dtype, x.device, tma, masked, exact)
     programs = n_programs(x.device)
     bm, bn, bc = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_C"]
     constants = {**tile, "PROGRAMS": programs, "W_T": transposed, "TMA": tma,
-                 "HAS_BIAS": bias is not None, "MASK": bits is not None, "ACC": acc_dtype(x.dtype),
+                 "HAS_BIAS": with_bias, "MASK": masked, "ACC": acc_dtype(x.dtype),
                  "PRECISION": exact, "DTYPE": TL[x.dtype]}  # fmt: skip
     blocks = None
     if tma:
         pair = [bm, bc], [bn, bc] if transposed else [bc, bn]
         blocks = dict(enumerate((*pair, *pair, [bm, bn // 2])))
-    bits_stride = bits.stride(0) if bits is not None else 0
-    ints = (m, n, c, r, *x.stride(), *w.stride(), p.stride(0), *q.stride(), n, bits_stride)
+    ints = (m, n, c, r, *x.stride(), *w.stride(), padded_rank(r), *q.stride(), n, triton.cdiv(n, 32) if masked else 0)
     grid = (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),)
     return Plan(_gemm_kernel, grid, constants, options, x, ints, blocks)
 
@@ -140,22 +153,16 @@ def gemm(
     transposed: bool,
     bias: torch.Tensor | None = None,
     bits: torch.Tensor | None = None,
-    keep_scale: float = 1.0,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x w^T + p q^T + bias`` if transposed (w [N, C], q [N, R]), else ``x w + mask * (p q)`` ([C, N], [R, N]).
 
-    x [M, C], w, p [M, padded R], q and out [M, N], whose rows are contiguous, in one dtype; bits as ``mask_bits`` gives
-    for out's shape, with kept elements of the low-rank product multiplied by keep_scale (transposed has no mask).
+    x [M, C], w, p [M, padded R] (contiguous) and q in one dtype, rows of p and q contiguous; bits as ``mask_bits``
+    gives for the result's shape (transposed has no mask).
     """
-    if out is None:
-        out = x.new_empty(x.shape[0], w.shape[not transposed])
-    if x.shape[0] == 0:
-        return out
-    if transposed and q.stride(0) * q.element_size() % 16:
-        q = torch.nn.functional.pad(q, (0, -q.shape[1] % 16))  # rows of a descriptor are multiples of 16 bytes
-    exact = precision(x.dtype, x.shape[1])
-    key = ("gemm", sig(x), sig(w), sig(q), sig(bias), bits is None, transposed, exact, x.get_device())
-    plan = plan_for(key, _plan, x, w, p, q, out, transposed, bias, bits, exact)
-    plan(x, w, p, q, out, bias, bits, keep_scale)
+    out = x.new_empty(x.shape[0], w.shape[not transposed])
+    if x.shape[0]:
+        exact = precision(x.dtype, x.shape[1])
+        key = ("gemm", sig(x), sig(w), sig(q), bias is None, bits is None, transposed, exact)
+        plan = plan_for(key, gemm_plan, x, w, q, out, transposed, bias is not None, bits is not None)
+        plan(x, w, p, q, out, bias, bits)
     return out

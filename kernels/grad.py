@@ -6,6 +6,8 @@ keeps its G in registers and steps through the rows; a second kernel adds up the
 two runs give the same bits.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,7 @@ from lora_fast.kernels.common import (
     wait_for_stream,
 )
 from lora_fast.kernels.down import down_fwd
-from lora_fast.kernels.launch import Plan, plan_for, sig
+from lora_fast.kernels.launch import Plan, plan_for, scaling_kind, sig
 from lora_fast.kernels.tiles import grad_splits, grad_tile, tma_fits
 
 FUSED_RANK = 64  # the largest rank at which dS comes from the same pass
@@ -32,7 +34,7 @@ SUM_BLOCK = 256  # elements that a program of the second kernel adds up
 
 @triton.jit(do_not_specialize=["M", "rows_each"])
 def _grad_kernel(
-    z, p_ptr, b_ptr, bits_ptr, g_ptr, ds_ptr, sum_ptr, M, N, R, RS, rows_each,
+    z, p_ptr, b_ptr, bits_ptr, g_ptr, parts_ptr, M, N, R, RS, rows_each, sum_at, g_at,
     stride_zm, stride_zn, stride_bn, stride_br, stride_gs, stride_gn, stride_gr, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
@@ -47,12 +49,14 @@ def _grad_kernel(
         b = load_tile(b_ptr, col, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R)
     g = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
     first = split * rows_each  # a multiple of BLOCK_M
+    if MASK:
+        words = mask_words(bits_ptr, tl.minimum(first + tl.arange(0, BLOCK_M), M - 1), col, stride_bits, BLOCK_N)
     for m in range(first, tl.minimum(first + rows_each, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         tile = load_tile(z, m, col, M, N, stride_zm, stride_zn, TMA, BLOCK_M, BLOCK_N)
         if MASK:
-            words = mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, BLOCK_N)
             tile = tl.where(unpack_words(words), tile, 0.0)
+            words = mask_words(bits_ptr, tl.minimum(rows + BLOCK_M, M - 1), col, stride_bits, BLOCK_N)  # a step ahead
         if WITH_G:
             p = load_tile(p_ptr, m, rank, M, RS, RS, 1, False, BLOCK_M, BLOCK_R)
         else:
@@ -63,13 +67,13 @@ def _grad_kernel(
             g = mma(tile.T, p, g, PRECISION)
         if WITH_DS:
             ds = mma(tile, b, tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC), PRECISION)
-            ds_ptrs = ds_ptr + (pid_n.to(tl.int64) * M + rows[:, None]) * RS + ranks[None, :]
+            ds_ptrs = parts_ptr + (pid_n.to(tl.int64) * M + rows[:, None]) * RS + ranks[None, :]
             tl.store(ds_ptrs, ds, mask=(rows[:, None] < M) & (ranks[None, :] < RS))
     if WITH_G:
-        g_ptrs = g_ptr + split * stride_gs + cols.to(tl.int64)[:, None] * stride_gn + ranks[None, :] * stride_gr
-        tl.store(g_ptrs, g, mask=(cols[:, None] < N) & (ranks[None, :] < R))
+        g_ptrs = g_ptr + g_at + split * stride_gs + cols.to(tl.int64)[:, None] * stride_gn + ranks[None, :] * stride_gr
+        tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=(cols[:, None] < N) & (ranks[None, :] < R))
     if WITH_SUM:
-        sum_ptrs = sum_ptr + split * N + cols[:, None] + ranks[None, :] * 0
+        sum_ptrs = parts_ptr + sum_at + split * N + cols[:, None] + ranks[None, :] * 0
         tl.store(sum_ptrs, g, mask=(cols[:, None] < N) & (ranks[None, :] == R))
 
 
@@ -87,76 +91,94 @@ def _add_parts(src, dst, block, parts, size, scale, BLOCK: tl.constexpr, ACC: tl
 
 @triton.jit(do_not_specialize=["splits", "col_blocks", "ds_size"])
 def _sum_kernel(
-    g_src, g_dst, ds_src, ds_dst, sum_src, sum_dst, scaling, keep_scale, splits, col_blocks, g_size, ds_size, sum_size,
+    parts_ptr, ds_ptr, sum_ptr, g_ptr, scaling, keep_scale, splits, col_blocks, ds_size, sum_size, g_size, sum_at, g_at,
     WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, SCALING_PTR: tl.constexpr,
     BLOCK: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     block = tl.program_id(0)
-    if WITH_G:
-        n = tl.cdiv(g_size, BLOCK)
-        if block < n:
-            _add_parts(g_src, g_dst, block, splits, g_size, keep_scale, BLOCK, ACC)
-        block -= n
     if WITH_DS:
         n = tl.cdiv(ds_size, BLOCK)
-        if (block >= 0) & (block < n):
-            _add_parts(ds_src, ds_dst, block, col_blocks, ds_size, scalar(scaling, SCALING_PTR), BLOCK, ACC)
+        if block < n:
+            scale = scalar(scaling, SCALING_PTR) * keep_scale
+            _add_parts(parts_ptr, ds_ptr, block, col_blocks, ds_size, scale, BLOCK, ACC)
         block -= n
     if WITH_SUM:
+        n = tl.cdiv(sum_size, BLOCK)
+        if (block >= 0) & (block < n):
+            _add_parts(parts_ptr + sum_at, sum_ptr, block, splits, sum_size, 1.0, BLOCK, ACC)
+        block -= n
+    if WITH_G:
         if block >= 0:
-            _add_parts(sum_src, sum_dst, block, splits, sum_size, 1.0, BLOCK, ACC)
+            _add_parts(parts_ptr + g_at, g_ptr, block, splits, g_size, 1.0, BLOCK, ACC)
 
 
-def _plans_of(z, b, g, scaling, bias_dtype, bits, exact) -> tuple[Plan, Plan, tuple]:
-    """The pass itself, the sum of its parts, and the shapes of the parts of G, of dS and of the sums."""
+class ColumnPass(NamedTuple):
+    """The launches for a pass, and the float32 parts between them: those of dS [column blocks, M, padded R], of the
+    column sums [splits, N] and of G [splits, N, R] (none where rows are not split), one after another."""
+
+    main: Plan
+    add: Plan | None
+    parts: int  # how many numbers
+    summed: bool  # whether G has parts
+
+    def __call__(self, z, p, b, bits, g, ds, sums, scaling, keep_scale, parts) -> None:
+        self.main(z, p, b, bits, parts if g is None or self.summed else g, parts)
+        if self.add is not None:
+            self.add(parts, ds, sums, g, scaling, keep_scale)
+
+
+def column_plan(
+    z: torch.Tensor, r: int, g: torch.Tensor | None, b: torch.Tensor | None = None,
+    scaling: float | torch.Tensor = 1.0, with_sum: bool = False, masked: bool = False,
+) -> ColumnPass:  # fmt: skip
+    """The launches for Z = z [M, N]: g is the [N, R] view that G goes to, b [N, at least R] what dS is made with."""
     m, n = z.shape
-    like = b if b is not None else g
-    r = like.shape[1] if like is not None else 0
-    rs = padded_rank(max(r, 1))
-    ranks = r + (bias_dtype is not None)
+    rs, ranks = padded_rank(max(r, 1)), r + with_sum
+    exact = precision(z.dtype, min(z.shape) if b is not None else m)
+    if exact == "tf32" and with_sum:
+        exact = "ieee"  # dbias is no product: it stays exact
     tma = tma_fits(z)
     tile, options = grad_tile(m, n, ranks, z.dtype, z.device, tma, fused=b is not None)
     col_blocks, splits, rank_blocks, rows_each = grad_splits(m, n, ranks, tile, z.device)
-    flags = {"WITH_G": g is not None, "WITH_DS": b is not None, "WITH_SUM": bias_dtype is not None}
-    constants = {**tile, **flags, "MASK": bits is not None, "TMA": tma, "ACC": acc_dtype(z.dtype), "PRECISION": exact,
+    summed = g is not None and splits > 1
+    ds_size, sum_size, g_size = (b is not None) * m * rs, with_sum * n, summed * n * r
+    sum_at = col_blocks * ds_size  # both multiples of 16, which Triton compiles in
+    g_at = sum_at + -(-splits * sum_size // 16) * 16
+    flags = {"WITH_G": g is not None, "WITH_DS": b is not None, "WITH_SUM": with_sum}
+    constants = {**tile, **flags, "MASK": masked, "TMA": tma, "ACC": acc_dtype(z.dtype), "PRECISION": exact,
                  "DTYPE": TL[z.dtype]}  # fmt: skip
-    g_shape = g_strides = (0, 0, 0)
-    if g is not None:  # parts lie as the gradient does: [N, R], or [R, N] seen from the side
-        g_shape = (splits, *g.shape)
-        g_strides = (g.numel(), *g.stride())
-    ints = (m, n, r, rs, rows_each, *z.stride(), *(b.stride() if b is not None else (0, 0)), *g_strides,
-            bits.stride(0) if bits is not None else 0)  # fmt: skip
+    # Parts of G lie as the gradient does: [N, R], or [R, N] seen from the side.
+    g_strides = (n * r, *g.stride()) if g is not None else (0, 0, 0)
+    b_strides = b.stride() if b is not None else (0, 0)
+    ints = (m, n, r, rs, rows_each, sum_at, g_at if summed else 0, *z.stride(), *b_strides, *g_strides,
+            triton.cdiv(n, 32) if masked else 0)  # fmt: skip
     blocks = {0: [tile["BLOCK_M"], tile["BLOCK_N"]]} if tma else None
     main = Plan(_grad_kernel, (col_blocks, splits, rank_blocks), constants, options, z, ints, blocks)
-    sizes = (flags["WITH_G"] * n * r, flags["WITH_DS"] * m * rs, flags["WITH_SUM"] * n)
-    constants = {**flags, "SCALING_PTR": isinstance(scaling, torch.Tensor), "BLOCK": SUM_BLOCK,
-                 "ACC": acc_dtype(z.dtype)}  # fmt: skip
-    grid = (sum(triton.cdiv(size, SUM_BLOCK) for size in sizes),)
-    add = Plan(_sum_kernel, grid, constants, {"num_warps": 4}, z, (splits, col_blocks, *sizes))
-    return main, add, (g_shape, (col_blocks, m, rs), (splits, n))
+    sizes = ds_size, sum_size, g_size
+    add = None
+    if any(sizes):
+        constants = {**flags, "WITH_G": summed, "SCALING_PTR": isinstance(scaling, torch.Tensor), "BLOCK": SUM_BLOCK,
+                     "ACC": acc_dtype(z.dtype)}  # fmt: skip
+        grid = (sum(triton.cdiv(size, SUM_BLOCK) for size in sizes),)
+        add = Plan(_sum_kernel, grid, constants, {"num_warps": 4}, z, (splits, col_blocks, *sizes, sum_at, g_at))
+    return ColumnPass(main, add, g_at + splits * g_size, summed)
 
 
-def _column_pass(z, p, g, b=None, scaling=1.0, bias_dtype=None, bits=None, keep_scale=1.0):
-    """Fill g, the [N, R] view that Z^T P goes to, if given. Returns dS if b is given, column sums if bias_dtype is."""
-    exact = precision(z.dtype, min(z.shape) if b is not None else z.shape[0])
-    if exact == "tf32" and bias_dtype is not None:
-        exact = "ieee"  # dbias is no product: it stays exact
-    if not isinstance(scaling, torch.Tensor):
-        scaling = float(scaling)  # Triton compiles some integers in
-    scaling_dtype = getattr(scaling, "dtype", None)
-    key = ("grad", sig(z), sig(b), sig(g), bias_dtype, bits is None, scaling_dtype, exact, z.get_device())
-    main, add, shapes = plan_for(key, _plans_of, z, b, g, scaling, bias_dtype, bits, exact)
-    acc = torch.float64 if z.dtype == torch.float64 else torch.float32
-    g_parts = z.new_empty(shapes[0], dtype=acc) if g is not None else None
-    ds_parts = ds = sum_parts = sums = None
-    if b is not None:
-        ds_parts, ds = z.new_empty(shapes[1], dtype=acc), z.new_empty(shapes[1][1:])
-    if bias_dtype is not None:
-        sum_parts, sums = z.new_empty(shapes[2], dtype=acc), z.new_empty(shapes[2][1], dtype=bias_dtype)
-    main(z, p, b, bits, g_parts, ds_parts, sum_parts)
-    add(g_parts, g, ds_parts, ds, sum_parts, sums, scaling, keep_scale)
-    return ds, sums
+def new_parts(z: torch.Tensor, size: int) -> torch.Tensor:
+    return z.new_empty(size, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+
+
+def _column_pass(z, p, g, b=None, scaling=1.0, sums=None, bits=None, keep_scale=1.0) -> torch.Tensor | None:
+    """Fill g, the [N, R] view that Z^T P goes to, and sums, those of z's columns, if given. Returns dS if b is."""
+    like = b if b is not None else g
+    r = like.shape[1] if like is not None else 0
+    ds = z.new_empty(z.shape[0], padded_rank(r)) if b is not None else None
+    key = ("grad", sig(z), sig(b), sig(g), sig(sums), bits is None, scaling_kind(scaling),
+           precision(z.dtype, 256), r)  # fmt: skip
+    plan = plan_for(key, column_plan, z, r, g, b, scaling, sums is not None, bits is not None)
+    plan(z, p, b, bits, g, ds, sums, scaling, keep_scale, new_parts(z, plan.parts))
+    return ds
 
 
 def dy_bwd(
@@ -165,29 +187,33 @@ def dy_bwd(
     b: torch.Tensor | None,
     scaling: float | torch.Tensor,
     grad_b: torch.Tensor | None,
-    bias_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The pass over dY [M, N]: returns (dS [M, padded R] if b [N, R] is given, dbias [N] if bias_dtype is given), and
-    fills grad_b [N, R] from s [M, padded R] if they are given."""
+    grad_bias: torch.Tensor | None = None,
+    keep_scale: float = 1.0,
+) -> torch.Tensor | None:
+    """The pass over dY [M, N]: returns dS = scaling * keep_scale * dY B [M, padded R] if b [N, R] is given, and fills
+    grad_b [N, R] from s [M, padded R] and grad_bias [N] if they are given."""
     if dy.shape[0] == 0:
-        if grad_b is not None:
-            grad_b.zero_()
-        ds = dy.new_empty(0, padded_rank(b.shape[1])) if b is not None else None
-        return ds, dy.new_zeros(dy.shape[1], dtype=bias_dtype) if bias_dtype is not None else None
+        for grad in (grad_b, grad_bias):
+            if grad is not None:
+                grad.zero_()
+        return dy.new_empty(0, padded_rank(b.shape[1])) if b is not None else None
     ds = None
-    if b is not None and (b.shape[1] > FUSED_RANK or grad_b is None):
-        ds, b = down_fwd(dy, b.t(), scaling), None
-    if b is None and grad_b is None and bias_dtype is None:
-        return ds, None
-    fused_ds, grad_bias = _column_pass(dy, s, grad_b, b, scaling, bias_dtype)
-    return (ds if fused_ds is None else fused_ds), grad_bias
+    if b is not None and not fuses(b.shape[1], grad_b is not None):
+        ds, b = down_fwd(dy, b.t(), scaling, None, keep_scale), None
+    if b is None and grad_b is None and grad_bias is None:
+        return ds
+    fused_ds = _column_pass(dy, s, grad_b, b, scaling, grad_bias, None, keep_scale)
+    return ds if fused_ds is None else fused_ds
 
 
-def a_bwd(
-    x: torch.Tensor, ds: torch.Tensor, grad_a: torch.Tensor, bits: torch.Tensor | None = None, keep_scale: float = 1.0
-) -> None:
-    """Fill grad_a [R, K] with dS^T drop(x) from x [M, K] and ds [M, padded R]."""
+def fuses(r: int, need_b: bool) -> bool:
+    """Whether dS comes from the pass that makes dB, too, rather than from a read of dY by itself."""
+    return need_b and r <= FUSED_RANK
+
+
+def a_bwd(x: torch.Tensor, ds: torch.Tensor, grad_a: torch.Tensor, bits: torch.Tensor | None = None) -> None:
+    """Fill grad_a [R, K] with dS^T (mask * x) from x [M, K] and ds [M, padded R]."""
     if x.shape[0] == 0:
         grad_a.zero_()
     else:
-        _column_pass(x, ds, grad_a.t(), bits=bits, keep_scale=keep_scale)
+        _column_pass(x, ds, grad_a.t(), bits=bits)

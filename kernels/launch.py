@@ -2,11 +2,10 @@
 
 Triton's own launch looks the kernel up, re-encodes every tensor descriptor and walks over every constant in Python: 80
 to 130 us a kernel on a slow host, more than small problems take on the GPU. A :class:`Plan` remembers the compiled
-kernel and its argument block; a later launch writes a few pointers into it and calls the driver, in 20 to 25 us there.
+kernel and its arguments; a later launch puts a few pointers among them and calls Triton's launcher, which is C.
 """
 
-import ctypes
-import threading
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -16,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lora_fast.kernels.tiles import arch
 
 INTERPRETED = triton.knobs.runtime.interpret
-# Where the order of a compiled kernel's parameters was checked on a GPU. Elsewhere Triton launches.
+# The Triton whose launcher takes its arguments as written below, checked on a GPU. With others Triton launches.
 DIRECT = not INTERPRETED and triton.__version__.startswith("3.6.")
 
 
@@ -31,7 +30,12 @@ def pdl(device: torch.device, rows: int) -> int:
 
 def sig(t: torch.Tensor | None) -> tuple | None:
     """What of a tensor a plan depends on."""
-    return None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16)
+    return None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16, t.device)
+
+
+def scaling_kind(scaling: float | torch.Tensor) -> tuple | None:
+    """What of a scaling a plan depends on: not the number."""
+    return (scaling.dtype, scaling.data_ptr() % 16) if isinstance(scaling, torch.Tensor) else None
 
 
 class Plan:
@@ -64,80 +68,53 @@ def _descriptor(t: torch.Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
 
 
-class _Attribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
-
-
-class _Config(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("n_attributes", ctypes.c_uint),
-    ]
-
-
 class _Direct:
-    """The argument block of a compiled kernel and the driver call that starts it (``cuLaunchKernelEx``).
+    """A compiled kernel's launcher, which Triton makes in C, without Triton's Python around it.
 
-    The block lists the arguments that were not compiled in, a descriptor as its 128-byte tensor map followed by its
-    shape (int32) and strides (int64), then two scratch pointers.
+    It takes the launch's description, then every argument in the kernel's order, a descriptor as its tensor map
+    followed by its shape and strides.
     """
 
-    KINDS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
-    SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-
     def __init__(self, compiled, plan: Plan, args: tuple) -> None:
-        types = list(compiled.src.signature.values())
-        metas = iter(compiled.metadata.tensordesc_meta or ())
-        slots: list = []
-        self.pointers, self.numbers, self.maps = [], [], []
-        fixed = len(args) - len(plan.ints)
-        for i, (value, kind) in enumerate(zip(args, types, strict=False)):
-            if kind == "constexpr":
-                continue
-            if kind.startswith("*"):
-                slots.append(ctypes.c_uint64(value.data_ptr()))
-                self.pointers.append((i, slots[-1]))
-            elif kind.startswith("tensordesc"):
-                self.maps.append((i, len(slots), _Maps(next(metas), value)))
-                slots.append(None)
-                slots += [ctypes.c_int32(n) for n in value.shape] + [ctypes.c_int64(n) for n in value.stride()]
-            else:
-                slots.append(self.KINDS[kind](value))
-                if i < fixed:
-                    self.numbers.append((i, slots[-1]))
-        slots += [ctypes.c_uint64(0), ctypes.c_uint64(0)]
-        self.slots = slots
-        self.params = (ctypes.c_void_p * len(slots))(*(None if s is None else ctypes.addressof(s) for s in slots))
-        self.config = _Config(*plan.grid, 32 * compiled.metadata.num_warps, 1, 1, compiled.metadata.shared)
-        if compiled.metadata.launch_pdl:
-            self.attribute = _Attribute(self.SERIALIZATION, 0, 1)
-            self.config.attributes, self.config.n_attributes = ctypes.pointer(self.attribute), 1
-        self.config_ref, self.function = ctypes.byref(self.config), ctypes.c_void_p(compiled.function)
-        self.compiled = compiled  # keeps the function loaded
-        self.stream, self.device = triton.runtime.driver.active.get_current_stream, plan.device
-        self.start = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
-        self.lock = threading.Lock()  # a backward pass launches from a thread of its own
+        start = compiled.run.launch
+        metas = compiled.metadata.tensordesc_meta or ()
+        if metas:  # without the wrapper that encodes every descriptor again
+            start = inspect.getclosurevars(start).nonlocals["launcher"]
+        self.start, self.stream, self.device = start, triton.runtime.driver.active.get_current_stream, plan.device
+        launch = [*plan.grid, None, compiled.function, False, compiled.metadata.launch_pdl, None, None,
+                  compiled.packed_metadata, None, None, None]  # fmt: skip
+        self.pointers: list[tuple[int, int]] = []  # (which argument, where in the template)
+        self.numbers: list[tuple[int, int]] = []
+        self.maps: list[tuple[int, int, _Maps]] = []
+        remaining = iter(metas)
+        for i, value in enumerate(args):
+            at = len(launch)
+            launch.append(value)
+            if i in plan.blocks:
+                self.maps.append((i, at, _Maps(next(remaining), value)))
+                launch += [*value.shape, *value.stride()]
+            elif isinstance(value, torch.Tensor):
+                self.pointers.append((i, at))
+            elif value is not None and i < len(args) - len(plan.ints):
+                self.numbers.append((i, at))
+        self.template = launch + [None] * len(plan.constants)
+        for _, at in (*self.pointers, *((i, at) for i, at, _ in self.maps)):
+            self.template[at] = None  # keeps no tensor alive
 
     def __call__(self, args: tuple) -> None:
-        with self.lock:
-            for i, slot in self.pointers:
-                slot.value = args[i].data_ptr()
-            for i, slot in self.numbers:
-                slot.value = args[i]
-            for i, at, maps in self.maps:
-                self.params[at] = maps.address(args[i].data_ptr())
-            self.config.stream = self.stream(self.device)
-            error = self.start(self.config_ref, self.function, self.params, None)
-        if error:
-            raise RuntimeError(f"CUDA error {error} when launching {self.compiled.name}")
+        launch = self.template.copy()
+        for i, at in self.pointers:
+            launch[at] = args[i].data_ptr()
+        for i, at in self.numbers:
+            launch[at] = args[i]
+        for i, at, maps in self.maps:
+            launch[at] = maps.at(args[i].data_ptr())
+        launch[3] = self.stream(self.device)
+        self.start(*launch)
 
 
 class _Maps:
     """Tensor maps of one descriptor argument, encoded once per address that it was seen at."""
-
-    HEADER = 128  # a tensor map's place in the Python object that Triton's encoder returns
 
     def __init__(self, meta: dict, t: torch.Tensor) -> None:
         from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
@@ -147,14 +124,14 @@ class _Maps:
         self.after = list(t.shape), list(t.stride()), 0
         self.known: dict[int, object] = {}
 
-    def address(self, pointer: int) -> int:
+    def at(self, pointer: int) -> object:
         found = self.known.get(pointer)
         if found is None:
             if len(self.known) >= 1024:
                 self.known.clear()
             encode = triton.runtime.driver.active.utils.fill_tma_descriptor
             found = self.known[pointer] = encode(pointer, *self.before, *self.after)
-        return id(found) + self.HEADER
+        return found
 
 
 _plans: dict[tuple, Plan] = {}

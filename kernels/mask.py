@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lora_fast.kernels.common import wait_for_stream
-from lora_fast.kernels.launch import Plan, plan_for
+from lora_fast.kernels.launch import Plan, plan_for, sig
 
 
 @triton.jit
@@ -45,14 +45,21 @@ def keep_scale(p: float) -> float:
     return 4096 / keep_count(p)
 
 
+def mask_space(like: torch.Tensor) -> torch.Tensor:
+    """Room for the bits of a matrix [M, K]: int32 [M, ceil(K / 32)]."""
+    return like.new_empty(like.shape[0], triton.cdiv(like.shape[1], 32), dtype=torch.int32)
+
+
+def mask_plan(seed: torch.Tensor, bits: torch.Tensor) -> Plan:
+    return Plan(_mask_kernel, (triton.cdiv(bits.numel(), 512),), {"BLOCK": 512}, {"num_warps": 4}, bits)
+
+
 def mask_bits(seed: torch.Tensor, p: float, m: int, k: int) -> torch.Tensor:
     """int32 [m, ceil(k / 32)] mask bits for an [m, k] input, from a one-element int64 seed on the device."""
     bits = torch.empty(m, triton.cdiv(k, 32), dtype=torch.int32, device=seed.device)
     n = bits.numel()
     if n:
-        key = ("mask", bits.shape, seed.data_ptr() % 16, seed.get_device())
-        plan = plan_for(key, Plan, _mask_kernel, (triton.cdiv(n, 512),), {"BLOCK": 512}, {"num_warps": 4}, bits)
-        plan(seed, bits, keep_count(p), n)
+        plan_for(("mask", sig(bits), sig(seed)), mask_plan, seed, bits)(seed, bits, keep_count(p), n)
     return bits
 
 

@@ -65,6 +65,8 @@ def grad_tile(
     block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
     if not tma or is_small(device) or dtype.itemsize > 2:
         block_n, block_m, warps, stages = 64, 64 if dtype.itemsize <= 2 else 32, 4, 3
+    elif not fused and block_r == 16 and m <= 2048:
+        block_n, block_m, warps, stages = 32, 128, 4, 4
     elif fused and block_r in (16, 64) and m > 2048:
         block_n, block_m, warps, stages = (512, 64, 4, 3) if block_r == 16 else (512, 64, 8, 2)
         if block_r == 64 and arch(device) >= 100:
@@ -77,8 +79,11 @@ def grad_tile(
 
 
 def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device) -> tuple[int, int, int, int]:
-    """(column blocks, row splits, rank blocks, rows a split): one wave of programs for the chip, four of small ones."""
+    """(column blocks, row splits, rank blocks, rows a split): one wave of programs for the chip, four of small ones;
+    few rows are not split, which saves the launch that adds up parts."""
     col_blocks, rank_blocks = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(max(r, 1), tile["BLOCK_R"])
+    if tile["BLOCK_N"] == 32 and 2 * col_blocks >= n_programs(device):
+        return col_blocks, 1, rank_blocks, triton.cdiv(m, tile["BLOCK_M"]) * tile["BLOCK_M"]
     wanted = n_programs(device) * (1 if tile["BLOCK_N"] >= 256 else 4)
     splits = max(1, min(wanted // (col_blocks * rank_blocks), triton.cdiv(m, 2 * tile["BLOCK_M"])))
     rows_each = triton.cdiv(triton.cdiv(m, splits), tile["BLOCK_M"]) * tile["BLOCK_M"]

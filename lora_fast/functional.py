@@ -46,7 +46,10 @@ def lora_linear(
             not if it is a tensor), a weight that requires grad.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
-    dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    if _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
+        dtype = x.dtype
+    else:
+        dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     p = dropout_p if training else 0.0
     if dispatch.choose(backend, x.device, dtype) == "triton":
         from lora_fast import ops  # needs Triton
@@ -55,6 +58,39 @@ def lora_linear(
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
     return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
+
+
+def _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bool:
+    """Whether the arguments are what they nearly always are: right, without autocast and with a number for scaling.
+    The host waits for this in every step; where it says no, :func:`_check` takes the time to say why."""
+    if not (
+        isinstance(x, torch.Tensor)
+        and isinstance(weight, torch.Tensor)
+        and isinstance(lora_A, torch.Tensor)
+        and isinstance(lora_B, torch.Tensor)
+        and (bias is None or isinstance(bias, torch.Tensor))
+        and type(scaling) is float
+        and type(dropout_p) is float
+    ):
+        return False
+    device, dtype, a_shape, b_shape = x.device, x.dtype, lora_A.shape, lora_B.shape
+    return (
+        len(a_shape) == len(b_shape) == 2
+        and x.dim() > 0
+        and weight.shape == (b_shape[0], a_shape[1])
+        and x.shape[-1] == a_shape[1]
+        and b_shape[1] == a_shape[0] > 0
+        and weight.dtype == dtype
+        and dtype in FLOATS
+        and lora_A.dtype in FLOATS
+        and lora_B.dtype in FLOATS
+        and weight.device == device == lora_A.device == lora_B.device
+        and (bias is None or (bias.device == device and bias.dtype == dtype and bias.shape == b_shape[:1]))
+        and not weight.requires_grad
+        and 0 <= dropout_p < 1
+        and -math.inf < scaling < math.inf
+        and dispatch.autocast_dtype(device) is None
+    )
 
 
 def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:

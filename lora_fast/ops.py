@@ -7,10 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels.common import padded_rank
-from lora_fast.kernels.down import down_cast_fwd
-from lora_fast.kernels.gemm import gemm
-from lora_fast.kernels.grad import a_bwd, dy_bwd
-from lora_fast.kernels.mask import keep_scale, mask_bits
+from lora_fast.kernels.lora import lora_bwd, lora_fwd
 
 MaybeTensor = torch.Tensor | None
 
@@ -29,7 +26,9 @@ def lora_linear(x, weight, lora_A, lora_B, scaling, bias, p: float) -> torch.Ten
         if not isinstance(scaling, torch.Tensor):
             scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
         return torch.ops.lora_fast.lora_linear(x, weight, lora_A, lora_B, scaling, bias, seed, p)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return _LoRALinear.apply(x, weight, lora_A, lora_B, scaling, bias, seed, p)
     return _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p)[0]
 
@@ -42,40 +41,33 @@ def _on(device: torch.device):
 
 def _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p):
     """y [..., N], S [M, padded R], the mask bits [M, K / 32] or None, and both adapters in x's dtype."""
-    k = weight.shape[1]
+    n, k = weight.shape
     with _on(x.device):
-        rows = x.reshape(-1, k)
-        bits = mask_bits(seed, p, rows.shape[0], k) if seed is not None else None
-        s, a, b = down_cast_fwd(rows, lora_A, lora_B, scaling, bits, keep_scale(p) if bits is not None else 1.0)
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])
-        gemm(rows, weight, s, b, transposed=True, bias=bias, out=y.view(-1, y.shape[-1]))
-    return y, s, bits, a, b
+        y = x.new_empty(*x.shape[:-1], n)
+        saved = lora_fwd(x if x.dim() == 2 else x.reshape(-1, k), weight, lora_A.contiguous(), lora_B.contiguous(),
+                         scaling, bias, seed, p, y if x.dim() == 2 else y.view(-1, n))  # fmt: skip
+    return y, *saved
 
 
-def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, r, dtypes) -> tuple[MaybeTensor, ...]:
+def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, shape, dtypes) -> tuple[MaybeTensor, ...]:
     """(dx, dA, dB, dbias), each None where ``needs`` (in this order) does not ask for it.
 
-    The tensors are those of ``_to_save``; ``dtypes`` are those of lora_A, lora_B and bias. dX comes last: what the
-    passes before it need is freed by then, so it alone makes the peak of memory.
+    The tensors are those of ``_to_save``; ``shape`` is (K, R), ``dtypes`` are those of lora_A, lora_B and bias.
     """
     need_x, need_a, need_b, need_bias = needs
-    n = dy.shape[-1]
-    scale = keep_scale(p) if bits is not None else 1.0
-    dx = grad_a = grad_b = None
+    (k, r), n = shape, dy.shape[-1]
     with _on(dy.device):
-        rows = dy.reshape(-1, n)
+        rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
         if rows.stride(1) != 1 or rows.stride(0) < n:
             rows = rows.contiguous()
-        if need_b:
-            grad_b = torch.empty(n, r, dtype=dtypes[1], device=dy.device)
-        ds, grad_bias = dy_bwd(rows, s, lora_B, scaling, grad_b, dtypes[2] if need_bias else None)
-        if need_a and ds is not None:
-            flat = x.reshape(-1, x.shape[-1])
-            grad_a = torch.empty(r, flat.shape[1], dtype=dtypes[0], device=dy.device)
-            a_bwd(flat, ds, grad_a, bits, scale)
-        if need_x and ds is not None:
-            dx = dy.new_empty(*dy.shape[:-1], weight.shape[1])
-            gemm(rows, weight, ds, lora_A, False, bits=bits, keep_scale=scale, out=dx.view(-1, dx.shape[-1]))
+        if x is not None and x.dim() != 2:
+            x = x.reshape(-1, k)
+        grad_a = dy.new_empty(r, k, dtype=dtypes[0]) if need_a else None
+        grad_b = dy.new_empty(n, r, dtype=dtypes[1]) if need_b else None
+        grad_bias = dy.new_empty(n, dtype=dtypes[2]) if need_bias else None
+        dx = lora_bwd(rows, x, weight, lora_A, lora_B, s, bits, scaling, p, r, grad_a, grad_b, grad_bias)
+    if need_x and dy.dim() != 2:
+        dx = torch.ops.aten._unsafe_view(dx, [*dy.shape[:-1], k])
     return dx, grad_a, grad_b, grad_bias
 
 
@@ -98,26 +90,36 @@ def _dtype(t: MaybeTensor) -> torch.dtype | None:
     return None if t is None else t.dtype
 
 
+def _needs(ctx) -> tuple[bool, bool, bool, bool]:
+    need = ctx.needs_input_grad
+    return need[0], need[2], need[3], need[5]
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, seed, p):
         y, s, bits, a, b = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p)
-        need = ctx.needs_input_grad
-        ctx.needs = (need[0], need[2], need[3], need[5])
-        ctx.save_for_backward(*_to_save(x, weight, a, b, s, bits, scaling, ctx.needs))
-        ctx.scaling = None if isinstance(scaling, torch.Tensor) else scaling
-        ctx.p, ctx.r, ctx.dtypes = p, lora_A.shape[0], (lora_A.dtype, lora_B.dtype, _dtype(bias))
+        ctx.save_for_backward(*_to_save(x, weight, a, b, s, bits, scaling, _needs(ctx)))
+        number = None if isinstance(scaling, torch.Tensor) else scaling
+        dtypes = lora_A.dtype, lora_B.dtype, _dtype(bias)
+        ctx.rest = number, p, (weight.shape[1], lora_A.shape[0]), dtypes
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, weight, lora_A, lora_B, s, bits, scaling = ctx.saved_tensors
-        scaling = ctx.scaling if scaling is None else scaling
-        dx, grad_a, grad_b, grad_bias = _backward(
-            dy, x, weight, lora_A, lora_B, s, bits, scaling, ctx.p, ctx.needs, ctx.r, ctx.dtypes
-        )
-        return dx, None, grad_a, grad_b, None, grad_bias, None, None
+        # once_differentiable takes its time even where nobody will differentiate again.
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward_of(ctx, dy)
+
+
+def _backward_of(ctx, dy):
+    *saved, scaling = ctx.saved_tensors
+    number, p, shape, dtypes = ctx.rest
+    scaling = number if scaling is None else scaling
+    dx, grad_a, grad_b, grad_bias = _backward(dy, *saved, scaling, p, _needs(ctx), shape, dtypes)
+    return dx, None, grad_a, grad_b, None, grad_bias, None, None
+
+
+_backward_once = once_differentiable(_backward_of)
 
 
 def _some(t: MaybeTensor, like: torch.Tensor) -> torch.Tensor:
@@ -151,7 +153,7 @@ def _lora_linear_bwd_op(
     a_dtype: torch.dtype, b_dtype: torch.dtype, bias_dtype: torch.dtype,
 ) -> list[torch.Tensor]:  # fmt: skip
     a, b = (t if t is None else t.to(dy.dtype) for t in (lora_A, lora_B))
-    grads = _backward(dy, x, weight, a, b, s, bits, scaling, p, needs, shape[1],
+    grads = _backward(dy, x, weight, a, b, s, bits, scaling, p, needs, shape,
                       (a_dtype, b_dtype, bias_dtype))  # fmt: skip
     return [_some(g, dy) for g in grads]
 
@@ -168,8 +170,7 @@ def _(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, shape, a_dtype,
 def _setup_context(ctx, inputs, output):
     x, weight, lora_A, lora_B, scaling, bias, _, ctx.p = inputs
     _, s, bits = output
-    need = ctx.needs_input_grad
-    ctx.needs = [need[0], need[2], need[3], need[5]]
+    ctx.needs = list(_needs(ctx))
     ctx.save_for_backward(*_to_save(x, weight, lora_A, lora_B, s, bits if ctx.p > 0 else None, scaling, ctx.needs))
     ctx.shape = [weight.shape[1], lora_A.shape[0]]
     ctx.dtypes = [lora_A.dtype, lora_B.dtype, _dtype(bias) or x.dtype]

@@ -106,12 +106,16 @@ def compile_for(capability: int, problems) -> list[dict]:
         a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
         bias = torch.empty(n, dtype=dtype) if with_bias else None
         bits = mask.mask_bits(torch.zeros(1, dtype=torch.int64), p, m, k) if p else None
-        s, a_cast, b_cast = down.down_cast_fwd(x, a, b, 2.0, bits)
-        gemm.gemm(x, w, s, b_cast, True, bias=bias)
-        ds, _ = grad.dy_bwd(dy, s, b_cast, 2.0, torch.empty_like(b), dtype if with_bias else None)
+        if down.cast_wanted(x, a, b):
+            s, a, b = down.down_cast_fwd(x, a, b, 2.0, bits)
+        else:
+            s = down.down_fwd(x, a, 2.0, bits)
+        gemm.gemm(x, w, s, b, True, bias)
+        grad_b, grad_bias = torch.empty(n, r, dtype=adapter), torch.empty(n, dtype=dtype) if with_bias else None
+        ds = grad.dy_bwd(dy, s, b, 2.0, grad_b, grad_bias)
         assert ds is not None
-        grad.a_bwd(x, ds, torch.empty_like(a), bits)
-        gemm.gemm(dy, w, ds, a_cast, False, bits=bits)
+        grad.a_bwd(x, ds, torch.empty_like(a, dtype=adapter), bits)
+        gemm.gemm(dy, w, ds, a, False, None, bits)
     return found
 
 

@@ -14,8 +14,9 @@ if not TRITON:
 
 from fused import fused, masked, seed_drawn
 
-from lora_fast import ops
+from lora_fast import ops  # noqa: F401 (registers the operator)
 from lora_fast.functional import lora_linear
+from lora_fast.kernels import launch, lora
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -64,8 +65,14 @@ def test_error_rule(device, dtype, shape, p, bias, adapter):
 def test_mutant_that_drops_the_lora_term_fails(device, dtype, monkeypatch):
     inputs = draw(40, 64, 48, 16, dtype, device, b_std=0.002)
     check(fused(), [inputs])
-    honest = ops.gemm
-    monkeypatch.setattr(ops, "gemm", lambda x, w, p, *args, **rest: honest(x, w, torch.zeros_like(p), *args, **rest))
+    honest = lora.gemm_plan
+
+    def mutant(*args):
+        plan = honest(*args)
+        return lambda x, w, p, *rest: plan(x, w, torch.zeros_like(p), *rest)
+
+    monkeypatch.setattr(lora, "gemm_plan", mutant)
+    monkeypatch.setattr(launch, "_plans", {})
     with pytest.raises(AssertionError, match="y: .*dx: "):
         check(fused(), [inputs])
 
