@@ -108,7 +108,7 @@ def _gemm_kernel(
         else:
             turn = c == end - BLOCK_C
         if turn:
-            if MASK:  # by one, known at run time only: else ptxas of Triton 3.6 finds two places
+            if MASK and DTYPE.primitive_bitwidth == 16:  # by one, known at run time only: else ptxas finds two places
                 acc = acc * (tl.num_programs(0) > 0).to(ACC)
             if c == end - BLOCK_C:
                 left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
