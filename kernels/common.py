@@ -40,11 +40,12 @@ def load_tile(t, row, col, n_rows, n_cols, stride_r, stride_c, TMA: tl.constexpr
 
 
 @triton.jit
-def mask_words(bits_ptr, rows, col, stride, WIDTH: tl.constexpr, wanted=True, other=0):
+def mask_words(bits_ptr, rows, col, stride, WIDTH: tl.constexpr):
     """The words that hold the mask bits of columns col to col + WIDTH (both multiples of 32) of the given rows."""
     words = col // 32 + tl.arange(0, WIDTH // 32)
-    inside = (words[None, :] < stride) & wanted
-    return tl.load(bits_ptr + rows.to(tl.int64)[:, None] * stride + words[None, :], mask=inside, other=other)
+    return tl.load(
+        bits_ptr + rows.to(tl.int64)[:, None] * stride + words[None, :], mask=words[None, :] < stride, other=0
+    )
 
 
 @triton.jit

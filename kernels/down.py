@@ -52,15 +52,12 @@ def _down_fwd_kernel(
         rows = row + tl.arange(0, BLOCK_M)
         ranks = rank + tl.arange(0, BLOCK_R)
         acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
-        if MASK:
-            mask_rows = tl.minimum(rows, M - 1)
-            words = mask_words(bits_ptr, mask_rows, 0, stride_bits, BLOCK_K)
         for k in range(0, K, BLOCK_K):
             tile = load_tile(x, row, k, M, K, stride_xm, stride_xk, TMA, BLOCK_M, BLOCK_K)  # [BLOCK_M, BLOCK_K]
             a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K)  # [BLOCK_R, BLOCK_K]
             if MASK:
+                words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
                 tile = tl.where(unpack_words(words), tile, 0.0)
-                words = mask_words(bits_ptr, mask_rows, k + BLOCK_K, stride_bits, BLOCK_K)  # a step ahead
             acc = mma(tile, a.to(DTYPE).T, acc, PRECISION)
         s = acc * (scalar(scaling, SCALING_PTR) * keep_scale)
         s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * RS + ranks[None, :]

@@ -39,12 +39,12 @@ def _tile_of(tile, grid_m, grid_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _words_of(bits_ptr, tile, grid_m, grid_n, M, stride_bits, wanted, other, GROUP_M: tl.constexpr,
+def _words_of(bits_ptr, tile, grid_m, grid_n, M, stride_bits, GROUP_M: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """If wanted the mask words of a tile (of the last one for tiles past it), else other."""
+    """The mask words of a tile (of the last one for tiles past it)."""
     pid_m, pid_n = _tile_of(tl.minimum(tile, grid_m * grid_n - 1), grid_m, grid_n, GROUP_M)
     rows = tl.minimum(pid_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
-    return mask_words(bits_ptr, rows, pid_n * BLOCK_N, stride_bits, BLOCK_N, wanted, other)
+    return mask_words(bits_ptr, rows, pid_n * BLOCK_N, stride_bits, BLOCK_N)
 
 
 @triton.jit
@@ -82,8 +82,7 @@ def _gemm_kernel(
     col = 0
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     if MASK:
-        words = _words_of(bits_ptr, tl.program_id(0), grid_m, grid_n, M, stride_bits, True, 0,
-                          GROUP_M, BLOCK_M, BLOCK_N)  # fmt: skip
+        words = _words_of(bits_ptr, tl.program_id(0), grid_m, grid_n, M, stride_bits, GROUP_M, BLOCK_M, BLOCK_N)
     for _ in range(0, mine * (end // BLOCK_C)):
         c += BLOCK_C
         if c == end:
@@ -108,19 +107,15 @@ def _gemm_kernel(
         else:
             turn = c == end - BLOCK_C
         if turn:
-            if MASK and DTYPE.primitive_bitwidth == 16:  # by one, known at run time only: else ptxas finds two places
-                acc = acc * (tl.num_programs(0) > 0).to(ACC)
             if c == end - BLOCK_C:
                 left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
                 _store(out, left, row, col, M, N, stride_om, bias_ptr, DTYPE, TMA, HAS_BIAS)
                 _store(out, right, row, col + HALF, M, N, stride_om, bias_ptr, DTYPE, TMA, HAS_BIAS)
-            if MASK:
-                acc = tl.where(unpack_words(tl.where(c < n_rank, words, 0)), acc, 0.0)
-                # The next tile's, a whole tile ahead.
-                words = _words_of(bits_ptr, tile + PROGRAMS, grid_m, grid_n, M, stride_bits, c < n_rank, words,
-                                  GROUP_M, BLOCK_M, BLOCK_N)  # fmt: skip
-            else:
                 acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+            elif MASK:
+                acc = tl.where(unpack_words(words), acc, 0.0)
+                words = _words_of(bits_ptr, tile + PROGRAMS, grid_m, grid_n, M, stride_bits,
+                                  GROUP_M, BLOCK_M, BLOCK_N)  # the next tile's  # fmt: skip
 
 
 def gemm_plan(

@@ -49,14 +49,12 @@ def _grad_kernel(
         b = load_tile(b_ptr, col, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R)
     g = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
     first = split * rows_each  # a multiple of BLOCK_M
-    if MASK:
-        words = mask_words(bits_ptr, tl.minimum(first + tl.arange(0, BLOCK_M), M - 1), col, stride_bits, BLOCK_N)
     for m in range(first, tl.minimum(first + rows_each, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         tile = load_tile(z, m, col, M, N, stride_zm, stride_zn, TMA, BLOCK_M, BLOCK_N)
         if MASK:
+            words = mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, BLOCK_N)
             tile = tl.where(unpack_words(words), tile, 0.0)
-            words = mask_words(bits_ptr, tl.minimum(rows + BLOCK_M, M - 1), col, stride_bits, BLOCK_N)  # a step ahead
         if WITH_G:
             p = load_tile(p_ptr, m, rank, M, RS, RS, 1, False, BLOCK_M, BLOCK_R)
         else:

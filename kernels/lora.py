@@ -13,7 +13,7 @@ from lora_fast.kernels.down import cast_space, cast_wanted, down_plan
 from lora_fast.kernels.gemm import gemm_plan
 from lora_fast.kernels.grad import ColumnPass, column_plan, fuses, new_parts
 from lora_fast.kernels.launch import Plan, plan_for, scaling_kind, sig
-from lora_fast.kernels.mask import keep_count, keep_scale, mask_plan, mask_space
+from lora_fast.kernels.mask import keep_count, keep_scale, mask_plan, mask_space, seed_kind
 
 MaybeTensor = torch.Tensor | None
 
@@ -37,10 +37,11 @@ def _forward_plans(x, weight, a, b, scaling, bias, seed) -> _Forward:
 
 def lora_fwd(
     x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor,
-    bias: MaybeTensor, seed: MaybeTensor, p: float, y: torch.Tensor,
+    bias: MaybeTensor, seed: torch.Tensor | int | None, p: float, y: torch.Tensor,
 ) -> tuple[torch.Tensor, MaybeTensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Fill y [M, N] with x W^T + S b^T + bias. x [M, K], weight [N, K], bias [N] and y in one dtype, rows of y
-    contiguous; a [R, K] and b [N, R] in any, contiguous; a seed (one int64) where elements are dropped with p.
+    contiguous; a [R, K] and b [N, R] in any, contiguous; a seed (as ``mask_bits`` takes it) where elements are dropped
+    with p.
 
     Returns what the backward needs: S [M, padded R], the mask bits or None, a and b as the products read them (in x's
     dtype, b perhaps padded).
@@ -49,7 +50,7 @@ def lora_fwd(
     bits, keep = None, 1.0
     if x.shape[0] == 0:
         return s, mask_space(x) if seed is not None else None, a.to(x.dtype), b.to(x.dtype)
-    key = ("lora_fwd", sig(x), sig(weight), sig(a), sig(b), sig(bias), sig(seed), scaling_kind(scaling),
+    key = ("lora_fwd", sig(x), sig(weight), sig(a), sig(b), sig(bias), seed_kind(seed), scaling_kind(scaling),
            precision(x.dtype, 256))  # fmt: skip
     plans = plan_for(key, _forward_plans, x, weight, a, b, scaling, bias, seed)
     if plans.mask is not None:

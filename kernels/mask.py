@@ -19,10 +19,11 @@ def _digit(acc, word, count, D: tl.constexpr):
     return tl.where((count >> D) & 1 == 1, word | acc, word & acc)
 
 
-@triton.jit(do_not_specialize=["count", "n_words"])
-def _mask_kernel(seed_ptr, bits_ptr, count, n_words, BLOCK: tl.constexpr, PDL: tl.constexpr):
+@triton.jit(do_not_specialize=["seed", "count", "n_words"])
+def _mask_kernel(seed, bits_ptr, count, n_words, SEED_PTR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_stream(PDL)
-    seed = tl.load(seed_ptr)
+    if SEED_PTR:
+        seed = tl.load(seed)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
     acc = tl.zeros([BLOCK], dtype=tl.uint32)
@@ -50,16 +51,25 @@ def mask_space(like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(like.shape[0], triton.cdiv(like.shape[1], 32), dtype=torch.int32)
 
 
-def mask_plan(seed: torch.Tensor, bits: torch.Tensor) -> Plan:
-    return Plan(_mask_kernel, (triton.cdiv(bits.numel(), 512),), {"BLOCK": 512}, {"num_warps": 4}, bits)
+def mask_plan(seed: torch.Tensor | int, bits: torch.Tensor) -> Plan:
+    constants = {"SEED_PTR": isinstance(seed, torch.Tensor), "BLOCK": 512}
+    return Plan(_mask_kernel, (triton.cdiv(bits.numel(), 512),), constants, {"num_warps": 4}, bits)
 
 
-def mask_bits(seed: torch.Tensor, p: float, m: int, k: int) -> torch.Tensor:
-    """int32 [m, ceil(k / 32)] mask bits for an [m, k] input, from a one-element int64 seed on the device."""
-    bits = torch.empty(m, triton.cdiv(k, 32), dtype=torch.int32, device=seed.device)
+def seed_kind(seed: torch.Tensor | int | None) -> object:
+    """What of a seed a plan depends on: not the number."""
+    return seed.data_ptr() % 16 if isinstance(seed, torch.Tensor) else type(seed)
+
+
+def mask_bits(seed: torch.Tensor | int, p: float, m: int, k: int, device: torch.device | None = None) -> torch.Tensor:
+    """int32 [m, ceil(k / 32)] mask bits for an [m, k] input, from a one-element int64 tensor, or from a number of at
+    least 2^32 and under 2^63 for that device."""
+    if isinstance(seed, torch.Tensor):
+        device = seed.device
+    bits = torch.empty(m, triton.cdiv(k, 32), dtype=torch.int32, device=device)
     n = bits.numel()
     if n:
-        plan_for(("mask", sig(bits), sig(seed)), mask_plan, seed, bits)(seed, bits, keep_count(p), n)
+        plan_for(("mask", sig(bits), seed_kind(seed)), mask_plan, seed, bits)(seed, bits, keep_count(p), n)
     return bits
 
 

@@ -95,6 +95,8 @@ def gemm_tile(dtype: torch.dtype, device: torch.device, tma: bool, masked: bool,
     bm, bn, bc = 128, 256, 64
     if dtype.itemsize > 2:
         bm, bn, bc = (64, 64, 32) if exact == "ieee" or is_small(device) or not tma else (128, 128, 32)
+        if exact == "ieee" and masked:
+            bc = 16
     elif is_small(device) or not tma:
         bm, bn, bc = 128, 128, 32
     elif masked and arch(device) >= 100:

@@ -116,13 +116,11 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] to y [..., out]; raises as :func:`lora_fast.functional.lora_linear`."""
-        if not self.enabled:
-            return F.linear(x, self.base_weight, self.bias)
-        if self.merged:
-            return F.linear(x, self.weight, self.bias)
-        return lora_linear(
-            x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, self.lora_dropout, self.training
-        )
+        if self.enabled and not self.merged:
+            return lora_linear(
+                x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, self.lora_dropout, self.training
+            )
+        return F.linear(x, self.weight if self.enabled else self.base_weight, self.bias)
 
     def enable(self) -> None:
         """Let the adapter act (the default)."""

@@ -13,15 +13,11 @@ MaybeTensor = torch.Tensor | None
 
 
 def lora_linear(x, weight, lora_A, lora_B, scaling, bias, p: float) -> torch.Tensor:
-    """The fused form of ``reference.lora_linear``, for arguments that were checked; p = 0 means no dropout.
-
-    The dropout seed is drawn here, outside the operator, from the device's generator: so checkpointing, which restores
-    that generator, draws the same one again, and a CUDA graph draws a new one in every replay.
-    """
+    """The fused form of ``reference.lora_linear``, for arguments that were checked; p = 0 means no dropout."""
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.dtype != torch.float64:
         x, weight = x.to(dtype), weight.to(dtype)
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p > 0 else None
+    seed = draw_seed(x.device) if p > 0 else None
     if torch.compiler.is_compiling():
         if not isinstance(scaling, torch.Tensor):
             scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
@@ -31,6 +27,22 @@ def lora_linear(x, weight, lora_A, lora_B, scaling, bias, p: float) -> torch.Ten
     ):
         return _LoRALinear.apply(x, weight, lora_A, lora_B, scaling, bias, seed, p)
     return _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p)[0]
+
+
+def draw_seed(device: torch.device) -> torch.Tensor | int:
+    """A dropout seed from the device's generator, drawn outside the operator: so checkpointing, which restores that
+    generator, draws the same one again.
+
+    Where the launches are recorded (a CUDA graph, a compiled function) it is a tensor that every replay draws anew.
+    Else it is a number, made on the host from the generator's seed and offset, which saves a launch.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)  # it counts in fours
+    # Distinct for distinct (seed, offset), but for one in 2^62; bit 62 keeps it 64 bits wide.
+    return (generator.initial_seed() + offset * 0x9E3779B97F4A7C15) % 2**62 + 2**62
 
 
 def _on(device: torch.device):

@@ -3,6 +3,7 @@
 import torch
 from accuracy import with_mask
 
+from lora_fast import ops
 from lora_fast.functional import lora_linear
 from lora_fast.kernels import mask
 
@@ -10,7 +11,7 @@ from lora_fast.kernels import mask
 def seed_drawn(device, seed):
     """The dropout seed that the next fused call draws, and the generator as it was before."""
     torch.manual_seed(seed)
-    drawn = torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+    drawn = ops.draw_seed(device)
     torch.manual_seed(seed)
     return drawn
 
@@ -20,7 +21,7 @@ def masked(inputs, p, seed=1):
     if p == 0:
         return inputs
     x = inputs.x
-    bits = mask.mask_bits(seed_drawn(x.device, seed), p, x.numel() // x.shape[-1], x.shape[-1])
+    bits = mask.mask_bits(seed_drawn(x.device, seed), p, x.numel() // x.shape[-1], x.shape[-1], x.device)
     return with_mask(inputs, mask.unpack(bits, x.shape[-1]), mask.keep_scale(p))
 
 

@@ -102,6 +102,13 @@ def test_every_kernel_reads_the_same_mask(device, k):
     assert torch.equal(dx, keep)
 
 
+def test_a_seed_is_a_tensor_or_a_number(device):
+    number = 2**62 + 12345
+    one, other = mask_bits(torch.tensor([number], device=device), 0.3, 9, 70), mask_bits(number, 0.3, 9, 70, device)
+    assert torch.equal(one, other)
+    assert not torch.equal(one, mask_bits(number + 1, 0.3, 9, 70, device))
+
+
 @pytest.mark.parametrize("p", [0.25, 0.5])
 def test_the_operator_uses_one_mask(device, p):
     """The same through the operator, with square adapters of ones and zeros: y, dX and dA are all the mask itself."""

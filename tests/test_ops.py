@@ -78,7 +78,7 @@ def test_mutant_that_drops_the_lora_term_fails(device, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("examples", [pytest.param(6, marks=pytest.mark.interpreted, id="cpu"),
-                                      pytest.param(100, marks=pytest.mark.gpu, id="cuda")])  # fmt: skip
+                                      pytest.param(50, marks=pytest.mark.gpu, id="cuda")])  # fmt: skip
 def test_error_rule_everywhere(examples):
     gpu = examples > 6
     dim = st.integers(1, 300 if gpu else 40)
@@ -174,6 +174,7 @@ def test_compiled_op_keeps_to_the_error_rule(device):
     def of(inputs):
         def fn(x, weight, a, b, bias):
             drawn = seed_drawn(x.device, 1)
+            drawn = drawn if isinstance(drawn, torch.Tensor) else torch.tensor([drawn], device=x.device)
             scaling = torch.tensor(inputs.scaling, device=x.device)
             return torch.ops.lora_fast.lora_linear(x, weight, a, b, scaling, bias, drawn, 0.25)[0]
 
