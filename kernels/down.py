@@ -20,7 +20,7 @@ from lora_fast.kernels.common import (
     unpack_words,
     wait_for_stream,
 )
-from lora_fast.kernels.launch import Plan, plan_for, scaling_kind, sig
+from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, sig
 from lora_fast.kernels.tiles import down_tile, tma_fits
 
 CAST_BLOCK = 4096
@@ -76,7 +76,7 @@ def down_plan(x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, m
               b: torch.Tensor | None = None) -> Plan:  # fmt: skip
     """The launch for these tensors (see the functions below); with b it also casts a and b."""
     (m, k), r, tma = x.shape, a.shape[0], tma_fits(x)
-    tile, options = down_tile(m, k, r, x.dtype, x.device, tma)
+    tile, options = down_tile(m, k, r, x.dtype, x.device, tma, masked)
     blocks, n = triton.cdiv(m, tile["BLOCK_M"]), 0
     if b is not None:
         n = b.shape[0]
@@ -99,7 +99,7 @@ def down_fwd(
 ) -> torch.Tensor:
     """S [M, padded_rank(R)] from x [M, K], a [R, K] in any float dtype, mask bits of x or None, and what kept elements
     are multiplied by."""
-    s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
+    s, scaling = x.new_empty(x.shape[0], padded_rank(a.shape[0])), as_scaling(scaling)
     if x.shape[0]:
         key = ("down", sig(x), sig(a), bits is None, scaling_kind(scaling), precision(x.dtype, x.shape[1]))
         plan = plan_for(key, down_plan, x, a, scaling, bits is not None)
@@ -122,7 +122,8 @@ def down_cast_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """S as ``down_fwd`` gives it, and copies in x's dtype of contiguous a [R, K] and of b [N, R], which is padded with
     zeros to [N, padded_rank(R)], in the same launch. x has rows."""
-    s, a_cast, b_cast = x.new_empty(x.shape[0], padded_rank(a.shape[0])), *cast_space(x, a, b)
+    s, scaling = x.new_empty(x.shape[0], padded_rank(a.shape[0])), as_scaling(scaling)
+    a_cast, b_cast = cast_space(x, a, b)
     key = ("down", sig(x), sig(a), sig(b), bits is None, scaling_kind(scaling), precision(x.dtype, x.shape[1]))
     plan = plan_for(key, down_plan, x, a, scaling, bits is not None, b)
     plan(x, a, s, bits, b, a_cast, b_cast, scaling, keep_scale)

@@ -25,7 +25,7 @@ from lora_fast.kernels.common import (
     wait_for_stream,
 )
 from lora_fast.kernels.down import down_fwd
-from lora_fast.kernels.launch import Plan, plan_for, scaling_kind, sig
+from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, sig
 from lora_fast.kernels.tiles import grad_splits, grad_tile, tma_fits
 
 FUSED_RANK = 64  # the largest rank at which dS comes from the same pass
@@ -137,7 +137,7 @@ def column_plan(
     if exact == "tf32" and with_sum:
         exact = "ieee"  # dbias is no product: it stays exact
     tma = tma_fits(z)
-    tile, options = grad_tile(m, n, ranks, z.dtype, z.device, tma, fused=b is not None)
+    tile, options = grad_tile(m, n, ranks, z.dtype, z.device, tma, b is not None, masked)
     col_blocks, splits, rank_blocks, rows_each = grad_splits(m, n, ranks, tile, z.device)
     summed = g is not None and splits > 1
     ds_size, sum_size, g_size = (b is not None) * m * rs, with_sum * n, summed * n * r
@@ -172,6 +172,7 @@ def _column_pass(z, p, g, b=None, scaling=1.0, sums=None, bits=None, keep_scale=
     like = b if b is not None else g
     r = like.shape[1] if like is not None else 0
     ds = z.new_empty(z.shape[0], padded_rank(r)) if b is not None else None
+    scaling = as_scaling(scaling)
     key = ("grad", sig(z), sig(b), sig(g), sig(sums), bits is None, scaling_kind(scaling),
            precision(z.dtype, 256), r)  # fmt: skip
     plan = plan_for(key, column_plan, z, r, g, b, scaling, sums is not None, bits is not None)

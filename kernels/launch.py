@@ -33,6 +33,11 @@ def sig(t: torch.Tensor | None) -> tuple | None:
     return None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16, t.device)
 
 
+def as_scaling(scaling: float | torch.Tensor) -> float | torch.Tensor:
+    """A tensor as it is, a number as a float: Triton compiles some integers in."""
+    return scaling if isinstance(scaling, torch.Tensor) else float(scaling)
+
+
 def scaling_kind(scaling: float | torch.Tensor) -> tuple | None:
     """What of a scaling a plan depends on: not the number."""
     return (scaling.dtype, scaling.data_ptr() % 16) if isinstance(scaling, torch.Tensor) else None

@@ -12,7 +12,7 @@ from lora_fast.kernels.common import padded_rank, precision
 from lora_fast.kernels.down import cast_space, cast_wanted, down_plan
 from lora_fast.kernels.gemm import gemm_plan
 from lora_fast.kernels.grad import ColumnPass, column_plan, fuses, new_parts
-from lora_fast.kernels.launch import Plan, plan_for, scaling_kind, sig
+from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, sig
 from lora_fast.kernels.mask import keep_count, keep_scale, mask_plan, mask_space, seed_kind
 
 MaybeTensor = torch.Tensor | None
@@ -47,7 +47,7 @@ def lora_fwd(
     dtype, b perhaps padded).
     """
     s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
-    bits, keep = None, 1.0
+    bits, keep, scaling = None, 1.0, as_scaling(scaling)
     if x.shape[0] == 0:
         return s, mask_space(x) if seed is not None else None, a.to(x.dtype), b.to(x.dtype)
     key = ("lora_fwd", sig(x), sig(weight), sig(a), sig(b), sig(bias), seed_kind(seed), scaling_kind(scaling),
@@ -102,6 +102,7 @@ def lora_bwd(
             if grad is not None:
                 grad.zero_()
         return dy.new_empty(0, weight.shape[1]) if weight is not None else None
+    scaling = as_scaling(scaling)
     key = ("lora_bwd", sig(dy), sig(x), sig(weight), sig(a), sig(b), bits is None, scaling_kind(scaling), sig(grad_a),
            sig(grad_b), sig(grad_bias), r, precision(dy.dtype, 256))  # fmt: skip
     plans = plan_for(key, _backward_plans, dy, x, weight, a, b, scaling, bits is not None, r, grad_a, grad_b,

@@ -2,8 +2,11 @@
 
 32 Bernoulli bits are made at once: with count / 2^12 = 0.b1 b2 ... b12 in binary, start from zeros and take the digits
 from the last to the first, or-ing a random word where the digit is 1 and and-ing it where it is 0. Each step halves the
-distance, so every bit is 1 with probability count / 2^12 exactly. The 12 random words come from 3 calls of Philox
-(Salmon et al. 2011), whose key is the seed and whose counter is the word's index: no state, any order.
+distance, so every bit is 1 with probability count / 2^12 exactly. The random words come from calls of Philox
+(Salmon et al. 2011), four words each, whose key is the seed and whose counter is the word's index: no state, any order.
+
+The first 8 digits decide all but one bit in 256, so four neighbouring words share the call for the other 4: of two bits
+at the same place of such words, both hang on it once in 65536, and their correlation is no more than that.
 """
 
 import torch
@@ -19,20 +22,28 @@ def _digit(acc, word, count, D: tl.constexpr):
     return tl.where((count >> D) & 1 == 1, word | acc, word & acc)
 
 
+@triton.jit
+def _four_digits(acc, seed, index, call, count, D: tl.constexpr):
+    """Take in digits D to D + 3 with one call of Philox."""
+    low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0 + call, low * 0, 7)
+    acc = _digit(acc, w0, count, D)
+    acc = _digit(acc, w1, count, D + 1)
+    acc = _digit(acc, w2, count, D + 2)
+    return _digit(acc, w3, count, D + 3)
+
+
 @triton.jit(do_not_specialize=["seed", "count", "n_words"])
 def _mask_kernel(seed, bits_ptr, count, n_words, SEED_PTR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_stream(PDL)
     if SEED_PTR:
         seed = tl.load(seed)
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-    acc = tl.zeros([BLOCK], dtype=tl.uint32)
-    for call in tl.static_range(3):
-        w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0 + call, low * 0, 7)
-        acc = _digit(acc, w0, count, 4 * call)
-        acc = _digit(acc, w1, count, 4 * call + 1)
-        acc = _digit(acc, w2, count, 4 * call + 2)
-        acc = _digit(acc, w3, count, 4 * call + 3)
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = group[:, None] * 4 + tl.arange(0, 4)[None, :]  # [BLOCK, 4]
+    shared = _four_digits(tl.zeros([BLOCK], dtype=tl.uint32), seed, group, 2, count, 0)
+    acc = tl.broadcast_to(shared[:, None], (BLOCK, 4))
+    acc = _four_digits(acc, seed, index, 1, count, 4)
+    acc = _four_digits(acc, seed, index, 0, count, 8)
     tl.store(bits_ptr + index, acc.to(tl.int32, bitcast=True), mask=index < n_words)
 
 
@@ -52,8 +63,8 @@ def mask_space(like: torch.Tensor) -> torch.Tensor:
 
 
 def mask_plan(seed: torch.Tensor | int, bits: torch.Tensor) -> Plan:
-    constants = {"SEED_PTR": isinstance(seed, torch.Tensor), "BLOCK": 512}
-    return Plan(_mask_kernel, (triton.cdiv(bits.numel(), 512),), constants, {"num_warps": 4}, bits)
+    constants = {"SEED_PTR": isinstance(seed, torch.Tensor), "BLOCK": 256}
+    return Plan(_mask_kernel, (triton.cdiv(bits.numel(), 4 * 256),), constants, {"num_warps": 4}, bits)
 
 
 def seed_kind(seed: torch.Tensor | int | None) -> object:

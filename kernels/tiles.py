@@ -45,12 +45,16 @@ def rank_block(r: int, most: int) -> int:
     return min(max(triton.next_power_of_2(r), 16), most)
 
 
-def down_tile(m: int, k: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool) -> tuple[dict, dict]:
+def down_tile(
+    m: int, k: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool, masked: bool
+) -> tuple[dict, dict]:
     """S = x A^T: BLOCK_M rows a program, which walks over K with up to 128 ranks in its accumulator."""
     block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
     block_m, warps, stages = (64 if m > 2048 else 16), 4, 3 if is_small(device) else 4
     roomy = tma and not is_small(device) and dtype.itemsize <= 2
     block_k = 256 if roomy else 64 if dtype.itemsize <= 2 else 32
+    if masked and roomy and m > 2048:
+        block_m, warps = 32, 2
     if block_r >= 64:
         block_m, block_k, warps = 64, 128 if roomy else 64, 4
     if block_r >= 128:
@@ -59,7 +63,7 @@ def down_tile(m: int, k: int, r: int, dtype: torch.dtype, device: torch.device, 
 
 
 def grad_tile(
-    m: int, n: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool, fused: bool
+    m: int, n: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool, fused: bool, masked: bool
 ) -> tuple[dict, dict]:
     """G = Z^T P: BLOCK_N columns a program, BLOCK_M rows a step, BLOCK_R ranks in its accumulator."""
     block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
@@ -71,6 +75,8 @@ def grad_tile(
         block_n, block_m, warps, stages = (512, 64, 4, 3) if block_r == 16 else (512, 64, 8, 2)
         if block_r == 64 and arch(device) >= 100:
             block_n = 256
+    elif masked and block_r == 16:
+        block_n, block_m, warps, stages = 128, 128, 4, 3
     elif block_r <= 64:
         block_n, block_m, warps, stages = 256, 64, 8 if block_r == 64 else 4, 3
     else:
@@ -79,12 +85,12 @@ def grad_tile(
 
 
 def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device) -> tuple[int, int, int, int]:
-    """(column blocks, row splits, rank blocks, rows a split): one wave of programs for the chip, four of small ones;
-    few rows are not split, which saves the launch that adds up parts."""
+    """(column blocks, row splits, rank blocks, rows a split): as many programs as the chip has room for; few
+    rows are not split, which saves the launch that adds up parts."""
     col_blocks, rank_blocks = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(max(r, 1), tile["BLOCK_R"])
     if tile["BLOCK_N"] == 32 and 2 * col_blocks >= n_programs(device):
         return col_blocks, 1, rank_blocks, triton.cdiv(m, tile["BLOCK_M"]) * tile["BLOCK_M"]
-    wanted = n_programs(device) * (1 if tile["BLOCK_N"] >= 256 else 4)
+    wanted = n_programs(device) * max(1, 4 * 64 * 128 // (tile["BLOCK_M"] * tile["BLOCK_N"]))
     splits = max(1, min(wanted // (col_blocks * rank_blocks), triton.cdiv(m, 2 * tile["BLOCK_M"])))
     rows_each = triton.cdiv(triton.cdiv(m, splits), tile["BLOCK_M"]) * tile["BLOCK_M"]
     return col_blocks, triton.cdiv(m, rows_each), rank_blocks, rows_each
