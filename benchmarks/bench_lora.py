@@ -2,8 +2,9 @@
 
 Run from the repository root, on a machine with an NVIDIA GPU: python -m benchmarks.bench_lora
 
-All candidates of a shape, rank and dropout share x (which asks for its gradient), dY and W, hold equal adapters
-(not zero: zeros draw less power) and run in random order each round. fwd records for a backward, as in training; a step
+All candidates of a shape and rank hold equal values (adapters are not zero: zeros draw less power) and run in random
+order each round, those with dropout and those without together, beside one frozen layer: candidates that are bound by
+memory let the chip cool, and frozen runs faster in their company. fwd records for a backward, as in training; a step
 of fwd+bwd drops the gradients, then runs y = layer(x) and y.backward(dy). No bias, no autocast.
 
 frozen          nn.Linear whose weight asks for no gradient; frozen_again is the same once more, to show the noise
@@ -18,6 +19,7 @@ import argparse
 import functools
 import gc
 import importlib.util
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from benchmarks import common, timing
 from benchmarks.summary import summarise
 from lora_fast import LoRALinear, reference, set_backend
 
+FROZEN = ("frozen", "frozen_again")
 IMPLS = ("frozen", "frozen_again", "eager", "eager_compiled", "peft", "lora_fast_lora")
 COLUMNS = ("gpu torch triton commit dtype M K N r p what impl median_us p20_us p80_us ratio_to_frozen peak_mib").split()
 KINDS: dict[str, Callable[[str], Any]] = {"dtype": str, "M": int, "K": int, "N": int, "r": int, "p": float, "impl": str}
@@ -49,9 +52,20 @@ class Case(NamedTuple):
         return self.r == 16 and self.dtype == "bf16"
 
 
-def all_cases() -> list[Case]:
-    cases = [Case("bf16", *shape, r, p) for r in (16, 8, 64, 256) for shape in common.SHAPES for p in common.PS]
+def all_cases(ranks: tuple[int, ...]) -> list[Case]:
+    cases = [Case("bf16", *shape, r, p) for r in ranks for shape in common.SHAPES for p in common.PS]
     return cases + [Case(dtype, *common.SHAPES[0], 16, p) for dtype in ("fp16", "fp32") for p in common.PS]
+
+
+class Suite(NamedTuple):
+    """What one benchmark script measures."""
+
+    name: str
+    doc: str
+    ranks: tuple[int, ...]
+    impls: tuple[str, ...]
+    build: Callable[[Case, tuple[str, ...], str], "dict[str, Candidate]"]
+    summarise: Callable[[list[common.Row], list[common.Row]], str]
 
 
 class Candidate(NamedTuple):
@@ -90,7 +104,7 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
 
     made: dict[str, Candidate] = {}
     for impl in impls:
-        if impl in ("frozen", "frozen_again"):
+        if impl in FROZEN:
             made[impl] = Candidate(frozen, x, dy, [x])
         elif impl == "eager":
             made[impl] = eager(reference.lora_linear)
@@ -104,11 +118,12 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
     return made
 
 
-def peft_layer(ours: LoRALinear) -> nn.Module:
+def peft_layer(ours: LoRALinear, use_dora: bool = False) -> nn.Module:
     """PEFT's layer on the same base weight, with equal adapters in the weight's dtype."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=ours.r, lora_alpha=int(ours.lora_alpha), lora_dropout=ours.lora_dropout, target_modules=["0"])
+    config = LoraConfig(r=ours.r, lora_alpha=int(ours.lora_alpha), lora_dropout=ours.lora_dropout, target_modules=["0"],
+                        use_dora=use_dora)  # fmt: skip
     model = get_peft_model(nn.Sequential(ours.to_linear()), config, autocast_adapter_dtype=False)
     layer = model.base_model.model[0]
     with torch.no_grad():
@@ -117,25 +132,34 @@ def peft_layer(ours: LoRALinear) -> nn.Module:
     return layer
 
 
-def measured(
-    case: Case, candidates: dict[str, Candidate], rounds: int, graph: bool, about: common.Row
-) -> list[common.Row]:
-    """A row for each candidate and each of fwd and fwd+bwd; under CUDA graphs peak_mib stays empty."""
-    calls = {(what, impl): call for impl, c in candidates.items() for what, call in c.calls().items()}
-    peaks: dict[tuple[str, str], Any] = {key: "" for key in calls}
+def measured(built: dict[Case, dict[str, Candidate]], rounds: int, graph: bool, about: common.Row) -> list[common.Row]:
+    """A row for each case, candidate and each of fwd and fwd+bwd, from cases that differ in p alone; under CUDA graphs
+    peak_mib stays empty. The frozen layer of the first case serves them all."""
+    first = next(iter(built))
+    calls = {
+        (what, impl, case.p): call
+        for case, candidates in built.items()
+        for impl, candidate in candidates.items()
+        if case is first or impl not in FROZEN
+        for what, call in candidate.calls().items()
+    }
+    peaks: dict[tuple[str, str, float], Any] = {key: "" for key in calls}
     if graph:
         torch.cuda.synchronize()
         calls = {key: timing.graphed(call) for key, call in calls.items()}
     else:
         peaks = {key: round(timing.peak_mib(call), 2) for key, call in calls.items()}
-    times = timing.measure({" ".join(key): call for key, call in calls.items()}, rounds)
+    name = "{} {} {}".format
+    times = timing.measure({name(*key): call for key, call in calls.items()}, rounds)
     rows = []
-    for what, impl in calls:
-        median, p20, p80 = timing.summary(times[f"{what} {impl}"])
-        ratio = median / timing.summary(times[f"{what} frozen"])[0]
-        rows.append({**about, **case._asdict(), "what": what, "impl": impl, "median_us": round(median, 2),
-                     "p20_us": round(p20, 2), "p80_us": round(p80, 2), "ratio_to_frozen": round(ratio, 4),
-                     "peak_mib": peaks[what, impl]})  # fmt: skip
+    for case, candidates in built.items():
+        for what, impl in ((what, impl) for impl in candidates for what in ("fwd", "fwd+bwd")):
+            key = what, impl, first.p if impl in FROZEN else case.p
+            median, p20, p80 = timing.summary(times[name(*key)])
+            ratio = median / timing.summary(times[name(what, "frozen", first.p)])[0]
+            rows.append({**about, **case._asdict(), "what": what, "impl": impl, "median_us": round(median, 2),
+                         "p20_us": round(p20, 2), "p80_us": round(p80, 2), "ratio_to_frozen": round(ratio, 4),
+                         "peak_mib": peaks[key]})  # fmt: skip
     return rows
 
 
@@ -148,8 +172,6 @@ def only(text: str) -> tuple[str, set[Any]]:
         found = {KINDS[key](value) for value in values.split(",")}
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers for {key}") from None
-    if key == "impl" and not found <= set(IMPLS):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected impls among {', '.join(IMPLS)}")
     return key, found
 
 
@@ -159,10 +181,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case], tuple[str, ...]]:
+def parse(argv: list[str] | None, suite: Suite) -> tuple[argparse.Namespace, list[Case], tuple[str, ...]]:
     """(arguments, the cases to run, the impls to run)."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.bench_lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        f"python -m benchmarks.{suite.name}",
+        description=suite.doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rounds", type=positive, default=24,
                         help="at r=16 in bf16 (default 24); a third of it, but 3 at least, elsewhere")  # fmt: skip
@@ -171,21 +195,24 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case], tuple
                         f"{', '.join(KINDS)}; frozen always runs")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a first look: r=16 in bf16, a third of the rounds")
     parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR",
-                        help="where bench_lora_CARD.csv and, for M=1024 under CUDA graphs, bench_lora_graph_CARD.csv "
-                        "are rewritten (default benchmarks/results)")  # fmt: skip
+                        help=f"where {suite.name}_CARD.csv and, for M=1024 under CUDA graphs, "
+                        f"{suite.name}_graph_CARD.csv are rewritten (default benchmarks/results)")  # fmt: skip
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
     wanted = [(key, values) for key, values in args.only if key != "impl"]
-    cases = [c for c in all_cases() if all(getattr(c, key) in values for key, values in wanted)]
+    cases = [c for c in all_cases(suite.ranks) if all(getattr(c, key) in values for key, values in wanted)]
+    for key, values in args.only:
+        if key == "impl" and not values <= set(suite.impls):
+            parser.error(f"--only impl: got {', '.join(values)}, expected impls among {', '.join(suite.impls)}")
     impls = [values | {"frozen"} for key, values in args.only if key == "impl"]
     cases = [c for c in cases if c.is_main()] if args.quick else cases
     if not cases:
         parser.error("--only leaves nothing to measure")
-    return args, cases, tuple(impl for impl in IMPLS if all(impl in names for names in impls))
+    return args, cases, tuple(impl for impl in suite.impls if all(impl in names for names in impls))
 
 
-def main(argv: list[str] | None = None) -> int:
-    args, cases, impls = parse(argv)
+def run(argv: list[str] | None, suite: Suite) -> int:
+    args, cases, impls = parse(argv, suite)
     reason = common.why_no_gpu()
     if reason is not None:
         print(reason, file=sys.stderr)
@@ -197,22 +224,33 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[common.Row] = []
     graph_rows: list[common.Row] = []
     save = functools.partial(common.write_csv, columns=COLUMNS)
-    for case in common.progress(cases, "bench_lora"):
-        rounds = args.rounds if case.is_main() and not args.quick else fewer
-        candidates = build(case, impls, "cuda")
-        rows += measured(case, candidates, rounds, False, about)
-        save(args.out / f"bench_lora_{card}.csv", rows=rows)  # after each case, so that a run cut short leaves its part
-        if case.M == 1024 and case.r == 16:
-            graph_rows += measured(case, candidates, rounds, True, about)
-            save(args.out / f"bench_lora_graph_{card}.csv", rows=graph_rows)
-        del candidates
+    groups = [list(group) for _, group in itertools.groupby(cases, lambda case: case._replace(p=0))]
+    for group in common.progress(groups, suite.name):
+        main = group[0].is_main()
+        rounds = args.rounds if main and not args.quick else fewer
+        built = {case: suite.build(case, impls, "cuda") for case in group}
+        rows += measured(built, rounds, False, about)
+        save(
+            args.out / f"{suite.name}_{card}.csv", rows=rows
+        )  # after each group, so that a run cut short leaves its part
+        if main and group[0].M == 1024:
+            graph_rows += measured(built, rounds, True, about)
+            save(args.out / f"{suite.name}_graph_{card}.csv", rows=graph_rows)
+        del built
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
     print(f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}, "
           f"{time.monotonic() - start:.0f} s\n")  # fmt: skip
-    print(summarise(rows, graph_rows))
+    print(suite.summarise(rows, graph_rows))
     return 0
+
+
+LORA = Suite("bench_lora", __doc__ or "", (16, 8, 64, 256), IMPLS, build, summarise)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(argv, LORA)
 
 
 if __name__ == "__main__":

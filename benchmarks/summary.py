@@ -46,11 +46,16 @@ def memory_excess(rows: list[Row], p: float, main: bool) -> float | None:
     return worst
 
 
+def means(rows: list[Row], r: int) -> str:
+    """A table of every impl's geometric means at this rank; "-" where it was not measured."""
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    header = [f"r={r}, bf16, geometric mean over five shapes", *(f"{w}, p={p}" for w in ("fwd", "fwd+bwd") for p in PS)]
+    lines = [[i, *(_ratio(mean(rows, i, r, p, w)) for w in ("fwd", "fwd+bwd") for p in PS)] for i in impls]
+    return markdown(header, lines)
+
+
 def summarise(rows: list[Row], graph_rows: list[Row]) -> str:
     """Two tables: every impl's geometric means, and ours beside the bounds; "-" where it was not measured."""
-    impls = list(dict.fromkeys(row["impl"] for row in rows))
-    header = ["r=16, bf16, geometric mean over five shapes", *(f"{w}, p={p}" for w in ("fwd", "fwd+bwd") for p in PS)]
-    means = [[i, *(_ratio(mean(rows, i, 16, p, w)) for w in ("fwd", "fwd+bwd") for p in PS)] for i in impls]
 
     def both(label: str, value: Callable[[float], float | None], form: Callable[[float | None], str], bound: str):
         return [label, *(form(value(p)) for p in PS), bound]
@@ -74,7 +79,7 @@ def summarise(rows: list[Row], graph_rows: list[Row]) -> str:
         ["frozen_again, farthest from 1 at r=16", _ratio(max(again, default=None)), "", "0.01"],
     ]  # fmt: skip
     ours = markdown(["lora_fast_lora, fwd+bwd", "p=0", "p=0.1", "must H200 / H100"], table)
-    return f"{markdown(header, means)}\n\n{ours}"
+    return f"{means(rows, 16)}\n\n{ours}"
 
 
 def _less(a: float | None, b: float | None) -> float | None:

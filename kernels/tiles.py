@@ -62,6 +62,15 @@ def down_tile(
     return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": stages}
 
 
+def norm_tile(n: int, k: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool) -> tuple[dict, dict]:
+    """Row norms: BLOCK_N rows of W a program, BLOCK_K columns a step; DENSE_K where a row is summed from V itself."""
+    roomy = tma and not is_small(device) and dtype.itemsize <= 2
+    half = dtype.itemsize <= 2
+    tile = {"BLOCK_N": 32, "BLOCK_K": 128 if roomy else 64 if half else 32,
+            "BLOCK_R": rank_block(r, 64 if roomy else 32), "DENSE_K": 32 if half else 16}  # fmt: skip
+    return tile, {"num_warps": 4, "num_stages": 4 if roomy else 3}
+
+
 def grad_tile(
     m: int, n: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool, fused: bool, masked: bool
 ) -> tuple[dict, dict]:

@@ -2,7 +2,7 @@
 
 from lora_fast import functional, reference
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
-from lora_fast.layers import LoRALinear
+from lora_fast.layers import DoRALinear, LoRALinear
 from lora_fast.model import (
     LoRAConfig,
     add_lora,
@@ -19,6 +19,7 @@ from lora_fast.model import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "DoRALinear",
     "LoRAConfig",
     "LoRALinear",
     "SlowPathWarning",

@@ -19,6 +19,7 @@ class LoRAConfig:
 
     Args:
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in :class:`lora_fast.LoRALinear`.
+        use_dora: convert to :class:`lora_fast.DoRALinear`, which also trains the lengths of the weight's rows.
         target_modules: a list of full module names or their last parts ("q_proj", "attn.q_proj"), a regex that must
             match the full name, or "all-linear": every ``nn.Linear`` but the model's ``get_output_embeddings()``.
             A layer among them that no adapter can stand in for (of an ``nn.MultiheadAttention``, say) is an error.
@@ -43,9 +44,12 @@ class LoRAConfig:
     init_lora_weights: bool | Literal["gaussian"] = True
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         _check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.init_lora_weights)
+        if not isinstance(self.use_dora, bool):
+            raise TypeError(f"use_dora: got {self.use_dora!r}, expected True or False")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'bias: got {self.bias!r}, expected "none", "all" or "lora_only"')
         _check_names("target_modules", self.target_modules)

@@ -1,6 +1,7 @@
 """LoRA from scratch on MNIST: a network that knows the digits 0-4 learns 5-9, by LoRA at several ranks and in full.
 
-The network is 784-64-64-5 (54,725 parameters); LoRA on its three layers trains (848 + 128 + 69) r = 1045 r parameters.
+The network is 784-64-64-5 (54,725 parameters); LoRA on its three layers trains (848 + 128 + 69) r = 1045 r parameters,
+DoRA 133 more.
 """
 
 import argparse
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=_seeds, default=5, help="how many times each run is repeated")
     parser.add_argument("--ranks", type=_ranks, default="1,2,4,8,16,32,64", help="ranks, separated by commas")
     parser.add_argument("--device", type=_device, default="cpu", help="where to train: cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
     parser.add_argument("--out", type=Path, default="demo-out", help="folder for the CSV, the plot and an adapter")
 
 
@@ -52,18 +54,19 @@ def run(args: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SlowPathWarning)  # the first line of the output says it
-            return _experiment(args.seeds, args.ranks, args.device, args.out)
+            return _experiment(args.seeds, args.ranks, args.device, args.out, args.dora)
     finally:
         torch.set_num_threads(threads)
 
 
-def _experiment(seeds: int, ranks: list[int], device: torch.device, out: Path) -> int:
+def _experiment(seeds: int, ranks: list[int], device: torch.device, out: Path, dora: bool) -> int:
     from rich.console import Console
     from rich.progress import Progress, TextColumn
 
     console, start = Console(highlight=False, markup=False, soft_wrap=True), time.perf_counter()
-    reason = why_not_triton(device, torch.float32)
-    console.print("LoRA layers take the " + (f"reference path: {reason}" if reason else "fused Triton kernels"))
+    method, reason = "DoRA" if dora else "LoRA", why_not_triton(device, torch.float32)
+    fused = "fused Triton kernels" + (" for their products" if dora else "")
+    console.print(f"{method} layers take the " + (f"reference path: {reason}" if reason else fused))
     known, new = load_digits(device)
     sizes = ", ".join(f"{len(labels)} {part}" for part, (_, labels) in new.items())
     console.print(f"MNIST digits, 0-4 to pretrain on and 5-9 to fine-tune on, images of each: {sizes}")
@@ -91,8 +94,8 @@ def _experiment(seeds: int, ranks: list[int], device: torch.device, out: Path) -
             for rank in [*ranks, 0]:
                 torch.manual_seed(seed)
                 began = time.perf_counter()
-                model = adapted(base, rank) if rank else copy.deepcopy(base)
-                name = f"LoRA, r = {rank}" if rank else "full fine-tune"
+                model = adapted(base, rank, dora) if rank else copy.deepcopy(base)
+                name = f"{method}, r = {rank}" if rank else "full fine-tune"
                 epochs = fit(f"seed {seed}: {name}", model, new, LORA_LR if rank else FULL_LR)
                 seconds = time.perf_counter() - began
                 trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -105,8 +108,8 @@ def _experiment(seeds: int, ranks: list[int], device: torch.device, out: Path) -
     groups = [[run for run in runs if run.rank == rank] for rank in [*ranks, 0]]
     console.print(table(groups), soft_wrap=False)
     best = max((run for run in runs if run.rank), key=lambda run: run.validation_accuracy)
-    _save(out, runs, groups, bases[best.seed], adapters[best.rank, best.seed])
-    again = accuracy(_load(out, best.rank, device), *new["test"])
+    _save(out, runs, groups, method, bases[best.seed], adapters[best.rank, best.seed])
+    again = accuracy(_load(out, best.rank, dora, device), *new["test"])
     console.print(
         f"Adapter of rank {best.rank}, seed {best.seed} (best on validation): test accuracy "
         f"{best.test_accuracy:.4f}; saved, and loaded into a fresh model: {again:.4f}"
@@ -146,9 +149,10 @@ def network() -> nn.Sequential:
     )
 
 
-def adapted(base: nn.Module, rank: int) -> nn.Module:
-    """A copy of ``base``, frozen, with LoRA on its three layers; scaling 1 at every rank."""
-    return add_lora(copy.deepcopy(base), LoRAConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
+def adapted(base: nn.Module, rank: int, dora: bool = False) -> nn.Module:
+    """A copy of ``base``, frozen, with LoRA or DoRA on its three layers; scaling 1 at every rank."""
+    config = LoRAConfig(r=rank, lora_alpha=rank, target_modules="all-linear", use_dora=dora)
+    return add_lora(copy.deepcopy(base), config)
 
 
 def train(model: nn.Module, digits: Digits, lr: float, on_epoch: Callable[[int, str], Any]) -> int:
@@ -180,21 +184,23 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (model(images).argmax(1) == labels).double().mean().item()
 
 
-def _save(out: Path, runs: list[Run], groups: list[list[Run]], base: nn.Module, adapter: dict[str, Tensor]) -> None:
+def _save(
+    out: Path, runs: list[Run], groups: list[list[Run]], method: str, base: nn.Module, adapter: dict[str, Tensor]
+) -> None:
     from safetensors.torch import save_file
 
     write_csv(out / "results.csv", runs)
-    plot(groups).savefig(out / "accuracy.png", dpi=150)
+    plot(groups, method).savefig(out / "accuracy.png", dpi=150)
     save_file(base.state_dict(), out / "base.safetensors")
     save_file(adapter, out / "adapter.safetensors")
 
 
-def _load(out: Path, rank: int, device: torch.device) -> nn.Module:
+def _load(out: Path, rank: int, dora: bool, device: torch.device) -> nn.Module:
     from safetensors.torch import load_file
 
     base = network().to(device)
     base.load_state_dict(load_file(out / "base.safetensors"))
-    model = adapted(base, rank)
+    model = adapted(base, rank, dora)
     load_lora_state_dict(model, load_file(out / "adapter.safetensors"))
     return model
 

@@ -55,7 +55,7 @@ def write_csv(path: Path, runs: list[Run]) -> None:
         writer.writerows(asdict(run) | {"rank": run.rank or "full"} for run in runs)
 
 
-def plot(groups: list[list[Run]]):
+def plot(groups: list[list[Run]], method: str):
     """A matplotlib figure of accuracy against trainable parameters, from the same groups."""
     from matplotlib.figure import Figure  # without pyplot: no window, no display needed
     from matplotlib.ticker import PercentFormatter
@@ -68,7 +68,9 @@ def plot(groups: list[list[Run]]):
     axes.axhspan(means[-1] - stds[-1], means[-1] + stds[-1], color="tab:gray", alpha=0.15, linewidth=0)
     full = f"full fine-tune ({counts[-1]:,} parameters)"
     axes.errorbar(counts[-1], means[-1], stds[-1], fmt="s", color="tab:gray", capsize=3, label=full)
-    axes.errorbar(counts[:-1], means[:-1], stds[:-1], fmt="o-", color="tab:blue", capsize=3, label="LoRA, base frozen")
+    axes.errorbar(
+        counts[:-1], means[:-1], stds[:-1], fmt="o-", color="tab:blue", capsize=3, label=f"{method}, base frozen"
+    )
     axes.set_xticks(counts[:-1], [f"{group[0].trainable_parameters:,}\nr = {group[0].rank}" for group in groups[:-1]])
     axes.minorticks_off()
     axes.set_title(f"MNIST digits 5-9 on a network pretrained on 0-4; mean and std, seeds: {len(groups[0])}")

@@ -60,6 +60,103 @@ def lora_linear(
     return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
 
 
+def dora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float | torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    detach_norm: bool = True,
+    save: str = "auto",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """:func:`lora_linear` with the direction of each output row normalised and its length trained by itself:
+    ``y = (magnitude / n) * (x W^T + scaling * (drop(x) A^T) B^T) + bias``, ``n = |W + scaling * B A|`` per row.
+
+    Formula of Liu et al. 2024 (arXiv 2402.09353). n is a constant in the backward (its section 4.3); rows of zero norm
+    give 0. Dropout acts on the low-rank branch alone, as in torchtune; PEFT drops x in one more base product, which has
+    the same expectation, more noise and twice the work. n is evaluated in every call.
+
+    On the fused path the products are the LoRA kernels'; the norm and the scaling of rows are plain torch so far.
+
+    Args:
+        x, weight, lora_A, lora_B, scaling, bias, dropout_p, training, backend: as in :func:`lora_linear`.
+        magnitude: [N], floating, any sign; used in float32 or better.
+        detach_norm: False lets gradients through n, which takes the dense ``W + scaling * B A``.
+        save: what is kept for the magnitude's gradient where it asks for one: "z", the output before scaling (what
+            "auto" takes so far), so that y may be changed in place.
+
+    Returns:
+        [..., N] with the dtype of ``F.linear(x, weight, bias)``, autocast included.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`lora_linear`; a magnitude of another shape, dtype or device;
+            ``save`` neither "auto" nor "z".
+    """
+    _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    _check_magnitude(magnitude, weight)
+    if not isinstance(detach_norm, bool):
+        raise TypeError(f"detach_norm: got {detach_norm!r}, expected True or False")
+    if save not in ("auto", "z"):
+        raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
+    z = lora_linear(x, weight, lora_A, lora_B, scaling, None, dropout_p, training, backend)
+    if isinstance(scaling, torch.Tensor):
+        scaling = scaling.detach()
+    norm = (reference.dora_norm if detach_norm else reference.dense_norm)(weight, lora_A, lora_B, scaling)
+    return reference.dora_scale(z, magnitude, norm, bias)
+
+
+def dora_norm(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float | torch.Tensor,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Norms of the rows of ``weight + scaling * lora_B lora_A`` (Liu et al. 2024, arXiv 2402.09353), without gradient.
+
+    Args:
+        weight: [N, K], lora_A: [R, K], lora_B: [N, R], any floating dtypes, on one device.
+        scaling: a number or a 0-dim floating tensor.
+        backend: "triton" takes the kernel; "auto" takes plain torch, as :func:`dora_linear` does, until the kernel has
+            been timed.
+
+    Returns:
+        [N] float32, float64 if one of the tensors is.
+
+    Raises:
+        TypeError, ValueError: as :func:`lora_linear`.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run.
+    """
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        got = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
+        raise (ValueError if isinstance(weight, torch.Tensor) else TypeError)(f"weight: got {got}, expected [N, K]")
+    _check(weight.detach()[:0], weight.detach(), lora_A, lora_B, scaling, None, 0.0)
+    if isinstance(scaling, torch.Tensor):
+        scaling = scaling.detach()
+    if dispatch.choose("reference" if backend == "auto" else backend, weight.device, weight.dtype) == "triton":
+        from lora_fast.kernels.norm import norm_fwd  # needs Triton
+
+        with torch.no_grad():
+            return norm_fwd(weight, lora_A, lora_B, scaling)
+    return reference.dora_norm(weight, lora_A, lora_B, scaling)
+
+
+def _check_magnitude(magnitude, weight) -> None:
+    if not isinstance(magnitude, torch.Tensor):
+        raise TypeError(f"magnitude: got {type(magnitude).__name__}, expected a tensor")
+    if magnitude.dtype not in FLOATS:
+        raise TypeError(f"magnitude: got dtype {magnitude.dtype}, expected float16, bfloat16, float32 or float64")
+    if magnitude.shape != weight.shape[:1]:
+        raise ValueError(f"magnitude: got shape {tuple(magnitude.shape)}, expected {tuple(weight.shape[:1])}")
+    if magnitude.device != weight.device:
+        raise ValueError(f"magnitude: got a tensor on {magnitude.device}, expected {weight.device}, where weight is")
+
+
 def _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bool:
     """Whether the arguments are what they nearly always are: right, without autocast and with a number for scaling.
     The host waits for this in every step; where it says no, :func:`_check` takes the time to say why."""

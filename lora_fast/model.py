@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_fast.config import LoRAConfig, find_targets, matching, resolve_pattern, some
-from lora_fast.layers import LoRALinear
+from lora_fast.layers import DoRALinear, LoRALinear
 
 # What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
 _BEFORE = "_before_lora"  # {parameter name: requires_grad before add_lora}, for remove_lora
@@ -16,7 +16,8 @@ _TRAINED = "_trained_with_lora"  # names of own tensors that train and are saved
 
 
 def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear in place, freeze the rest, return ``model``.
+    """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, in place, freeze the rest,
+    return ``model``.
 
     Training flags are kept. A layer found under several names is converted once, in all its places: it is a target if
     one of its names is, unless one of them is excluded.
@@ -52,13 +53,12 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
     before = {m: {n: p.requires_grad for n, p in m._parameters.items() if p is not None} for m in model.modules()}
     layers: dict[nn.Module, nn.Module] = {}
+    kind = DoRALinear if config.use_dora else LoRALinear
     try:
         for linear in targets:
             hyperparameters = ranks[linear], alphas[linear], config.lora_dropout, config.use_rslora
             with _noting(f"while converting {names[linear][0]!r}"):
-                layers[linear] = LoRALinear.from_linear(
-                    linear, *hyperparameters, init_lora_weights=config.init_lora_weights
-                )
+                layers[linear] = kind.from_linear(linear, *hyperparameters, init_lora_weights=config.init_lora_weights)
         for parameter in model.parameters():
             parameter.requires_grad = parameter in to_train and parameter.is_floating_point()
     except BaseException:
@@ -93,14 +93,16 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Iterate over lora_A [r, in] and lora_B [out, r] of every LoRA layer. ValueError without LoRA layers."""
-    return iter([p for layer in _lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)])
+    """Iterate over lora_A [r, in], lora_B [out, r] and, of DoRA layers, lora_magnitude_vector [out], layer by layer.
+    ValueError without LoRA layers."""
+    return iter([getattr(layer, name) for layer in _lora_layers(model).values() for name in layer.adapter_names])
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's part of ``model.state_dict()``, detached but not copied. ValueError without LoRA layers.
 
-    Keys ``<module>.lora_A`` and ``<module>.lora_B``, and the tensors of modules_to_save and of the biases that train.
+    Keys ``<module>.lora_A``, ``<module>.lora_B`` and, of DoRA layers, ``<module>.lora_magnitude_vector``, and the
+    tensors of modules_to_save and of the biases that train.
     """
     return {name: tensor.detach() for name, tensor in _adapter_tensors(model).items()}
 
@@ -131,6 +133,8 @@ def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor
             problems.append(f"{name} has dtype {new.dtype}, expected {old.dtype}")
         if new.is_meta and not old.is_meta:
             problems.append(f"{name} is on the meta device, without data")
+        elif name.endswith("lora_magnitude_vector") and not torch.isfinite(new).all():
+            problems.append(f"{name} has elements that are not finite")
     if problems:
         raise ValueError("state_dict: does not fit the model: " + "; ".join(problems))
     for name, tensor in own.items():
@@ -203,7 +207,7 @@ def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     _lora_layers(model)
     tensors: dict[torch.Tensor, str] = {}
     for prefix, module in model.named_modules():
-        own = ("lora_A", "lora_B") if isinstance(module, LoRALinear) else ()
+        own = module.adapter_names if isinstance(module, LoRALinear) else ()
         for name in (*own, *vars(module).get(_TRAINED, ())):
             tensors.setdefault(getattr(module, name), f"{prefix}.{name}" if prefix else name)
     return {name: tensor for tensor, name in tensors.items()}

@@ -1,4 +1,4 @@
-"""LoRA in plain torch: the CPU fallback, the oracle of the tests (in float64) and the baseline of the benchmarks."""
+"""LoRA and DoRA in plain torch: the CPU fallback, the tests' oracle (in float64), the baseline of the benchmarks."""
 
 import torch
 import torch.nn.functional as F
@@ -43,3 +43,100 @@ def lora_linear(
     n, r = lora_B.shape
     y = torch.addmm(base.reshape(-1, n), down.reshape(-1, r), lora_B.to(x.dtype).t())
     return y.view(base.shape)
+
+
+CANCELS = 1e-3  # below this share of its terms the factored sum of squares has lost too much to cancellation
+ROWS = 1024  # rows of the weight that are cast to float32 at a time
+
+
+def dora_norm(
+    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float | torch.Tensor
+) -> torch.Tensor:
+    """Norms of the rows of ``V = W + scaling * B A``, without gradient and without V in memory.
+
+    From ``n^2 = |W|^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B)``. Where the terms cancel, a row is
+    computed from V itself; to find those rows the host waits for the device. Where it must not (torch.compile, a CUDA
+    graph) all rows are.
+
+    Args:
+        weight: [N, K].
+        lora_A: [R, K].
+        lora_B: [N, R].
+        scaling: number or 0-dim tensor.
+
+    Returns:
+        [N] float32, float64 if one of the tensors is.
+    """
+    dtype = torch.float32
+    for t in (weight, lora_A, lora_B):
+        dtype = torch.promote_types(dtype, t.dtype)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        a, b = lora_A.to(dtype), lora_B.to(dtype) * scaling
+        if _recorded(weight):
+            parts = [_rows_norm(w.to(dtype), a, sb) for w, sb in zip(weight.split(ROWS), b.split(ROWS), strict=True)]
+            return torch.cat(parts)
+        gram = a @ a.t()  # [R, R]
+        parts = []
+        for rows, sb in zip(weight.split(ROWS), b.split(ROWS), strict=True):
+            w = rows.to(dtype)
+            terms = w.square().sum(1), 2 * ((w @ a.t()) * sb).sum(1), ((sb @ gram) * sb).sum(1)
+            square = terms[0] + terms[1] + terms[2]
+            cancel = ~(square >= CANCELS * (terms[0] + terms[1].abs() + terms[2].abs())) | (terms[0] == 0)
+            n = square.clamp_min(0).sqrt()
+            if cancel.any():
+                n[cancel] = _rows_norm(w[cancel], a, sb[cancel])
+            parts.append(n)
+        return torch.cat(parts)
+
+
+def _recorded(t: torch.Tensor) -> bool:
+    return torch.compiler.is_compiling() or (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _rows_norm(w: torch.Tensor, a: torch.Tensor, sb: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(torch.addmm(w, sb, a), dim=1)
+
+
+def dora_scale(
+    z: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``y = (magnitude / norm) * z + bias`` in z's dtype, computed in float32 or better and rounded once; a row of zero
+    norm counts as 0. z [..., N], the others [N]."""
+    alive = norm > 0
+    gain = torch.where(alive, magnitude / torch.where(alive, norm, 1.0), 0.0)
+    y = z * gain.to(torch.promote_types(gain.dtype, torch.float32))
+    return (y if bias is None else y + bias).to(z.dtype)
+
+
+def dora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float | torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    detach_norm: bool = True,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``y = g * z + bias`` with ``z = x W^T + S B^T`` and ``g = magnitude / |W + scaling * B A|`` per output row
+    (Liu et al. 2024, arXiv 2402.09353; the norm is a constant in the backward, section 4.3, unless ``detach_norm`` is
+    False).
+
+    Arguments and result as in :func:`lora_linear`; magnitude is [N].
+    """
+    z = lora_linear(x, weight, lora_A, lora_B, scaling, None, dropout_p, training, keep)
+    norm = dora_norm if detach_norm else dense_norm
+    return dora_scale(z, magnitude, norm(weight, lora_A, lora_B, scaling), bias)
+
+
+def dense_norm(
+    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float | torch.Tensor
+) -> torch.Tensor:
+    """As :func:`dora_norm`, with gradients to the adapters, from V in memory."""
+    with torch.autocast(weight.device.type, enabled=False):
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
+        v = weight.to(dtype) + (lora_B.to(dtype) * scaling) @ lora_A.to(dtype)
+        return torch.linalg.vector_norm(v, dim=1)

@@ -72,7 +72,7 @@ def longest_run(cubin: bytes) -> int:
 
 
 def compile_for(capability: int, problems) -> list[dict]:
-    from lora_fast.kernels import down, gemm, grad, launch, mask, tiles
+    from lora_fast.kernels import down, gemm, grad, launch, mask, norm, tiles
 
     driver.set_active(TargetOnly(capability))
     for module, name, value in (
@@ -116,6 +116,7 @@ def compile_for(capability: int, problems) -> list[dict]:
         assert ds is not None
         grad.a_bwd(x, ds, torch.empty_like(a, dtype=adapter), bits)
         gemm.gemm(dy, w, ds, a, False, None, bits)
+        norm.norm_fwd(w, a, b, 2.0)
     return found
 
 

@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_kernels, bench_lora, common, plot
-from lora_fast import LoRALinear
+from benchmarks import bench_dora, bench_kernels, bench_lora, common, plot
+from lora_fast import DoRALinear, LoRALinear
 
 ROOT = Path(__file__).parent.parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
 @NO_GPU
-@pytest.mark.parametrize("script", ["bench_lora", "bench_kernels"])
+@pytest.mark.parametrize("script", ["bench_lora", "bench_dora", "bench_kernels"])
 def test_says_that_there_is_no_gpu(script):
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{script}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "NVIDIA GPU" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("main", [bench_lora.main, bench_kernels.main, plot.main])
+@pytest.mark.parametrize("main", [bench_lora.main, bench_dora.main, bench_kernels.main, plot.main])
 def test_help_says_how_to_run(main, capsys):
     with pytest.raises(SystemExit) as done:
         main(["--help"])
@@ -32,19 +32,21 @@ def test_help_says_how_to_run(main, capsys):
 
 
 def test_all_cases():
-    cases = bench_lora.all_cases()
+    cases = bench_lora.all_cases(bench_lora.LORA.ranks)
     assert len(cases) == len(set(cases)) == 8 * 4 * 2 + 2 * 2
     assert {(c.r, c.p) for c in cases if c.dtype == "bf16"} == {(r, p) for r in (8, 16, 64, 256) for p in (0, 0.1)}
     assert {c[1:5] for c in cases if c.dtype != "bf16"} == {(8192, 4096, 4096, 16)}
 
 
 def test_arguments_choose_the_cases():
-    args, cases, impls = bench_lora.parse([])
+    args, cases, impls = bench_lora.parse([], bench_lora.LORA)
     assert (args.rounds, len(cases), impls) == (24, 68, bench_lora.IMPLS)
-    _, cases, impls = bench_lora.parse(["--only", "r=8,64", "--only", "p=0", "--only", "M=1024", "--only", "impl=peft"])
+    _, cases, impls = bench_lora.parse(
+        ["--only", "r=8,64", "--only", "p=0", "--only", "M=1024", "--only", "impl=peft"], bench_lora.LORA
+    )
     assert cases == [bench_lora.Case("bf16", 1024, 4096, 4096, r, 0) for r in (8, 64)]
     assert impls == ("frozen", "peft")
-    _, cases, _ = bench_lora.parse(["--quick"])
+    _, cases, _ = bench_lora.parse(["--quick"], bench_lora.LORA)
     assert len(cases) == 16 and all(c.is_main() for c in cases)
 
 
@@ -65,14 +67,19 @@ def test_bad_arguments(argv, message, capsys):
     assert done.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("suite", [bench_lora.LORA, bench_dora.DORA], ids=lambda suite: suite.name)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_candidates_compute_the_same(dtype, monkeypatch):
-    """All LoRA candidates agree at p = 0, in the output and every gradient, and differ from the frozen layer."""
+def test_candidates_compute_the_same(dtype, suite, monkeypatch):
+    """All candidates agree at p = 0, in the output and every gradient, and differ from the frozen layer."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     case = bench_lora.Case(dtype, 32, 24, 40, 8, 0)
-    candidates = bench_lora.build(case, bench_lora.IMPLS, "cpu")
+    candidates = suite.build(case, suite.impls, "cpu")
     has_peft = importlib.util.find_spec("peft") is not None
-    assert list(candidates) == [impl for impl in bench_lora.IMPLS if impl != "peft" or has_peft]
+    assert list(candidates) == [impl for impl in suite.impls if impl != "peft" or has_peft]
+    if suite is bench_dora.DORA:
+        assert isinstance(candidates["lora_fast_dora"].layer, DoRALinear)
+        (lora,) = (candidates.pop(impl) for impl in ("lora_fast_lora",))
+        assert torch.allclose(lora.forward(), candidates["lora_fast_dora"].forward(), atol=0.05, rtol=0.02)
     found = {}
     for impl, candidate in candidates.items():
         calls = candidate.calls()
@@ -80,9 +87,10 @@ def test_candidates_compute_the_same(dtype, monkeypatch):
         calls["fwd+bwd"]()
         calls["fwd+bwd"]()  # gradients are dropped, not added up
         grads = [leaf.grad for leaf in candidate.leaves if leaf.grad is not None]
-        assert len(grads) == len(candidate.leaves) == (1 if impl.startswith("frozen") else 3)
+        adapters = 2 if suite is bench_lora.LORA else 3
+        assert len(grads) == len(candidate.leaves) == 1 + (0 if impl.startswith("frozen") else adapters)
         found[impl] = [t.detach().double() for t in (candidate.forward(), *grads)]
-    frozen, again, ours = found.pop("frozen"), found.pop("frozen_again"), found["lora_fast_lora"]
+    frozen, again, ours = found.pop("frozen"), found.pop("frozen_again"), found[suite.impls[-1]]
     assert all(torch.equal(a, b) for a, b in zip(frozen, again, strict=True))
     assert (ours[0] - frozen[0]).norm() > 0.1 * frozen[0].norm()
     for tensors in found.values():
@@ -90,10 +98,11 @@ def test_candidates_compute_the_same(dtype, monkeypatch):
             assert (a - b).norm() <= (0.01 if dtype == "bf16" else 1e-5) * b.norm()
 
 
-def test_candidates_drop_inputs():
-    """With dropout, every LoRA candidate gives another output at each call."""
-    impls = tuple(impl for impl in bench_lora.IMPLS if impl != "eager_compiled")
-    candidates = bench_lora.build(bench_lora.Case("fp32", 32, 24, 40, 8, 0.5), impls, "cpu")
+@pytest.mark.parametrize("suite", [bench_lora.LORA, bench_dora.DORA], ids=lambda suite: suite.name)
+def test_candidates_drop_inputs(suite):
+    """With dropout, every candidate with an adapter gives another output at each call."""
+    impls = tuple(impl for impl in suite.impls if impl != "eager_compiled")
+    candidates = suite.build(bench_lora.Case("fp32", 32, 24, 40, 8, 0.5), impls, "cpu")
     for impl, candidate in candidates.items():
         assert torch.equal(candidate.forward(), candidate.forward()) == impl.startswith("frozen")
 
@@ -172,17 +181,25 @@ def test_card():
 @pytest.mark.parametrize("graph", [False, True])
 def test_rows_of_a_case(graph, monkeypatch):
     """The timing harness replaced: ratios are to frozen of the same kind, columns are complete."""
-    case = bench_lora.Case("bf16", 4, 8, 8, 2, 0)
-    candidates = bench_lora.build(case, ("frozen", "eager"), "cpu")
-    fake = {"fwd frozen": [1.0, 2.0, 3.0], "fwd eager": [4.0], "fwd+bwd frozen": [5.0], "fwd+bwd eager": [6.0]}
+    cases = [bench_lora.Case("bf16", 4, 8, 8, 2, p) for p in (0, 0.1)]
+    built = {case: bench_lora.build(case, ("frozen", "eager"), "cpu") for case in cases}
+    fake = {"fwd frozen 0": [1.0, 2.0, 3.0], "fwd eager 0": [4.0], "fwd eager 0.1": [5.0],
+            "fwd+bwd frozen 0": [5.0], "fwd+bwd eager 0": [6.0], "fwd+bwd eager 0.1": [7.0]}  # fmt: skip
+
+    def measure(calls, rounds):
+        assert calls.keys() == fake.keys()
+        return fake
+
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(bench_lora.timing, "graphed", lambda call: call)
     monkeypatch.setattr(bench_lora.timing, "peak_mib", lambda call: 7.125)
-    monkeypatch.setattr(bench_lora.timing, "measure", lambda calls, rounds: {name: fake[name] for name in calls})
+    monkeypatch.setattr(bench_lora.timing, "measure", measure)
     about = {"gpu": "g", "torch": "t", "triton": "t", "commit": "c"}
-    rows = bench_lora.measured(case, candidates, 3, graph, about)
+    rows = bench_lora.measured(built, 3, graph, about)
     assert all(list(row) == bench_lora.COLUMNS for row in rows)
-    found = {(row["what"], row["impl"]): (row["median_us"], row["ratio_to_frozen"]) for row in rows}
-    assert found == {("fwd", "frozen"): (2, 1), ("fwd", "eager"): (4, 2),
-                     ("fwd+bwd", "frozen"): (5, 1), ("fwd+bwd", "eager"): (6, 1.2)}  # fmt: skip
+    found = {(row["p"], row["what"], row["impl"]): (row["median_us"], row["ratio_to_frozen"]) for row in rows}
+    assert found == {(0, "fwd", "frozen"): (2, 1), (0, "fwd", "eager"): (4, 2),
+                     (0, "fwd+bwd", "frozen"): (5, 1), (0, "fwd+bwd", "eager"): (6, 1.2),
+                     (0.1, "fwd", "frozen"): (2, 1), (0.1, "fwd", "eager"): (5, 2.5),
+                     (0.1, "fwd+bwd", "frozen"): (5, 1), (0.1, "fwd+bwd", "eager"): (7, 1.4)}  # fmt: skip
     assert {row["peak_mib"] for row in rows} == {"" if graph else 7.12}

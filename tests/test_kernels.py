@@ -13,7 +13,7 @@ if not TRITON:
 
 import triton.language as tl
 
-from lora_fast.kernels import down, gemm, grad, mask
+from lora_fast.kernels import down, gemm, grad, mask, norm
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -145,6 +145,36 @@ def test_gradient_of_a(device, dtype, shape, masked):
         return {"dA": ds.T @ (inputs.x * keep if masked else inputs.x)}
 
     hold(kernel, formula, device, dtype, shape)
+
+
+def relative(found, weight, a, b, scaling):
+    truth = torch.linalg.vector_norm(weight.double() + scaling * b.double() @ a.double(), dim=1)
+    return ((found.double() - truth).abs() / truth).max().item()
+
+
+@pytest.mark.parametrize("scaling", [1e-6, 0.7, 1e5])
+@pytest.mark.parametrize("device, dtype, shape", CASES)
+def test_row_norms(device, dtype, shape, scaling):
+    inputs = draw(*shape, dtype, device, adapter=FLOAT)
+    a = inputs.lora_A.to(dtype)
+    by = torch.tensor(scaling, device=device) if scaling == 0.7 else scaling
+    found = norm.norm_fwd(inputs.weight, inputs.lora_A, inputs.lora_B, by)
+    assert found.dtype == FLOAT and relative(found, inputs.weight, a, inputs.lora_B, scaling) < 1e-5
+
+
+@pytest.mark.parametrize("left, bound", [(0.1, 1e-3), (1e-2, 1e-3), (1e-3, 1e-3), (1e-4, 1e-2)])
+def test_row_norms_that_cancel(device, left, bound):
+    """W = -B A but for a share: the factored sum alone would be off by 1e-5 to more than 1."""
+    inputs = draw(1, 70, 45, 20, FLOAT, device, b_std=1.0)
+    product, rest = inputs.lora_B.double() @ inputs.lora_A.double(), inputs.weight.double()
+    rest *= left * product.norm(dim=1, keepdim=True) / rest.norm(dim=1, keepdim=True)
+    weight = (rest - product).float()
+    weight[7] = 0
+    inputs.lora_B[7] = 0
+    found = norm.norm_fwd(weight, inputs.lora_A, inputs.lora_B, 1.0)
+    assert found[7] == 0
+    others = torch.arange(45, device=device) != 7
+    assert relative(found[others], weight[others], inputs.lora_A, inputs.lora_B[others], 1.0) < bound
 
 
 def test_no_rows(device):
