@@ -1,6 +1,7 @@
 """Fused-kernel LoRA and DoRA layers for PyTorch: drop-in replacements of ``nn.Linear``."""
 
 from lora_fast import functional, reference
+from lora_fast.checkpoint import load_adapter, save_adapter
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
 from lora_fast.layers import DoRALinear, LoRALinear
 from lora_fast.model import (
@@ -27,6 +28,7 @@ __all__ = [
     "disable_lora",
     "functional",
     "get_backend",
+    "load_adapter",
     "load_lora_state_dict",
     "lora_parameters",
     "lora_state_dict",
@@ -34,6 +36,7 @@ __all__ = [
     "print_trainable_parameters",
     "reference",
     "remove_lora",
+    "save_adapter",
     "set_backend",
     "unmerge_lora",
 ]

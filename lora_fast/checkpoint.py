@@ -1,0 +1,221 @@
+"""Adapters on disk in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors`` in one directory."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fast.config import LoRAConfig, some
+from lora_fast.layers import DoRALinear, LoRALinear
+from lora_fast.model import _lora_layers, add_lora, load_lora_state_dict, lora_state_dict, remove_lora
+from lora_fast.peft_format import (
+    CONFIG,
+    PREFIX,
+    TENSORS,
+    Settings,
+    check_header,
+    inside,
+    parse,
+    read_config,
+    settings_of,
+)
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Write the adapters of ``model`` into ``directory`` in PEFT's format, which PEFT, transformers and vLLM read.
+
+    Saved is what :func:`lora_state_dict` gives: adapters, and the biases and modules_to_save that train. Both files are
+    written in full beside the old ones before they take their places, so that a save that is cut short leaves an
+    adapter that was there as it was.
+
+    Raises:
+        ValueError: no LoRA layer; layers that differ in use_rslora or in being DoRA, which the format cannot say.
+        ImportError: without safetensors.
+    """
+    save_file = _safetensors("torch").save_file
+    model = _unwrapped(model)
+    layers = _lora_layers(model)
+    if len({(isinstance(layer, DoRALinear), layer.use_rslora) for layer in layers.values()}) > 1:
+        raise ValueError("model: has layers that differ in use_dora or use_rslora, expected one adapter of one kind")
+    tensors = {}
+    for key, tensor in lora_state_dict(model).items():
+        owner, _, name = key.rpartition(".")
+        if owner in layers:
+            name = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}.get(name, name)
+            name = f"base_layer.{name}" if name == "bias" else name
+        tensors[f"{PREFIX}{owner}.{name}" if owner else PREFIX + name] = tensor.contiguous()
+    config = json.dumps(_config_of(model, layers), indent=2) + "\n"
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", "adapter_config": config}  # the config again, so that a mixture of two saves is seen
+    _replace(folder, {
+        TENSORS: lambda path: save_file(tensors, path, metadata),
+        CONFIG: lambda path: path.write_text(config, encoding="utf-8"),
+    })  # fmt: skip
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
+    """Put the adapter in ``directory`` (ours or PEFT's: LoRA, DoRA, rank-stabilised, with patterns) into ``model``.
+
+    A model without LoRA layers is converted first, exactly where the adapter has tensors; one that has them must have
+    them there, of the same rank, and takes lora_alpha and use_rslora over. Returns ``model``.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: they are not what they should be or do not fit the model; the message says what. The model is then
+            as it was.
+        ImportError: without safetensors.
+    """
+    safe_open = _safetensors("").safe_open
+    target = _unwrapped(model)
+    folder = Path(directory)
+    settings = read_config(inside(folder, CONFIG))
+    path = inside(folder, TENSORS)
+    try:
+        opened = safe_open(path, "pt")
+    except Exception as error:  # safetensors has an error class of its own for each version
+        raise ValueError(f"{TENSORS}: is no safetensors file: {error}") from None
+    with opened as file:
+        written = (file.metadata() or {}).get("adapter_config")
+        if written is not None and settings_of(parse(written, TENSORS)) != settings:
+            raise ValueError(f"{CONFIG}: does not fit {TENSORS}, which was saved with another one")
+        ranks, sources = check_header(target, settings, file)
+        state = {own: file.get_tensor(key) for own, key in sources.items()}
+    if bad := [sources[own] for own, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
+        raise ValueError(f"{TENSORS}: {some(bad)}: elements that are not finite")
+    alphas = {name: settings.of(settings.alpha_pattern, settings.lora_alpha, name) for name in ranks}
+    layers = {name: module for name, module in target.named_modules() if isinstance(module, LoRALinear)}
+    if layers:
+        _check_converted(layers, ranks, settings)
+        load_lora_state_dict(target, state)
+        for name, layer in layers.items():
+            layer.lora_alpha, layer.use_rslora = alphas[name], settings.use_rslora
+        return model
+    longest_first = sorted(ranks, key=len, reverse=True)  # a name may be the last part of another
+    present = [name for name, _ in target.named_modules()]
+    saved = [e for e in settings.modules_to_save if any(f".{name}".endswith(f".{e}") for name in present)]
+    add_lora(target, LoRAConfig(
+        r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+        use_rslora=settings.use_rslora, use_dora=settings.use_dora, bias=settings.bias,  # type: ignore[arg-type]
+        target_modules="|".join(re.escape(name) for name in ranks), modules_to_save=saved or None,
+        rank_pattern={re.escape(name): ranks[name] for name in longest_first},
+        alpha_pattern={re.escape(name): alphas[name] for name in longest_first},
+    ))  # fmt: skip
+    try:
+        load_lora_state_dict(target, state)
+    except BaseException:
+        remove_lora(target)
+        raise
+    return model
+
+
+def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+    first = next(iter(layers.values()))
+    ranks = {name: layer.r for name, layer in layers.items()}
+    alphas = {name: _whole(layer.lora_alpha) for name, layer in layers.items()}
+    biases, saved = "none", []
+    for name, module in model.named_modules():
+        trained = vars(module).get("_trained_with_lora", ())
+        if any("bias" not in own for own in trained):
+            saved.append(name)
+        elif trained and isinstance(module, LoRALinear):
+            biases = "lora_only" if biases == "none" else biases
+        elif trained:
+            biases = "all"
+    return {
+        "peft_type": "LORA",
+        "r": _commonest(ranks),
+        "lora_alpha": _commonest(alphas),
+        "lora_dropout": first.lora_dropout,
+        "use_rslora": first.use_rslora,
+        "use_dora": isinstance(first, DoRALinear),
+        "bias": biases,
+        "target_modules": _targets(model, set(layers)),
+        "rank_pattern": _pattern(ranks),
+        "alpha_pattern": _pattern(alphas),
+        "modules_to_save": saved or None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "task_type": None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+    }
+
+
+def _targets(model: nn.Module, converted: set[str]) -> list[str] | str:
+    """target_modules that mean these layers and no other: last parts of names, or full names, or a regex."""
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for entries in ({name.rpartition(".")[2] for name in converted}, converted):
+        if {n for n in linears if any(f".{n}".endswith(f".{e}") for e in entries)} == converted:
+            return sorted(entries)
+    return "|".join(re.escape(name) for name in sorted(converted))
+
+
+def _pattern(values: dict[str, Any]) -> dict[str, Any]:
+    """Nothing if all layers agree, else every layer, long names first: one may be the last part of another."""
+    if len(set(values.values())) == 1:
+        return {}
+    return {name: values[name] for name in sorted(values, key=len, reverse=True)}
+
+
+def _commonest(values: dict[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _whole(number: float) -> float:
+    return int(number) if float(number).is_integer() else number
+
+
+def _replace(folder: Path, files: dict[str, Callable[[Path], Any]]) -> None:
+    """Write every file in full under another name, then put them all in place."""
+    written = {folder / name: folder / f".{name}.{os.getpid()}.part" for name in files}
+    try:
+        for (path, part), write in zip(written.items(), files.values(), strict=True):
+            write(part)
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            if path.exists():
+                part.chmod(path.stat().st_mode)
+        for path, part in written.items():
+            os.replace(part, path)
+    finally:
+        for part in written.values():
+            part.unlink(missing_ok=True)
+
+
+def _check_converted(layers: dict[str, LoRALinear], ranks: dict[str, int], settings: Settings) -> None:
+    if layers.keys() != ranks.keys():
+        apart = sorted(layers.keys() ^ ranks.keys())
+        raise ValueError(f"{TENSORS}: {some(apart)}: either the adapter or the model's LoRA layers lack them")
+    for name, layer in layers.items():
+        if isinstance(layer, DoRALinear) != settings.use_dora:
+            kinds = ("DoRA", "LoRA") if settings.use_dora else ("LoRA", "DoRA")
+            raise ValueError(f"{CONFIG}: is a {kinds[0]} adapter, but {name} is a {kinds[1]} layer")
+        if layer.r != ranks[name]:
+            raise ValueError(f"{CONFIG}: the adapter of {name} has r = {ranks[name]}, but the model's has {layer.r}")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers, whose names no file should hold."""
+    while isinstance(model, nn.Module):
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def _safetensors(module: str) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("adapters on disk need safetensors: pip install safetensors") from error
+    return safetensors.torch if module else safetensors

@@ -1,0 +1,184 @@
+"""PEFT's adapter format, read with suspicion: ``adapter_config.json`` and the header of ``adapter_model.safetensors``.
+
+Nothing in the files is trusted: which layers an adapter belongs to comes from the tensors' names and must fit the
+model, shapes are compared before a tensor is read, and no pattern from a file is ever run as a regex.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what PEFT puts before the names of a model's modules
+CONFIG_BYTES = 1 << 20  # more than any config needs
+MAX_RANK = 1 << 16
+_ADAPTER = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
+_OWN = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
+# Settings of PEFT's under which the same tensors mean something else, with the values that are harmless.
+_PLAIN: dict[str, tuple] = {
+    "fan_in_fan_out": (False,),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others also change the base weight
+    **dict.fromkeys(("lora_bias", "use_qalora"), (False,)),
+    **dict.fromkeys(
+        ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
+         "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "velora_config"),
+        (),
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Settings:
+    """What of adapter_config.json matters here, checked."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    use_dora: bool
+    bias: str
+    rank_pattern: dict[str, Any]
+    alpha_pattern: dict[str, Any]
+    modules_to_save: list[str]
+
+    def of(self, pattern: dict[str, Any], default: Any, name: str) -> Any:
+        """The value for a layer; keys are full names or their last parts, taken literally, the first one wins."""
+        return next((value for key, value in pattern.items() if f".{name}".endswith(f".{key}")), default)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file in the folder; a link may lead out of it only to where Hugging Face's cache keeps its files."""
+    path = (folder / name).resolve(strict=True)
+    home = folder.resolve()
+    if path.parent != home and path.parent != home.parent.parent / "blobs":
+        raise ValueError(f"{name}: is a link to {path}, outside {folder}")
+    if not path.is_file():
+        raise ValueError(f"{name}: is no file")
+    return path
+
+
+def read_config(path: Path) -> Settings:
+    if path.stat().st_size > CONFIG_BYTES:
+        raise ValueError(f"{CONFIG}: has {path.stat().st_size} bytes, expected at most {CONFIG_BYTES}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{CONFIG}: is no UTF-8 text: {error}") from None
+    return settings_of(parse(text, CONFIG))
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: its config is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: its config is a {type(found).__name__}, expected an object")
+    return found
+
+
+def settings_of(config: dict[str, Any]) -> Settings:
+    def get(name: str, default: Any, kind: tuple[type, ...] | type, what: str) -> Any:
+        value = config.get(name)
+        value = default if value is None else value
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{CONFIG}: {name}: got {value!r:.100}, expected {what}")
+        return value
+
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f'{CONFIG}: peft_type: got {config.get("peft_type")!r:.100}, expected "LORA"')
+    for name, harmless in _PLAIN.items():
+        value = config.get(name)
+        if value not in (None, [], {}, *harmless):
+            raise ValueError(f"{CONFIG}: {name}: got {value!r:.100}, which is not supported")
+    patterns = {}
+    for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        pattern = get(name, {}, dict, "an object")
+        for key, value in pattern.items():
+            if not re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", key):
+                raise ValueError(f"{CONFIG}: {name}: the key {key!r:.100} is no plain module name; regexes are refused")
+            if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+                raise ValueError(f"{CONFIG}: {name}[{key!r}]: got {value!r:.100}, expected a finite number")
+        patterns[name] = pattern
+    r = get("r", 8, int, "an integer")
+    bounded = [("r", r), *((f"rank_pattern[{key!r}]", value) for key, value in patterns["rank_pattern"].items())]
+    for name, value in bounded:
+        if not 1 <= value <= MAX_RANK:
+            raise ValueError(f"{CONFIG}: {name}: got {value}, expected a rank from 1 to {MAX_RANK}")
+    saved = get("modules_to_save", [], list, "a list of module names")
+    if not all(isinstance(name, str) for name in saved):
+        raise ValueError(f"{CONFIG}: modules_to_save: got {saved!r:.100}, expected a list of module names")
+    settings = Settings(
+        r, get("lora_alpha", 8, (int, float), "a number"), get("lora_dropout", 0.0, (int, float), "a number"),
+        get("use_rslora", False, bool, "true or false"), get("use_dora", False, bool, "true or false"),
+        get("bias", "none", str, "a string"), patterns["rank_pattern"], patterns["alpha_pattern"], saved,
+    )  # fmt: skip
+    if not math.isfinite(settings.lora_alpha):
+        raise ValueError(f"{CONFIG}: lora_alpha: got {settings.lora_alpha}, expected a finite number")
+    if not 0 <= settings.lora_dropout < 1:
+        raise ValueError(f"{CONFIG}: lora_dropout: got {settings.lora_dropout}, expected a probability in [0, 1)")
+    if settings.bias not in ("none", "all", "lora_only"):
+        raise ValueError(f'{CONFIG}: bias: got {settings.bias!r:.100}, expected "none", "all" or "lora_only"')
+    return settings
+
+
+def check_header(model: nn.Module, settings: Settings, file: Any) -> tuple[dict[str, int], dict[str, str]]:
+    """({layer: rank}, {key of lora_state_dict: key in the file}) of a file whose header fits the model."""
+    modules = dict(model.named_modules())
+    own_tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found: dict[str, dict[str, str]] = {}
+    sources: dict[str, str] = {}
+    for key in file.keys():  # noqa: SIM118 (not a dict)
+        name = key.removeprefix(PREFIX)
+        if name == key:
+            raise ValueError(f"{TENSORS}: unexpected {key!r:.200}, expected names that begin with {PREFIX!r}")
+        if match := _ADAPTER.fullmatch(name):
+            part = _OWN.get(match[2], "lora_magnitude_vector")
+            if part in found.setdefault(match[1], {}):
+                raise ValueError(f"{TENSORS}: has the {part} of {match[1]!r:.200} twice")
+            found[match[1]][part] = sources[f"{match[1]}.{part}"] = key
+            continue
+        owner, _, last = name.rpartition(".")
+        if settings.bias == "all" and re.fullmatch(r".+\.(modules_to_save|original_module)\.bias", name):
+            continue  # PEFT also writes these beside the bias that counts
+        name = f"{owner.removesuffix('.base_layer')}.{last}" if owner.endswith(".base_layer") else name
+        allowed = settings.bias != "none" and last == "bias" or settings.modules_to_save
+        if not allowed or name not in own_tensors or name in sources:
+            raise ValueError(f"{TENSORS}: unexpected {key!r:.200}, expected adapters and what the config says trains")
+        own = own_tensors[name]
+        _check_shape(file, key, list(own.shape), own.is_floating_point())
+        sources[name] = key
+    if not found:
+        raise ValueError(f"{TENSORS}: holds no adapter")
+    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if settings.use_dora else set())
+    ranks = {}
+    for name, parts in found.items():
+        if parts.keys() != wanted:
+            raise ValueError(f"{TENSORS}: {name!r:.200} has {', '.join(sorted(parts))}, "
+                             f"expected {', '.join(sorted(wanted))}")  # fmt: skip
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Linear):
+            what = "the model has no such module" if layer is None else f"it is a {type(layer).__name__}"
+            raise ValueError(f"{TENSORS}: has an adapter for {name!r:.200}, but {what}; expected an nn.Linear")
+        r = ranks[name] = settings.of(settings.rank_pattern, settings.r, name)
+        n, k = layer.out_features, layer.in_features
+        for part, shape in (("lora_A", [r, k]), ("lora_B", [n, r]), ("lora_magnitude_vector", [n])):
+            if part in parts:
+                _check_shape(file, parts[part], shape)
+    return ranks, sources
+
+
+def _check_shape(file: Any, key: str, expected: list[int], floating: bool = True) -> None:
+    header = file.get_slice(key)
+    shape, dtype = list(header.get_shape()), header.get_dtype()
+    if shape != expected:
+        raise ValueError(f"{TENSORS}: {key} has shape {shape}, expected {expected}")
+    if (dtype in ("F64", "F32", "F16", "BF16")) != floating:
+        raise ValueError(
+            f"{TENSORS}: {key} has dtype {dtype}, expected {'a floating' if floating else 'an integer'} one"
+        )
