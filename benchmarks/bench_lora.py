@@ -124,7 +124,7 @@ def peft_layer(ours: LoRALinear, use_dora: bool = False) -> nn.Module:
 
     config = LoraConfig(r=ours.r, lora_alpha=int(ours.lora_alpha), lora_dropout=ours.lora_dropout, target_modules=["0"],
                         use_dora=use_dora)  # fmt: skip
-    model = get_peft_model(nn.Sequential(ours.to_linear()), config, autocast_adapter_dtype=False)
+    model: Any = get_peft_model(nn.Sequential(ours.to_linear()), config, autocast_adapter_dtype=False)
     layer = model.base_model.model[0]
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(ours.lora_A)

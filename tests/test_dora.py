@@ -189,6 +189,15 @@ def test_error_rule_with_gradients_through_the_norm(path):
     hold(lambda inputs: op(path[0], detach_norm=False), draws, detach=False)
 
 
+def test_the_output_is_rounded_once(path, dtype16):
+    """Where z is a whole number, y is within half a unit in its last place, however loud the bias."""
+    inputs = draw(12, 40, 24, 3, dtype16, path[1], b_std=0.0)
+    inputs.x, inputs.weight, m = inputs.x.round(), (6 * inputs.weight).round(), magnitude(inputs).float()
+    inputs.bias[::2] *= 100
+    y, truth = results(op(path[0]), inputs, m)["y"].double(), results(plain(), inputs, m, DOUBLE)["y"]
+    assert ((y - truth).abs() <= 0.51 * torch.finfo(dtype16).eps * truth.abs() + 1e-5).all()
+
+
 def test_forward_and_backward_use_one_mask(path):
     """y is linear in each of x, A, B (beside the constant norm) and m, with one mask for all of them."""
     inputs, m = small(path)
@@ -473,6 +482,8 @@ def test_a_base_without_a_magnitude_starts_it_anew():
         layer.lora_magnitude_vector.data += 1
         close(layer(torch.ones(7)), formula(layer, torch.ones(7)))  # it stays
         layer.merge()
+        layer.reset_magnitude()
+        assert error(layer.lora_magnitude_vector, norms(layer)) < 1e-6
         base.reset_parameters()
     base.weight.data[1, 2] = math.inf
     with pytest.raises(RuntimeError, match="weight: has rows whose norm is not finite"):
