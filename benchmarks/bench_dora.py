@@ -46,7 +46,7 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
     if "eager_compiled" in impls:
         made["eager_compiled"] = eager(torch.compile(reference.dora_linear, fullgraph=True, dynamic=False))
     if "peft" in impls and importlib.util.find_spec("peft"):
-        layer = bench_lora.peft_layer(ours, use_dora=True)
+        layer = bench_lora.peft_layer(ours)
         made["peft"] = Candidate(layer, x, dy, [x, *(p for p in layer.parameters() if p.requires_grad)])
     if "lora_fast_dora" in impls:
         made["lora_fast_dora"] = Candidate(ours, x, dy, leaves)

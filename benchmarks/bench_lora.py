@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks import common, timing
 from benchmarks.summary import summarise
-from lora_fast import LoRALinear, reference, set_backend
+from lora_fast import DoRALinear, LoRALinear, reference, set_backend
 
 FROZEN = ("frozen", "frozen_again")
 IMPLS = ("frozen", "frozen_again", "eager", "eager_compiled", "peft", "lora_fast_lora")
@@ -118,17 +118,19 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
     return made
 
 
-def peft_layer(ours: LoRALinear, use_dora: bool = False) -> nn.Module:
+def peft_layer(ours: LoRALinear) -> nn.Module:
     """PEFT's layer on the same base weight, with equal adapters in the weight's dtype."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=ours.r, lora_alpha=int(ours.lora_alpha), lora_dropout=ours.lora_dropout, target_modules=["0"],
-                        use_dora=use_dora)  # fmt: skip
+                        use_dora=isinstance(ours, DoRALinear))  # fmt: skip
     model: Any = get_peft_model(nn.Sequential(ours.to_linear()), config, autocast_adapter_dtype=False)
     layer = model.base_model.model[0]
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(ours.lora_A)
         layer.lora_B["default"].weight.copy_(ours.lora_B)
+        if isinstance(ours, DoRALinear):
+            layer.lora_magnitude_vector["default"].weight.copy_(ours.lora_magnitude_vector)
     return layer
 
 
