@@ -67,7 +67,8 @@ def norm_tile(n: int, k: int, r: int, dtype: torch.dtype, device: torch.device, 
     roomy = tma and not is_small(device) and dtype.itemsize <= 2
     half = dtype.itemsize <= 2
     tile = {"BLOCK_N": 32, "BLOCK_K": 128 if roomy else 64 if half else 32,
-            "BLOCK_R": rank_block(r, 64 if roomy else 32), "DENSE_K": 16 if is_small(device) and not half else 32}  # fmt: skip
+            "BLOCK_R": rank_block(r, 64 if roomy else 32),
+            "DENSE_K": 16 if is_small(device) and not half else 32}  # fmt: skip
     return tile, {"num_warps": 4, "num_stages": 4 if roomy else 3}
 
 
