@@ -73,6 +73,7 @@ def dora_linear(
     detach_norm: bool = True,
     save: str = "auto",
     backend: str = "auto",
+    round_norm: bool = False,
 ) -> torch.Tensor:
     """:func:`lora_linear` with the direction of each output row normalised and its length trained by itself:
     ``y = (magnitude / n) * (x W^T + scaling * (drop(x) A^T) B^T) + bias``, ``n = |W + scaling * B A|`` per row.
@@ -89,6 +90,7 @@ def dora_linear(
         detach_norm: False lets gradients through n, which takes the dense ``W + scaling * B A``.
         save: what is kept for the magnitude's gradient where it asks for one: "z", the output before scaling (what
             "auto" takes so far), so that y may be changed in place.
+        round_norm: round n to the weight's dtype, as PEFT does: a magnitude that PEFT made is such a rounded norm.
 
     Returns:
         [..., N] with the dtype of ``F.linear(x, weight, bias)``, autocast included.
@@ -107,6 +109,8 @@ def dora_linear(
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
     norm = (reference.dora_norm if detach_norm else reference.dense_norm)(weight, lora_A, lora_B, scaling)
+    if round_norm:
+        norm = norm.to(weight.dtype).to(norm.dtype)
     return reference.dora_scale(z, magnitude, norm, bias)
 
 

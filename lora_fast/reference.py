@@ -120,16 +120,20 @@ def dora_linear(
     training: bool = True,
     detach_norm: bool = True,
     keep: torch.Tensor | None = None,
+    round_norm: bool = False,
 ) -> torch.Tensor:
     """``y = g * z + bias`` with ``z = x W^T + S B^T`` and ``g = magnitude / |W + scaling * B A|`` per output row
     (Liu et al. 2024, arXiv 2402.09353; the norm is a constant in the backward, section 4.3, unless ``detach_norm`` is
     False).
 
-    Arguments and result as in :func:`lora_linear`; magnitude is [N].
+    Arguments and result as in :func:`lora_linear`; magnitude is [N]; ``round_norm`` rounds the norm to the weight's
+    dtype, as PEFT does.
     """
     z = lora_linear(x, weight, lora_A, lora_B, scaling, None, dropout_p, training, keep)
-    norm = dora_norm if detach_norm else dense_norm
-    return dora_scale(z, magnitude, norm(weight, lora_A, lora_B, scaling), bias)
+    norm = (dora_norm if detach_norm else dense_norm)(weight, lora_A, lora_B, scaling)
+    if round_norm:
+        norm = norm.to(weight.dtype).to(norm.dtype)
+    return dora_scale(z, magnitude, norm, bias)
 
 
 def dense_norm(

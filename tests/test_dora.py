@@ -238,6 +238,17 @@ def test_gradients_in_float64(through):
         assert torch.autograd.gradcheck(fn, leaves) and torch.autograd.gradgradcheck(fn, leaves)
 
 
+def test_a_norm_rounded_as_peft_rounds_it(path, dtype16):
+    """A magnitude that is a rounded norm then starts from the base, to the bit."""
+    inputs = draw(12, 64, 48, 3, dtype16, path[1], b_std=0.0)
+    m = dora_norm(inputs.weight, inputs.lora_A, inputs.lora_B, 2.0).to(dtype16)
+    ours = results(op(path[0], round_norm=True), inputs, m)
+    base = F.linear(inputs.x, inputs.weight, inputs.bias)
+    close(ours["y"], base, 2 * torch.finfo(dtype16).eps)
+    truth = dense(inputs.weight, inputs.lora_A, inputs.lora_B, 2.0).to(dtype16)
+    assert torch.equal(results(op(path[0], round_norm=True), inputs, truth)["y"], ours["y"])
+
+
 @pytest.mark.parametrize("detach", [True, False])
 def test_rows_of_zero_norm_and_zero_magnitude(path, detach):
     """They give the bias; a magnitude of 0 has the gradient that leads away from it."""
