@@ -34,7 +34,7 @@ from lora_fast.kernels.parts import Dora, sum_plan
 from lora_fast.kernels.tiles import grad_splits, grad_tile, tma_fits
 
 FUSED_RANK = 64  # the largest rank at which dS comes from the pass that makes dB
-FUSED_RANK_DORA = 32  # with DoRA's gain: the parts of dS are as many again, dZ is there to be read
+FUSED_RANK_DORA = 16  # with a gain: the parts of dS are as many again, and dZ is there to be read
 
 
 @triton.jit(do_not_specialize=["M", "rows_each"])
@@ -132,11 +132,12 @@ def column_plan(
     """The launches for Z = z [M, N]: g is the [N, R] view that G goes to, b [N, at least R] what dS is made with."""
     m, n = z.shape
     rs, ranks = padded_rank(max(r, 1)), r + (with_sum and dora is None)
-    with_dz, with_dm = (dora is not None and t is not None for t in (dora and dora.dz, dora and dora.dm))
+    dz, dm = (None, None) if dora is None else (dora.dz, dora.dm)
+    with_dz, with_dm = dz is not None, dm is not None
     exact = precision(z.dtype, min(z.shape) if b is not None else m)
     if exact == "tf32" and with_sum and dora is None:
         exact = "ieee"  # dbias is no product: it stays exact
-    tma = tma_fits(z, *([dora.dz] if with_dz else []))
+    tma = tma_fits(z) and (dz is None or tma_fits(dz))
     tile, options = grad_tile(m, n, ranks, z.dtype, z.device, tma, b is not None, masked, with_dz or with_dm)
     col_blocks, splits, rank_blocks, rows_each = grad_splits(m, n, ranks, tile, z.device, with_dz or with_dm)
     summed = g is not None and splits > 1
@@ -193,14 +194,16 @@ def dy_plan(
     grad_bias: torch.Tensor | None, dora: Dora | None,
 ) -> DyPass:  # fmt: skip
     """The launches for these tensors (see ``dy_bwd``; b may have more columns than r)."""
-    most = FUSED_RANK if dora is None else FUSED_RANK_DORA
+    most, source = (FUSED_RANK, dy) if dora is None else (FUSED_RANK_DORA, dora.dz)
     fused = b is not None and grad_b is not None and r <= most
     ds = over_dy = over_dz = None
     if b is not None and not fused:
-        ds = down_plan(dy if dora is None else dora.dz, b.t()[:r], scaling, False)
+        assert source is not None
+        ds = down_plan(source, b.t()[:r], scaling, False)
     in_it = grad_b
     if dora is not None and grad_b is not None and r > FUSED_RANK:
-        in_it, over_dz = None, column_plan(dora.dz, r, grad_b)
+        assert source is not None
+        in_it, over_dz = None, column_plan(source, r, grad_b)
     wanted = in_it, grad_bias, dora and dora.dz, dora and dora.dm
     if fused or any(t is not None for t in wanted):
         over_dy = column_plan(dy, 0 if in_it is None else r, in_it, b if fused else None, scaling,

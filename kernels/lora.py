@@ -128,7 +128,10 @@ def lora_bwd(
     b_read = b if need_ds else None
     if gain is not None:
         dz = dy.new_empty(dy.shape) if need_x or needs_dz(r, need_ds, grad_b is not None) else None
-        again = (x, weight, s, b) if grad_m is not None and z is None else None
+        again = None
+        if grad_m is not None and z is None:
+            assert x is not None and weight is not None
+            again = x, weight, s, b
         dora = Dora(gain, norm, y if z is None else z, dz, grad_m, again)
     w_read = weight if need_x else None
     key = ("lora_bwd", sig(dy), sig(x), sig(w_read), sig(a), sig(b_read), bits is None, scaling_kind(scaling),
@@ -143,7 +146,7 @@ def lora_bwd(
     if plans.over_x is not None:
         plans.over_x(x, ds, None, bits, grad_a, None, None, 1.0, 1.0, parts)
     del parts
-    if plans.dx is None:
+    if plans.dx is None or w_read is None:
         return None
     dx = dy.new_empty(dy.shape[0], w_read.shape[1])
     plans.dx(dy if dora is None else dora.dz, w_read, ds, a, dx, None, None, None, bits)

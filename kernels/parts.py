@@ -124,7 +124,8 @@ def sum_plan(
     """The launch that adds up the parts of dS, of the column sums, of dm and of G, which have these sizes and, but the
     first, start at these places; without G where it has none."""
     (m, n), weak = z.shape, None
-    k, r, strides = 0, 0, (0,) * 8
+    k = r = 0
+    strides: tuple[int, ...] = (0,) * 8
     if dora is not None and dora.again is not None:
         x, w, _, b = dora.again
         k, r, strides = x.shape[1], b.shape[1], (*z.stride(), *x.stride(), *w.stride(), *b.stride())

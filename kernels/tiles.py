@@ -85,7 +85,7 @@ def grad_tile(
     if not tma or is_small(device) or dtype.itemsize > 2:
         block_n, block_m, warps, stages = 64, 64 if dtype.itemsize <= 2 else 32, 8 if dora else 4, 3
     elif dora:
-        block_n, block_m, warps, stages = 256, 32 if block_r == 32 else 64, 8, 3
+        block_n, block_m, warps, stages = 256, 64, 8, 3
     elif not fused and block_r == 16 and m <= 2048:
         block_n, block_m, warps, stages = 32, 128, 4, 4
     elif fused and block_r in (16, 64) and m > 2048:

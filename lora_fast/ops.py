@@ -188,7 +188,7 @@ def _lora_linear_op(
     keep_z: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     y, made = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z)
-    return y, made.s, *(_some(t, y) for t in (made.bits, made.gain, made.norm, made.z))
+    return y, made.s, _some(made.bits, y), _some(made.gain, y), _some(made.norm, y), _some(made.z, y)
 
 
 @_lora_linear_op.register_fake

@@ -116,6 +116,7 @@ def compile_for(capability: int, problems) -> list[dict]:
         gemm.gemm(x, w, s, b, True, bias, None, gain, torch.empty(m, n, dtype=dtype) if with_bias else None)
         grad_b, grad_bias = torch.empty(n, r, dtype=adapter), torch.empty(n, dtype=dtype) if with_bias else None
         ds = grad.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias)
+        assert gain is not None
         dora = parts.Dora(gain, norm, torch.empty_like(dy), torch.empty_like(dy), torch.empty(n),
                           None if with_bias else (x, w, s, b))  # fmt: skip
         grad.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias, 1.0, dora)
