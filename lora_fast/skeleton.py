@@ -13,9 +13,16 @@ MAX_DEPTH = 64  # more than any model nests its modules
 
 
 def like(shape: Sequence[int], dtype: str) -> torch.Tensor:
-    """A tensor without data, of the kind (floating or not) that safetensors calls ``dtype``."""
+    """A tensor without data, of the kind (floating or not) that safetensors calls ``dtype``.
+
+    Raises:
+        ValueError: a shape that no tensor can have.
+    """
     floating = dtype.startswith(("F", "BF"))
-    return torch.empty(list(shape), device="meta", dtype=torch.float32 if floating else torch.int64)
+    try:
+        return torch.empty(list(shape), device="meta", dtype=torch.float32 if floating else torch.int64)
+    except (RuntimeError, TypeError):  # too large; zeros in it hide that from safetensors
+        raise ValueError(f"{list(shape)!r:.200} is no shape of a tensor") from None
 
 
 def skeleton(tensors: Mapping[str, torch.Tensor]) -> nn.Module:

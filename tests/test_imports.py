@@ -14,7 +14,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"demo", "merge", "convert", "doctor", "bench"},
-    {"demo_report", "skeleton", "base_files"},
+    {"demo_report", "skeleton", "base_files", "selfcheck"},
     {"__init__", "timing"},
     {"checkpoint"},
     {"model", "peft_format"},

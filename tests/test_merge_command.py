@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,11 @@ def as_integers(folder, adapter):
     save_file({**tensors, "fc1.weight": tensors["fc1.weight"].to(torch.int8)}, folder / "model.safetensors")
 
 
+def impossible(folder, adapter):
+    header = b'{"x":{"dtype":"F32","shape":[0,9223372036854775807,4],"data_offsets":[0,0]}}'
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+
+
 PAIR = {"fc9.lora_A.weight": torch.zeros(4, 8), "fc9.lora_B.weight": torch.zeros(6, 4)}
 BREAKS = {
     "no such module": (without_fc1, "'fc1', but the model has no such module"),
@@ -212,6 +218,7 @@ BREAKS = {
                               save_file({"x": torch.zeros(1)}, f / "b.safetensors")], "a.safetensors, b.safetensors"),
     "odd name": (lambda f, a: save_file({"a..weight": torch.zeros(2, 2)}, f / "model.safetensors"), "no name of a"),
     "deep name": (lambda f, a: save_file({"a." * 99 + "b": torch.zeros(2)}, f / "model.safetensors"), "no name of a"),
+    "impossible shape": (impossible, "is no shape of a tensor"),
     "config no JSON": (lambda f, a: (f / "config.json").write_text("{"), "config.json: is no JSON"),
 }  # fmt: skip
 
