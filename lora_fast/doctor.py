@@ -1,4 +1,4 @@
-"""``lora-fast doctor``: what is installed, whether the fused kernels run here and are right, what a model makes of them."""
+"""``lora-fast doctor``: what is installed, whether the fused kernels run here and are right, what uses them."""
 
 import argparse
 import importlib
