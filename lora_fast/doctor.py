@@ -175,6 +175,7 @@ def model(target: str, require_fused: bool) -> bool:
 def examine(model: nn.Module) -> Iterator[Layer]:
     """Every layer that has an adapter of ours or of PEFT's, or is linear and could have one, under its first name."""
     tuner = _peft_layers()
+    verdicts = _peft_verdicts(model) if any(isinstance(module, tuner) for module in model.modules()) else {}
     inside: set[nn.Module] = set()  # of PEFT's layers: told with them
     for name, module in model.named_modules():
         name = name or "(itself)"
@@ -184,8 +185,8 @@ def examine(model: nn.Module) -> Iterator[Layer]:
             yield Layer(name, f"{kind} {_shape(module)}, r={module.r}", why is None, why or "")
         elif isinstance(module, tuner):
             inside.update(module.modules())
-            why = "stock PEFT; lora_fast.patch_peft(model) gives it our kernels where it can"
-            yield Layer(name, f"{type(module).__module__}.{type(module).__qualname__}", False, why)
+            fused, why = verdicts.get(name, (False, "stock PEFT"))
+            yield Layer(name, f"{type(module).__module__}.{type(module).__qualname__}", fused, why)
         elif isinstance(module, nn.Linear) and module not in inside:
             why = why_not_lora(module)
             yield Layer(name, f"{type(module).__name__} {_shape(module)}", None,
@@ -210,6 +211,15 @@ def _peft_layers() -> tuple[type[nn.Module], ...]:
     """The class of PEFT's adapter layers, if the model can have any: PEFT is then imported already."""
     found = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
     return () if found is None else (found,)
+
+
+def _peft_verdicts(model: nn.Module) -> dict[str, tuple[bool, str]]:
+    """{layer: (fused, why or why not)} of PEFT's LoRA layers, as lora_fast.peft_report has it."""
+    try:
+        report = importlib.import_module("lora_fast.peft").peft_report(model)
+    except (ImportError, ValueError):  # ValueError: all are of PEFT's other methods
+        return {}
+    return {layer.name: (layer.fused, layer.reason) for layer in report.layers}
 
 
 def _is_path(target: str) -> bool:

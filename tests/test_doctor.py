@@ -238,9 +238,30 @@ def build():
 """)
     assert main(["doctor", "my_model:build"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"base_model.model.0 +not fused  peft\.tuners\.lora\.layer\.Linear: stock PEFT", said)
+    assert re.search(r"base_model.model.0 +not fused  peft\.tuners\.lora\.layer\.Linear: \w+", said)
     assert "lora_A" not in said and "base_layer" not in said  # told with the layer
     assert said.endswith("0 fused, 1 not fused, 1 without an adapter\n")
+
+
+@pytest.mark.interpreted
+def test_patched_peft_layers(package, quick, capsys):
+    pytest.importorskip("peft")
+    pytest.importorskip("lora_fast.peft")
+    package("""
+import peft
+from lora_fast.peft import patch_peft
+def build():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+    patch_peft(model)
+    return model
+""")
+    lora_fast.set_backend("triton")
+    try:
+        assert main(["doctor", "my_model:build", "--require-fused"]) == 0
+    finally:
+        lora_fast.set_backend("auto")
+    assert capsys.readouterr().out.endswith("1 fused, 0 not fused, 1 without an adapter\n")
 
 
 def trained(**options):
