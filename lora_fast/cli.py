@@ -36,6 +36,9 @@ COMMANDS = {
         "",
         (),
     ),
+    "bench": Command(
+        "lora_fast.bench", "what LoRA costs beside the frozen layer, for your own shapes", "bench", ("rich.progress",)
+    ),
     "merge": Command(
         "lora_fast.merge",
         "fold an adapter into the weights of a checkpoint",
