@@ -39,6 +39,13 @@ COMMANDS = {
     "bench": Command(
         "lora_fast.bench", "what LoRA costs beside the frozen layer, for your own shapes", "bench", ("rich.progress",)
     ),
+    "convert": Command(
+        "lora_fast.convert",
+        "an adapter between PEFT's naming and torchtune's",
+        "peft",
+        ("safetensors.torch",),
+        (OSError, ValueError),
+    ),
     "merge": Command(
         "lora_fast.merge",
         "fold an adapter into the weights of a checkpoint",
