@@ -17,12 +17,17 @@ from lora_fast.peft_format import CONFIG, PREFIX, TENSORS
 
 HEADS, KV_HEADS, SIZE = 4, 2, 6
 DIM, FFN, VOCABULARY = HEADS * SIZE, 40, 12
-SHAPES = {  # torchtune's modules: [out, in]
-    "layers.0.attn.q_proj": (DIM, DIM), "layers.0.attn.k_proj": (KV_HEADS * SIZE, DIM),
-    "layers.0.attn.v_proj": (KV_HEADS * SIZE, DIM), "layers.0.attn.output_proj": (DIM, DIM),
-    "layers.0.mlp.w1": (FFN, DIM), "layers.0.mlp.w2": (DIM, FFN), "layers.0.mlp.w3": (FFN, DIM),
-    "layers.1.attn.q_proj": (DIM, DIM), "layers.10.attn.k_proj": (KV_HEADS * SIZE, DIM), "output": (VOCABULARY, DIM),
-}  # fmt: skip
+MODULES = {  # torchtune's names: [out, in]
+    "attn.q_proj": (DIM, DIM),
+    "attn.k_proj": (KV_HEADS * SIZE, DIM),
+    "attn.v_proj": (KV_HEADS * SIZE, DIM),
+    "attn.output_proj": (DIM, DIM),
+    "mlp.w1": (FFN, DIM),
+    "mlp.w2": (DIM, FFN),
+    "mlp.w3": (FFN, DIM),
+}
+SHAPES = {f"layers.{i}.{name}": shape for i in (0, 1, 10) for name, shape in MODULES.items()}
+SHAPES["output"] = (VOCABULARY, DIM)
 ROWS = ["--num-heads", str(HEADS), "--num-kv-heads", str(KV_HEADS)]
 
 
@@ -53,7 +58,7 @@ def test_there_and_back(dora, dtype, tmp_path, capsys):
     torch.save(state, tmp_path / "adapter_0.pt")
     assert convert(tmp_path / "adapter_0.pt", tmp_path / "peft", "--to", "peft", "--alpha", 6, *ROWS) == 0
     kind = "DoRA" if dora else "LoRA"
-    assert f"Converted 10 {kind} layers (down_proj, gate_proj, k_proj, lm_head, " in capsys.readouterr().out
+    assert f"Converted 22 {kind} layers (down_proj, gate_proj, k_proj, lm_head, " in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / "peft")) == [CONFIG, TENSORS]
     assert convert(tmp_path / "peft", tmp_path / "tune", "--to", "torchtune", *ROWS) == 0
     assert sorted(os.listdir(tmp_path / "tune")) == [CONFIG, PT]
@@ -133,7 +138,7 @@ def test_peft_and_load_adapter_read_it(dora, tmp_path):
         load_adapter(ours, tmp_path / "a")  # the magnitudes again, after the weights
     logits = ours(tokens).logits
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "a")
-    assert sum(isinstance(m, LoRALinear) for m in ours.modules()) == 9
+    assert sum(isinstance(m, LoRALinear) for m in ours.modules()) == 15
     torch.testing.assert_close(theirs(tokens).logits, logits, rtol=1e-4, atol=1e-5)
     assert (logits - before).abs().max() > 0.1
 
