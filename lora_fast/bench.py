@@ -82,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
         for each in track(shapes, "measuring", console=console, transient=True):
             try:
                 rows = measured(each, args.rank, DTYPES[args.dtype], args.dropout, args.dora, rounds, device)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise
                 rows, failed = [("does not fit into memory", "", "", "", "")], True
             for i, row in enumerate(rows):
                 table.add_row("" if i else ",".join(map(str, each)), *row)

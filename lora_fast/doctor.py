@@ -2,10 +2,7 @@
 
 import argparse
 import importlib
-import importlib.metadata
-import importlib.util
 import os
-import platform
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lora_fast import __version__, dispatch
+from lora_fast import dispatch
 from lora_fast.checkpoint import load_adapter, open_adapter
 from lora_fast.layers import DoRALinear, LoRALinear, why_not_lora
+from lora_fast.machine import devices, versions
 from lora_fast.peft_format import TENSORS
 from lora_fast.selfcheck import Shape, check
 from lora_fast.skeleton import skeleton_of_adapter
@@ -32,7 +30,6 @@ examples:
 With TRITON_INTERPRET=1 in the environment, a machine without a GPU checks the kernels in Triton's interpreter.
 Exit codes: 0 all right, 1 something is wrong, 2 wrong arguments (a TARGET that names nothing is one)."""
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "peft", "transformers")
 GPU_SHAPES = [Shape(256, 512, 384, 16), Shape(77, 130, 66, 5)]
 TINY = [Shape(24, 40, 24, 4)]
 
@@ -66,9 +63,11 @@ def run(args: argparse.Namespace) -> int:
     if args.require_fused and (target is None or is_path):
         print("lora-fast doctor: error: --require-fused needs a TARGET that is a model", file=sys.stderr)
         return 2
-    for line in (*versions(), "", *devices(), ""):
-        print(line)
-    good = self_check()
+    good = versions()
+    print()
+    devices()
+    print()
+    good &= self_check()
     try:
         if target is not None:
             print()
@@ -77,33 +76,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"lora-fast doctor: error: {error}", file=sys.stderr)
         good = False
     return 0 if good else 1
-
-
-def versions() -> Iterator[str]:
-    yield f"lora_fast {__version__}, Python {platform.python_version()}, {platform.platform()}"
-    for name in PACKAGES:
-        try:
-            yield f"  {name:13}{importlib.metadata.version(name)}"
-        except importlib.metadata.PackageNotFoundError:
-            yield f"  {name:13}not installed"
-
-
-def devices() -> Iterator[str]:
-    """The GPUs, and whether the fused kernels can run on them."""
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        yield (
-            f"cuda:{i}: {properties.name}, compute capability {properties.major}.{properties.minor}, "
-            f"{properties.total_memory / 2**30:.0f} GiB, {built}"
-        )
-        why = dispatch.why_not_triton(torch.device("cuda", i), torch.bfloat16)
-        yield f"  fused kernels: {f'cannot run: {why}' if why else 'can run'}"
-    if not torch.cuda.is_available():
-        has = torch.version.cuda or torch.version.hip
-        yield f"no GPU: torch is a build {f'for {built} but sees none' if has else 'without CUDA'}"
-        other = torch.accelerator.current_accelerator()
-        yield f"  fused kernels: cannot run: {dispatch.why_not_triton(other or torch.device('cpu'), torch.bfloat16)}"
 
 
 def self_check() -> bool:

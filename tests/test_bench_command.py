@@ -66,16 +66,25 @@ def test_numbers_are_those_measured(monkeypatch, capsys):
     }
 
 
-def test_too_large(monkeypatch, capsys):
-    """A shape that does not fit is told, the others are measured."""
+@pytest.mark.parametrize("on", ["GPU", "CPU", "neither"])
+def test_too_large(on, monkeypatch, capsys):
+    """A shape that does not fit is told, the others are measured; any other error is none of these."""
     real = bench.build
 
     def build(shape, *rest):
-        if shape.M == 99:
+        if shape.M == 99 and on == "GPU":
             raise torch.OutOfMemoryError
+        if shape.M == 99 and on == "CPU":
+            torch.empty(2**60)
+        if on == "neither":
+            raise RuntimeError("broken")
         return real(shape, *rest)
 
     monkeypatch.setattr(bench, "build", build)
+    if on == "neither":
+        with pytest.raises(RuntimeError, match="broken"):
+            main(["bench", "--shape", "99", *SLOW])
+        return
     assert main(["bench", "--shape", "99", "8", *SLOW]) == 1
     rows = table(capsys.readouterr().out)
     assert list(rows)[:2] == [("99,99,99", "does not fit into memory"), ("8,8,8", "frozen")]

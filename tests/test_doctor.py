@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fast
-from lora_fast import LoRAConfig, add_lora, doctor, save_adapter, selfcheck
+from lora_fast import LoRAConfig, add_lora, doctor, machine, save_adapter, selfcheck
 from lora_fast.cli import main
 from lora_fast.dispatch import interpreted
 from lora_fast.peft_format import CONFIG, PREFIX, TENSORS
@@ -65,6 +66,45 @@ def test_reference_alone(capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "self-check of the reference alone" in said and "TRITON_INTERPRET=1" in said and "6 of 6 passed" in said
     assert all(f"{method}, {name}" in said for method in ("LoRA", "DoRA") for name in ("bf16", "fp16", "fp32"))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(capsys):
+    test_machine(capsys)
+
+
+def test_versions(quick, monkeypatch, capsys):
+    """One too old is told and counts; one that is not installed does not."""
+    found = {"torch": "2.11.0+cu130", "triton": "3.5.1", "numpy": "2.0", "peft": "1.2", "transformers": "4.9"}
+
+    def version(name):
+        if name not in found:
+            raise machine.importlib.metadata.PackageNotFoundError
+        return found[name]
+
+    monkeypatch.setattr(machine.importlib.metadata, "version", version)
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "triton       3.5.1  (too old: lora_fast needs 3.6 or newer)\n" in said
+    assert "torch        2.11.0+cu130\n" in said and "safetensors  not installed" in said and said.count("too old") == 1
+    found["triton"] = "3.10.0"
+    assert main(["doctor"]) == 0
+
+
+@pytest.mark.parametrize("capability, words", [((9, 0), "can run"), ((7, 5), "cannot run: GTX 1 is older than")])
+def test_gpus(capability, words, quick, monkeypatch, capsys):
+    properties = SimpleNamespace(name="GTX 1", major=capability[0], minor=capability[1], total_memory=80 * 2**30)
+    for name, value in {
+        "device_count": 1, "is_available": True, "get_device_properties": properties, "get_device_name": "GTX 1",
+        "get_device_capability": capability,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(torch.version, "hip", None)
+    pytest.importorskip("triton")
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert f"cuda:0: GTX 1, compute capability {capability[0]}.{capability[1]}, 80 GiB" in said
+    assert f"  fused kernels: {words}" in said
 
 
 FAULTS = {
