@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,7 +21,11 @@ class Command(NamedTuple):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults are shown; the examples at the end keep their lines."""
+    """Defaults that say something are shown; the examples at the end keep their lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 COMMANDS = {
@@ -89,7 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     try:
-        return importlib.import_module(command.module).run(args)
+        code = importlib.import_module(command.module).run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output is gone, as head is after ten lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except command.refusals as error:
         print(f"lora-fast {args.command}: error: {error}", file=sys.stderr)
         return 1

@@ -29,7 +29,6 @@ OUT appears when it is complete: a run that is killed leaves at most a hidden .O
 Exit codes: 0 merged, 1 refused or failed (nothing was changed), 2 wrong arguments."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-Note = Callable[[int, str], object]  # told (bytes done, what is being worked on)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,16 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Merge and say what was done. Raises as :func:`merge`."""
     from rich.console import Console
-    from rich.progress import Progress, TextColumn
+    from rich.progress import Progress, TaskID, TextColumn
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}"), console=console) as progress:
-        task = progress.add_task("merging", total=None, note="")
+    progress = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}"), console=console)
+    tasks: list[TaskID] = []
 
-        def note(total: int, done: int, what: str) -> None:
-            progress.update(task, total=total, advance=done, note=what)
+    def note(total: int, done: int, what: str) -> None:
+        if not tasks:  # now that all is checked
+            progress.start()
+            tasks.append(progress.add_task("merging", total=total, note=""))
+        progress.update(tasks[0], advance=done, note=what)
 
+    try:
         said = merge(args.base, args.adapter, args.out, args.force, args.safe, note)
+    finally:
+        progress.stop()
     console.print(said)
     return 0
 

@@ -1,8 +1,11 @@
 """`lora-fast doctor`: what it finds on this machine, in a model, in an adapter, and in broken ones of each."""
 
 import json
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ from lora_fast.cli import main
 from lora_fast.dispatch import interpreted
 from lora_fast.peft_format import CONFIG, PREFIX, TENSORS
 
+ROOT = Path(__file__).parent.parent
 GPU = torch.cuda.is_available()
 
 
@@ -370,6 +374,16 @@ def test_adapters_that_are_refused(broken, message, tmp_path, quick, capsys):
     assert main(["doctor", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert message in captured.out.partition("load_adapter refuses it: ")[2] and not captured.err
+
+
+def test_a_reader_that_goes_away():
+    """As `lora-fast doctor | head -1` does."""
+    code = "from lora_fast import cli, doctor; doctor.self_check = lambda: True; exit(cli.main(['doctor']))"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as out:
+        done = subprocess.run([sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 1 and not done.stderr
 
 
 def test_help(capsys):

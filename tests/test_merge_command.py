@@ -80,15 +80,17 @@ def merged_by(*paths):
     return main(["merge", *map(str, paths)])
 
 
-def refused(capsys, tmp_path, *arguments):
+def refused(capsys, tmp_path, *arguments, bar=False):
     """The error of a run that must leave everything as it was."""
     before = sorted(tmp_path.rglob("*"))
     contents = [path.read_bytes() for path in before if path.is_file()]
     assert merged_by(*arguments) == 1
     assert sorted(tmp_path.rglob("*")) == before
     assert [path.read_bytes() for path in before if path.is_file()] == contents
-    error = capsys.readouterr().err
+    captured = capsys.readouterr()
+    error = captured.err
     assert error.startswith("lora-fast merge: error: ") and error.count("\n") == 1
+    assert bar or not captured.out.strip()  # all is checked before the bar shows
     return error
 
 
@@ -231,6 +233,12 @@ def test_refuses(case, files, tmp_path, capsys):
     assert message in refused(capsys, tmp_path, folder, adapter, out)
 
 
+def test_progress(files, capsys):
+    _, folder, adapter, out = files
+    assert merged_by(folder, adapter, out) == 0
+    assert "100%" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("options", [{"target_modules": ["head"]}, {"modules_to_save": ["head"]}], ids=str)
 def test_tied_embeddings(options, files, tmp_path, capsys):
     base, folder, adapter, out = files
@@ -251,7 +259,9 @@ def test_an_overflow_is_refused_unless_it_is_wanted(tmp_path, capsys):
         model.fc1.lora_A.fill_(100), model.fc1.lora_B.fill_(100)
     save_adapter(model, tmp_path / "adapter")
     folder, out = write(base, tmp_path / "base"), tmp_path / "out"
-    assert "fc1.weight: the merged weight has NaN" in refused(capsys, tmp_path, folder, tmp_path / "adapter", out)
+    assert "fc1.weight: the merged weight has NaN" in refused(
+        capsys, tmp_path, folder, tmp_path / "adapter", out, bar=True
+    )
     assert merged_by(folder, tmp_path / "adapter", out, "--no-safe") == 0
     assert tensors_in(out)["fc1.weight"].isinf().any()
 
@@ -292,7 +302,7 @@ def test_a_failure_leaves_the_old_one(when, files, tmp_path, capsys, monkeypatch
         raise OSError("no space left")
 
     monkeypatch.setattr(os, when, fail)
-    assert "no space left" in refused(capsys, tmp_path, folder, adapter, out, "--force")
+    assert "no space left" in refused(capsys, tmp_path, folder, adapter, out, "--force", bar=True)
 
 
 def test_a_killed_run_leaves_no_out(files):
