@@ -124,7 +124,8 @@ class FastLinear(Linear):
         return lora_linear(x, base.weight, a, b, scaling, base.bias, p, dropout.training)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As in PEFT, and the base weight and bias are kept for :meth:`unmerge`."""
+        """As in PEFT; the base weight and bias are kept for :meth:`unmerge`, and so is their dtype (DoRA in PEFT 0.13
+        loses it)."""
         if not self.merged:
             for name, tensor in self._base().items():
                 self.register_buffer(f"unmerged_{name}", tensor.detach().clone(), persistent=False)
@@ -133,19 +134,24 @@ class FastLinear(Linear):
         finally:
             if not self.merged:
                 self._forget_base()
+            for kept, tensor in self._kept():
+                tensor.data = tensor.data.to(kept.dtype)
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """As in PEFT, but bit for bit: what was there before the merge is put back."""
         super().unmerge()
-        for name, tensor in self._base().items():
-            if (kept := self._buffers.get(f"unmerged_{name}")) is not None:
-                tensor.copy_(kept)
+        for kept, tensor in self._kept():
+            tensor.data = kept
         self._forget_base()
 
     def _base(self) -> dict[str, torch.Tensor]:
         base = self.base_layer
         return {"weight": base.weight} | ({} if base.bias is None else {"bias": base.bias})
+
+    def _kept(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What was kept at the merge, each beside what it was before."""
+        pairs = [(self._buffers.get(f"unmerged_{name}"), tensor) for name, tensor in self._base().items()]
+        return [(kept, tensor) for kept, tensor in pairs if kept is not None]
 
     def _forget_base(self) -> None:
         for name in ("unmerged_weight", "unmerged_bias"):

@@ -73,7 +73,8 @@ def results(model, x, dy=None):
     x = x.detach().requires_grad_()
     y = model(x)
     y.backward(torch.ones_like(y) if dy is None else dy.to(y.dtype))
-    return {"y": y.detach(), "dx": x.grad} | {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "dx": x.grad} | grads
 
 
 def same(ours, expected, tol=1e-4):
