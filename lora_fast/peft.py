@@ -129,8 +129,9 @@ def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
 
     if not isinstance(layer, FastLinear):
         return False, why_never_fused(layer) or "not patched"
-    if "forward" in vars(layer):
-        return False, "its forward was replaced on the instance (by an accelerate hook?)"
+    old_forward = vars(layer).get("_old_forward")  # what an accelerate hook calls
+    if "forward" in vars(layer) and getattr(old_forward, "__func__", None) is not FastLinear.forward:
+        return False, "its forward was replaced on the instance (if by an accelerate hook: patch before it)"
     if layer.disable_adapters or layer.merged:
         return False, "nothing to fuse: " + ("adapters are disabled" if layer.disable_adapters else "merged")
     if not (names := active(layer)):

@@ -36,8 +36,8 @@ def why_never_fused(module: Any) -> str | None:
             return f"a lora.{kind}: a quantised base"
         return f"a lora.{kind}, not a lora.Linear"
     base = module.base_layer
-    if type(base) is not nn.Linear:
-        return f"the base layer is a {type(base).__name__}, not an nn.Linear itself"
+    if not isinstance(base, nn.Linear) or isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return f"the base layer is a {type(base).__name__}, not an nn.Linear"
     if module.fan_in_fan_out:
         return "fan_in_fan_out=True: the base weight is stored transposed"
     return None
@@ -58,6 +58,8 @@ def why_stock(layer: Any, names: list[str], gathered: bool = False) -> str | Non
     """Why the layer, in its present state and with these active adapters, runs stock PEFT's forward; None if it need
     not. ``gathered``: FSDP will have gathered the parameters when forward runs."""
     base = layer.base_layer
+    if type(base) is not nn.Linear:
+        return f"the base layer is a {type(base).__name__}, not an nn.Linear itself"
     weight = base.weight
     if _hooked(base):
         return "the base layer has hooks or a replaced forward"
@@ -74,8 +76,11 @@ def why_stock(layer: Any, names: list[str], gathered: bool = False) -> str | Non
             return f"lora_A or lora_B is a {type(b if type(a) is nn.Linear else a).__name__}, not an nn.Linear itself"
         if a.bias is not None or b.bias is not None:
             return "lora_bias=True"
-        if not gathered and (type(a.weight) not in PLAIN or type(b.weight) not in PLAIN):
-            return f"an adapter's weight is a {type(a.weight).__name__}"
+        for t in (a.weight, b.weight):
+            if type(t) not in PLAIN and not gathered:
+                return f"an adapter's weight is a {type(t).__name__}"
+            if t.dtype not in FLOATS:
+                return f"an adapter's weight is {t.dtype}"
         if _hooked(a) or _hooked(b) or _hooked(dropout):
             return "lora_A, lora_B or lora_dropout has hooks or a replaced forward"
         if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p == 1):

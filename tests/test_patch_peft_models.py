@@ -1,6 +1,8 @@
 """patch_peft on tiny transformers models, beside the same model with stock PEFT."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +141,14 @@ def test_accelerates_hooks_are_honoured():
         torch.testing.assert_close(ours(input_ids=ids).logits, stock(input_ids=ids).logits)
 
 
+@pytest.mark.interpreted
+def test_accelerates_hooks_after_the_patch_leave_it_fused():
+    hooks = pytest.importorskip("accelerate.hooks")
+    ours = patched(stock_of("llama"), ("triton", "cpu"))
+    hooks.add_hook_to_module(ours.base_model.model.model.layers[0].mlp.up_proj, hooks.ModelHook())
+    assert peft_report(ours).not_fused == 0
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_draws_one_mask(path, reentrant):
     """The loss with the masks of one seed, and its gradients, are those without checkpointing."""
@@ -186,3 +196,12 @@ def test_a_model_patched_before_it_moves_is_fused_after(device):
     if device == "cpu":
         set_backend("triton")
     assert peft_report(ours).not_fused == 0
+
+
+def test_the_page_in_the_docs(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "peft.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert snippets and text.count("```") == 2 * len(snippets)
+    monkeypatch.chdir(tmp_path)
+    for snippet in snippets:
+        exec(snippet, {"__name__": "__main__"})
