@@ -125,7 +125,7 @@ def peft_report(model: nn.Module) -> PeftReport:
 
 def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
     from lora_fast.peft_layers import FastLinear
-    from lora_fast.peft_rules import active, is_dora, rate, why_never_fused, why_stock
+    from lora_fast.peft_rules import active, examine, is_dora, rate, why_never_fused
 
     if not isinstance(layer, FastLinear):
         return False, why_never_fused(layer) or "not patched"
@@ -136,7 +136,8 @@ def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
         return False, "nothing to fuse: " + ("adapters are disabled" if layer.disable_adapters else "merged")
     if not (names := active(layer)):
         return False, "nothing to fuse: none of its adapters is active"
-    reason = why_stock(layer, names, gathered) or _why_slow(layer.base_layer.weight)
+    parts = examine(layer, names, gathered)
+    reason = parts if isinstance(parts, str) else _why_slow(layer.base_layer.weight)
     if reason is not None:
         return False, reason
     remarks = []

@@ -8,7 +8,7 @@ from peft.tuners.lora import Linear, LoraModel
 from torch import nn
 
 from lora_fast.functional import dora_linear, lora_linear
-from lora_fast.peft_rules import active, is_dora, tell, why_never_fused, why_not_this_call, why_stock
+from lora_fast.peft_rules import active, examine, is_dora, tell, why_never_fused, why_not_this_call
 
 
 class Scalings(dict):
@@ -58,8 +58,8 @@ class FastLinear(Linear):
     """``peft.tuners.lora.Linear`` that runs plain LoRA and DoRA adapters through :mod:`lora_fast.functional`.
 
     Not constructed, but put in place of an instance's class (:meth:`adopt`). Parameters are PEFT's own, read in each
-    call; where anything is out of the ordinary (:func:`why_stock`) the call is stock PEFT's, with one warning for each
-    reason.
+    call; where anything is out of the ordinary (:func:`lora_fast.peft_rules.examine`) the call is stock PEFT's, with
+    one warning for each reason.
 
     A merge keeps the base weight, so that :meth:`unmerge` gives it back bit for bit; a state dict of a merged layer
     holds the base weight, and loading one unmerges it first.
@@ -73,7 +73,7 @@ class FastLinear(Linear):
 
     @classmethod
     def adopt(cls, layer: Any) -> None:
-        """Make ``layer``, of which :func:`why_never_fused` finds nothing, one of these."""
+        """Make ``layer``, of which :func:`lora_fast.peft_rules.why_never_fused` finds nothing, one of these."""
         scalings = Scalings(layer.scaling, layer.base_layer.weight.device)  # may fail, so before anything is changed
         layer.__class__ = cls
         layer.__dict__["scaling"] = scalings
@@ -101,25 +101,26 @@ class FastLinear(Linear):
         also drops the input of DoRA's base product, and draws a mask for each adapter.
         """
         if not self.disable_adapters and not self.merged and (names := active(self)):
-            reason = why_stock(self, names) or why_not_this_call(self, x, args, kwargs)
-            if reason is None:
-                return self._fused(x, names)
-            tell(reason)
+            parts = why_not_this_call(self, x, args, kwargs) or examine(self, names)
+            if not isinstance(parts, str):
+                return self._fused(x, parts)
+            tell(parts)
         return super().forward(x, *args, **kwargs)
 
-    def _fused(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:
-        base, name = self.base_layer, names[0]
-        dropout = self.lora_dropout[name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
-        a, b, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling.of(name, x.device)
+    def _fused(self, x: torch.Tensor, parts: list[tuple]) -> torch.Tensor:
+        """The forward with what :func:`examine` found to be plain."""
+        base, scalings = self.base_layer, self.scaling
+        name, a, b, dropout = parts[0]
+        p = dropout.p if type(dropout) is nn.Dropout else 0.0
+        scaling = scalings.of(name, x.device)
         if is_dora(self, name):
             return dora_linear(
                 x, base.weight, a, b, self.lora_magnitude_vector[name].weight, scaling, base.bias, p, dropout.training,
                 round_norm=True,
             )  # fmt: skip
-        if len(names) > 1:  # the sum of the adapters is one adapter, stacked along r
-            a = torch.cat([self.lora_A[name].weight for name in names])
-            b = torch.cat([self.lora_B[name].weight * self.scaling.of(name, x.device) for name in names], 1)
+        if len(parts) > 1:  # the sum of the adapters is one adapter, stacked along r
+            a = torch.cat([a for _, a, _, _ in parts])
+            b = torch.cat([b * scalings.of(name, x.device) for name, _, b, _ in parts], 1)
             scaling = 1.0
         return lora_linear(x, base.weight, a, b, scaling, base.bias, p, dropout.training)
 

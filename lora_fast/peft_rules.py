@@ -24,7 +24,7 @@ PLAIN = (torch.Tensor, nn.Parameter)
 def why_never_fused(module: Any) -> str | None:
     """Why a layer of PEFT's stays stock for good, in words; None where a ``FastLinear`` can stand in for it.
 
-    Only facts that do not change count here; the rest is :func:`why_stock`'s.
+    Only facts that do not change count here; the rest is :func:`examine`'s.
     """
     kind = type(module).__name__
     if type(module) is not Linear:
@@ -45,7 +45,8 @@ def why_never_fused(module: Any) -> str | None:
 
 def active(layer: Any) -> list[str]:
     """The active adapters that this layer has."""
-    return [name for name in layer.active_adapters if name in layer.lora_A]
+    own = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in own]
 
 
 def is_dora(layer: Any, name: str) -> bool:
@@ -54,34 +55,39 @@ def is_dora(layer: Any, name: str) -> bool:
     return type(layer.lora_variant.get(name)) is DoraLinearVariant
 
 
-def why_stock(layer: Any, names: list[str], gathered: bool = False) -> str | None:
-    """Why the layer, in its present state and with these active adapters, runs stock PEFT's forward; None if it need
-    not. ``gathered``: FSDP will have gathered the parameters when forward runs."""
-    base = layer.base_layer
+def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[tuple]:
+    """Why the layer, in its present state and with these active adapters, runs stock PEFT's forward, in words; or, if
+    it need not, (name, lora_A, lora_B, dropout) of each: two tensors and a module. The host waits for this in every
+    call.
+
+    ``gathered``: FSDP will have gathered the parameters when forward runs.
+    """
+    modules = layer._modules  # nn.Module's own attribute look-up takes its time
+    base = modules["base_layer"]
     if type(base) is not nn.Linear:
         return f"the base layer is a {type(base).__name__}, not an nn.Linear itself"
-    weight = base.weight
-    if _hooked(base):
+    if hooked(base):
         return "the base layer has hooks or a replaced forward"
+    weight = base.weight
     if type(weight) not in PLAIN and not gathered:
         return f"the base weight is a {type(weight).__name__}"
     if weight.dtype not in FLOATS:
         return f"the base weight is quantised ({weight.dtype})"
     if weight.requires_grad:
         return "the base weight requires grad"
-    first: nn.Module | None = None
+    downs, ups, dropouts = (modules[key]._modules for key in ("lora_A", "lora_B", "lora_dropout"))
+    parts: list[tuple] = []
     for name in names:
-        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        if type(a) is not nn.Linear or type(b) is not nn.Linear:
-            return f"lora_A or lora_B is a {type(b if type(a) is nn.Linear else a).__name__}, not an nn.Linear itself"
-        if a.bias is not None or b.bias is not None:
+        down, up, dropout = downs[name], ups[name], dropouts[name]
+        if type(down) is not nn.Linear or type(up) is not nn.Linear:
+            kind = type(up if type(down) is nn.Linear else down).__name__
+            return f"lora_A or lora_B is a {kind}, not an nn.Linear itself"
+        if up.bias is not None or down.bias is not None:
             return "lora_bias=True"
-        for t in (a.weight, b.weight):
-            if type(t) not in PLAIN and not gathered:
-                return f"an adapter's weight is a {type(t).__name__}"
-            if t.dtype not in FLOATS:
-                return f"an adapter's weight is {t.dtype}"
-        if _hooked(a) or _hooked(b) or _hooked(dropout):
+        a, b = down.weight, up.weight
+        if not gathered and (type(a) not in PLAIN or type(b) not in PLAIN):
+            return f"an adapter's weight is a {type(b if type(a) in PLAIN else a).__name__}"
+        if hooked(down) or hooked(up) or hooked(dropout):
             return "lora_A, lora_B or lora_dropout has hooks or a replaced forward"
         if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p == 1):
             return f"lora_dropout is {dropout}"
@@ -91,17 +97,16 @@ def why_stock(layer: Any, names: list[str], gathered: bool = False) -> str | Non
                 return f"{type(variant).__name__}: only plain LoRA and DoRA are fused"
         if name not in layer.scaling.mirrors:
             return f"the scaling is a {type(layer.scaling[name]).__name__}, not a number"
-        if first is None:
-            first = dropout
-        elif rate(dropout) != rate(first):
+        if parts and rate(dropout) != rate(parts[0][3]):
             return "several active adapters that differ in dropout"
         if is_dora(layer, name):
             if len(names) > 1:
                 return "several active adapters, one of them DoRA"
             magnitude = layer.lora_magnitude_vector[name]
-            if type(magnitude) is not DoraLinearLayer or _hooked(magnitude):
+            if type(magnitude) is not DoraLinearLayer or hooked(magnitude):
                 return "the magnitude has hooks or a replaced forward"
-    return None
+        parts.append((name, a, b, dropout))
+    return parts
 
 
 def rate(dropout: nn.Module) -> float:
@@ -110,18 +115,20 @@ def rate(dropout: nn.Module) -> float:
 
 def why_not_this_call(layer: Any, x: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> str | None:
     """Why this call, other than the layer's state, needs stock PEFT's forward."""
-    if kwargs.get("adapter_names") is not None:
-        return "several adapters in one batch (adapter_names)"
-    if args or any(value is not None for value in kwargs.values()):
-        return f"forward was given more than x: {', '.join(kwargs) or 'positional arguments'}"
+    if args or kwargs:
+        if kwargs.get("adapter_names") is not None:
+            return "several adapters in one batch (adapter_names)"
+        if args or any(value is not None for value in kwargs.values()):
+            return f"forward was given more than x: {', '.join(kwargs) or 'positional arguments'}"
     if type(x) not in PLAIN:
         return f"the input is a {type(x).__name__}"
-    if x.dtype != layer.base_layer.weight.dtype and dispatch.autocast_dtype(x.device) is None:
-        return f"the input is {x.dtype} and the base weight {layer.base_layer.weight.dtype}, without autocast"
+    dtype = layer._modules["base_layer"].weight.dtype
+    if x.dtype != dtype and dispatch.autocast_dtype(x.device) is None:
+        return f"the input is {x.dtype} and the base weight {dtype}, without autocast"
     return None
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
