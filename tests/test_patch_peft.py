@@ -268,6 +268,44 @@ def test_report_prints_a_table():
     assert "base_model.model.up" in text[1] and "DoRA, dropout in the low-rank branch alone" in text[1]
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_report_tells_what_the_kernels_run(kind, monkeypatch):
+    """As many calls of the fused operator as there are fused layers in the report, in every state."""
+    from lora_fast import ops
+
+    calls, run = [], ops.lora_linear
+    monkeypatch.setattr(ops, "lora_linear", lambda *args: calls.append(args) or run(*args))
+    stock = stock_model(more=[{}, {"use_dora": True}], use_dora=kind == "dora")
+    model, x = patched(stock, ("triton", "cpu")), inputs()
+    up, down = model.base_model.model.up, model.base_model.model.down
+
+    def check(count):
+        calls.clear()
+        model(x)
+        assert len(calls) == peft_report(model).fused == count
+
+    check(2)
+    hook(up)
+    check(1)
+    down.merge()
+    check(0)
+    down.unmerge()
+    check(1)
+    for names, count in (["default", "more0"], kind == "lora"), (["more0"], 2), (["more1"], 2), (["more0", "more1"], 0):
+        model.base_model.set_adapter(names)
+        check(count)
+    model.base_model.set_adapter("more0")
+    with model.disable_adapter():
+        check(0)
+    down.base_layer.weight.requires_grad_(True)
+    check(1)
+    set_backend("reference")
+    check(0)
+    set_backend("auto")
+    check(0)
+
+
 def test_layers_are_counted_by_pattern():
     model = peft.get_peft_model(nn.Sequential(Net(), Net()), config())
     text = str(patch_peft(model))

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ def is_fast(layer):
 def state(model):
     """All that a failed or undone patch may not change."""
     values = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
-    return values, [(type(m), sorted(vars(m)), type(getattr(m, "scaling", None))) for m in model.modules()]
+    modules = [(type(m), sorted(vars(m)), list(m._buffers), type(getattr(m, "scaling", None))) for m in model.modules()]
+    return values, modules
 
 
 @BOTH
@@ -393,7 +395,8 @@ def test_scaling_follows_pefts_dict():
 
 def test_scaling_moves_with_the_layer():
     ours = patched(stock_model()).to("meta")
-    assert {s.mirrors["default"].device.type for s in scalings(ours)} == {"meta"}
+    for model in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert {s.mirrors["default"].device.type for s in scalings(model)} == {"meta"}
     ours.to_empty(device="cpu").half()
     for scaling in scalings(ours):
         assert scaling.mirrors["default"].dtype == torch.float32
@@ -466,6 +469,78 @@ def test_compiled_stock_call_does_not_break_the_graph():
     fn = torch.compile(ours, backend="aot_eager", fullgraph=True)
     with pytest.warns(SlowPathWarning, match="requires grad"):
         torch.testing.assert_close(fn(x), stock(x))
+
+
+@pytest.mark.interpreted
+def test_expert_parameters_stay_stock():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(16, 16)
+            self.experts = nn.Module()
+            self.weight = nn.Parameter(torch.randn(2, 16, 16))
+
+        def forward(self, x):
+            return torch.einsum("bti,eio->bto", self.proj(x), self.weight)
+
+    try:
+        settings = config(target_modules=["proj"], target_parameters=["moe.weight"])
+    except TypeError:
+        pytest.skip("this PEFT has no target_parameters")
+    torch.manual_seed(0)
+    stock = stir(peft.get_peft_model(nn.Sequential(OrderedDict(moe=Experts())), settings))
+    ours = copy.deepcopy(stock)
+    set_backend("triton")
+    layers = {layer.name.rpartition(".")[2]: layer for layer in patch_peft(ours).layers}
+    assert layers["moe"].reason == "expert parameters (target_parameters)" and layers["proj"].fused
+    same(results(ours, inputs()), results(stock, inputs()))
+
+
+@pytest.fixture
+def mesh():
+    """A device mesh of this process alone."""
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("first", [True, False], ids=["patched first", "sharded first"])
+@BOTH
+def test_fsdp2_gathers_what_the_kernels_read(mesh, kind, first):
+    """Sharded by the model, layers are fused in either order; sharded one by one, only if they were patched first."""
+    from torch.distributed.fsdp import fully_shard
+
+    stock, x = stock_model(**KINDS[kind]), inputs()
+    set_backend("triton")
+    expected = results(stock, x)
+    for alone in (False, True):
+        ours = copy.deepcopy(stock)
+        if first:
+            patch_peft(ours)
+        if alone:
+            fully_shard(ours.base_model.model.up, mesh=mesh)
+        fully_shard(ours, mesh=mesh)
+        report = patch_peft(ours)
+        assert report.fused == 2 if first or not alone else "before fully_shard" in report.layers[0].reason, report
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SlowPathWarning)
+            found = results(ours, x)
+        same({name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in found.items()}, expected)
+
+
+def test_dtensors_run_stock_audibly(mesh):
+    from torch.distributed.tensor import DTensor, distribute_module
+
+    stock, x = stock_model(), DTensor.from_local(inputs(), mesh)
+    expected = results(stock, inputs())
+    ours = distribute_module(patched(stock), mesh)
+    assert "base weight is a DTensor" in peft_report(ours).layers[0].reason
+    with pytest.warns(SlowPathWarning, match="the input is a DTensor"):
+        found = results(ours, x)
+    same({name: t.full_tensor() for name, t in found.items()}, expected)
 
 
 def test_without_peft(monkeypatch):
