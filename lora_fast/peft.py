@@ -1,10 +1,10 @@
 """Fused LoRA and DoRA in models that PEFT made: :func:`patch_peft`, and back, and what runs how."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_fast import dispatch
@@ -125,7 +125,7 @@ def peft_report(model: nn.Module) -> PeftReport:
 
 def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
     from lora_fast.peft_layers import FastLinear
-    from lora_fast.peft_rules import active, examine, is_dora, rate, why_never_fused
+    from lora_fast.peft_rules import active, examine, is_dora, why_never_fused
 
     if not isinstance(layer, FastLinear):
         return False, why_never_fused(layer) or "not patched"
@@ -137,17 +137,16 @@ def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
     if not (names := active(layer)):
         return False, "nothing to fuse: none of its adapters is active"
     parts = examine(layer, names, gathered)
-    reason = parts if isinstance(parts, str) else _why_slow(layer.base_layer.weight)
-    if reason is not None:
-        return False, reason
-    remarks = []
+    if isinstance(parts, str):
+        return False, parts
+    slow = _why_slow(layer.base_layer.weight)
+    remarks = [] if slow is None else [slow]
     if is_dora(layer, names[0]):
-        remarks.append(
-            "DoRA" + (", dropout in the low-rank branch alone" if rate(layer.lora_dropout[names[0]]) else "")
-        )
+        drops = isinstance(layer.lora_dropout[names[0]], nn.Dropout)
+        remarks.append("DoRA, dropout in the low-rank branch alone" if drops else "DoRA")
     if len(names) > 1:
         remarks.append(f"{len(names)} adapters as one")
-    return True, "; ".join(remarks)
+    return slow is None, "; ".join(remarks)
 
 
 def _why_slow(weight: Any) -> str | None:
@@ -176,10 +175,7 @@ def _lora_layers(model: nn.Module) -> dict[str, Any]:
 
 def _under_fsdp(model: nn.Module) -> Iterator[nn.Module]:
     """The modules whose parameters FSDP2 gathers before they run."""
-    if not torch.distributed.is_available():
-        return
-    from torch.distributed.fsdp import FSDPModule
-
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, nobody uses it
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
             yield from module.modules()

@@ -263,7 +263,7 @@ def test_report_on_this_machine():
 def test_report_prints_a_table():
     set_backend("triton")
     model = stock_model(use_dora=True, lora_dropout=0.5)
-    text = str(patch_peft(model)).splitlines()
+    text = str(patch_peft(model.eval())).splitlines()
     assert text[0].split() == ["layer", "count", "reason"] and text[-1] == "2 fused, 0 not fused"
     assert "base_model.model.up" in text[1] and "DoRA, dropout in the low-rank branch alone" in text[1]
 
