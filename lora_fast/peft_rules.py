@@ -30,11 +30,10 @@ def why_never_fused(module: Any) -> str | None:
     if type(module) is not Linear:
         if kind == "ParamWrapper":
             return "expert parameters (target_parameters)"
-        if isinstance(module, Linear):
-            return f"a {kind}, not PEFT's LoRA Linear itself (if FSDP made it, patch before fully_shard)"
         if type(module).__module__.rpartition(".")[2] in QUANTISED:
-            return f"a lora.{kind}: a quantised base"
-        return f"a lora.{kind}, not a lora.Linear"
+            return f"PEFT's {kind}, on a quantised base"
+        hint = " (if FSDP made it: patch before fully_shard)" if isinstance(module, Linear) else ""
+        return f"PEFT's {kind}, not its LoRA Linear{hint}"
     base = module.base_layer
     if not isinstance(base, nn.Linear) or isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return f"the base layer is a {type(base).__name__}, not an nn.Linear"

@@ -280,7 +280,8 @@ def test_other_layers_and_variants_stay_stock():
     ours = copy.deepcopy(stock)
     report = {layer.name.rpartition(".")[2]: layer for layer in patch_peft(ours).layers}
     assert {name for name, layer in report.items() if layer.fused} == {"plain"} and set(report) == set(names)
-    assert "Embedding" in report["embed"].reason and "Conv1D" in report["conv1d"].reason
+    assert report["embed"].reason == "PEFT's Embedding, not its LoRA Linear"
+    assert report["conv1d"].reason == "the base layer is a Conv1D, not an nn.Linear"
     assert "Special" in report["special"].reason and is_fast(ours.base_model.model.plain)
     assert not is_fast(ours.base_model.model.conv1d)
     ids = torch.arange(6).view(2, 3)
@@ -304,6 +305,19 @@ def test_multihead_attention_stays_stock():
     assert len(report.layers) == 2 and report.fused == 0 and not any(map(is_fast, ours.modules()))
     ys = [model.base_model.model[0](x, x, x)[0] for model in (ours, stock)]
     assert torch.equal(*ys)
+
+
+def test_quantised_layers_are_named_so():
+    """Those of bitsandbytes and the like are classes of PEFT's that need these libraries: one made up must do."""
+    from peft.tuners.lora import Linear
+
+    model = stock_model()
+    model.base_model.model.up.__class__ = type("Linear4bit", (Linear,), {"__module__": "peft.tuners.lora.bnb"})
+    assert patch_peft(model).layers[0].reason == "PEFT's Linear4bit, on a quantised base"
+    model.base_model.model.down.base_layer.weight.data = model.base_model.model.down.base_layer.weight.data.to(
+        torch.int8
+    )
+    assert "quantised (torch.int8)" in peft_report(model).layers[1].reason
 
 
 @pytest.mark.interpreted
@@ -397,6 +411,7 @@ def test_scaling_moves_with_the_layer():
     ours = patched(stock_model()).to("meta")
     for model in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert {s.mirrors["default"].device.type for s in scalings(model)} == {"meta"}
+    assert pickle.loads(pickle.dumps(scalings(ours)[0])).device.type == "cpu"  # which every reader has
     ours.to_empty(device="cpu").half()
     for scaling in scalings(ours):
         assert scaling.mirrors["default"].dtype == torch.float32
