@@ -15,6 +15,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLD_PEFT := $(VENV)/peft/0.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .PHONY: demo test lint clean
@@ -23,9 +24,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 demo: $(STAMP)
 	$(BIN)/python -m lora_fast demo $(ARGS)
 
-# Two workers with one thread each.
-test: $(STAMP)
+# Two workers with one thread each. Without ARGS the tests of PEFT models run once more, with the oldest PEFT.
+test: $(STAMP) $(OLD_PEFT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+ifeq ($(ARGS),)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_PEFT) $(BIN)/python -m pytest -q -n 2 tests/test_patch_peft*.py
+endif
+
+$(OLD_PEFT): $(STAMP)
+	$(PIP) install --no-deps --upgrade --target $@ peft==$(notdir $@)
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check

@@ -16,6 +16,7 @@ from lora_fast.model import (
     remove_lora,
     unmerge_lora,
 )
+from lora_fast.peft import PeftReport, patch_peft, peft_report, unpatch_peft
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "DoRALinear",
     "LoRAConfig",
     "LoRALinear",
+    "PeftReport",
     "SlowPathWarning",
     "add_lora",
     "disable_lora",
@@ -33,10 +35,13 @@ __all__ = [
     "lora_parameters",
     "lora_state_dict",
     "merge_lora",
+    "patch_peft",
+    "peft_report",
     "print_trainable_parameters",
     "reference",
     "remove_lora",
     "save_adapter",
     "set_backend",
     "unmerge_lora",
+    "unpatch_peft",
 ]

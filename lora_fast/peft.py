@@ -1,0 +1,181 @@
+"""Fused LoRA and DoRA in models that PEFT made: :func:`patch_peft`, and back, and what runs how."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lora_fast import dispatch
+
+
+@dataclass(frozen=True)
+class PeftLayer:
+    """One of PEFT's LoRA layers: its name, whether the fused kernels run it, and the reason or a remark."""
+
+    name: str
+    fused: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class PeftReport:
+    """Which of a model's LoRA layers the fused kernels run, as things stood when it was made; prints as a table."""
+
+    layers: tuple[PeftLayer, ...]
+
+    @property
+    def fused(self) -> int:
+        return sum(layer.fused for layer in self.layers)
+
+    @property
+    def not_fused(self) -> int:
+        return len(self.layers) - self.fused
+
+    def __str__(self) -> str:
+        """A line for all layers whose names differ in numbers alone and that share the rest."""
+        groups: dict[tuple[str, str, str], int] = {}
+        for layer in self.layers:
+            name = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
+            key = name, "fused" if layer.fused else "not fused", layer.reason
+            groups[key] = groups.get(key, 0) + 1
+        rows = [(name, str(count), *rest) for (name, *rest), count in groups.items()]
+        table = [("layer", "count", "", "reason"), *rows]
+        widths = [max(len(row[i]) for row in table) for i in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+            for row in table
+        ]
+        return "\n".join([*lines, f"{self.fused} fused, {self.not_fused} not fused"])
+
+
+def patch_peft(model: nn.Module) -> PeftReport:
+    """Let the LoRA and DoRA linear layers of a PEFT model run through lora_fast's fused kernels, in place.
+
+    Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear`` becomes an instance of a subclass of it; parameters, state
+    dict keys and all else that PEFT does with the model stay. Layers of adapters that are added later follow by
+    themselves in a ``PeftModel``; in a model with PEFT's layers alone, patch it again then.
+
+    What changes after the patch (device, dtype, hooks, active adapters, merging) is looked at in every call: a layer is
+    patched on the CPU too, runs in plain torch there and fused once the model is on a GPU. Calls that only stock PEFT
+    can serve are stock PEFT's, with a :class:`lora_fast.SlowPathWarning` for each reason.
+
+    Two things differ from stock on purpose: DoRA's dropout acts on the low-rank branch alone (same expectation, less
+    noise), and several active adapters, fused as one of their joint rank, share a dropout mask.
+
+    Args:
+        model: a ``PeftModel``, or any model that contains PEFT's LoRA layers.
+
+    Returns:
+        What is fused as things stand now; :func:`peft_report` tells it anew.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: no LoRA layer of PEFT's in it. The model is then as it was, as after any other error.
+        ImportError: without PEFT.
+    """
+    layers = _lora_layers(model)
+    from lora_fast.peft_layers import FastLinear, FastLoraModel, LoraModel
+    from lora_fast.peft_rules import why_never_fused
+
+    done: list[Any] = []
+    try:
+        for layer in layers.values():
+            if why_never_fused(layer) is None:
+                FastLinear.adopt(layer)
+                done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.release()
+        raise
+    for module in model.modules():
+        if type(module) is LoraModel:
+            module.__class__ = FastLoraModel
+    return peft_report(model)
+
+
+def unpatch_peft(model: nn.Module) -> None:
+    """Undo :func:`patch_peft`. Layers that are merged stay merged, and unmerge as stock PEFT does: by subtraction.
+
+    Raises:
+        TypeError, ValueError, ImportError: as :func:`patch_peft`.
+    """
+    layers = _lora_layers(model)
+    from lora_fast.peft_layers import FastLinear, FastLoraModel, LoraModel
+
+    for layer in layers.values():
+        if isinstance(layer, FastLinear):
+            layer.release()
+    for module in model.modules():
+        if type(module) is FastLoraModel:
+            module.__class__ = LoraModel  # type: ignore[assignment]
+
+
+def peft_report(model: nn.Module) -> PeftReport:
+    """Which of the model's LoRA layers the fused kernels would run if it were called now, and why not the others.
+
+    Raises:
+        TypeError, ValueError, ImportError: as :func:`patch_peft`.
+    """
+    layers = _lora_layers(model)
+    gathered = set(_under_fsdp(model))
+    return PeftReport(tuple(PeftLayer(name, *_judge(layer, layer in gathered)) for name, layer in layers.items()))
+
+
+def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
+    from lora_fast.peft_layers import FastLinear
+    from lora_fast.peft_rules import active, examine, is_dora, why_never_fused
+
+    if not isinstance(layer, FastLinear):
+        return False, why_never_fused(layer) or "not patched"
+    old_forward = vars(layer).get("_old_forward")  # what an accelerate hook calls
+    if "forward" in vars(layer) and getattr(old_forward, "__func__", None) is not FastLinear.forward:
+        return False, "its forward was replaced on the instance (if by an accelerate hook: patch before it)"
+    if layer.disable_adapters or layer.merged:
+        return False, "nothing to fuse: " + ("adapters are disabled" if layer.disable_adapters else "merged")
+    if not (names := active(layer)):
+        return False, "nothing to fuse: none of its adapters is active"
+    parts = examine(layer, names, gathered)
+    if isinstance(parts, str):
+        return False, parts
+    slow = _why_slow(layer.base_layer.weight)
+    remarks = [] if slow is None else [slow]
+    if is_dora(layer, names[0]):
+        drops = isinstance(layer.lora_dropout[names[0]], nn.Dropout)
+        remarks.append("DoRA, dropout in the low-rank branch alone" if drops else "DoRA")
+    if len(names) > 1:
+        remarks.append(f"{len(names)} adapters as one")
+    return slow is None, "; ".join(remarks)
+
+
+def _why_slow(weight: Any) -> str | None:
+    """Why the operators would take plain torch on the weight's device and in its dtype (or autocast's)."""
+    backend = dispatch.get_backend()
+    if backend == "reference":
+        return 'set_backend("reference") was called'
+    if backend == "triton" and weight.device.type == "cpu" and dispatch.interpreted():
+        return None
+    return dispatch.why_not_triton(weight.device, dispatch.autocast_dtype(weight.device) or weight.dtype)
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    """{name: layer} of all of PEFT's LoRA layers."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a PEFT model (a torch.nn.Module)")
+    try:
+        from peft.tuners.lora import LoraLayer
+    except ImportError as error:
+        raise ImportError("patch_peft needs PEFT: pip install 'lora_fast[peft]'") from error
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        raise ValueError(f"model: got a {type(model).__name__} without LoRA layers of PEFT's, expected some")
+    return layers
+
+
+def _under_fsdp(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose parameters FSDP2 gathers before they run."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, nobody uses it
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            yield from module.modules()

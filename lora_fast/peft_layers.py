@@ -1,0 +1,196 @@
+"""PEFT's LoRA linear layer, and its tuner, with a fused forward: what ``patch_peft`` makes of instances of theirs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear, LoraModel
+from torch import nn
+
+from lora_fast.functional import dora_linear, lora_linear
+from lora_fast.peft_rules import active, examine, is_dora, tell, why_never_fused, why_not_this_call
+
+
+class Scalings(dict):
+    """PEFT's dict {adapter: scaling}, each number mirrored into a 0-dim float32 tensor on ``device``, which compiled
+    graphs read: there a Python float would be a constant, and a new value a new compilation."""
+
+    def __init__(self, values: Mapping[str, Any], device: torch.device, mirrors: Mapping | None = None) -> None:
+        super().__init__()
+        self.device = device
+        self.mirrors: dict[str, torch.Tensor] = dict(mirrors or {})
+        self.update(values)
+
+    def of(self, name: str, device: torch.device) -> float | torch.Tensor:
+        """The scaling of an adapter in the form that is best just now."""
+        if torch.compiler.is_compiling() and self.mirrors[name].device == device:
+            return self.mirrors[name]
+        return self[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        if not isinstance(value, (int, float)):
+            self.mirrors.pop(name, None)
+        elif name in self.mirrors and self.mirrors[name].device == self.device:
+            self.mirrors[name].fill_(value)
+        else:
+            with torch.inference_mode(False):
+                self.mirrors[name] = torch.tensor(value, dtype=torch.float32, device=self.device)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def __ior__(self, other: Any) -> "Scalings":  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def __reduce__(self) -> tuple:
+        return type(self), (dict(self), torch.device("cpu"))  # a pickle may be read where there is no such device
+
+
+class FastLinear(Linear):
+    """``peft.tuners.lora.Linear`` that runs plain LoRA and DoRA adapters through :mod:`lora_fast.functional`.
+
+    Not constructed, but put in place of an instance's class (:meth:`adopt`). Parameters are PEFT's own, read in each
+    call; where anything is out of the ordinary (:func:`lora_fast.peft_rules.examine`) the call is stock PEFT's, with
+    one warning for each reason.
+
+    A merge keeps the base weight, so that :meth:`unmerge` gives it back bit for bit; a state dict of a merged layer
+    holds the base weight, and loading one unmerges it first.
+    """
+
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_magnitude_vector: Any
+
+    @classmethod
+    def adopt(cls, layer: Any) -> None:
+        """Make ``layer``, of which :func:`lora_fast.peft_rules.why_never_fused` finds nothing, one of these."""
+        scalings = Scalings(layer.scaling, layer.base_layer.weight.device)  # may fail, so before anything is changed
+        layer.__class__ = cls
+        layer.__dict__["scaling"] = scalings
+
+    def release(self) -> None:
+        """Make the layer stock again. While it is merged, the base weight that was kept is lost."""
+        self._forget_base()
+        scalings = dict(self.scaling)
+        self.__class__ = Linear  # type: ignore[assignment]
+        self.scaling = scalings
+
+    @property
+    def scaling(self) -> Scalings:
+        return self.__dict__["scaling"]
+
+    @scaling.setter
+    def scaling(self, values: Mapping[str, Any]) -> None:
+        old = self.scaling
+        self.__dict__["scaling"] = Scalings(values, old.device, old.mirrors)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [..., K] to y [..., N], as stock PEFT's; raises as it does, or as :func:`lora_fast.functional.lora_linear`.
+
+        DoRA's dropout acts on the low-rank branch alone, and several adapters share one mask; stock PEFT, in contrast,
+        also drops the input of DoRA's base product, and draws a mask for each adapter.
+        """
+        if not self.disable_adapters and not self.merged and (names := active(self)):
+            parts = why_not_this_call(self, x, args, kwargs) or examine(self, names)
+            if not isinstance(parts, str):
+                return self._fused(x, parts)
+            tell(parts)
+        return super().forward(x, *args, **kwargs)
+
+    def _fused(self, x: torch.Tensor, parts: list[tuple]) -> torch.Tensor:
+        """The forward with what :func:`examine` found to be plain."""
+        base, scalings = self.base_layer, self.scaling
+        name, a, b, dropout = parts[0]
+        p = dropout.p if type(dropout) is nn.Dropout else 0.0
+        scaling = scalings.of(name, x.device)
+        if is_dora(self, name):
+            return dora_linear(
+                x, base.weight, a, b, self.lora_magnitude_vector[name].weight, scaling, base.bias, p, dropout.training,
+                round_norm=True,
+            )  # fmt: skip
+        if len(parts) > 1:  # the sum of the adapters is one adapter, stacked along r
+            a = torch.cat([a for _, a, _, _ in parts])
+            b = torch.cat([b * scalings.of(name, x.device) for name, _, b, _ in parts], 1)
+            scaling = 1.0
+        return lora_linear(x, base.weight, a, b, scaling, base.bias, p, dropout.training)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As in PEFT; the base weight and bias are kept for :meth:`unmerge`, and so is their dtype (DoRA in PEFT 0.13
+        loses it)."""
+        if not self.merged:
+            for name, tensor in self._base().items():
+                self.register_buffer(f"unmerged_{name}", tensor.detach().clone(), persistent=False)
+        try:
+            super().merge(safe_merge, adapter_names)
+        finally:
+            if not self.merged:
+                self._forget_base()
+            for kept, tensor in self._kept():
+                tensor.data = tensor.data.to(kept.dtype)
+
+    def unmerge(self) -> None:
+        """As in PEFT, but bit for bit: what was there before the merge is put back."""
+        super().unmerge()
+        for kept, tensor in self._kept():
+            tensor.data = kept
+        self._forget_base()
+
+    def _base(self) -> dict[str, torch.Tensor]:
+        base = self.base_layer
+        return {"weight": base.weight} | ({} if base.bias is None else {"bias": base.bias})
+
+    def _kept(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What was kept at the merge, each beside what it was before."""
+        pairs = [(self._buffers.get(f"unmerged_{name}"), tensor) for name, tensor in self._base().items()]
+        return [(kept, tensor) for kept, tensor in pairs if kept is not None]
+
+    def _forget_base(self) -> None:
+        for name in ("unmerged_weight", "unmerged_bias"):
+            if name in self._buffers:
+                delattr(self, name)
+                self._non_persistent_buffers_set.discard(name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """With the base weight and bias as they are without the adapter, merged or not."""
+        destination = super().state_dict(*args, **kwargs)
+        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
+        for name in self._base():
+            if (kept := self._buffers.get(f"unmerged_{name}")) is not None:
+                destination[f"{prefix}base_layer.{name}"] = kept
+        return destination
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.merged:
+            self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FastLinear":
+        super()._apply(*args, **kwargs)
+        device = self.base_layer.weight.device
+        if device != self.scaling.device:
+            self.__dict__["scaling"] = Scalings(self.scaling, device)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["scaling"] = Scalings(self.scaling, self.base_layer.weight.device)
+
+
+class FastLoraModel(LoraModel):
+    """PEFT's tuner that also makes the layers of adapters fast that come later."""
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(*args, **kwargs)
+        for module in self.modules():
+            if why_never_fused(module) is None:
+                FastLinear.adopt(module)
