@@ -56,7 +56,7 @@ def down_tile(
     if masked and roomy and m > 2048:
         block_m, warps, stages = (32, 2, 4) if block_r == 16 else (64, 4, 3)
     if block_r >= 64:
-        block_m, block_k, warps, stages = (64, 256, 4, 3) if roomy else (64, 64, 4, stages)
+        block_m, block_k, warps, stages = 64, 64 if not roomy else 256 if arch(device) < 100 else 128, 4, 3
     if block_r >= 128:
         block_m, block_k, warps, stages = (128, 64, 8, 3) if roomy else (64, 32, 8, 3)
     return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": stages}
