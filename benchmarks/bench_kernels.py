@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import common, timing
+from benchmarks import common
 from benchmarks.bench_lora import positive
+from lora_fast import timing
 
 COLUMNS = "gpu torch triton commit dtype M K N r p kernel median_us floor_us ratio bound".split()
 P = 0.1

@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks import common, timing
+from benchmarks import common
 from benchmarks.summary import summarise
-from lora_fast import DoRALinear, LoRALinear, reference, set_backend
+from lora_fast import DoRALinear, LoRALinear, reference, set_backend, timing
+from lora_fast.timing import Candidate
 
 FROZEN = ("frozen", "frozen_again")
 IMPLS = ("frozen", "frozen_again", "eager", "eager_compiled", "peft", "lora_fast_lora")
@@ -64,29 +65,8 @@ class Suite(NamedTuple):
     doc: str
     ranks: tuple[int, ...]
     impls: tuple[str, ...]
-    build: Callable[[Case, tuple[str, ...], str], "dict[str, Candidate]"]
+    build: Callable[[Case, tuple[str, ...], str], dict[str, Candidate]]
     summarise: Callable[[list[common.Row], list[common.Row]], str]
-
-
-class Candidate(NamedTuple):
-    """A layer under test with what a step needs."""
-
-    layer: Callable[[Tensor], Tensor]
-    x: Tensor
-    dy: Tensor
-    leaves: list[Tensor]  # all that get a gradient
-
-    def forward(self) -> Tensor:
-        return self.layer(self.x)
-
-    def step(self) -> None:
-        for leaf in self.leaves:
-            leaf.grad = None
-        y = self.layer(self.x)
-        y.backward(self.dy)
-
-    def calls(self) -> dict[str, Callable[[], object]]:
-        return {"fwd": self.forward, "fwd+bwd": self.step}
 
 
 def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidate]:

@@ -40,6 +40,18 @@ def load_tile(t, row, col, n_rows, n_cols, stride_r, stride_c, TMA: tl.constexpr
 
 
 @triton.jit
+def store_tile(t, tile, row, col, n_rows, n_cols, DTYPE: tl.constexpr, TMA: tl.constexpr):
+    """Put a tile to (row, col) of a descriptor's or a pointer's contiguous matrix [n_rows, n_cols], what is inside."""
+    if TMA:
+        t.store([row, col], tile.to(DTYPE))
+    else:
+        rows, cols = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
+        zero = tl.full((), 0, tl.int64)
+        first = t + (zero + row) * n_cols + col
+        tl.store(first + (rows * n_cols + cols), tile.to(DTYPE), mask=(rows < n_rows - row) & (cols < n_cols - col))
+
+
+@triton.jit
 def mask_words(bits_ptr, rows, col, stride, WIDTH: tl.constexpr):
     """The words that hold the mask bits of columns col to col + WIDTH (both multiples of 32) of the given rows."""
     words = col // 32 + tl.arange(0, WIDTH // 32)

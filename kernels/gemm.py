@@ -1,4 +1,5 @@
-"""out = X W' + [mask *] P Q' (+ bias): one kernel body for y = x W^T + S B^T + bias and dX = dY W + mask * (dS A).
+"""out = g * (X W' + [mask *] P Q') + bias: one kernel body for y = g * (x W^T + S B^T) + bias, with DoRA's gain g or
+without, and for dX = dY W + mask * (dS A).
 
 X [M, C], W [N, C] (W_T) or [C, N], P [M, R], Q [N, R] (W_T) or [R, N].
 The low-rank product is the first step (or more, of BLOCK_C ranks each) of the same pipelined contraction: its operands
@@ -22,6 +23,7 @@ from lora_fast.kernels.common import (
     mma,
     padded_rank,
     precision,
+    store_tile,
     unpack_words,
     wait_for_stream,
 )
@@ -48,26 +50,26 @@ def _words_of(bits_ptr, tile, grid_m, grid_n, M, stride_bits, GROUP_M: tl.conste
 
 
 @triton.jit
-def _store(out, acc, row, col, M, N, stride_om, bias_ptr, dtype: tl.constexpr, TMA: tl.constexpr,
-           HAS_BIAS: tl.constexpr):  # fmt: skip
+def _store(out, z, acc, row, col, M, N, gain_ptr, bias_ptr, DTYPE: tl.constexpr, TMA: tl.constexpr,
+           GAIN: tl.constexpr, BIAS: tl.constexpr, KEEP_Z: tl.constexpr):  # fmt: skip
+    """The epilogue: KEEP_Z also stores the tile as it was before gain and bias."""
     cols = col + tl.arange(0, acc.shape[1])
-    if HAS_BIAS:
+    if KEEP_Z:
+        store_tile(z, acc, row, col, M, N, DTYPE, TMA)
+    if GAIN:
+        acc *= tl.load(gain_ptr + cols, mask=cols < N, other=0.0).to(acc.dtype)[None, :]
+    if BIAS:
         acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(acc.dtype)[None, :]
-    if TMA:
-        out.store([row, col], acc.to(dtype))
-    else:
-        rows = row + tl.arange(0, acc.shape[0])
-        ptrs = out + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
-        tl.store(ptrs, acc.to(dtype), mask=(rows[:, None] < M) & (cols[None, :] < N))
+    store_tile(out, acc, row, col, M, N, DTYPE, TMA)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _gemm_kernel(
-    x, w, p, q, out, bias_ptr, bits_ptr, M, N, C, R,
-    stride_xm, stride_xc, stride_wr, stride_wc, stride_p, stride_qr, stride_qc, stride_om, stride_bits,
+    x, w, p, q, out, z, gain_ptr, bias_ptr, bits_ptr, M, N, C, R,
+    stride_xm, stride_xc, stride_wr, stride_wc, stride_p, stride_qr, stride_qc, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
-    W_T: tl.constexpr, TMA: tl.constexpr, HAS_BIAS: tl.constexpr, MASK: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    W_T: tl.constexpr, TMA: tl.constexpr, KEEP_Z: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
+    MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     HALF: tl.constexpr = BLOCK_N // 2
@@ -109,8 +111,8 @@ def _gemm_kernel(
         if turn:
             if c == end - BLOCK_C:
                 left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-                _store(out, left, row, col, M, N, stride_om, bias_ptr, DTYPE, TMA, HAS_BIAS)
-                _store(out, right, row, col + HALF, M, N, stride_om, bias_ptr, DTYPE, TMA, HAS_BIAS)
+                _store(out, z, left, row, col, M, N, gain_ptr, bias_ptr, DTYPE, TMA, GAIN, BIAS, KEEP_Z)
+                _store(out, z, right, row, col + HALF, M, N, gain_ptr, bias_ptr, DTYPE, TMA, GAIN, BIAS, KEEP_Z)
                 acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
             elif MASK:
                 acc = tl.where(unpack_words(words), acc, 0.0)
@@ -120,22 +122,22 @@ def _gemm_kernel(
 
 def gemm_plan(
     x: torch.Tensor, w: torch.Tensor, q: torch.Tensor, out: torch.Tensor, transposed: bool, with_bias: bool,
-    masked: bool,
+    masked: bool, with_gain: bool = False, keep_z: bool = False,
 ) -> Plan:  # fmt: skip
-    """The launch for these tensors (see ``gemm``)."""
+    """The launch for these tensors (see ``gemm``); called with (x, w, p, q, out, z, gain, bias, bits)."""
     (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
     exact, tma = precision(x.dtype, c), tma_fits(x, w, out, q)
     tile, options = gemm_tile(x.dtype, x.device, tma, masked, exact)
     programs = n_programs(x.device)
     bm, bn, bc = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_C"]
-    constants = {**tile, "PROGRAMS": programs, "W_T": transposed, "TMA": tma,
-                 "HAS_BIAS": with_bias, "MASK": masked, "ACC": acc_dtype(x.dtype),
+    constants = {**tile, "PROGRAMS": programs, "W_T": transposed, "TMA": tma, "KEEP_Z": keep_z,
+                 "GAIN": with_gain, "BIAS": with_bias, "MASK": masked, "ACC": acc_dtype(x.dtype),
                  "PRECISION": exact, "DTYPE": TL[x.dtype]}  # fmt: skip
     blocks = None
     if tma:
         pair = [bm, bc], [bn, bc] if transposed else [bc, bn]
-        blocks = dict(enumerate((*pair, *pair, [bm, bn // 2])))
-    ints = (m, n, c, r, *x.stride(), *w.stride(), padded_rank(r), *q.stride(), n, triton.cdiv(n, 32) if masked else 0)
+        blocks = dict(enumerate((*pair, *pair, [bm, bn // 2], *([[bm, bn // 2]] if keep_z else []))))
+    ints = (m, n, c, r, *x.stride(), *w.stride(), padded_rank(r), *q.stride(), triton.cdiv(n, 32) if masked else 0)
     grid = (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),)
     return Plan(_gemm_kernel, grid, constants, options, x, ints, blocks)
 
@@ -148,16 +150,19 @@ def gemm(
     transposed: bool,
     bias: torch.Tensor | None = None,
     bits: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x w^T + p q^T + bias`` if transposed (w [N, C], q [N, R]), else ``x w + mask * (p q)`` ([C, N], [R, N]).
+    """``gain * (x w^T + p q^T) + bias`` if transposed (w [N, C], q [N, R]), else ``x w + mask * (p q)`` ([C, N],
+    [R, N]).
 
     x [M, C], w, p [M, padded R] (contiguous) and q in one dtype, rows of p and q contiguous; bits as ``mask_bits``
-    gives for the result's shape (transposed has no mask).
+    gives for the result's shape (transposed has no mask). With z, [M, N] and contiguous, that is filled with the sum
+    before gain and bias.
     """
     out = x.new_empty(x.shape[0], w.shape[not transposed])
     if x.shape[0]:
-        exact = precision(x.dtype, x.shape[1])
-        key = ("gemm", sig(x), sig(w), sig(q), bias is None, bits is None, transposed, exact)
-        plan = plan_for(key, gemm_plan, x, w, q, out, transposed, bias is not None, bits is not None)
-        plan(x, w, p, q, out, bias, bits)
+        exact, given = precision(x.dtype, x.shape[1]), [t is not None for t in (bias, bits, gain, z)]
+        key = ("gemm", sig(x), sig(w), sig(q), *given, transposed, exact)
+        plan_for(key, gemm_plan, x, w, q, out, transposed, *given)(x, w, p, q, out, z, gain, bias, bits)
     return out

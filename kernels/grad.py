@@ -1,9 +1,13 @@
 """Gradients that contract over rows: G = Z^T P [N, R] from Z [M, N] and P [M, R], in one read of Z.
 
 For Z = dY, P = S it gives dB, and on the way dS = scaling * dY B (from the same tile) and dbias, the column sums (a
-column of ones beside S). For Z = drop(x), P = dS it gives dA^T. A program owns BLOCK_N columns and a range of rows,
-keeps its G in registers and steps through the rows; a second kernel adds up the programs' parts in a fixed order, so
-two runs give the same bits.
+column of ones beside S, or in registers where the tile goes there). For Z = drop(x), P = dS it gives dA^T. A program
+owns BLOCK_N columns and a range of rows, keeps its G in registers and steps through the rows; a second kernel
+(parts.py) adds up the programs' parts.
+
+With DoRA's gain g, dZ = dY * g takes the place of dY: dB = g * (dY^T S) and dS = scaling * dY (g * B), so the products
+still read dY's tile as it is; dZ itself is written for those who come after, and the column sums of dY * z (or y, see
+parts.py) make dm.
 """
 
 from typing import NamedTuple
@@ -20,24 +24,27 @@ from lora_fast.kernels.common import (
     mma,
     padded_rank,
     precision,
-    scalar,
+    store_tile,
     unpack_words,
     wait_for_stream,
 )
-from lora_fast.kernels.down import down_fwd
+from lora_fast.kernels.down import down_plan
 from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, sig
+from lora_fast.kernels.parts import Dora, sum_plan
 from lora_fast.kernels.tiles import grad_splits, grad_tile, tma_fits
 
-FUSED_RANK = 64  # the largest rank at which dS comes from the same pass
-SUM_BLOCK = 256  # elements that a program of the second kernel adds up
+FUSED_RANK = 64  # the largest rank at which dS comes from the pass that makes dB
+FUSED_RANK_DORA = 16  # with a gain: the parts of dS are as many again, and dZ is there to be read
 
 
 @triton.jit(do_not_specialize=["M", "rows_each"])
 def _grad_kernel(
-    z, p_ptr, b_ptr, bits_ptr, g_ptr, parts_ptr, M, N, R, RS, rows_each, sum_at, g_at,
+    z, dz, kept_ptr, p_ptr, b_ptr, bits_ptr, gain_ptr, g_ptr, parts_ptr,
+    M, N, R, RS, rows_each, sum_at, dm_at, g_at,
     stride_zm, stride_zn, stride_bn, stride_br, stride_gs, stride_gn, stride_gr, stride_bits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DM_ROWS: tl.constexpr,
+    WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, GAIN: tl.constexpr, WITH_DZ: tl.constexpr,
+    WITH_DM: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
@@ -45,13 +52,32 @@ def _grad_kernel(
     col, rank = pid_n * BLOCK_N, pid_r * BLOCK_R
     cols = col + tl.arange(0, BLOCK_N)
     ranks = rank + tl.arange(0, BLOCK_R)
+    if GAIN:
+        gain = tl.load(gain_ptr + cols, mask=cols < N, other=0.0)
     if WITH_DS:
         b = load_tile(b_ptr, col, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R)
+        if GAIN:
+            b = (b.to(ACC) * gain[:, None]).to(DTYPE)
+    if WITH_DM:
+        dm = tl.zeros([DM_ROWS, BLOCK_N], dtype=ACC)
+    if WITH_SUM and GAIN:
+        sums = tl.zeros([DM_ROWS, BLOCK_N], dtype=ACC)
     g = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
     first = split * rows_each  # a multiple of BLOCK_M
+    if WITH_DM:
+        y = load_tile(kept_ptr, first, col, M, N, N, 1, False, BLOCK_M, BLOCK_N)
     for m in range(first, tl.minimum(first + rows_each, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         tile = load_tile(z, m, col, M, N, stride_zm, stride_zn, TMA, BLOCK_M, BLOCK_N)
+        if WITH_DM:
+            dots = tl.reshape(tile.to(ACC) * y.to(ACC), (BLOCK_M // DM_ROWS, DM_ROWS, BLOCK_N))
+            dm += tl.sum(dots, 0)
+            # The next step's, by hand: the compiler's pipeline takes the operands of products alone.
+            y = load_tile(kept_ptr, m + BLOCK_M, col, M, N, N, 1, False, BLOCK_M, BLOCK_N)
+        if WITH_SUM and GAIN:  # in registers, where the tile is anyway
+            sums += tl.sum(tl.reshape(tile.to(ACC), (BLOCK_M // DM_ROWS, DM_ROWS, BLOCK_N)), 0)
+        if WITH_DZ:
+            store_tile(dz, tile.to(ACC) * gain[None, :], m, col, M, N, DTYPE, TMA)
         if MASK:
             words = mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, BLOCK_N)
             tile = tl.where(unpack_words(words), tile, 0.0)
@@ -59,107 +85,80 @@ def _grad_kernel(
             p = load_tile(p_ptr, m, rank, M, RS, RS, 1, False, BLOCK_M, BLOCK_R)
         else:
             p = tl.zeros([BLOCK_M, BLOCK_R], dtype=DTYPE)
-        if WITH_SUM:
+        if WITH_SUM and not GAIN:
             p = tl.where(ranks[None, :] == R, 1.0, p.to(ACC)).to(DTYPE)
-        if WITH_G or WITH_SUM:
+        if WITH_G or (WITH_SUM and not GAIN):
             g = mma(tile.T, p, g, PRECISION)
         if WITH_DS:
             ds = mma(tile, b, tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC), PRECISION)
             ds_ptrs = parts_ptr + (pid_n.to(tl.int64) * M + rows[:, None]) * RS + ranks[None, :]
             tl.store(ds_ptrs, ds, mask=(rows[:, None] < M) & (ranks[None, :] < RS))
-    if WITH_G:
-        g_ptrs = g_ptr + g_at + split * stride_gs + cols.to(tl.int64)[:, None] * stride_gn + ranks[None, :] * stride_gr
-        tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=(cols[:, None] < N) & (ranks[None, :] < R))
-    if WITH_SUM:
+    if WITH_SUM and GAIN:
+        tl.store(parts_ptr + sum_at + split * N + cols, tl.sum(sums, 0), mask=cols < N)
+    elif WITH_SUM:
         sum_ptrs = parts_ptr + sum_at + split * N + cols[:, None] + ranks[None, :] * 0
         tl.store(sum_ptrs, g, mask=(cols[:, None] < N) & (ranks[None, :] == R))
-
-
-@triton.jit
-def _add_parts(src, dst, block, parts, size, scale, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """dst[i] = scale * sum over parts of src[part, i]; eight loads under way at a time."""
-    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([8, BLOCK], dtype=ACC)
-    for first in range(0, parts, 8):
-        part = first + tl.arange(0, 8).to(tl.int64)
-        inside = (part[:, None] < parts) & (i[None, :] < size)
-        total += tl.load(src + part[:, None] * size + i[None, :], mask=inside, other=0.0)
-    tl.store(dst + i, (tl.sum(total, 0) * scale).to(dst.dtype.element_ty), mask=i < size)
-
-
-@triton.jit(do_not_specialize=["splits", "col_blocks", "ds_size"])
-def _sum_kernel(
-    parts_ptr, ds_ptr, sum_ptr, g_ptr, scaling, keep_scale, splits, col_blocks, ds_size, sum_size, g_size, sum_at, g_at,
-    WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, SCALING_PTR: tl.constexpr,
-    BLOCK: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    wait_for_stream(PDL)
-    block = tl.program_id(0)
-    if WITH_DS:
-        n = tl.cdiv(ds_size, BLOCK)
-        if block < n:
-            scale = scalar(scaling, SCALING_PTR) * keep_scale
-            _add_parts(parts_ptr, ds_ptr, block, col_blocks, ds_size, scale, BLOCK, ACC)
-        block -= n
-    if WITH_SUM:
-        n = tl.cdiv(sum_size, BLOCK)
-        if (block >= 0) & (block < n):
-            _add_parts(parts_ptr + sum_at, sum_ptr, block, splits, sum_size, 1.0, BLOCK, ACC)
-        block -= n
+    if WITH_DM:
+        tl.store(parts_ptr + dm_at + split * N + cols, tl.sum(dm, 0), mask=cols < N)
     if WITH_G:
-        if block >= 0:
-            _add_parts(parts_ptr + g_at, g_ptr, block, splits, g_size, 1.0, BLOCK, ACC)
+        if GAIN:
+            g *= gain[:, None]
+        g_ptrs = g_ptr + g_at + split * stride_gs + cols.to(tl.int64)[:, None] * stride_gn + ranks[None, :] * stride_gr
+        tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=(cols[:, None] < N) & (ranks[None, :] < R))
 
 
 class ColumnPass(NamedTuple):
     """The launches for a pass, and the float32 parts between them: those of dS [column blocks, M, padded R], of the
-    column sums [splits, N] and of G [splits, N, R] (none where rows are not split), one after another."""
+    column sums [splits, N], of dm [splits, N] and of G [splits, N, R] (none where rows are not split), one after
+    another."""
 
     main: Plan
     add: Plan | None
     parts: int  # how many numbers
     summed: bool  # whether G has parts
 
-    def __call__(self, z, p, b, bits, g, ds, sums, scaling, keep_scale, parts) -> None:
-        self.main(z, p, b, bits, parts if g is None or self.summed else g, parts)
+    def __call__(self, z, p, b, bits, g, ds, sums, scaling, keep_scale, parts, dora: Dora | None = None) -> None:
+        gain, norm, kept, dz, dm, again = (None,) * 6 if dora is None else dora
+        self.main(z, dz, kept, p, b, bits, gain, parts if g is None or self.summed else g, parts)
         if self.add is not None:
-            self.add(parts, ds, sums, g, scaling, keep_scale)
+            x, w, s, b = again or (None,) * 4
+            self.add(parts, ds, sums, g, scaling, keep_scale, dm, gain, norm, z, x, w, s, b)
 
 
 def column_plan(
     z: torch.Tensor, r: int, g: torch.Tensor | None, b: torch.Tensor | None = None,
-    scaling: float | torch.Tensor = 1.0, with_sum: bool = False, masked: bool = False,
+    scaling: float | torch.Tensor = 1.0, with_sum: bool = False, masked: bool = False, dora: Dora | None = None,
 ) -> ColumnPass:  # fmt: skip
     """The launches for Z = z [M, N]: g is the [N, R] view that G goes to, b [N, at least R] what dS is made with."""
     m, n = z.shape
-    rs, ranks = padded_rank(max(r, 1)), r + with_sum
+    rs, ranks = padded_rank(max(r, 1)), r + (with_sum and dora is None)
+    dz, dm = (None, None) if dora is None else (dora.dz, dora.dm)
+    with_dz, with_dm = dz is not None, dm is not None
     exact = precision(z.dtype, min(z.shape) if b is not None else m)
-    if exact == "tf32" and with_sum:
+    if exact == "tf32" and with_sum and dora is None:
         exact = "ieee"  # dbias is no product: it stays exact
-    tma = tma_fits(z)
-    tile, options = grad_tile(m, n, ranks, z.dtype, z.device, tma, b is not None, masked)
-    col_blocks, splits, rank_blocks, rows_each = grad_splits(m, n, ranks, tile, z.device)
+    tma = tma_fits(z) and (dz is None or tma_fits(dz))
+    tile, options = grad_tile(m, n, ranks, z.dtype, z.device, tma, b is not None, masked, with_dz or with_dm)
+    col_blocks, splits, rank_blocks, rows_each = grad_splits(m, n, ranks, tile, z.device, with_dz or with_dm)
     summed = g is not None and splits > 1
-    ds_size, sum_size, g_size = (b is not None) * m * rs, with_sum * n, summed * n * r
-    sum_at = col_blocks * ds_size  # both multiples of 16, which Triton compiles in
-    g_at = sum_at + -(-splits * sum_size // 16) * 16
-    flags = {"WITH_G": g is not None, "WITH_DS": b is not None, "WITH_SUM": with_sum}
-    constants = {**tile, **flags, "MASK": masked, "TMA": tma, "ACC": acc_dtype(z.dtype), "PRECISION": exact,
+    ds_size, sum_size, dm_size, g_size = (b is not None) * m * rs, with_sum * n, with_dm * n, summed * n * r
+    sum_at = col_blocks * ds_size  # all multiples of 16, which Triton compiles in
+    dm_at = sum_at + -(-splits * sum_size // 16) * 16
+    g_at = dm_at + -(-splits * dm_size // 16) * 16
+    flags = {"WITH_DS": b is not None, "WITH_SUM": with_sum, "WITH_DM": with_dm}
+    constants = {**tile, **flags, "WITH_G": g is not None, "GAIN": dora is not None, "WITH_DZ": with_dz,
+                 "MASK": masked, "TMA": tma, "ACC": acc_dtype(z.dtype), "PRECISION": exact,
                  "DTYPE": TL[z.dtype]}  # fmt: skip
     # Parts of G lie as the gradient does: [N, R], or [R, N] seen from the side.
     g_strides = (n * r, *g.stride()) if g is not None else (0, 0, 0)
     b_strides = b.stride() if b is not None else (0, 0)
-    ints = (m, n, r, rs, rows_each, sum_at, g_at if summed else 0, *z.stride(), *b_strides, *g_strides,
+    ints = (m, n, r, rs, rows_each, sum_at, dm_at, g_at if summed else 0, *z.stride(), *b_strides, *g_strides,
             triton.cdiv(n, 32) if masked else 0)  # fmt: skip
-    blocks = {0: [tile["BLOCK_M"], tile["BLOCK_N"]]} if tma else None
+    blocks = dict.fromkeys(range(1 + with_dz), [tile["BLOCK_M"], tile["BLOCK_N"]]) if tma else None
     main = Plan(_grad_kernel, (col_blocks, splits, rank_blocks), constants, options, z, ints, blocks)
-    sizes = ds_size, sum_size, g_size
-    add = None
+    sizes, add = (ds_size, sum_size, dm_size, g_size), None
     if any(sizes):
-        constants = {**flags, "WITH_G": summed, "SCALING_PTR": isinstance(scaling, torch.Tensor), "BLOCK": SUM_BLOCK,
-                     "ACC": acc_dtype(z.dtype)}  # fmt: skip
-        grid = (sum(triton.cdiv(size, SUM_BLOCK) for size in sizes),)
-        add = Plan(_sum_kernel, grid, constants, {"num_warps": 4}, z, (splits, col_blocks, *sizes, sum_at, g_at))
+        add = sum_plan(z, scaling, flags, dora, splits, col_blocks, sizes, (sum_at, dm_at, g_at))
     return ColumnPass(main, add, g_at + splits * g_size, summed)
 
 
@@ -167,17 +166,55 @@ def new_parts(z: torch.Tensor, size: int) -> torch.Tensor:
     return z.new_empty(size, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
 
 
-def _column_pass(z, p, g, b=None, scaling=1.0, sums=None, bits=None, keep_scale=1.0) -> torch.Tensor | None:
-    """Fill g, the [N, R] view that Z^T P goes to, and sums, those of z's columns, if given. Returns dS if b is."""
-    like = b if b is not None else g
-    r = like.shape[1] if like is not None else 0
-    ds = z.new_empty(z.shape[0], padded_rank(r)) if b is not None else None
-    scaling = as_scaling(scaling)
-    key = ("grad", sig(z), sig(b), sig(g), sig(sums), bits is None, scaling_kind(scaling),
-           precision(z.dtype, 256), r)  # fmt: skip
-    plan = plan_for(key, column_plan, z, r, g, b, scaling, sums is not None, bits is not None)
-    plan(z, p, b, bits, g, ds, sums, scaling, keep_scale, new_parts(z, plan.parts))
-    return ds
+class DyPass(NamedTuple):
+    """The launches of everything that needs dY: one pass where dS and dB fit it, else several."""
+
+    over_dy: ColumnPass | None
+    ds: Plan | None
+    over_dz: ColumnPass | None  # dB, where it was not made from dY
+
+    @property
+    def parts(self) -> int:
+        return max((step.parts for step in (self.over_dy, self.over_dz) if step is not None), default=0)
+
+    def __call__(self, dy, s, b, grad_b, ds, grad_bias, scaling, keep_scale, parts, dora: Dora | None) -> None:
+        if self.over_dy is not None:
+            in_it = None if self.over_dz is not None else grad_b
+            self.over_dy(dy, s, b if self.ds is None else None, None, in_it, ds, grad_bias, scaling, keep_scale, parts,
+                         dora)  # fmt: skip
+        source = dy if dora is None else dora.dz
+        if self.ds is not None:
+            self.ds(source, b, ds, None, None, None, None, scaling, keep_scale)
+        if self.over_dz is not None:
+            self.over_dz(source, s, None, None, grad_b, None, None, 1.0, 1.0, parts)
+
+
+def dy_plan(
+    dy: torch.Tensor, r: int, b: torch.Tensor | None, scaling: float | torch.Tensor, grad_b: torch.Tensor | None,
+    grad_bias: torch.Tensor | None, dora: Dora | None,
+) -> DyPass:  # fmt: skip
+    """The launches for these tensors (see ``dy_bwd``; b may have more columns than r)."""
+    most, source = (FUSED_RANK, dy) if dora is None else (FUSED_RANK_DORA, dora.dz)
+    fused = b is not None and grad_b is not None and r <= most
+    ds = over_dy = over_dz = None
+    if b is not None and not fused:
+        assert source is not None
+        ds = down_plan(source, b.t()[:r], scaling, False)
+    in_it = grad_b
+    if dora is not None and grad_b is not None and r > FUSED_RANK:
+        assert source is not None
+        in_it, over_dz = None, column_plan(source, r, grad_b)
+    wanted = in_it, grad_bias, dora and dora.dz, dora and dora.dm
+    if fused or any(t is not None for t in wanted):
+        over_dy = column_plan(dy, 0 if in_it is None else r, in_it, b if fused else None, scaling,
+                              grad_bias is not None, dora=dora)  # fmt: skip
+    return DyPass(over_dy, ds, over_dz)
+
+
+def needs_dz(r: int, need_ds: bool, need_b: bool) -> bool:
+    """Whether DoRA's dS or dB is made from dZ in memory: at ranks that do not fit the pass over dY, and where dS is
+    wanted without dB."""
+    return (need_ds and (not need_b or r > FUSED_RANK_DORA)) or (need_b and r > FUSED_RANK)
 
 
 def dy_bwd(
@@ -188,31 +225,32 @@ def dy_bwd(
     grad_b: torch.Tensor | None,
     grad_bias: torch.Tensor | None = None,
     keep_scale: float = 1.0,
+    dora: Dora | None = None,
 ) -> torch.Tensor | None:
-    """The pass over dY [M, N]: returns dS = scaling * keep_scale * dY B [M, padded R] if b [N, R] is given, and fills
-    grad_b [N, R] from s [M, padded R] and grad_bias [N] if they are given."""
+    """Everything that needs dY [M, N]: returns dS = scaling * keep_scale * dZ B [M, padded R] if b [N, R] is given,
+    and fills grad_b [N, R] from s [M, padded R], grad_bias [N] and what ``dora`` asks for. Without dora dZ is dY."""
+    ds = dy.new_empty(dy.shape[0], padded_rank(b.shape[1])) if b is not None else None
     if dy.shape[0] == 0:
-        for grad in (grad_b, grad_bias):
+        for grad in (grad_b, grad_bias, dora and dora.dm):
             if grad is not None:
                 grad.zero_()
-        return dy.new_empty(0, padded_rank(b.shape[1])) if b is not None else None
-    ds = None
-    if b is not None and not fuses(b.shape[1], grad_b is not None):
-        ds, b = down_fwd(dy, b.t(), scaling, None, keep_scale), None
-    if b is None and grad_b is None and grad_bias is None:
         return ds
-    fused_ds = _column_pass(dy, s, grad_b, b, scaling, grad_bias, None, keep_scale)
-    return ds if fused_ds is None else fused_ds
-
-
-def fuses(r: int, need_b: bool) -> bool:
-    """Whether dS comes from the pass that makes dB, too, rather than from a read of dY by itself."""
-    return need_b and r <= FUSED_RANK
+    like, scaling = b if b is not None else grad_b, as_scaling(scaling)
+    r = 0 if like is None else like.shape[1]
+    if dora is not None and dora.dz is None and needs_dz(r, b is not None, grad_b is not None):
+        dora = dora._replace(dz=dy.new_empty(dy.shape))
+    key = ("dy", sig(dy), sig(b), sig(grad_b), sig(grad_bias), scaling_kind(scaling), precision(dy.dtype, 256), r,
+           dora and dora.sigs())  # fmt: skip
+    plan = plan_for(key, dy_plan, dy, r, b, scaling, grad_b, grad_bias, dora)
+    plan(dy, s, b, grad_b, ds, grad_bias, scaling, keep_scale, new_parts(dy, plan.parts), dora)
+    return ds
 
 
 def a_bwd(x: torch.Tensor, ds: torch.Tensor, grad_a: torch.Tensor, bits: torch.Tensor | None = None) -> None:
     """Fill grad_a [R, K] with dS^T (mask * x) from x [M, K] and ds [M, padded R]."""
     if x.shape[0] == 0:
         grad_a.zero_()
-    else:
-        _column_pass(x, ds, grad_a.t(), bits=bits)
+        return
+    key = ("a_bwd", sig(x), sig(grad_a), bits is None, precision(x.dtype, 256))
+    plan = plan_for(key, column_plan, x, grad_a.shape[0], grad_a.t(), None, 1.0, False, bits is not None)
+    plan(x, ds, None, bits, grad_a, None, None, 1.0, 1.0, new_parts(x, plan.parts))

@@ -1,103 +1,95 @@
-"""DoRA's row norms n = |W + s B A| from n^2 = |W|^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B G) * B), G = A A^T.
+"""DoRA's gain: n = |V| for each row of V = W + s B A, and g = m / n (0 where n = 0).
 
-One read of W [N, K] gives both |W|^2 and W A^T [N, R]; neither B A nor the sum V is ever in memory. Where the terms
-cancel, the rows of a program are read again and summed from V, tile by tile in registers.
+One read of W. A program owns BLOCK_N rows and walks over K: B A of the tile by matrix instructions, V in registers, its
+squares summed. Neither B A nor V is ever in memory. The factored form n^2 = |W|^2 + 2 s rowsum((W A^T) * B) + ... takes
+as many products and loses the rows whose terms cancel; here none do.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import TL, acc_dtype, load_tile, mma, scalar, wait_for_stream
+from lora_fast.kernels.common import TL, acc_dtype, load_tile, scalar, wait_for_stream
 from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, sig
-from lora_fast.kernels.tiles import norm_tile, tma_fits
-
-CANCELS = 1e-3  # below this share of its terms the factored sum has lost too much
+from lora_fast.kernels.tiles import norm_tile
 
 
 @triton.jit
-def _rank_terms(w, a_ptr, b_ptr, gram_ptr, row, rank, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn,
-                stride_br, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, TMA: tl.constexpr,
-                ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Of the ranks from ``rank`` on: rowsum((W A^T) * B), rowsum((B G) * B), and |W|^2, each [BLOCK_N]."""
-    product = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
-    squares = tl.zeros([BLOCK_N], dtype=ACC)
-    for k in range(0, K, BLOCK_K):
-        tile = load_tile(w, row, k, N, K, stride_wn, stride_wk, TMA, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
-        a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K)  # [BLOCK_R, BLOCK_K]
-        product = mma(tile, a.T, product, PRECISION)
-        wide = tile.to(ACC)
-        squares += tl.sum(wide * wide, 1)
-    b = load_tile(b_ptr, row, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(ACC)
-    crossed = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
-    for other in range(0, R, BLOCK_R):
-        left = load_tile(b_ptr, row, other, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(ACC)
-        gram = load_tile(gram_ptr, other, rank, R, R, R, 1, False, BLOCK_R, BLOCK_R)
-        crossed += tl.dot(left, gram, input_precision="ieee")
-    return tl.sum(product * b, 1), tl.sum(crossed * b, 1), squares
+def _update(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br, BLOCK_N: tl.constexpr,
+            BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ONE: tl.constexpr, ACC: tl.constexpr,
+            PRECISION: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """The [BLOCK_N, BLOCK_K] tile of B A at (row, k); ONE: all ranks are in b, B's first tile."""
+    a = load_tile(a_ptr, 0, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K).to(DTYPE)
+    v = tl.dot(b, a, input_precision=PRECISION, out_dtype=ACC)
+    if not ONE:
+        for rank in range(BLOCK_R, R, BLOCK_R):
+            b = load_tile(b_ptr, row, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(DTYPE)
+            a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K).to(DTYPE)
+            v = tl.dot(b, a, v, input_precision=PRECISION, out_dtype=ACC)
+    return v
 
 
 @triton.jit
 def _norm_kernel(
-    w, w_ptr, a_ptr, b_ptr, gram_ptr, n_ptr, scaling, cancels, N, K, R,
+    w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, scaling, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DENSE_K: tl.constexpr,
-    SCALING_PTR: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr, ONE: tl.constexpr,
+    SCALING_PTR: tl.constexpr, GAIN: tl.constexpr, ROUND: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     row = tl.program_id(0) * BLOCK_N
     s = scalar(scaling, SCALING_PTR)
-    once, twice, squares = _rank_terms(w, a_ptr, b_ptr, gram_ptr, row, 0, N, K, R, stride_wn, stride_wk, stride_ar,
-                                       stride_ak, stride_bn, stride_br, BLOCK_N, BLOCK_K, BLOCK_R, TMA, ACC,
-                                       PRECISION)  # fmt: skip
-    for rank in range(BLOCK_R, R, BLOCK_R):
-        more, most, _ = _rank_terms(w, a_ptr, b_ptr, gram_ptr, row, rank, N, K, R, stride_wn, stride_wk, stride_ar,
-                                    stride_ak, stride_bn, stride_br, BLOCK_N, BLOCK_K, BLOCK_R, TMA, ACC,
-                                    PRECISION)  # fmt: skip
-        once += more
-        twice += most
-    once *= 2 * s
-    twice *= s * s
-    square = squares + once + twice
-    # Not "<": a NaN, as from an overflow of one term, is to be looked at, too.
-    again = ((square >= cancels * (squares + tl.abs(once) + tl.abs(twice))) & (squares > 0)) == 0
-    if tl.max(again.to(tl.int32), 0) > 0:
-        dense = tl.zeros([BLOCK_N], dtype=ACC)
-        for k in range(0, K, DENSE_K):
-            v = tl.zeros([BLOCK_N, DENSE_K], dtype=ACC)
-            for rank in range(0, R, BLOCK_R):
-                b = load_tile(b_ptr, row, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(ACC)
-                a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, DENSE_K).to(ACC)
-                v += tl.dot(b, a, input_precision="ieee")
-            tile = load_tile(w_ptr, row, k, N, K, stride_wn, stride_wk, False, BLOCK_N, DENSE_K)
-            v = tile.to(ACC) + s * v
-            dense += tl.sum(v * v, 1)
-        square = tl.where(again, dense, square)
+    b = load_tile(b_ptr, row, 0, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
+    squares = tl.zeros([BLOCK_N, SUMS], dtype=ACC)
+    tile = load_tile(w_ptr, row, 0, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+    for k in range(0, K, BLOCK_K):
+        # The next step's, by hand: the compiler's pipeline takes the operands of products alone.
+        later = load_tile(w_ptr, row, k + BLOCK_K, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)
+        update = _update(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br,
+                         BLOCK_N, BLOCK_K, BLOCK_R, ONE, ACC, PRECISION, DTYPE)  # fmt: skip
+        v = tile.to(ACC) + s * update
+        squares += tl.sum(tl.reshape(v * v, (BLOCK_N, BLOCK_K // SUMS, SUMS)), 1)
+        tile = later
+    norm = tl.sqrt(tl.sum(squares, 1))
+    if ROUND is not None:
+        norm = norm.to(ROUND).to(ACC)
     rows = row + tl.arange(0, BLOCK_N)
-    tl.store(n_ptr + rows, tl.sqrt(tl.maximum(square, 0.0)), mask=rows < N)
+    tl.store(n_ptr + rows, norm, mask=rows < N)
+    if GAIN:
+        m = tl.load(m_ptr + rows, mask=rows < N, other=0.0).to(ACC)
+        alive = norm != 0  # also where it is NaN
+        tl.store(g_ptr + rows, tl.where(alive, m / tl.where(alive, norm, 1.0), 0.0), mask=rows < N)
 
 
-def _plan(w, a, b, scaling) -> Plan:
-    (n, k), r, tma = w.shape, a.shape[0], tma_fits(w)
-    tile, options = norm_tile(n, k, r, w.dtype, w.device, tma)
-    precise = "ieee" if w.dtype != torch.float32 or k < 256 else "tf32x3"  # whatever torch's setting: terms cancel
-    constants = {**tile, "SCALING_PTR": isinstance(scaling, torch.Tensor), "TMA": tma,
-                 "ACC": acc_dtype(w.dtype), "PRECISION": precise}  # fmt: skip
+def norm_plan(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor, with_gain: bool,
+              round_norm: bool) -> Plan:  # fmt: skip
+    """The launch for these tensors (see ``norm_fwd``); called with (w, a, b, m, n, g, scaling)."""
+    (n, k), r = w.shape, a.shape[0]
+    kind = torch.promote_types(a.dtype, b.dtype)
+    tile, options = norm_tile(n, r, w.dtype, kind, w.device)
+    constants = {**tile, "ONE": r <= tile["BLOCK_R"], "SCALING_PTR": isinstance(scaling, torch.Tensor),
+                 "GAIN": with_gain, "ROUND": TL[w.dtype] if round_norm else None, "ACC": acc_dtype(wide(w, a, b)),
+                 "PRECISION": "tf32x3" if kind == torch.float32 else "ieee", "DTYPE": TL[kind]}  # fmt: skip
     ints = (n, k, r, *w.stride(), *a.stride(), *b.stride())
-    blocks = {0: [tile["BLOCK_N"], tile["BLOCK_K"]]} if tma else None
-    return Plan(_norm_kernel, (triton.cdiv(n, tile["BLOCK_N"]),), constants, options, w, ints, blocks)
+    return Plan(_norm_kernel, (triton.cdiv(n, tile["BLOCK_N"]),), constants, options, w, ints)
 
 
-def norm_fwd(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor) -> torch.Tensor:
-    """n [N] in float32 from w [N, K], a [R, K] and b [N, R] in any float dtypes. a is rounded to w's dtype, as in the
-    layer's products; b is not."""
-    assert w.dtype in TL
-    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
-    a = a.to(w.dtype)
-    gram = (a.double() @ a.double().t()).to(wide)  # [R, R]; float64, since torch's tf32 setting must not reach it
-    n = w.new_empty(w.shape[0], dtype=wide)
+def wide(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype of norms and gains: float32, float64 if one of the tensors is."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def norm_fwd(
+    w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor, m: torch.Tensor | None = None,
+    round_norm: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """n [N], rounded to w's dtype on request, and g [N] if m [N] is given, from w [N, K], a [R, K] and b [N, R] (at
+    least R columns), each in any float dtype."""
+    n = w.new_empty(w.shape[0], dtype=wide(w, a, b))
+    g = None if m is None else torch.empty_like(n)
     if n.numel():
         scaling = as_scaling(scaling)
-        plan = plan_for(("norm", sig(w), sig(a), sig(b), scaling_kind(scaling)), _plan, w, a, b, scaling)
-        plan(w, w, a, b, gram, n, scaling, CANCELS)
-    return n
+        key = ("norm", sig(w), sig(a), sig(b), sig(m), scaling_kind(scaling), round_norm)
+        plan_for(key, norm_plan, w, a, b, scaling, m is not None, round_norm)(w, a, b, m, n, g, scaling)
+    return n, g

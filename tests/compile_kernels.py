@@ -72,7 +72,8 @@ def longest_run(cubin: bytes) -> int:
 
 
 def compile_for(capability: int, problems) -> list[dict]:
-    from lora_fast.kernels import down, gemm, grad, launch, mask, norm, tiles
+    from lora_fast.kernels import down, gemm, grad, launch, mask, parts, tiles
+    from lora_fast.kernels import norm as norm_module
 
     driver.set_active(TargetOnly(capability))
     for module, name, value in (
@@ -111,12 +112,17 @@ def compile_for(capability: int, problems) -> list[dict]:
         else:
             s = down.down_fwd(x, a, 2.0, bits)
         gemm.gemm(x, w, s, b, True, bias)
+        norm, gain = norm_module.norm_fwd(w, a, b, 2.0, torch.empty(n))
+        gemm.gemm(x, w, s, b, True, bias, None, gain, torch.empty(m, n, dtype=dtype) if with_bias else None)
         grad_b, grad_bias = torch.empty(n, r, dtype=adapter), torch.empty(n, dtype=dtype) if with_bias else None
-        ds = grad.dy_bwd(dy, s, b, 2.0, grad_b, grad_bias)
+        ds = grad.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias)
+        assert gain is not None
+        dora = parts.Dora(gain, norm, torch.empty_like(dy), torch.empty_like(dy), torch.empty(n),
+                          None if with_bias else (x, w, s, b))  # fmt: skip
+        grad.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias, 1.0, dora)
         assert ds is not None
         grad.a_bwd(x, ds, torch.empty_like(a, dtype=adapter), bits)
         gemm.gemm(dy, w, ds, a, False, None, bits)
-        norm.norm_fwd(w, a, b, 2.0)
     return found
 
 

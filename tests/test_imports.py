@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"demo"},
-    {"demo_report"},
-    {"__init__"},
+    {"demo", "merge", "convert", "doctor", "bench"},
+    {"demo_report", "skeleton", "base_files", "selfcheck", "machine"},
+    {"__init__", "timing"},
     {"checkpoint", "peft"},
     {"model", "peft_format"},
     {"config"},

@@ -13,7 +13,7 @@ if not TRITON:
 
 import triton.language as tl
 
-from lora_fast.kernels import down, gemm, grad, mask, norm
+from lora_fast.kernels import down, gemm, grad, mask, norm, parts
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -147,7 +147,81 @@ def test_gradient_of_a(device, dtype, shape, masked):
     hold(kernel, formula, device, dtype, shape)
 
 
-def relative(found, weight, a, b, scaling):
+def gained(inputs, seed=0):
+    """A gain and norms as DoRA has them, and dY scaled by the gain as eager torch would."""
+    gen = torch.Generator().manual_seed(seed)
+    n = inputs.weight.shape[0]
+    wide = torch.promote_types(inputs.x.dtype, FLOAT)
+    gain, norm = (torch.randn(n, generator=gen), 0.5 + torch.rand(n, generator=gen))
+    gain[::5] *= 1e-3
+    return gain.to(inputs.x.device, wide), norm.to(inputs.x.device, wide)
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("device, dtype, shape", CASES)
+def test_up_product_with_gain(device, dtype, shape, with_bias):
+    """Beside y it stores z, as it was before gain and bias."""
+
+    def kernel(inputs, bits):
+        s, gain = padded(F.linear(inputs.x, inputs.lora_A)), gained(inputs)[0]
+        z = torch.empty_like(inputs.dy)
+        bias = inputs.bias if with_bias else None
+        y = gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, True, bias, None, gain, z)
+        assert torch.equal(y, gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, True, bias, None, gain))
+        return {"y": y, "z": z}
+
+    def formula(inputs, keep):
+        s = F.linear(inputs.x.to(dtype), inputs.lora_A.to(dtype)).to(inputs.x.dtype)
+        z = F.linear(inputs.x, inputs.weight) + s @ inputs.lora_B.T
+        y = z * gained(inputs)[0] + (inputs.bias if with_bias else 0)
+        return {"y": y.to(z.dtype), "z": z}
+
+    hold(kernel, formula, device, dtype, shape)
+
+
+GAINED = [("dZ",), ("dm",), ("dZ", "dS"), ("dm", "dB"), ("dZ", "dm", "dS", "dB"), ("dZ", "dm", "dS", "dB", "dbias")]
+
+
+@pytest.mark.parametrize("wanted", GAINED, ids="+".join)
+@pytest.mark.parametrize("device, dtype, shape", CASES)
+def test_pass_over_dy_with_gain(device, dtype, shape, wanted):
+    """dm from z where there is a dbias, else from y, also where the gain is too small for y to carry z."""
+    from_y = "dbias" not in wanted
+
+    def kernel(inputs, bits):
+        s, (gain, norm) = padded(F.linear(inputs.x, inputs.lora_A)), gained(inputs)
+        gain[1] = 0.0
+        if from_y:
+            gain[0] = 1e-35
+        z = torch.empty_like(inputs.dy)
+        y = gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, True, None, None, gain, z)
+        new = {"dZ": inputs.dy, "dm": norm, "dB": inputs.lora_B, "dbias": inputs.bias}
+        found = {name: torch.empty_like(t) if name in wanted else None for name, t in new.items()}
+        again = (inputs.x, inputs.weight, s, inputs.lora_B) if from_y and "dm" in wanted else None
+        kept = (y if from_y else z) if "dm" in wanted else None
+        dora = parts.Dora(gain, norm, kept, found["dZ"], found["dm"], again)
+        b = inputs.lora_B if "dS" in wanted else None
+        ds = grad.dy_bwd(inputs.dy, s, b, 0.7, found["dB"], found["dbias"], KEEP_SCALE, dora)
+        assert ds is None or not ds[:, shape[3] :].any()
+        found["dS"] = ds if ds is None else ds[:, : shape[3]]
+        return {name: found[name] for name in wanted}
+
+    def formula(inputs, keep):
+        s = F.linear(inputs.x.to(dtype), inputs.lora_A.to(dtype)).to(inputs.x.dtype)
+        z = inputs.x @ inputs.weight.T + s @ inputs.lora_B.T
+        gain, norm = gained(inputs)
+        gain[1] = 0.0
+        if from_y:
+            gain[0] = 1e-35
+        dz = (inputs.dy * gain).to(inputs.x.dtype)
+        made = {"dZ": dz, "dm": (inputs.dy * z.to(norm.dtype)).sum(0) / norm, "dbias": inputs.dy.sum(0),
+                "dS": dz @ inputs.lora_B * (0.7 * KEEP_SCALE), "dB": dz.T @ s}  # fmt: skip
+        return {name: made[name] for name in wanted}
+
+    hold(kernel, formula, device, dtype, shape)
+
+
+def off(found, weight, a, b, scaling):
     truth = torch.linalg.vector_norm(weight.double() + scaling * b.double() @ a.double(), dim=1)
     return ((found.double() - truth).abs() / truth).max().item()
 
@@ -155,26 +229,33 @@ def relative(found, weight, a, b, scaling):
 @pytest.mark.parametrize("scaling", [1e-6, 0.7, 1e5])
 @pytest.mark.parametrize("device, dtype, shape", CASES)
 def test_row_norms(device, dtype, shape, scaling):
-    inputs = draw(*shape, dtype, device, adapter=FLOAT)
-    a = inputs.lora_A.to(dtype)
+    inputs = draw(*shape, dtype, device, adapter=FLOAT if scaling == 0.7 else None)
     by = torch.tensor(scaling, device=device) if scaling == 0.7 else scaling
-    found = norm.norm_fwd(inputs.weight, inputs.lora_A, inputs.lora_B, by)
-    assert found.dtype == FLOAT and relative(found, inputs.weight, a, inputs.lora_B, scaling) < 1e-5
+    v = inputs.weight, inputs.lora_A, inputs.lora_B
+    found, none = norm.norm_fwd(*v, by)
+    assert none is None and found.dtype == FLOAT and off(found, *v, scaling) < 1e-5
+    m = torch.randn(shape[2], device=device)
+    again, gain = norm.norm_fwd(*v, by, m, True)
+    if device == "cuda":  # the interpreter's casts are its own
+        assert torch.equal(again, found.to(dtype).float())
+    assert ((gain - m / again).abs() <= 1e-6 * gain.abs()).all()
+    if found.max() < torch.finfo(dtype).max:
+        assert off(again, *v, scaling) < 1e-5 + torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("left, bound", [(0.1, 1e-3), (1e-2, 1e-3), (1e-3, 1e-3), (1e-4, 1e-2)])
+@pytest.mark.parametrize("left, bound", [(0.1, 1e-5), (1e-2, 1e-4), (1e-3, 1e-3), (1e-4, 1e-2)])
 def test_row_norms_that_cancel(device, left, bound):
-    """W = -B A but for a share: the factored sum alone would be off by 1e-5 to more than 1."""
+    """W = -B A but for a share: a factored sum would be off by 1e-5 to more than 1. A row of zeros has no gain."""
     inputs = draw(1, 70, 45, 20, FLOAT, device, b_std=1.0)
     product, rest = inputs.lora_B.double() @ inputs.lora_A.double(), inputs.weight.double()
     rest *= left * product.norm(dim=1, keepdim=True) / rest.norm(dim=1, keepdim=True)
     weight = (rest - product).float()
     weight[7] = 0
     inputs.lora_B[7] = 0
-    found = norm.norm_fwd(weight, inputs.lora_A, inputs.lora_B, 1.0)
-    assert found[7] == 0
+    found, gain = norm.norm_fwd(weight, inputs.lora_A, inputs.lora_B, 1.0, torch.ones(45, device=device))
+    assert found[7] == 0 and gain[7] == 0
     others = torch.arange(45, device=device) != 7
-    assert relative(found[others], weight[others], inputs.lora_A, inputs.lora_B[others], 1.0) < bound
+    assert off(found[others], weight[others], inputs.lora_A, inputs.lora_B[others], 1.0) < bound
 
 
 def test_no_rows(device):

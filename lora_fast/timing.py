@@ -3,25 +3,53 @@ warm-up of its own that puts the chip back under load; medians over the rounds."
 
 import random
 import statistics
+import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+
+class Candidate(NamedTuple):
+    """A layer under test with what a step needs."""
+
+    layer: Callable[[Tensor], Tensor]
+    x: Tensor
+    dy: Tensor
+    leaves: list[Tensor]  # all that get a gradient
+
+    def forward(self) -> Tensor:
+        return self.layer(self.x)
+
+    def step(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+        y = self.layer(self.x)
+        y.backward(self.dy)
+
+    def calls(self) -> dict[str, Callable[[], object]]:
+        return {"fwd": self.forward, "fwd+bwd": self.step}
 
 
 def measure(
-    candidates: dict[str, Callable[[], object]], rounds: int = 24, target_ms: float = 8.0, seed: int = 0
+    candidates: dict[str, Callable[[], object]],
+    rounds: int = 24,
+    target_ms: float = 8.0,
+    seed: int = 0,
+    device: str = "cuda",
 ) -> dict[str, list[float]]:
     """Microseconds per call of each candidate, one number a round.
 
     A round runs every candidate once, in random order: two warm-up calls, then as many timed calls as fill
     ``target_ms`` (at least 3), between two CUDA events. Nothing waits between them: the GPU stays busy while the host
-    runs ahead, as in training.
+    runs ahead, as in training. On the CPU the clock is the host's.
     """
     calls = {}
     for name, fn in candidates.items():
         for _ in range(3):
             fn()
-        calls[name] = max(3, int(target_ms * 1000 / _time(fn, 3)))
+        calls[name] = max(3, int(target_ms * 1000 / _time(fn, 3, device)))
     order = list(candidates)
     shuffle = random.Random(seed).shuffle
     times: dict[str, list[float]] = {name: [] for name in order}
@@ -31,11 +59,16 @@ def measure(
             fn = candidates[name]
             fn()
             fn()
-            times[name].append(_time(fn, calls[name]))
+            times[name].append(_time(fn, calls[name], device))
     return times
 
 
-def _time(fn: Callable[[], object], calls: int) -> float:
+def _time(fn: Callable[[], object], calls: int, device: str) -> float:
+    if device == "cpu":
+        began = time.perf_counter()
+        for _ in range(calls):
+            fn()
+        return (time.perf_counter() - began) * 1e6 / calls
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):

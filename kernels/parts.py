@@ -1,0 +1,139 @@
+"""The second half of a pass over rows: its programs' float32 parts added up in a fixed order, so two runs agree.
+
+Also the gradient of DoRA's magnitude from the pass's column sums: dm = sum(dY * z) / n. Where the forward kept y = g z
+in place of z it is sum(dY * y) / (g n); columns whose g is too small for y to carry z get their z made again, here.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_fast.kernels.common import acc_dtype, load_tile, mma, padded_rank, precision, scalar, wait_for_stream
+from lora_fast.kernels.launch import Plan, sig
+
+SUM_BLOCK = 256  # elements that a program adds up
+MAGNITUDE_BLOCK = 32  # columns of dm a program
+
+
+@triton.jit
+def _sum_of(src, i, parts, size, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Sum over parts of src[part, i] for the BLOCK indices i; eight loads under way at a time."""
+    total = tl.zeros([8, BLOCK], dtype=ACC)
+    for first in range(0, parts, 8):
+        part = first + tl.arange(0, 8).to(tl.int64)
+        inside = (part[:, None] < parts) & (i[None, :] < size)
+        total += tl.load(src + part[:, None] * size + i[None, :], mask=inside, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _add_parts(src, dst, block, parts, size, scale, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """dst[i] = scale * sum over parts of src[part, i]."""
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = _sum_of(src, i, parts, size, BLOCK, ACC)
+    tl.store(dst + i, (total * scale).to(dst.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
+def _column_dots(dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr, col, M, N, K, R, RS, stride_ym, stride_yn, stride_xm, stride_xk,
+                 stride_wn, stride_wk, stride_bn, stride_br, BLOCK: tl.constexpr, ACC: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """sum over rows of dY * (x W^T + S B^T), for BLOCK columns from col on."""
+    total = tl.zeros([BLOCK], dtype=ACC)
+    for m in range(0, M, BLOCK):
+        z = tl.zeros([BLOCK, BLOCK], dtype=ACC)
+        for k in range(0, K, 16):
+            x = load_tile(x_ptr, m, k, M, K, stride_xm, stride_xk, False, BLOCK, 16)
+            w = load_tile(w_ptr, col, k, N, K, stride_wn, stride_wk, False, BLOCK, 16)
+            z = mma(x, w.T, z, PRECISION)
+        for rank in range(0, R, 16):
+            s = load_tile(s_ptr, m, rank, M, RS, RS, 1, False, BLOCK, 16)
+            b = load_tile(b_ptr, col, rank, N, R, stride_bn, stride_br, False, BLOCK, 16)
+            z = mma(s, b.T, z, PRECISION)
+        dy = load_tile(dy_ptr, m, col, M, N, stride_ym, stride_yn, False, BLOCK, BLOCK)
+        total += tl.sum(dy.to(ACC) * z, 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["M", "splits", "col_blocks", "ds_size"])
+def _sum_kernel(
+    parts_ptr, ds_ptr, sum_ptr, g_ptr, scaling, keep_scale,
+    dm_ptr, gain_ptr, norm_ptr, dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr,
+    splits, col_blocks, ds_size, sum_size, dm_size, g_size, sum_at, dm_at, g_at, M, N, K, R, RS,
+    stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, stride_wk, stride_bn, stride_br,
+    WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, WITH_DM: tl.constexpr, WEAK: tl.constexpr,
+    SCALING_PTR: tl.constexpr, BLOCK: tl.constexpr, DM_BLOCK: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_stream(PDL)
+    block = tl.program_id(0)
+    if WITH_DS:
+        n = tl.cdiv(ds_size, BLOCK)
+        if block < n:
+            scale = scalar(scaling, SCALING_PTR) * keep_scale
+            _add_parts(parts_ptr, ds_ptr, block, col_blocks, ds_size, scale, BLOCK, ACC)
+        block -= n
+    if WITH_SUM:
+        n = tl.cdiv(sum_size, BLOCK)
+        if (block >= 0) & (block < n):
+            _add_parts(parts_ptr + sum_at, sum_ptr, block, splits, sum_size, 1.0, BLOCK, ACC)
+        block -= n
+    if WITH_DM:
+        n = tl.cdiv(dm_size, DM_BLOCK)
+        if (block >= 0) & (block < n):
+            cols = block * DM_BLOCK + tl.arange(0, DM_BLOCK)
+            total = _sum_of(parts_ptr + dm_at, cols, splits, dm_size, DM_BLOCK, ACC)
+            norm = tl.load(norm_ptr + cols, mask=cols < N, other=0.0)
+            if WEAK is not None:
+                gain = tl.load(gain_ptr + cols, mask=cols < N, other=0.0)
+                weak = (tl.abs(gain) < WEAK) & (norm != 0)
+                total /= tl.where(tl.abs(gain) < WEAK, 1.0, gain)
+                if tl.max(weak.to(tl.int32), 0) > 0:
+                    again = _column_dots(dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr, block * DM_BLOCK, M, N, K, R, RS,
+                                         stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, stride_wk,
+                                         stride_bn, stride_br, DM_BLOCK, ACC, PRECISION)  # fmt: skip
+                    total = tl.where(weak, again, total)
+            dm = tl.where(norm != 0, total / tl.where(norm != 0, norm, 1.0), 0.0)
+            tl.store(dm_ptr + cols, dm.to(dm_ptr.dtype.element_ty), mask=cols < N)
+        block -= n
+    if WITH_G:
+        if block >= 0:
+            _add_parts(parts_ptr + g_at, g_ptr, block, splits, g_size, 1.0, BLOCK, ACC)
+
+
+class Dora(NamedTuple):
+    """What a pass over dY takes and gives beyond LoRA's. dm needs norm and kept, dz nothing else."""
+
+    gain: torch.Tensor  # g [N], float32 or wider, as norm
+    norm: torch.Tensor | None = None  # n [N]
+    kept: torch.Tensor | None = None  # z [M, N], or y without a bias, contiguous
+    dz: torch.Tensor | None = None  # filled with dY * g, [M, N], contiguous
+    dm: torch.Tensor | None = None  # filled, [N]
+    again: tuple[torch.Tensor, ...] | None = None  # where kept is y: x, weight, S and B, of which z is made
+
+    def sigs(self) -> tuple:
+        return tuple(map(sig, (*self[:5], *(self.again or ()))))
+
+
+def sum_plan(
+    z: torch.Tensor, scaling: float | torch.Tensor, flags: dict, dora: Dora | None, splits: int,
+    col_blocks: int, sizes: tuple[int, int, int, int], places: tuple[int, int, int],
+) -> Plan:  # fmt: skip
+    """The launch that adds up the parts of dS, of the column sums, of dm and of G, which have these sizes and, but the
+    first, start at these places; without G where it has none."""
+    (m, n), weak = z.shape, None
+    k = r = 0
+    strides: tuple[int, ...] = (0,) * 8
+    if dora is not None and dora.again is not None:
+        x, w, _, b = dora.again
+        k, r, strides = x.shape[1], b.shape[1], (*z.stride(), *x.stride(), *w.stride(), *b.stride())
+        weak = 2**-6 if z.dtype == torch.float16 else 1e-30  # below, y = g z loses digits to underflow
+    constants = {**flags, "WITH_G": sizes[3] > 0, "WEAK": weak, "SCALING_PTR": isinstance(scaling, torch.Tensor),
+                 "BLOCK": SUM_BLOCK, "DM_BLOCK": MAGNITUDE_BLOCK, "ACC": acc_dtype(z.dtype),
+                 "PRECISION": precision(z.dtype, k)}  # fmt: skip
+    blocks = SUM_BLOCK, SUM_BLOCK, MAGNITUDE_BLOCK, SUM_BLOCK
+    grid = (sum(map(triton.cdiv, sizes, blocks)),)
+    ints = (splits, col_blocks, *sizes, *places, m, n, k, r, padded_rank(max(r, 1)), *strides)
+    return Plan(_sum_kernel, grid, constants, {"num_warps": 4}, z, ints)

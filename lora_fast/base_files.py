@@ -1,0 +1,112 @@
+"""A base checkpoint on disk: one safetensors file, or a directory with one or with shards and their index."""
+
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from lora_fast.peft_format import inside
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX_BYTES = 1 << 26
+# Files that hold weights in another way: beside merged ones they would be the unmerged ones.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+class Place(NamedTuple):
+    """Where a tensor's bytes lie."""
+
+    shard: str
+    dtype: str  # as safetensors writes it: F32, BF16, ...
+    shape: list[int]
+    start: int  # in the file
+    size: int
+
+
+@dataclass
+class Base:
+    """The files of a checkpoint: ``shards`` hold tensors, ``others`` go with them, ``left`` would be stale copies."""
+
+    shards: dict[str, Path]
+    tensors: dict[str, Place] = field(default_factory=dict)
+    others: dict[str, Path] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+
+    def read(self, name: str) -> torch.Tensor:
+        with safe_open(self.shards[self.tensors[name].shard], "pt") as file:
+            return file.get_tensor(name)
+
+
+def open_base(base: Path) -> Base:
+    """The checkpoint at ``base``, headers read and data not.
+
+    Raises:
+        FileNotFoundError: nothing there, or no safetensors in the directory.
+        ValueError: several safetensors files without an index; a file that is none; an index that does not fit.
+    """
+    if not base.exists():
+        raise FileNotFoundError(f"{base} does not exist")
+    if base.is_file():
+        return _with_tensors(Base({base.name: base}))
+    names = sorted(path.name for path in base.iterdir() if path.is_file())
+    found = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")]
+    wanted: dict[str, str] | None = None
+    if INDEX in names:
+        wanted = _weight_map(inside(base, INDEX))
+        shards = sorted(set(wanted.values()))
+    elif SINGLE in names or len(found) == 1:
+        shards = [SINGLE if SINGLE in names else found[0]]
+    elif found:
+        raise ValueError(f"{base} has {', '.join(found)} and no {INDEX}, expected one file or an index")
+    else:
+        raise FileNotFoundError(f"{base} has no safetensors file")
+    used = {*shards, INDEX} if wanted else set(shards)
+    stale = {name for name in names if name.endswith(WEIGHTS) or name.startswith("adapter_")} - used
+    result = _with_tensors(Base({name: inside(base, name) for name in shards}))
+    result.others = {name: inside(base, name) for name in names if name not in stale | set(shards)}
+    result.left = sorted(stale)
+    for name, shard in (wanted or {}).items():
+        if name not in result.tensors or result.tensors[name].shard != shard:
+            raise ValueError(f"{INDEX}: says that {shard} has {name!r:.200}, which it has not")
+    return result
+
+
+def _with_tensors(base: Base) -> Base:
+    for shard, path in base.shards.items():
+        start, header = _header(path, shard)
+        for name, entry in header.items():
+            if name in base.tensors:
+                raise ValueError(f"{shard} has {name!r:.200}, which {base.tensors[name].shard} has too")
+            begin, end = entry["data_offsets"]
+            base.tensors[name] = Place(shard, entry["dtype"], entry["shape"], start + begin, end - begin)
+    return base
+
+
+def _header(path: Path, shard: str) -> tuple[int, dict[str, Any]]:
+    """(where the data begins, {name: dtype, shape, data_offsets}), after safetensors has found nothing wrong."""
+    try:
+        with safe_open(path, "pt"), open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except OSError:
+        raise
+    except Exception as error:  # safetensors has an error class of its own for each version
+        raise ValueError(f"{shard}: is no safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    return 8 + length, header
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    if path.stat().st_size > INDEX_BYTES:
+        raise ValueError(f"{INDEX}: has {path.stat().st_size} bytes, expected at most {INDEX_BYTES}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if found and all(isinstance(shard, str) and Path(shard).name == shard for shard in found.values()):
+            return found
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"{INDEX}: expected an object whose weight_map gives each tensor's file in this directory")
