@@ -448,3 +448,21 @@ def test_what_stock_refuses_is_refused_alike():
         assert messages[0] == messages[1]
     x = inputs(dtype=torch.bfloat16)
     assert torch.equal(layers[1](x, adapter_names=None), layers[1](x))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_outputs_changed_in_place(path, kind):
+    """As an nn.Linear's may be; a DoRA layer without a bias needs save="z" for that, and says so."""
+    base = nn.Sequential(nn.Linear(16, 8, bias=False), nn.ReLU(inplace=True)).to(path[1])
+    stock = stir(peft.get_peft_model(base, config(target_modules=["0"], use_dora=kind == "dora")))
+    ours, x = patched(stock, path), inputs(path)
+    if kind == "dora":
+        if path[0] == "triton":
+            with pytest.raises(RuntimeError, match='save="z"'):
+                results(ours, x)
+        patch_peft(ours, save="z")
+    same(results(ours, x), results(stock, x))
+    unpatch_peft(ours)
+    assert "save" not in vars(ours.base_model.model[0])
+    with pytest.raises(ValueError, match="save: got 'y', expected"):
+        patch_peft(ours, save="y")
