@@ -70,7 +70,7 @@ class FastLinear(Linear):
     lora_B: Any
     lora_dropout: Any
     lora_magnitude_vector: Any
-    save = "auto"  # for DoRA, as of lora_fast.DoRALinear
+    save: str = "auto"  # for DoRA, as of lora_fast.DoRALinear
     _scalings: Scalings
 
     @classmethod
@@ -86,6 +86,7 @@ class FastLinear(Linear):
         self._forget_base()
         scalings = dict(self.scaling)
         del self._scalings
+        vars(self).pop("save", None)
         self.__class__ = Linear  # type: ignore[assignment]
         self.scaling = scalings
 
