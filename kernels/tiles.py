@@ -65,9 +65,9 @@ def down_tile(
 def norm_tile(n: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device) -> tuple[dict, dict]:
     """Row norms: BLOCK_N rows of W a program, BLOCK_K columns a step, SUMS sums of squares a row: what lies side by
     side in a row of a product's registers. ``kind`` is the adapters' dtype."""
-    block_r = rank_block(r, 64)
-    if is_small(device) or dtype.itemsize > 2 or kind.itemsize > 2:
-        block_n, block_k, warps = 16, 32 if block_r == 64 else 64, 4
+    block_r, wide = rank_block(r, 64), dtype.itemsize > 2 or kind.itemsize > 2
+    if is_small(device) or wide:
+        block_n, block_k, warps = 16, 32 if wide and block_r == 64 else 64, 4
     elif block_r == 64:
         block_n, block_k, warps = 32, 256, 8
     else:  # few rows: few programs, with much on its way in each
