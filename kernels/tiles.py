@@ -48,7 +48,8 @@ def rank_block(r: int, most: int) -> int:
 def down_tile(
     m: int, k: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device, tma: bool, masked: bool
 ) -> tuple[dict, dict]:
-    """S = x A^T: BLOCK_M rows a program, which walks over K with up to 128 ranks in its accumulator; A is of ``kind``."""
+    """S = x A^T: BLOCK_M rows a program, which walks over K with up to 128 ranks in its accumulator. ``kind`` is A's
+    dtype."""
     block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
     block_m, warps, stages = (64 if m > 2048 else 16), 4, 3 if is_small(device) else 4
     roomy = tma and not is_small(device) and dtype.itemsize <= 2

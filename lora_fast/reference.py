@@ -45,18 +45,16 @@ def lora_linear(
     return y.view(base.shape)
 
 
-CANCELS = 1e-3  # below this share of its terms the factored sum of squares has lost too much to cancellation
-ROWS = 1024  # rows of the weight that are cast to float32 at a time
+ROWS = 1024  # rows of W + scaling * B A that are in memory at a time
 
 
 def dora_norm(
     weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float | torch.Tensor
 ) -> torch.Tensor:
-    """Norms of the rows of ``V = W + scaling * B A``, without gradient and without V in memory.
+    """Norms of the rows of ``V = W + scaling * B A``, without gradient, a block of rows at a time.
 
-    From ``n^2 = |W|^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B)``. Where the terms cancel, a row is
-    computed from V itself; to find those rows the host waits for the device. Where it must not (torch.compile, a CUDA
-    graph) all rows are.
+    The factored form, ``n^2 = |W|^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B)``, reads as much and loses
+    the rows whose terms cancel.
 
     Args:
         weight: [N, K].
@@ -71,29 +69,15 @@ def dora_norm(
     for t in (weight, lora_A, lora_B):
         dtype = torch.promote_types(dtype, t.dtype)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        a, b = lora_A.to(dtype), lora_B.to(dtype) * scaling
-        if _recorded(weight):
-            parts = [_rows_norm(w.to(dtype), a, sb) for w, sb in zip(weight.split(ROWS), b.split(ROWS), strict=True)]
-            return torch.cat(parts)
-        gram = a @ a.t()  # [R, R]
-        parts = []
-        for rows, sb in zip(weight.split(ROWS), b.split(ROWS), strict=True):
-            w = rows.to(dtype)
-            terms = w.square().sum(1), 2 * ((w @ a.t()) * sb).sum(1), ((sb @ gram) * sb).sum(1)
-            square = terms[0] + terms[1] + terms[2]
-            cancel = ~(square >= CANCELS * (terms[0] + terms[1].abs() + terms[2].abs())) | (terms[0] == 0)
-            n = square.clamp_min(0).sqrt()
-            if cancel.any():
-                n[cancel] = _rows_norm(w[cancel], a, sb[cancel])
-            parts.append(n)
-        return torch.cat(parts)
+        a, sb = lora_A.to(dtype), lora_B.to(dtype) * scaling
+        if len(weight) <= ROWS:
+            return _rows_norm(weight.to(dtype), sb, a)
+        return torch.cat([
+            _rows_norm(w.to(dtype), b, a) for w, b in zip(weight.split(ROWS), sb.split(ROWS), strict=True)
+        ])  # fmt: skip
 
 
-def _recorded(t: torch.Tensor) -> bool:
-    return torch.compiler.is_compiling() or (t.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _rows_norm(w: torch.Tensor, a: torch.Tensor, sb: torch.Tensor) -> torch.Tensor:
+def _rows_norm(w: torch.Tensor, sb: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.addmm(w, sb, a), dim=1)
 
 

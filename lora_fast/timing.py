@@ -1,5 +1,5 @@
-"""Timing that can be trusted on a power-capped chip: every candidate in each round, in a new random order, after a
-warm-up of its own that puts the chip back under load; medians over the rounds."""
+"""Timing that can be trusted on a power-capped chip: every candidate in each round, in a new random order, from the
+same state of the chip: under full load for a while, then a warm-up of its own. Medians over the rounds."""
 
 import random
 import statistics
@@ -41,10 +41,12 @@ def measure(
 ) -> dict[str, list[float]]:
     """Microseconds per call of each candidate, one number a round.
 
-    A round runs every candidate once, in random order: two warm-up calls, then as many timed calls as fill
-    ``target_ms`` (at least 3), between two CUDA events. Nothing waits between them: the GPU stays busy while the host
-    runs ahead, as in training. On the CPU the clock is the host's.
+    A round runs every candidate once, in random order: a stretch of large products as long as the timed one, so that a
+    candidate that is bound by memory does not leave the next one a cool chip, two warm-up calls, then as many timed
+    calls as fill ``target_ms`` (at least 3), between two CUDA events. Nothing waits between them: the GPU stays busy
+    while the host runs ahead, as in training. On the CPU there are no products, and the clock is the host's.
     """
+    load: Callable[[], object] = _nothing if device == "cpu" else _products(target_ms, device)
     calls = {}
     for name, fn in candidates.items():
         for _ in range(3):
@@ -57,10 +59,29 @@ def measure(
         shuffle(order)
         for name in order:
             fn = candidates[name]
+            load()
             fn()
             fn()
             times[name].append(_time(fn, calls[name], device))
     return times
+
+
+def _nothing() -> None:
+    pass
+
+
+def _products(target_ms: float, device: str) -> Callable[[], object]:
+    """A function that keeps the matrix units busy for about so long."""
+    a = torch.randn(4096, 4096, dtype=torch.float16, device=device)
+    out = torch.empty_like(a)
+
+    def products(times: int) -> None:
+        for _ in range(times):
+            torch.mm(a, a, out=out)
+
+    products(3)
+    times = max(1, round(target_ms * 10_000 / _time(lambda: products(10), 1, device)))
+    return graphed(lambda: products(times))
 
 
 def _time(fn: Callable[[], object], calls: int, device: str) -> float:
@@ -96,7 +117,7 @@ def peak_mib(step: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def graphed(fn: Callable[[], object]) -> Callable[[], None]:
+def graphed(fn: Callable[[], object]) -> Callable[[], object]:
     """The same work as one CUDA graph's replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
