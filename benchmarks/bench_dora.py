@@ -4,7 +4,7 @@ Run from the repository root, on a machine with an NVIDIA GPU: python -m benchma
 
 frozen          nn.Linear whose weight asks for no gradient; frozen_again is the same once more, to show the noise
 lora_fast_lora  LoRALinear with the same adapters: what DoRA costs beyond LoRA
-eager           lora_fast.reference: plain torch (addmm; the norm from blocks of W + s B A, which cost what the factored form costs)
+eager           lora_fast.reference: plain torch (addmm; the norm from blocks of W + s B A)
 eager_compiled  torch.compile of the same
 peft            PEFT's DoRA layer, where PEFT is installed; adapters in x's dtype (autocast_adapter_dtype=False)
 lora_fast_dora  DoRALinear
