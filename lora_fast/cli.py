@@ -42,19 +42,19 @@ COMMANDS = {
         (),
     ),
     "bench": Command(
-        "lora_fast.bench", "what LoRA costs beside the frozen layer, for your own shapes", "bench", ("rich.progress",)
+        "lora_fast.bench", "what LoRA costs beside the frozen layer, for your own shapes", "cli", ("rich.progress",)
     ),
     "convert": Command(
         "lora_fast.convert",
         "an adapter between PEFT's naming and torchtune's",
-        "peft",
+        "cli",
         ("safetensors.torch",),
         (OSError, ValueError),
     ),
     "merge": Command(
         "lora_fast.merge",
         "fold an adapter into the weights of a checkpoint",
-        "examples",
+        "cli",
         ("rich.progress", "safetensors.torch"),
         (OSError, ValueError),
     ),
