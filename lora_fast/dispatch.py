@@ -82,11 +82,32 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return _decide(backend, device, dtype)
 
 
+def why_slow(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why operators called with ``backend="auto"`` take plain torch for such tensors, in words; None where they take
+    the fused kernels."""
+    if _backend == "reference":
+        return 'set_backend("reference") was called'
+    if _backend == "triton" and device.type == "cpu" and interpreted():
+        return None
+    return why_not_triton(device, dtype)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast, if it is on, has products computed in on this device."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def tell(what: str, reason: str) -> None:
+    """Give a :class:`SlowPathWarning`, once for each reason."""
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(f"lora_fast {what}: {reason}", SlowPathWarning, _callers_level())
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler: done while tracing.
+tell._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _callers_level() -> int:
@@ -110,11 +131,8 @@ def _decide(backend: str, device: torch.device, dtype: torch.dtype) -> str:
             raise RuntimeError(f"backend='triton': the fused kernels cannot run here: {reason}")
         else:
             _decided[key] = "reference"
-            if reason not in _told:
-                _told.add(reason)
-                warnings.warn(f"lora_fast takes the plain torch path: {reason}", SlowPathWarning, _callers_level())
+            tell("takes the plain torch path", reason)
     return _decided[key]
 
 
-# What torch.compiler.assume_constant_result does, without its import of the whole compiler: decided while tracing.
 _decide._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -146,7 +146,8 @@ def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
     parts = examine(layer, names, gathered)
     if isinstance(parts, str):
         return False, parts
-    slow = _why_slow(layer.base_layer.weight)
+    weight = layer.base_layer.weight
+    slow = dispatch.why_slow(weight.device, dispatch.autocast_dtype(weight.device) or weight.dtype)
     remarks = [] if slow is None else [slow]
     if is_dora(layer, names[0]):
         drops = isinstance(layer.lora_dropout[names[0]], nn.Dropout)
@@ -154,16 +155,6 @@ def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
     if len(names) > 1:
         remarks.append(f"{len(names)} adapters as one")
     return slow is None, "; ".join(remarks)
-
-
-def _why_slow(weight: Any) -> str | None:
-    """Why the operators would take plain torch on the weight's device and in its dtype (or autocast's)."""
-    backend = dispatch.get_backend()
-    if backend == "reference":
-        return 'set_backend("reference") was called'
-    if backend == "triton" and weight.device.type == "cpu" and dispatch.interpreted():
-        return None
-    return dispatch.why_not_triton(weight.device, dispatch.autocast_dtype(weight.device) or weight.dtype)
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:

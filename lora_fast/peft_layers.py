@@ -7,8 +7,9 @@ import torch
 from peft.tuners.lora import Linear, LoraModel
 from torch import nn
 
+from lora_fast import dispatch
 from lora_fast.functional import dora_linear, lora_linear
-from lora_fast.peft_rules import active, examine, is_dora, tell, why_never_fused, why_not_this_call
+from lora_fast.peft_rules import active, examine, is_dora, why_never_fused, why_not_this_call
 
 
 class Scalings(dict):
@@ -109,7 +110,7 @@ class FastLinear(Linear):
             parts = why_not_this_call(self, x, args, kwargs) or examine(self, names)
             if not isinstance(parts, str):
                 return self._fused(x, parts)
-            tell(parts)
+            dispatch.tell("leaves a layer to stock PEFT", parts)
         return super().forward(x, *args, **kwargs)
 
     def _fused(self, x: torch.Tensor, parts: list[tuple]) -> torch.Tensor:

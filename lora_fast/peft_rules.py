@@ -1,6 +1,5 @@
 """Which of PEFT's layers run fused, and why the others do not, in words."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -135,13 +134,3 @@ def hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
-
-
-def tell(reason: str) -> None:
-    if reason not in dispatch._told:
-        dispatch._told.add(reason)
-        message = f"lora_fast leaves a layer to stock PEFT: {reason}"
-        warnings.warn(message, dispatch.SlowPathWarning, dispatch._callers_level())
-
-
-tell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as dispatch._decide: done while tracing

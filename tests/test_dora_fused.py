@@ -18,6 +18,7 @@ import lora_fast
 from lora_fast import demo
 from lora_fast.dispatch import interpreted
 from lora_fast.functional import dora_linear
+from lora_fast.timing import graphed
 
 HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -222,21 +223,15 @@ def test_cuda_graph_replays_draw_new_masks():
     leaves = [t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B)]
     inputs.weight.zero_()
 
+    outputs = []
+
     def step():
         y = dora_linear(leaves[0], inputs.weight, *leaves[1:], m, 2.0, None, 0.5, backend="triton")
-        return y, *torch.autograd.grad(y, [*leaves, m], inputs.dy)
+        outputs[:] = y, *torch.autograd.grad(y, [*leaves, m], inputs.dy)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
-    seen = []
+    replay, seen = graphed(step), []
     for _ in range(2):
-        graph.replay()
+        replay()
         seen.append([t.clone() for t in outputs])
         y, *_, dm = (t.double() for t in seen[-1])
         total = (y * inputs.dy.double()).sum()

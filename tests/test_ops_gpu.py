@@ -14,6 +14,7 @@ from fused import fused, masked
 
 from lora_fast.functional import lora_linear
 from lora_fast.kernels import mask
+from lora_fast.timing import graphed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
@@ -69,21 +70,15 @@ def test_cuda_graph_replays_draw_new_masks():
     x, a, b = (t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
     weight = torch.zeros_like(inputs.weight)  # y is the low-rank branch alone
 
+    outputs = []
+
     def step():
         y = lora_linear(x, weight, a, b, 2.0, None, 0.5, backend="triton")
-        return y, *torch.autograd.grad(y, [x, a, b], inputs.dy)
+        outputs[:] = y, *torch.autograd.grad(y, [x, a, b], inputs.dy)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
-    seen = []
+    replay, seen = graphed(step), []
     for _ in range(2):
-        graph.replay()
+        replay()
         seen.append([t.clone() for t in outputs])
         check_one_mask(inputs, dict(zip(("y", "dx", "dA", "dB"), seen[-1], strict=True)))
     assert not torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[0][1], seen[1][1])
