@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -181,8 +182,8 @@ def test_accelerate(way):
 
 
 def test_regional_compilation(way):
-    """Each decoder layer by itself: one graph for the first, whose input needs no gradient, and one for the others, after
-    steps and new scalings too."""
+    """Each decoder layer by itself: one graph for the first, whose input needs no gradient, and one for the others,
+    after steps and new scalings too."""
     from peft.tuners.lora import LoraLayer
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -207,6 +208,16 @@ def test_regional_compilation(way):
             optimizer.zero_grad()
     torch.testing.assert_close(torch.tensor(losses[:2]), torch.tensor(losses[2:]), rtol=1e-4, atol=0)
     assert abs(losses[0] - losses[1]) > 0.02 and counter.frame_count == 2
+
+
+def test_the_page_in_the_docs():
+    """Each row of its table names tests that there are."""
+    text = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| ")][2:]  # without head and rule
+    there = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in ROOT.glob("tests/test_*.py")), re.M))
+    assert len(rows) == 12 and all(len(row) == 6 for row in rows), rows
+    named = [set(re.findall(r"`(\w+)`", row[4])) for row in rows]
+    assert all(names and names <= there for names in named), named
 
 
 def test_two_processes(device, tmp_path):
