@@ -11,6 +11,7 @@ cache by far, so nothing is read from there that a training step would not find 
 mask_bits  the dropout mask       dy_pass  dS and dB from dY, with the kernel that adds up the parts
 down       S = s drop(x) A^T      d_a      dA = dS^T drop(x), likewise
 up_gemm    y = x W^T + S B^T      dx_gemm  dX = dY W + mask * (dS A)
+norm       DoRA's n and g from W  dora_pass  dZ, dm, dS and dB from dY and z, likewise
 """
 
 import argparse
@@ -57,7 +58,7 @@ def all_cases(shapes: list[tuple[int, int, int]]) -> list[Case]:
 class Inputs(NamedTuple):
     x: Tensor  # [copies, M, K]
     dy: Tensor  # [copies, M, N]
-    w: Tensor  # [N, K]
+    ws: Tensor  # [copies, N, K]
     a: Tensor  # [r, K]
     b: Tensor  # [N, r]
     s: Tensor  # [M, padded r]
@@ -66,6 +67,8 @@ class Inputs(NamedTuple):
     bits: Tensor
     grad_a: Tensor  # float32, as LoRALinear's adapters; written by the kernels
     grad_b: Tensor
+    dz: Tensor  # like dy
+    columns: Tensor  # [4, N] float32: DoRA's m, g, n and dm
 
 
 def inputs(case: Case, device: str, copies: int) -> Inputs:
@@ -75,14 +78,14 @@ def inputs(case: Case, device: str, copies: int) -> Inputs:
     _, m, k, n, r = case
     kind: dict[str, Any] = {"device": device, "dtype": common.DTYPES[case.dtype]}
     x, dy = torch.randn(copies, m, k, **kind), torch.randn(copies, m, n, **kind)
-    w = torch.randn(n, k, **kind) / k**0.5
+    ws = torch.randn(copies, n, k, **kind) / k**0.5
     a, b = torch.randn(r, k, **kind) / k**0.5, torch.randn(n, r, **kind)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     s, ds = down.down_fwd(x[0], a, 1.0), down.down_fwd(dy[0], b.t(), 1.0)
     return Inputs(
         x,
         dy,
-        w,
+        ws,
         a,
         b,
         s,
@@ -91,20 +94,28 @@ def inputs(case: Case, device: str, copies: int) -> Inputs:
         mask.mask_bits(seed, P, m, k),
         torch.empty_like(a, dtype=torch.float32),
         torch.empty_like(b, dtype=torch.float32),
+        torch.empty_like(dy),
+        0.5 + torch.rand(4, n, device=device),
     )
 
 
 def build(case: Case, t: Inputs) -> tuple[list[Kernel], dict[str, Callable[[int], Tensor]]]:
     """(the kernels, cuBLAS's products by name)."""
-    from lora_fast.kernels import down, gemm, grad, mask
+    from lora_fast.kernels import down, gemm, grad, mask, norm
+    from lora_fast.kernels.parts import Dora
 
     _, m, k, n, r = case
-    x, dy, w, a, b, s, ds, seed, bits, grad_a, grad_b = t
-    keep = mask.keep_scale(P)
+    x, dy, ws, a, b, s, ds, seed, bits, grad_a, grad_b, dz, (magnitude, gain, norms, grad_m) = t
+    w, keep = ws[0], mask.keep_scale(P)
+
+    def dora(i: int) -> Dora:  # another dY stands for z
+        return Dora(gain, norms, dy[i - 1], dz[i], grad_m)
+
     small = m * r * x.itemsize  # bytes of S or dS; an adapter has 2 * r a column or row, its gradient 4 * r
     x_pass = m * k * x.itemsize + small + k * 4 * r  # down: x, A, S; dA: x, dS, dA
     dy_pass = m * n * x.itemsize + 2 * small + n * 6 * r  # dY, S, B, dS, dB
     mask_bytes = m * k / 8
+    w_bytes = n * k * x.itemsize + r * (n + k) * x.itemsize
     kernels = [
         Kernel("mask_bits", P, lambda i: mask.mask_bits(seed, P, m, k), mask_bytes, ""),
         Kernel("down", 0, lambda i: down.down_fwd(x[i], a, 1.0), x_pass, 1.3),
@@ -115,6 +126,14 @@ def build(case: Case, t: Inputs) -> tuple[list[Kernel], dict[str, Callable[[int]
         Kernel("d_a", P, lambda i: grad.a_bwd(x[i], ds, grad_a, bits), x_pass + mask_bytes, 1.5),
         Kernel("dx_gemm", 0, lambda i: gemm.gemm(dy[i], w, ds, a, False), "cublas_dx", 1.04),
         Kernel("dx_gemm", P, lambda i: gemm.gemm(dy[i], w, ds, a, False, None, bits), "cublas_dx", 1.04),
+        Kernel("norm", 0, lambda i: norm.norm_fwd(ws[i], a, b, 1.0, magnitude), w_bytes, 1.5),
+        Kernel(
+            "dora_pass",
+            0,
+            lambda i: grad.dy_bwd(dy[i], s, b, 1.0, grad_b, None, 1.0, dora(i)),
+            dy_pass + 2 * dz[0].nbytes,
+            1.5,
+        ),
     ]
     return kernels, {"cublas_up": lambda i: x[i] @ w.t(), "cublas_dx": lambda i: dy[i] @ w}
 

@@ -127,7 +127,7 @@ def gemm_plan(
     """The launch for these tensors (see ``gemm``); called with (x, w, p, q, out, z, gain, bias, bits)."""
     (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
     exact, tma = precision(x.dtype, c), tma_fits(x, w, out, q)
-    tile, options = gemm_tile(x.dtype, x.device, tma, masked, exact)
+    tile, options = gemm_tile(x.dtype, x.device, tma, masked, exact, keep_z)
     programs = n_programs(x.device)
     bm, bn, bc = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_C"]
     constants = {**tile, "PROGRAMS": programs, "W_T": transposed, "TMA": tma, "KEEP_Z": keep_z,

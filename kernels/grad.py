@@ -33,8 +33,9 @@ from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, s
 from lora_fast.kernels.parts import Dora, sum_plan
 from lora_fast.kernels.tiles import grad_splits, grad_tile, tma_fits
 
-FUSED_RANK = 64  # the largest rank at which dS comes from the pass that makes dB
-FUSED_RANK_DORA = 16  # with a gain: the parts of dS are as many again, and dZ is there to be read
+FUSED_RANK = 32  # the largest rank at which dS comes from the pass that makes dB: its parts grow with the rank
+FUSED_RANK_DORA = 16  # with a gain, whose tiles make twice as many parts, and dZ is there to be read
+WIDE_RANK = 64  # the largest rank at which dB comes from the pass that makes dZ
 
 
 @triton.jit(do_not_specialize=["M", "rows_each"])
@@ -201,7 +202,7 @@ def dy_plan(
         assert source is not None
         ds = down_plan(source, b.t()[:r], scaling, False)
     in_it = grad_b
-    if dora is not None and grad_b is not None and r > FUSED_RANK:
+    if dora is not None and grad_b is not None and r > WIDE_RANK:
         assert source is not None
         in_it, over_dz = None, column_plan(source, r, grad_b)
     wanted = in_it, grad_bias, dora and dora.dz, dora and dora.dm
@@ -214,7 +215,7 @@ def dy_plan(
 def needs_dz(r: int, need_ds: bool, need_b: bool) -> bool:
     """Whether DoRA's dS or dB is made from dZ in memory: at ranks that do not fit the pass over dY, and where dS is
     wanted without dB."""
-    return (need_ds and (not need_b or r > FUSED_RANK_DORA)) or (need_b and r > FUSED_RANK)
+    return (need_ds and (not need_b or r > FUSED_RANK_DORA)) or (need_b and r > WIDE_RANK)
 
 
 def dy_bwd(

@@ -54,9 +54,9 @@ def down_tile(
     roomy = tma and not is_small(device) and dtype.itemsize <= 2
     block_k = 256 if roomy else 64 if dtype.itemsize <= 2 else 32
     if masked and roomy and m > 2048:
-        block_m, warps = 32, 2
+        block_m, warps, stages = (32, 2, 4) if block_r == 16 else (64, 4, 3)
     if block_r >= 64:
-        block_m, block_k, warps = 64, 128 if roomy else 64, 4
+        block_m, block_k, warps, stages = 64, 64 if not roomy else 256 if arch(device) < 100 else 128, 4, 3
     if block_r >= 128:
         block_m, block_k, warps, stages = (128, 64, 8, 3) if roomy else (64, 32, 8, 3)
     return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": stages}
@@ -92,8 +92,10 @@ def grad_tile(
         block_n, block_m, warps, stages = (512, 64, 4, 3) if block_r == 16 else (512, 64, 8, 2)
         if block_r == 64 and arch(device) >= 100:
             block_n = 256
-    elif masked and block_r == 16:
-        block_n, block_m, warps, stages = 128, 128, 4, 3
+    elif masked and block_r == 64:
+        block_n, block_m, warps, stages = 128, 64, 4, 3
+    elif not fused and block_r <= 64 and (masked or block_r > 16):
+        block_n, block_m, warps, stages = 128, 128, 8 if block_r == 64 else 4, 3
     elif block_r <= 64:
         block_n, block_m, warps, stages = 256, 64, 8 if block_r == 64 else 4, 3
     else:
@@ -117,7 +119,9 @@ def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device, dora: 
     return col_blocks, triton.cdiv(m, rows_each), rank_blocks, rows_each
 
 
-def gemm_tile(dtype: torch.dtype, device: torch.device, tma: bool, masked: bool, exact: str) -> tuple[dict, dict]:
+def gemm_tile(
+    dtype: torch.dtype, device: torch.device, tma: bool, masked: bool, exact: str, keep_z: bool
+) -> tuple[dict, dict]:
     """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together."""
     bm, bn, bc = 128, 256, 64
     if dtype.itemsize > 2:
@@ -126,7 +130,7 @@ def gemm_tile(dtype: torch.dtype, device: torch.device, tma: bool, masked: bool,
             bc = 16
     elif is_small(device) or not tma:
         bm, bn, bc = 128, 128, 32
-    elif masked and arch(device) >= 100:
+    elif (masked or keep_z) and arch(device) >= 100:
         bn = 128
     tile = {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_C": bc, "GROUP_M": 16}
     return tile, {"num_warps": 8, "num_stages": 3}

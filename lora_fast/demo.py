@@ -65,8 +65,7 @@ def _experiment(seeds: int, ranks: list[int], device: torch.device, out: Path, d
 
     console, start = Console(highlight=False, markup=False, soft_wrap=True), time.perf_counter()
     method, reason = "DoRA" if dora else "LoRA", why_not_triton(device, torch.float32)
-    fused = "fused Triton kernels" + (" for their products" if dora else "")
-    console.print(f"{method} layers take the " + (f"reference path: {reason}" if reason else fused))
+    console.print(f"{method} layers take the " + (f"reference path: {reason}" if reason else "fused Triton kernels"))
     known, new = load_digits(device)
     sizes = ", ".join(f"{len(labels)} {part}" for part, (_, labels) in new.items())
     console.print(f"MNIST digits, 0-4 to pretrain on and 5-9 to fine-tune on, images of each: {sizes}")

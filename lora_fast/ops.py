@@ -158,8 +158,8 @@ def _saved(ctx) -> tuple[MaybeTensor, ...]:
             raise
         raise RuntimeError(
             f'{error}\nDoRA without a bias keeps its output for the gradient of the magnitude. With save="z" (an '
-            "argument of dora_linear, an attribute of DoRALinear) it keeps a tensor of its own, and the output may be "
-            "changed in place."
+            "argument of dora_linear, an attribute of DoRALinear and of patched PEFT layers) it keeps a tensor of its "
+            "own, and the output may be changed in place."
         ) from error
 
 

@@ -50,7 +50,7 @@ class PeftReport:
         return "\n".join([*lines, f"{self.fused} fused, {self.not_fused} not fused"])
 
 
-def patch_peft(model: nn.Module) -> PeftReport:
+def patch_peft(model: nn.Module, save: str = "auto") -> PeftReport:
     """Let the LoRA and DoRA linear layers of a PEFT model run through lora_fast's fused kernels, in place.
 
     Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear`` becomes an instance of a subclass of it; parameters, state
@@ -66,15 +66,20 @@ def patch_peft(model: nn.Module) -> PeftReport:
 
     Args:
         model: a ``PeftModel``, or any model that contains PEFT's LoRA layers.
+        save: what DoRA layers keep for the backward, as in :func:`lora_fast.functional.dora_linear`: "z" takes more
+            memory, and lets a model change the outputs of these layers in place. Also an attribute of each layer.
 
     Returns:
         What is fused as things stand now; :func:`peft_report` tells it anew.
 
     Raises:
         TypeError: not a module.
-        ValueError: no LoRA layer of PEFT's in it. The model is then as it was, as after any other error.
+        ValueError: no LoRA layer of PEFT's in it, or ``save`` neither "auto" nor "z". The model is then as it was, as
+            after any other error.
         ImportError: without PEFT.
     """
+    if save not in ("auto", "z"):
+        raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
     layers = _lora_layers(model)
     from lora_fast.peft_layers import FastLinear, FastLoraModel, LoraModel
     from lora_fast.peft_rules import why_never_fused
@@ -90,7 +95,9 @@ def patch_peft(model: nn.Module) -> PeftReport:
             layer.release()
         raise
     for module in model.modules():
-        if type(module) is LoraModel:
+        if isinstance(module, FastLinear):
+            module.save = save
+        elif type(module) is LoraModel:
             module.__class__ = FastLoraModel
     return peft_report(model)
 

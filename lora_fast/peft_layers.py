@@ -70,29 +70,34 @@ class FastLinear(Linear):
     lora_B: Any
     lora_dropout: Any
     lora_magnitude_vector: Any
+    save: str = "auto"  # for DoRA, as of lora_fast.DoRALinear
+    _scalings: Scalings
 
     @classmethod
     def adopt(cls, layer: Any) -> None:
         """Make ``layer``, of which :func:`lora_fast.peft_rules.why_never_fused` finds nothing, one of these."""
         scalings = Scalings(layer.scaling, layer.base_layer.weight.device)  # may fail, so before anything is changed
+        del layer.scaling
         layer.__class__ = cls
-        layer.__dict__["scaling"] = scalings
+        layer._scalings = scalings
 
     def release(self) -> None:
         """Make the layer stock again. While it is merged, the base weight that was kept is lost."""
         self._forget_base()
         scalings = dict(self.scaling)
+        del self._scalings
+        vars(self).pop("save", None)
         self.__class__ = Linear  # type: ignore[assignment]
         self.scaling = scalings
 
     @property
     def scaling(self) -> Scalings:
-        return self.__dict__["scaling"]
+        return self._scalings
 
     @scaling.setter
     def scaling(self, values: Mapping[str, Any]) -> None:
         old = self.scaling
-        self.__dict__["scaling"] = Scalings(values, old.device, old.mirrors)
+        self._scalings = Scalings(values, old.device, old.mirrors)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., K] to y [..., N], as stock PEFT's; raises as it does, or as :func:`lora_fast.functional.lora_linear`.
@@ -116,7 +121,7 @@ class FastLinear(Linear):
         if is_dora(self, name):
             return dora_linear(
                 x, base.weight, a, b, self.lora_magnitude_vector[name].weight, scaling, base.bias, p, dropout.training,
-                round_norm=True,
+                save=self.save, round_norm=True,
             )  # fmt: skip
         if len(parts) > 1:  # the sum of the adapters is one adapter, stacked along r
             a = torch.cat([a for _, a, _, _ in parts])
@@ -178,12 +183,12 @@ class FastLinear(Linear):
         super()._apply(*args, **kwargs)
         device = self.base_layer.weight.device
         if device != self.scaling.device:
-            self.__dict__["scaling"] = Scalings(self.scaling, device)
+            self._scalings = Scalings(self.scaling, device)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__["scaling"] = Scalings(self.scaling, self.base_layer.weight.device)
+        self._scalings = Scalings(self.scaling, self.base_layer.weight.device)
 
 
 class FastLoraModel(LoraModel):

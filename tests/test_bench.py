@@ -127,12 +127,15 @@ keep = kept * mask.keep_scale(bench_kernels.P)
 assert 0.8 < kept.float().mean() < 0.97
 for i in range(2):
     x, dy = t.x[i], t.dy[i]
-    up, dx = x @ t.w.T, dy @ t.w
+    up, dx = x @ t.ws[0].T, dy @ t.ws[0]
+    m, g, n, _ = t.columns
+    v = torch.linalg.vector_norm(t.ws[i] + t.b @ t.a, dim=1)
     assert torch.equal(products["cublas_up"](i), up) and torch.equal(products["cublas_dx"](i), dx)
     want = {
         ("mask_bits", 0.1): t.bits, ("down", 0): x @ t.a.T, ("down", 0.1): (x * keep) @ t.a.T,
         ("up_gemm", 0): up + t.s @ t.b.T, ("dy_pass", 0): dy @ t.b, ("d_a", 0): t.ds.T @ x,
         ("d_a", 0.1): t.ds.T @ (x * kept), ("dx_gemm", 0): dx + t.ds @ t.a, ("dx_gemm", 0.1): dx + (t.ds @ t.a) * kept,
+        ("norm", 0): (v, m / v), ("dora_pass", 0): (dy * g) @ t.b,
     }
     assert list(want) == [(k.name, k.p) for k in kernels]
     for kernel in kernels:
@@ -141,6 +144,10 @@ for i in range(2):
         torch.testing.assert_close(t.grad_a if kernel.name == "d_a" else got, want[kernel.name, kernel.p], **close)
         if kernel.name == "dy_pass":
             torch.testing.assert_close(t.grad_b, dy.T @ t.s, **close)
+        if kernel.name == "dora_pass":
+            torch.testing.assert_close(t.grad_b, (dy * g).T @ t.s, **close)
+            torch.testing.assert_close(t.dz[i], dy * g, **close)
+            torch.testing.assert_close(t.columns[3], (dy * t.dy[i - 1]).sum(0) / n, **close)
 print("all right")
 """.replace("**close", "atol=1e-3, rtol=1e-4")
 

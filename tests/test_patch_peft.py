@@ -418,3 +418,51 @@ def test_a_forward_on_the_instance_is_reported():
     ours = copy.deepcopy(stock)
     assert "forward was replaced" in patch_peft(ours).layers[0].reason
     same(results(ours, inputs()), results(stock, inputs()))
+
+
+def test_hooks_on_the_magnitude_run():
+    stock = stock_model(use_dora=True)
+    ours, seen = patched(stock), []
+    ours.base_model.model.up.lora_magnitude_vector["default"].register_forward_hook(lambda *_: seen.append(1))
+    assert "the magnitude has hooks" in peft_report(ours).layers[0].reason
+    same(results(ours, inputs()), results(stock, inputs()))
+    assert seen
+
+
+def test_a_transposed_base_is_left_alone():
+    model = stock_model()
+    model.base_model.model.up.fan_in_fan_out = True
+    assert patch_peft(model).layers[0].reason == "fan_in_fan_out=True: the base weight is stored transposed"
+
+
+def test_what_stock_refuses_is_refused_alike():
+    """Arguments that the base layer does not take, and an input of another dtype without autocast."""
+    stock = stock_model(dtype=torch.bfloat16)
+    layers = [model.base_model.model.up for model in (stock, patched(stock))]
+    for args, kwargs in ((inputs(),), {}), ((inputs(dtype=torch.bfloat16),), {"nonsense": 1}):
+        messages = []
+        for layer in layers:
+            with pytest.raises((RuntimeError, TypeError)) as error:
+                layer(*args, **kwargs)
+            messages.append((error.type, str(error.value)))
+        assert messages[0] == messages[1]
+    x = inputs(dtype=torch.bfloat16)
+    assert torch.equal(layers[1](x, adapter_names=None), layers[1](x))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_outputs_changed_in_place(path, kind):
+    """As an nn.Linear's may be; a DoRA layer without a bias needs save="z" for that, and says so."""
+    base = nn.Sequential(nn.Linear(16, 8, bias=False), nn.ReLU(inplace=True)).to(path[1])
+    stock = stir(peft.get_peft_model(base, config(target_modules=["0"], use_dora=kind == "dora")))
+    ours, x = patched(stock, path), inputs(path)
+    if kind == "dora":
+        if path[0] == "triton":
+            with pytest.raises(RuntimeError, match='save="z"'):
+                results(ours, x)
+        patch_peft(ours, save="z")
+    same(results(ours, x), results(stock, x))
+    unpatch_peft(ours)
+    assert "save" not in vars(ours.base_model.model[0])
+    with pytest.raises(ValueError, match="save: got 'y', expected"):
+        patch_peft(ours, save="y")
