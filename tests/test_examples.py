@@ -44,8 +44,8 @@ def check(name, argv, said, losses):
     stock = PeftModel.from_pretrained(common.base_model(args, dtype), "adapter").to(args.device)
     held_out = common.rows(args, common.load_tokenizer(args))[1]
     with stock.disable_adapter():
-        assert common.loss_on(stock, held_out) == pytest.approx(losses[0], abs=0.02 if GPU else 2e-3)
-    assert common.loss_on(stock, held_out) == pytest.approx(losses[1], abs=0.02 if GPU else 2e-3)
+        assert common.loss_on(stock, held_out) == pytest.approx(losses[0], abs=0.05 if GPU else 2e-3)
+    assert common.loss_on(stock, held_out) == pytest.approx(losses[1], abs=0.05 if GPU else 2e-3)
     assert losses[1] < losses[0] - 0.2
     assert "{} fused, {} not fused".format(*(14, 0) if GPU else (0, 14)) in said
     assert f"{losses[0]:.3f} at the start, {losses[1]:.3f} at the end" in said

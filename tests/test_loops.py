@@ -30,18 +30,18 @@ BOTH = pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "d
 @pytest.fixture(params=WAYS)
 def way(request):
     """(backend, device): plain torch on the CPU, the kernels in the interpreter, the kernels."""
-    yield request.param
-    set_backend("auto")
+    return request.param
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps a device and a precision for the whole process."""
+def fresh():
+    """Accelerate keeps a device and a precision for the whole process, and lora_fast its backend."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    set_backend("auto")
 
 
 LAYERS = 7  # of the tiny Llama
@@ -113,8 +113,6 @@ def test_trainer(way, reentrant, tmp_path):
     more = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
 
     def loop(model):
-        if reentrant:
-            model.enable_input_require_grads()
         args = arguments(way, TrainingArguments, tmp_path, gradient_checkpointing=reentrant is not None, **more)
         Trainer(model, args, train_dataset=data).train()
 
@@ -181,22 +179,23 @@ def test_accelerate(way):
     check(way, loop, tol=1e-3 if interpreted else 1e-2)
 
 
-def test_regional_compilation(way):
-    """Each decoder layer by itself: one graph for the first, whose input needs no gradient, and one for the others,
-    after steps and new scalings too."""
+def test_regional_compilation(device):
+    """Each decoder layer by itself: one graph for all, whose inputs all need a gradient, after a step and with new
+    scalings too."""
     from peft.tuners.lora import LoraLayer
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor" if way[1] == "cuda" else "aot_eager")
-    stock = tiny_llama(layers=3, use_dora=True).to(way[1])
+    counter = CompileCounterWithBackend("inductor" if device == "cuda" else "aot_eager")
+    stock = tiny_llama(layers=2, use_dora=True).to(device)
     ours, losses = copy.deepcopy(stock), []
-    set_backend(way[0])
+    set_backend("triton")
     patch_peft(ours)
     for block in ours.base_model.model.model.layers:
         block.compile(backend=counter, fullgraph=True)
     for model in (ours, stock):
-        optimizer, ids = torch.optim.AdamW(trainable(model), LR), token_ids().to(way[1])
+        model.enable_input_require_grads()
+        optimizer, ids = torch.optim.AdamW(trainable(model), LR), token_ids().to(device)
         for step in range(2):
             for module in model.modules():
                 if isinstance(module, LoraLayer):
@@ -207,7 +206,7 @@ def test_regional_compilation(way):
             optimizer.step()
             optimizer.zero_grad()
     torch.testing.assert_close(torch.tensor(losses[:2]), torch.tensor(losses[2:]), rtol=1e-4, atol=0)
-    assert abs(losses[0] - losses[1]) > 0.02 and counter.frame_count == 2
+    assert abs(losses[0] - losses[1]) > 0.02 and counter.frame_count == 1
 
 
 def test_the_page_in_the_docs():
