@@ -76,7 +76,7 @@ def down_plan(x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, m
               b: torch.Tensor | None = None) -> Plan:  # fmt: skip
     """The launch for these tensors (see the functions below); with b it also casts a and b."""
     (m, k), r, tma = x.shape, a.shape[0], tma_fits(x)
-    tile, options = down_tile(m, k, r, x.dtype, x.device, tma, masked)
+    tile, options = down_tile(m, k, r, x.dtype, a.dtype, x.device, tma, masked)
     blocks, n = triton.cdiv(m, tile["BLOCK_M"]), 0
     if b is not None:
         n = b.shape[0]

@@ -14,7 +14,7 @@ from lora_fast.kernels.common import acc_dtype, load_tile, mma, padded_rank, pre
 from lora_fast.kernels.launch import Plan, sig
 
 SUM_BLOCK = 256  # elements that a program adds up
-MAGNITUDE_BLOCK = 32  # columns of dm a program
+MAGNITUDE_BLOCK = 32  # columns of dm a program; half as many where the elements are wide
 
 
 @triton.jit
@@ -130,10 +130,11 @@ def sum_plan(
         x, w, _, b = dora.again
         k, r, strides = x.shape[1], b.shape[1], (*z.stride(), *x.stride(), *w.stride(), *b.stride())
         weak = 2**-6 if z.dtype == torch.float16 else 1e-30  # below, y = g z loses digits to underflow
+    columns = MAGNITUDE_BLOCK // (1 if z.element_size() <= 2 else 2)
     constants = {**flags, "WITH_G": sizes[3] > 0, "WEAK": weak, "SCALING_PTR": isinstance(scaling, torch.Tensor),
-                 "BLOCK": SUM_BLOCK, "DM_BLOCK": MAGNITUDE_BLOCK, "ACC": acc_dtype(z.dtype),
+                 "BLOCK": SUM_BLOCK, "DM_BLOCK": columns, "ACC": acc_dtype(z.dtype),
                  "PRECISION": precision(z.dtype, k)}  # fmt: skip
-    blocks = SUM_BLOCK, SUM_BLOCK, MAGNITUDE_BLOCK, SUM_BLOCK
+    blocks = SUM_BLOCK, SUM_BLOCK, columns, SUM_BLOCK
     grid = (sum(map(triton.cdiv, sizes, blocks)),)
     ints = (splits, col_blocks, *sizes, *places, m, n, k, r, padded_rank(max(r, 1)), *strides)
     return Plan(_sum_kernel, grid, constants, {"num_warps": 4}, z, ints)

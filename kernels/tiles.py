@@ -46,9 +46,9 @@ def rank_block(r: int, most: int) -> int:
 
 
 def down_tile(
-    m: int, k: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool, masked: bool
+    m: int, k: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device, tma: bool, masked: bool
 ) -> tuple[dict, dict]:
-    """S = x A^T: BLOCK_M rows a program, which walks over K with up to 128 ranks in its accumulator."""
+    """S = x A^T: BLOCK_M rows a program, which walks over K with up to 128 ranks in its accumulator; A is of ``kind``."""
     block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
     block_m, warps, stages = (64 if m > 2048 else 16), 4, 3 if is_small(device) else 4
     roomy = tma and not is_small(device) and dtype.itemsize <= 2
@@ -56,7 +56,9 @@ def down_tile(
     if masked and roomy and m > 2048:
         block_m, warps, stages = (32, 2, 4) if block_r == 16 else (64, 4, 3)
     if block_r >= 64:
-        block_m, block_k, warps, stages = 64, 64 if not roomy else 256 if arch(device) < 100 else 128, 4, 3
+        block_m, block_k, warps = 64, 128 if roomy else 64, 4
+        if roomy and kind.itemsize <= 2 and arch(device) < 100:
+            block_k, stages = 256, 3
     if block_r >= 128:
         block_m, block_k, warps, stages = (128, 64, 8, 3) if roomy else (64, 32, 8, 3)
     return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": stages}
@@ -65,9 +67,9 @@ def down_tile(
 def norm_tile(n: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device) -> tuple[dict, dict]:
     """Row norms: BLOCK_N rows of W a program, BLOCK_K columns a step, SUMS sums of squares a row: what lies side by
     side in a row of a product's registers. ``kind`` is the adapters' dtype."""
-    block_r = rank_block(r, 64)
-    if is_small(device) or dtype.itemsize > 2 or kind.itemsize > 2:
-        block_n, block_k, warps = 16, 32 if block_r == 64 else 64, 4
+    block_r, wide = rank_block(r, 64), dtype.itemsize > 2 or kind.itemsize > 2
+    if is_small(device) or wide:
+        block_n, block_k, warps = 16, 32 if wide and block_r == 64 else 64, 4
     elif block_r == 64:
         block_n, block_k, warps = 32, 256, 8
     else:  # few rows: few programs, with much on its way in each
