@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,7 @@ for package in ("peft", "transformers", "accelerate", "triton"):
     pytest.importorskip(package)
 from loops import LR, STEPS, Seen, tiny_llama, token_ids, trainable, trained  # noqa: E402
 
+LIGHTNING = [name for name in ("lightning", "pytorch_lightning") if find_spec(name)]  # the same under two names
 ROOT = Path(__file__).parent.parent
 WAYS = [
     pytest.param(("auto", "cpu"), id="plain"),
@@ -134,9 +136,9 @@ def test_trl(way, tmp_path):
     check(way, loop, tiny_llama(vocab=259), forwards=2 * STEPS)  # TRL checkpoints unless told otherwise
 
 
-@pytest.mark.skipif(find_spec("lightning") is None, reason="needs Lightning")
+@pytest.mark.skipif(not LIGHTNING, reason="needs Lightning")
 def test_lightning(way, tmp_path):
-    import lightning
+    lightning = import_module(LIGHTNING[0])
 
     class Module(lightning.LightningModule):
         def __init__(self, model):
