@@ -15,16 +15,16 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun and acceler
 
 
 def options(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", metavar="PATH", help="a causal language model's folder (default: tiny, random)")
     parser.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
-    parser.add_argument("--rank", type=int, default=8, help="of the adapters")
-    parser.add_argument("--steps", type=int, default=100, help="of the optimiser")
-    parser.add_argument("--batch", type=int, default=8, help="rows of a step, in each process")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of the optimiser (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a step, in each process (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--lr", type=float, help="learning rate (default: 1e-2, with --model 2e-4)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", metavar="PATH", default="adapter", help="folder for the adapter")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    parser.add_argument("--out", metavar="PATH", default="adapter", help="the adapter's folder (default: %(default)s)")
     args = parser.parse_args(argv)
     args.lr = args.lr or (2e-4 if args.model else 1e-2)
     args.device = torch.device("cuda", LOCAL_RANK) if GPU else torch.device("cpu")
