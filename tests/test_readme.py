@@ -33,6 +33,7 @@ def test_everything_is_checked():
     assert README.count("```") == 2 * len(BLOCKS)
     assert {language for language, _ in BLOCKS} == {"python", "sh"}
     kinds = [commands("make"), commands("pip", "install"), commands(".venv/bin/python", "-m", "lora_fast")]
+    kinds.append([command for command in COMMANDS if "examples/" in str(command)])  # in tests/test_examples.py
     assert all(kinds) and sum(map(len, kinds)) == len(COMMANDS)
 
 
@@ -63,7 +64,7 @@ def test_extras_named_in_the_text():
     assert re.findall(r"`(\w+)`", extras) == list(project["optional-dependencies"])
 
 
-@pytest.mark.parametrize("command", commands(".venv/bin/python"), ids=shlex.join)
+@pytest.mark.parametrize("command", commands(".venv/bin/python", "-m"), ids=shlex.join)
 def test_lora_fast_command(command, tmp_path):
     run([sys.executable, *command[1:]], tmp_path)
 

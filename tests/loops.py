@@ -1,0 +1,91 @@
+"""For the tests of training loops: a tiny Llama under PEFT, its losses, and what the kernels were asked for."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+from lora_fast import PeftReport, ops, peft_report
+from lora_fast.peft import PeftLayer
+
+STEPS, LR = 5, 1e-2
+
+
+def tiny_llama(layers: int = 1, vocab: int = 32, **kwargs) -> nn.Module:
+    """A Llama of random weights with LoRA (DoRA: ``use_dora=True``) on all linear layers, and none of it zero."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.1,
+    )  # fmt: skip
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **kwargs)
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), settings)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def token_ids(seed: int = 1) -> torch.Tensor:
+    return torch.randint(1, 32, (2, 6), generator=torch.Generator().manual_seed(seed))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@dataclass
+class Seen:
+    """What happened while a loop ran: the model's losses, its report at the first of them, calls of the fused operator
+    and launches of kernels."""
+
+    losses: list[float] = field(default_factory=list)
+    report: PeftReport | None = None
+    calls: int = 0
+    launches: int = 0
+
+    @classmethod
+    def read(cls, fields: dict) -> "Seen":
+        """Of what ``dataclasses.asdict`` made and JSON carried."""
+        layers = tuple(PeftLayer(**layer) for layer in fields["report"]["layers"])
+        return cls(**fields | {"report": PeftReport(layers)})
+
+
+@contextmanager
+def watched() -> Iterator[Seen]:
+    """Counts what the fused operator and the kernels' launcher are called for."""
+    from lora_fast.kernels.launch import Plan
+
+    seen, run, start = Seen(), ops.lora_linear, Plan.__call__
+
+    def operator(*args, **kwargs):
+        seen.calls += 1
+        return run(*args, **kwargs)
+
+    def launch(*args):
+        seen.launches += 1
+        return start(*args)
+
+    ops.lora_linear, Plan.__call__ = operator, launch  # type: ignore[assignment, method-assign]
+    try:
+        yield seen
+    finally:
+        ops.lora_linear, Plan.__call__ = run, start  # type: ignore[method-assign]
+
+
+def trained(model: nn.Module, loop: Callable[[nn.Module], object]) -> Seen:
+    """What was seen while ``loop`` trained the model, whose output has a loss."""
+
+    def look(module, args, output):
+        seen.losses.append(output.loss.item())
+        seen.report = seen.report or peft_report(model)
+
+    handle = model.register_forward_hook(look)
+    with watched() as seen:
+        loop(model)
+    handle.remove()
+    return seen
