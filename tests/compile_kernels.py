@@ -1,8 +1,8 @@
 """Compile every kernel for one chip without a GPU, as the launchers would for real problems, and report what came out.
 
-``python tests/compile_kernels.py 90`` prints one JSON line a compiled kernel: its name, the problem, its matrix
-instructions, shared memory, registers and stack bytes (spills). Runs in a process of its own, since it puts a driver in
-Triton's place that knows its target and nothing else, and turns launches into compilations.
+``python tests/compile_kernels.py 90`` prints one JSON line a compiled kernel: its name, the problem, its products and
+matrix instructions, shared memory, registers and stack bytes (spills). Runs in a process of its own, since it puts a
+driver in Triton's place that knows its target and nothing else, and turns launches into compilations.
 """
 
 import json
@@ -95,7 +95,8 @@ def compile_for(capability: int, problems) -> list[dict]:
         registers, stack = resources(kernel.asm["cubin"])
         found.append({
             "kernel": self.__name__, "problem": problem, "shared": kernel.metadata.shared,
-            "registers": registers, "stack": stack, "run": longest_run(kernel.asm["cubin"]) if capability == 90 else 0,
+            "registers": registers, "stack": stack, "dots": kernel.asm["ttir"].count("tt.dot"),
+            "run": longest_run(kernel.asm["cubin"]) if capability == 90 else 0,
             **{name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in MATRIX.items()},
         })  # fmt: skip
         return kernel

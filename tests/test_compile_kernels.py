@@ -26,7 +26,7 @@ def faults(chip, kernel):
         yield f"{kernel['shared']} bytes of shared memory, the chip has {SHARED_MEMORY[chip]}"
     if kernel["stack"]:
         yield f"spills: {kernel['stack']} bytes of stack"
-    if sixteen_bit and name in (PRODUCT, *PASSES) and not kernel[INSTRUCTION[chip]]:
+    if sixteen_bit and name in (PRODUCT, *PASSES) and kernel["dots"] and not kernel[INSTRUCTION[chip]]:
         # A pass's product, 16 ranks wide, may take the warp's own instruction on a newer chip.
         if name == PRODUCT or not kernel["mma.sync"]:
             yield f"no {INSTRUCTION[chip]}"
@@ -43,18 +43,20 @@ def test_kernels_of(chip):
     done = subprocess.run(command, cwd=HERE.parent, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(k["dots"] for k in kernels if k["kernel"] == PRODUCT)
     for p in ("p=0.0", "p=0.1"):
         assert {k["kernel"] for k in kernels if p in k["problem"]} >= {PRODUCT, *PASSES, "_sum_kernel"}
-    assert "_mask_kernel" in {k["kernel"] for k in kernels}
+    assert {"_mask_kernel", "_norm_kernel"} <= {k["kernel"] for k in kernels}
     found = [f"{k['kernel']} {k['problem']}: {fault}" for k in kernels for fault in faults(chip, k)]
     assert not found, "\n" + "\n".join(found)
 
 
 def test_faults_are_found():
-    good = {"kernel": PRODUCT, "problem": "1x1x1 r=1 float16 p=0.0 float16", "shared": 0, "stack": 0, "run": 4,
-            "mma.sync": 0, "wgmma": 1, "tcgen05": 0}  # fmt: skip
+    good = {"kernel": PRODUCT, "problem": "1x1x1 r=1 float16 p=0.0 float16", "shared": 0, "stack": 0, "dots": 1,
+            "run": 4, "mma.sync": 0, "wgmma": 1, "tcgen05": 0}  # fmt: skip
     assert not list(faults(90, good))
     bad = [{"shared": 232449}, {"stack": 8}, {"wgmma": 0, "mma.sync": 1}, {"run": 1}]
     assert [len(list(faults(90, {**good, **change}))) for change in bad] == [1, 1, 1, 1]
     assert list(faults(100, good)) == ["no tcgen05"]
     assert not list(faults(90, {**good, "kernel": PASSES[0], "wgmma": 0, "mma.sync": 1}))
+    assert not list(faults(90, {**good, "kernel": PASSES[1], "wgmma": 0, "dots": 0}))  # DoRA's pass at large ranks
