@@ -130,14 +130,14 @@ def step_of(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
     return step
 
 
-def build(cases: list[Case], size: Size) -> dict[str, Callable[[], Tensor]]:
+def build(cases: list[Case], size: Size) -> dict[str, Callable[[], Any]]:
     """Every case's step by its name, all on one base and one batch."""
     base = base_model(size)
     ids = torch.randint(size.vocabulary, (size.batch, size.length), device=size.device)
     return {str(case): step_of(model_of(case, base), ids) for case in cases}
 
 
-def measure(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def measure(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """timing.measure on the GPU for steps as long as a model's: in each round, in a new random order, one step to warm
     up and one that is timed, and nothing waits before the round's end."""
     order, shuffle = list(steps), random.Random(0).shuffle
