@@ -80,16 +80,9 @@ def all_cases() -> list[Case]:
 def base_model(size: Size) -> nn.Module:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        vocab_size=size.vocabulary,
-        max_position_embeddings=size.length,
-        use_cache=False,
-    )
+    config = LlamaConfig(hidden_size=size.hidden, intermediate_size=size.intermediate, num_hidden_layers=size.layers,
+                         num_attention_heads=size.heads, num_key_value_heads=size.kv_heads, vocab_size=size.vocabulary,
+                         max_position_embeddings=size.length, use_cache=False)  # fmt: skip
     torch.manual_seed(0)
     with torch.device(size.device):
         model = AutoModelForCausalLM.from_config(config, dtype=common.DTYPES[size.dtype])
@@ -169,8 +162,9 @@ def measure(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> di
 def measured(cases: list[Case], size: Size, rounds: int, about: common.Row) -> list[common.Row]:
     """A row for each case; they share their checkpointing, and frozen is among them."""
     steps = build(cases, size)
-    on_cpu = size.device == "cpu"
-    peaks: dict[str, Any] = {name: "" if on_cpu else round(timing.peak_mib(step), 1) for name, step in steps.items()}
+    peaks: dict[str, Any] = dict.fromkeys(steps, "")
+    if size.device != "cpu":
+        peaks = {name: round(timing.peak_mib(step), 1) for name, step in steps.items()}
     times = measure(steps, rounds, size.device)
     frozen = timing.summary(next(times[str(case)] for case in cases if case.impl == "frozen"))[0]
     rows = []
@@ -189,10 +183,8 @@ def summarise(rows: list[common.Row]) -> str:
     table = []
     for (checkpointing, impl, p), row in found.items():
         stock = found.get((checkpointing, impl.replace("lora_fast_", "peft_"), p), row)
-        of_stock = [
-            f"{row[column] / stock[column]:.3f}" if row is not stock and row[column] else ""
-            for column in ("median_us", "peak_mib")
-        ]
+        of_stock = [f"{row[column] / stock[column]:.3f}" if row is not stock and row[column] else ""
+                    for column in ("median_us", "peak_mib")]  # fmt: skip
         must = "" if row["gpu"] == "cpu" else MUST.get((impl, p), "")
         table.append([impl, p, "yes" if checkpointing else "no", f"{row['median_us'] / 1000:.1f}",
                       f"{row['ratio_to_frozen']:.3f}", must, row["peak_mib"], *of_stock])  # fmt: skip
@@ -205,9 +197,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.bench_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tiny", action="store_true", help="a tiny model in fp32 on one core of the CPU, where patched "
-                        "steps may cost at most 1.05 of stock's; the file is bench_model_cpu.csv")  # fmt: skip
-    parser.add_argument("--rounds", type=positive, help="default 8; 30 with --tiny")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model in fp32 on one core of the CPU, where "
+                        "patched steps may cost at most 1.05 of stock's; the file is bench_model_cpu.csv")  # fmt: skip
+    parser.add_argument("--rounds", type=positive, help="default 8; 60 with --tiny")
     parser.add_argument("--layers", type=positive, help=f"default {LARGE.layers}; {TINY.layers} with --tiny")
     parser.add_argument("--only", type=functools.partial(only, kinds=KINDS), action="append", default=[],
                         metavar="KEY=VALUE[,VALUE]", help="a part only, for instance --only p=0 --only impl=peft_lora; "
@@ -216,7 +208,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
                         help="where bench_model_CARD.csv is rewritten (default benchmarks/results)")  # fmt: skip
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
-    args.rounds = args.rounds or (30 if args.tiny else 8)
+    args.rounds = args.rounds or (60 if args.tiny else 8)
     unknown = {impl for key, values in args.only if key == "impl" for impl in values - set(IMPLS)}
     if unknown:
         parser.error(f"--only impl: got {', '.join(sorted(unknown))}, expected impls among {', '.join(IMPLS)}")

@@ -44,7 +44,7 @@ def test_arguments_choose_the_cases():
     args, cases = bench_model.parse([])
     assert (args.rounds, cases) == (8, bench_model.all_cases())
     args, cases = bench_model.parse("--tiny --only checkpointing=1 --only p=0.1 --only impl=peft_lora".split())
-    assert (args.rounds, cases) == (30, [Case(1, "frozen", 0), Case(1, "peft_lora", 0.1)])
+    assert (args.rounds, cases) == (60, [Case(1, "frozen", 0), Case(1, "peft_lora", 0.1)])
     _, cases = bench_model.parse(["--only", "p=0.1"])
     assert len(cases) == 2 * (2 + 4) and {case.p for case in cases[2:6]} == {0.1}
 
