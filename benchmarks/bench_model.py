@@ -132,8 +132,8 @@ def build(cases: list[Case], size: Size) -> dict[str, Callable[[], Any]]:
 
 def measure(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
     """timing.measure for steps as long as a model's: in each round, in a new random order, one step to warm up and one
-    that is timed, and nothing waits before the round's end. On the CPU it is CPU time, which other work on the machine
-    disturbs least."""
+    that is timed; but for transformers, whose forward waits once, at its start, to look for packed sequences, nothing
+    waits before the round's end. On the CPU it is CPU time, which other work on the machine disturbs least."""
 
     def now() -> Any:
         if device == "cpu":
