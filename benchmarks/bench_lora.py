@@ -145,13 +145,13 @@ def measured(built: dict[Case, dict[str, Candidate]], rounds: int, graph: bool, 
     return rows
 
 
-def only(text: str) -> tuple[str, set[Any]]:
+def only(text: str, kinds: dict[str, Callable[[str], Any]] = KINDS) -> tuple[str, set[Any]]:
     """``r=16,64`` -> ("r", {16, 64})."""
     key, _, values = text.partition("=")
-    if key not in KINDS or not values:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected KEY=VALUE[,VALUE], KEY one of {', '.join(KINDS)}")
+    if key not in kinds or not values:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected KEY=VALUE[,VALUE], KEY one of {', '.join(kinds)}")
     try:
-        found = {KINDS[key](value) for value in values.split(",")}
+        found = {kinds[key](value) for value in values.split(",")}
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers for {key}") from None
     return key, found

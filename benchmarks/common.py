@@ -59,12 +59,12 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def run_columns(commit_given: str | None) -> Row:
+def run_columns(commit_given: str | None, device: str = "cuda") -> Row:
     """The columns that say what was measured on: the first four of every results file."""
     import triton
 
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit_given or commit(),
