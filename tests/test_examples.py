@@ -24,10 +24,9 @@ COMMANDS = [shlex.split(line) for line in re.findall(r"^.*examples/.*\.py.*$", (
 
 @pytest.fixture(autouse=True)
 def as_scripts(monkeypatch, tmp_path):
-    """Their folder comes first in the path, and what they leave goes elsewhere."""
+    """What they leave goes elsewhere."""
     from accelerate.state import AcceleratorState
 
-    monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
     yield

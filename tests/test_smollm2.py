@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import smollm2
 
 import lora_fast
-from examples import smollm2
 
 ROOT = Path(__file__).parent.parent
 
