@@ -3,7 +3,8 @@
 from lora_fast import functional, reference
 from lora_fast.checkpoint import load_adapter, save_adapter
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
-from lora_fast.layers import DoRALinear, LoRALinear
+from lora_fast.dora import DoRALinear
+from lora_fast.layers import LoRALinear
 from lora_fast.model import (
     LoRAConfig,
     add_lora,

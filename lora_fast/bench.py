@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from lora_fast import dispatch, reference, timing
-from lora_fast.layers import DoRALinear, LoRALinear
+from lora_fast.dora import DoRALinear
+from lora_fast.layers import LoRALinear
 from lora_fast.timing import Candidate
 
 EPILOG = """\

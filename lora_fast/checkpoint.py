@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lora_fast.config import LoRAConfig, some
-from lora_fast.layers import DoRALinear, LoRALinear
+from lora_fast.dora import DoRALinear
+from lora_fast.layers import LoRALinear
 from lora_fast.model import _lora_layers, add_lora, load_lora_state_dict, lora_state_dict, remove_lora
 from lora_fast.peft_format import (
     CONFIG,

@@ -14,7 +14,8 @@ from torch import nn
 
 from lora_fast import dispatch
 from lora_fast.checkpoint import load_adapter, open_adapter
-from lora_fast.layers import DoRALinear, LoRALinear, why_not_lora
+from lora_fast.dora import DoRALinear
+from lora_fast.layers import LoRALinear, why_not_lora
 from lora_fast.machine import devices, versions
 from lora_fast.peft_format import TENSORS
 from lora_fast.selfcheck import Shape, check

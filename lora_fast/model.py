@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lora_fast.config import LoRAConfig, find_targets, matching, resolve_pattern, some
-from lora_fast.layers import DoRALinear, LoRALinear
+from lora_fast.dora import DoRALinear
+from lora_fast.layers import LoRALinear
 
 # What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
 _BEFORE = "_before_lora"  # {parameter name: requires_grad before add_lora}, for remove_lora

@@ -12,7 +12,7 @@ from test_dora import eager, hold, magnitude, op, plain, results
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from fused import masked
+from fused import masked, peak
 
 import lora_fast
 from lora_fast import demo
@@ -270,18 +270,8 @@ def test_peak_memory(p, with_bias, trains):
     leaves = [t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B)]
     m = magnitude(inputs).requires_grad_(trains)
 
-    def peak(fn):
-        for _ in range(3):
-            for leaf in (*leaves, m):
-                leaf.grad = None
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            start = torch.cuda.memory_allocated()
-            fn().backward(inputs.dy)
-            torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - start
-
-    frozen = peak(lambda: F.linear(inputs.x, inputs.weight, inputs.bias))
-    ours = peak(lambda: dora_linear(leaves[0], inputs.weight, *leaves[1:], m, 2.0, inputs.bias, p, backend="triton"))
+    frozen = peak(lambda: F.linear(inputs.x, inputs.weight, inputs.bias), leaves, inputs.dy)
+    ours = peak(lambda: dora_linear(leaves[0], inputs.weight, *leaves[1:], m, 2.0, inputs.bias, p, backend="triton"),
+                [*leaves, m], inputs.dy)  # fmt: skip
     kept = rows * n * 2 if trains and with_bias else 0  # y is the output itself, which frozen has, too
     assert ours <= 1.05 * (frozen + kept + rows * n * 2) + rows * r * 2 + (rows * k / 8 if p else 0)

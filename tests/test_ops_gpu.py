@@ -10,7 +10,7 @@ from conftest import TRITON
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from fused import fused, masked
+from fused import fused, masked, peak
 
 from lora_fast.functional import lora_linear
 from lora_fast.kernels import mask
@@ -136,17 +136,7 @@ def test_peak_memory(p):
     inputs = draw(m, k, n, r, BF16, "cuda", bias=False, adapter=FLOAT)
     leaves = [t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B)]
 
-    def peak(fn):
-        for _ in range(3):
-            for leaf in leaves:
-                leaf.grad = None
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            start = torch.cuda.memory_allocated()
-            fn().backward(inputs.dy)
-            torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - start
-
-    frozen = peak(lambda: torch.nn.functional.linear(inputs.x, inputs.weight))
-    ours = peak(lambda: lora_linear(inputs.x, inputs.weight, *leaves[1:], 2.0, None, p, backend="triton"))
+    frozen = peak(lambda: torch.nn.functional.linear(inputs.x, inputs.weight), leaves, inputs.dy)
+    ours = peak(lambda: lora_linear(inputs.x, inputs.weight, *leaves[1:], 2.0, None, p, backend="triton"),
+                leaves, inputs.dy)  # fmt: skip
     assert ours <= 1.05 * frozen + m * r * 2 + (m * k / 8 if p else 0)
