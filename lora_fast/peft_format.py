@@ -149,7 +149,11 @@ def check_header(model: nn.Module, settings: Settings, file: Any) -> tuple[dict[
         name = f"{owner.removesuffix('.base_layer')}.{last}" if owner.endswith(".base_layer") else name
         allowed = settings.bias != "none" and last == "bias" or settings.modules_to_save
         if not allowed or name not in own_tensors or name in sources:
-            raise ValueError(f"{TENSORS}: unexpected {key!r:.200}, expected adapters and what the config says trains")
+            hint = " (PEFT leaves base weights out with save_pretrained(..., save_embedding_layers=False))"
+            raise ValueError(
+                f"{TENSORS}: unexpected {key!r:.200}, expected adapters and what the config says trains"
+                + (hint if key.endswith(".base_layer.weight") else "")
+            )
         own = own_tensors[name]
         _check_shape(file, key, list(own.shape), own.is_floating_point())
         sources[name] = key
