@@ -188,7 +188,7 @@ A, B = f"{PREFIX}fc1.lora_A.weight", f"{PREFIX}fc1.lora_B.weight"
 M = f"{PREFIX}fc1.lora_magnitude_vector"
 HEADER_BOMB = struct.pack("<Q", 2**60) + b"{}"
 ATTACKS = {
-    "base weight": (lambda d: edit(d, {f"{PREFIX}fc1.base_layer.weight": torch.zeros(6, 8)}), "save_embedding_layers=False"),
+    "base weight": (lambda d: edit(d, {f"{PREFIX}fc1.base_layer.weight": torch.zeros(6, 8)}), "save_embedding_layers"),
     "other weight": (lambda d: edit(d, {f"{PREFIX}head.weight": torch.zeros(3, 6)}), "unexpected"),
     "bias that does not train": (lambda d: edit(d, {f"{PREFIX}fc1.base_layer.bias": torch.zeros(6)}), "unexpected"),
     "no prefix": (lambda d: edit(d, {"fc1.lora_A": torch.zeros(4, 8)}), "begin with"),
