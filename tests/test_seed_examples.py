@@ -10,7 +10,7 @@ for package in ("peft", "transformers", "accelerate", "tqdm"):
     pytest.importorskip(package)
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["llama2_7b", "glm4"]
+NAMES = ["llama2_7b", "glm4", "peft_models"]
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +98,24 @@ def test_glm4_with_one_projection_is_the_same_model():
         layer.self_attn = glm4.FusedAttention(layer.self_attn)
     assert not [name for name, _ in split.named_parameters() if "q_proj" in name]
     torch.testing.assert_close(split(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_peft_models(capsys):
+    seen = importlib.import_module("peft_models").main(["--steps", "8", "--batch", "4", "--lr", "1e-2"])
+    assert seen["tied"] == (2_359_296, 975_825_920)
+    assert seen["untied"] == (2_359_296, 1_231_940_608)
+    for name in ("T5", "OPT", "GPT-2", "BLOOM"):
+        losses, said = seen[name]
+        assert len(losses) == 8 and losses[-1] < losses[0] - 0.1, name
+        assert name == "T5" or said.startswith("Return ")
+    assert seen["loaded"] == seen["OPT"][1]
+    report = seen["GPT-2 report"]
+    assert report.fused == 0 and {layer.reason for layer in report.layers} == {
+        "the base layer is a Conv1D, not an nn.Linear"
+    }
+    printed = capsys.readouterr().out
+    assert "trainable%: 0.1915" in printed and "trainable%: 0.2418" in printed
+    assert "250,112 x 1,024 = 256,114,688" in printed and "it says the same" in printed
+    gpu = torch.cuda.is_available()
+    for layers in (12, 14, 2):  # T5, OPT, BLOOM
+        assert "{} fused, {} not fused".format(*(layers, 0) if gpu else (0, layers)) in printed
