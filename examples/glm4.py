@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict:
     set_seed(args.seed)
     model = glm(SMALL)
     model.enable_input_require_grads()  # for the checkpoints: the embedding is frozen
-    peft_model = lora(model, FUSED)
+    peft_model = lora(model, FUSED).to("cuda" if GPU else "cpu")
     print(lora_fast.patch_peft(peft_model))  # the one line
     peft_model.print_trainable_parameters()
 

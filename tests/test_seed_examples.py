@@ -9,6 +9,7 @@ import torch
 for package in ("peft", "transformers", "accelerate", "tqdm"):
     pytest.importorskip(package)
 
+GPU = torch.cuda.is_available()
 ROOT = Path(__file__).parent.parent
 NAMES = ["llama2_7b", "glm4", "peft_models"]
 
@@ -47,12 +48,13 @@ def test_llama2_7b(capsys):
     for kinds in said["table"].values():
         assert list(kinds) == ["lora_fast", "PEFT, patched", "PEFT"]
         counts, speeds, peaks, losses = zip(*kinds.values(), strict=True)
-        assert len(set(counts)) == 1 and min(speeds) > 0 and max(peaks) < 1.1 * min(peaks)
-        assert losses == pytest.approx([losses[0]] * 3, rel=0.02 if torch.cuda.is_available() else 1e-4)
+        assert len(set(counts)) == 1 and min(speeds) > 0 and peaks[0] < 1.05 * min(peaks)
+        assert losses == pytest.approx([losses[0]] * 3, rel=0.02 if GPU else 1e-4)
     peaks = [kinds["lora_fast"][2] for kinds in said["table"].values()]
     assert peaks[0] < peaks[1] < peaks[3] and peaks[0] < peaks[2] < peaks[3]
     straight, resumed = said["resume"]
-    assert len(straight) == 3 and straight == resumed and straight[0] != straight[1]
+    assert len(straight) == 3 and straight[0] != straight[1]
+    assert resumed == (pytest.approx(straight, rel=0.01) if GPU else straight)
     assert "quantised weight (torch.uint8)" in said["refusal"]
     assert Path("adapter/adapter_model.safetensors").stat().st_size < 100_000  # the adapter alone
     assert "4,194,304 || all params: 6,742,609,920 || trainable%: 0.0622" in capsys.readouterr().out
@@ -69,8 +71,8 @@ def test_packed_documents_do_not_see_each_other():
         whole = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits[:, start:]
         alone = model(input_ids=row["input_ids"][:, start:], use_cache=False).logits
         unparted = model(input_ids=row["input_ids"], use_cache=False).logits[:, start:]
-    torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-4)
-    assert (unparted - alone).abs().max() > 0.01
+    torch.testing.assert_close(whole, alone, rtol=0.01 if GPU else 1e-4, atol=0.01 if GPU else 1e-4)
+    assert (unparted - alone).abs().max() > 0.1
 
 
 def test_glm4(capsys):
@@ -83,7 +85,7 @@ def test_glm4(capsys):
     assert trained == reloaded != ""
     printed = capsys.readouterr().out
     assert "trainable%: 0.2248" in printed and "40 x 2 x 8 x 4096 = 2,621,440" in printed
-    assert "{} fused, {} not fused".format(*(8, 0) if torch.cuda.is_available() else (0, 8)) in printed
+    assert "{} fused, {} not fused".format(*(8, 0) if GPU else (0, 8)) in printed
 
 
 def test_glm4_with_one_projection_is_the_same_model():
@@ -116,6 +118,5 @@ def test_peft_models(capsys):
     printed = capsys.readouterr().out
     assert "trainable%: 0.1915" in printed and "trainable%: 0.2418" in printed
     assert "250,112 x 1,024 = 256,114,688" in printed and "it says the same" in printed
-    gpu = torch.cuda.is_available()
     for layers in (12, 14, 2):  # T5, OPT, BLOOM
-        assert "{} fused, {} not fused".format(*(layers, 0) if gpu else (0, layers)) in printed
+        assert "{} fused, {} not fused".format(*(layers, 0) if GPU else (0, layers)) in printed
