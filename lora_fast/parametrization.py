@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fast import reference
+from lora_fast import dispatch, reference
 from lora_fast.functional import FLOATS, dora_norm
 from lora_fast.layers import _check_hyperparameters
 
@@ -102,6 +102,10 @@ class LoRAParametrization(nn.Module):
         if dropout_p > 0:
             a = a * F.dropout(a.new_ones(k), dropout_p)
         magnitude = getattr(self, "lora_magnitude_vector", None)
+        if dispatch.choose("auto", weight.device, weight.dtype) == "triton":
+            from lora_fast import weight_ops  # needs Triton
+
+            return weight_ops.lora_weight(weight, a, self.lora_B, self.scaling, magnitude)
         return reference.lora_weight(weight, a, self.lora_B, self.scaling, magnitude)
 
     def extra_repr(self) -> str:

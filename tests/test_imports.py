@@ -25,6 +25,7 @@ LAYERS = [
     {"layers", "peft_layers"},
     {"peft_rules"},
     {"functional"},
+    {"weight_ops"},
     {"ops"},
     {"dispatch", "reference", "kernels"},
 ]
