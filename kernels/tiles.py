@@ -123,10 +123,12 @@ def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device, dora: 
 
 
 def weight_tile(n: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device) -> tuple[dict, dict]:
-    """The adapted weight: as the norms, which are its first half. In three stages ptxas spills on sm_80 where the
-    adapters are float32."""
+    """The adapted weight: as the norms, which are its first half, but for what ptxas spills there on one chip or
+    another: 512 columns, and three stages where they are not float32 adapters of many ranks."""
     tile, options = norm_tile(n, r, dtype, kind, device)
-    return tile, {**options, "num_stages": 2 if kind.itemsize > 2 else 3}
+    if tile["BLOCK_K"] == 512:
+        tile, options = {**tile, "BLOCK_K": 256}, {**options, "num_warps": 4}
+    return tile, {**options, "num_stages": 3 if kind.itemsize > 2 and tile["BLOCK_R"] == 64 else 2}
 
 
 def weight_grad_tile(r: int, dtype: torch.dtype, device: torch.device, dora: bool) -> tuple[dict, dict]:
