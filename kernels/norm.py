@@ -15,9 +15,9 @@ from lora_fast.kernels.tiles import norm_tile
 
 
 @triton.jit
-def _update(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br, BLOCK_N: tl.constexpr,
-            BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ONE: tl.constexpr, ACC: tl.constexpr,
-            PRECISION: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def low_rank_tile(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br,
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ONE: tl.constexpr,
+                  ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """The [BLOCK_N, BLOCK_K] tile of B A at (row, k); ONE: all ranks are in b, B's first tile."""
     a = load_tile(a_ptr, 0, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K).to(DTYPE)
     v = tl.dot(b, a, input_precision=PRECISION, out_dtype=ACC)
@@ -27,6 +27,24 @@ def _update(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride_bn, s
             a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K).to(DTYPE)
             v = tl.dot(b, a, v, input_precision=PRECISION, out_dtype=ACC)
     return v
+
+
+@triton.jit
+def row_norm(w_ptr, a_ptr, b_ptr, b, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
+             ONE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """The norms [BLOCK_N] of V's rows from ``row`` on; b as in ``low_rank_tile``."""
+    squares = tl.zeros([BLOCK_N, SUMS], dtype=ACC)
+    tile = load_tile(w_ptr, row, 0, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+    for k in range(0, K, BLOCK_K):
+        # The next step's, by hand: the compiler's pipeline takes the operands of products alone.
+        later = load_tile(w_ptr, row, k + BLOCK_K, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)
+        update = low_rank_tile(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br,
+                               BLOCK_N, BLOCK_K, BLOCK_R, ONE, ACC, PRECISION, DTYPE)  # fmt: skip
+        v = tile.to(ACC) + s * update
+        squares += tl.sum(tl.reshape(v * v, (BLOCK_N, BLOCK_K // SUMS, SUMS)), 1)
+        tile = later
+    return tl.sqrt(tl.sum(squares, 1))
 
 
 @triton.jit
@@ -41,17 +59,8 @@ def _norm_kernel(
     row = tl.program_id(0) * BLOCK_N
     s = scalar(scaling, SCALING_PTR)
     b = load_tile(b_ptr, row, 0, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
-    squares = tl.zeros([BLOCK_N, SUMS], dtype=ACC)
-    tile = load_tile(w_ptr, row, 0, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
-    for k in range(0, K, BLOCK_K):
-        # The next step's, by hand: the compiler's pipeline takes the operands of products alone.
-        later = load_tile(w_ptr, row, k + BLOCK_K, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)
-        update = _update(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br,
-                         BLOCK_N, BLOCK_K, BLOCK_R, ONE, ACC, PRECISION, DTYPE)  # fmt: skip
-        v = tile.to(ACC) + s * update
-        squares += tl.sum(tl.reshape(v * v, (BLOCK_N, BLOCK_K // SUMS, SUMS)), 1)
-        tile = later
-    norm = tl.sqrt(tl.sum(squares, 1))
+    norm = row_norm(w_ptr, a_ptr, b_ptr, b, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak,
+                    stride_bn, stride_br, BLOCK_N, BLOCK_K, BLOCK_R, SUMS, ONE, ACC, PRECISION, DTYPE)  # fmt: skip
     if ROUND is not None:
         norm = norm.to(ROUND).to(ACC)
     rows = row + tl.arange(0, BLOCK_N)

@@ -122,6 +122,36 @@ def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device, dora: 
     return col_blocks, triton.cdiv(m, rows_each), rank_blocks, rows_each
 
 
+def weight_tile(n: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device) -> tuple[dict, dict]:
+    """The adapted weight: as the norms, which are its first half, but for what ptxas spills there on one chip or
+    another: 512 columns, and three stages where they are not float32 adapters of many ranks."""
+    tile, options = norm_tile(n, r, dtype, kind, device)
+    if tile["BLOCK_K"] == 512:
+        tile, options = {**tile, "BLOCK_K": 256}, {**options, "num_warps": 4}
+    return tile, {**options, "num_stages": 3 if kind.itemsize > 2 and tile["BLOCK_R"] == 64 else 2}
+
+
+def weight_grad_tile(r: int, dtype: torch.dtype, device: torch.device, dora: bool) -> tuple[dict, dict]:
+    """Gradients of an adapted weight: BLOCK_K columns a program, BLOCK_N rows a step, BLOCK_R ranks of dA in its
+    accumulator."""
+    block_r = rank_block(r, 64)
+    if dtype.itemsize > 2:
+        block_n, block_k, warps = 16 if dora else 32, 64, 4
+    elif is_small(device) or dora or (block_r == 64 and arch(device) < 90):
+        block_n, block_k, warps = 32, 128, 8 if block_r == 64 or dora else 4
+    else:
+        block_n, block_k, warps = 64, 256, 8
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": 2}
+
+
+def weight_grad_splits(n: int, k: int, r: int, tile: dict, device: torch.device) -> tuple[int, int, int, int]:
+    """(column blocks, row splits, rank blocks, rows a split): about two programs a processor."""
+    col_blocks, rank_blocks = triton.cdiv(k, tile["BLOCK_K"]), triton.cdiv(r, tile["BLOCK_R"])
+    splits = max(1, min(2 * n_programs(device) // (col_blocks * rank_blocks), triton.cdiv(n, 2 * tile["BLOCK_N"])))
+    rows_each = triton.cdiv(triton.cdiv(n, splits), tile["BLOCK_N"]) * tile["BLOCK_N"]
+    return col_blocks, triton.cdiv(n, rows_each), rank_blocks, rows_each
+
+
 def gemm_tile(
     dtype: torch.dtype, device: torch.device, tma: bool, masked: bool, exact: str, keep_z: bool
 ) -> tuple[dict, dict]:

@@ -1,6 +1,6 @@
 """Fused-kernel LoRA and DoRA layers for PyTorch: drop-in replacements of ``nn.Linear``."""
 
-from lora_fast import functional, reference
+from lora_fast import functional, parametrize, reference
 from lora_fast.checkpoint import load_adapter, save_adapter
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
 from lora_fast.dora import DoRALinear
@@ -36,6 +36,7 @@ __all__ = [
     "lora_parameters",
     "lora_state_dict",
     "merge_lora",
+    "parametrize",
     "patch_peft",
     "peft_report",
     "print_trainable_parameters",

@@ -113,7 +113,7 @@ tell._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _callers_level() -> int:
     """The ``stacklevel`` (for the caller of this function) of whoever called into lora_fast, modules left out."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("lora_fast", "torch.nn.modules")):
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("lora_fast", "torch.nn.")):
         frame, level = frame.f_back, level + 1
     return level
 

@@ -128,3 +128,35 @@ def dense_norm(
         dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
         v = weight.to(dtype) + (lora_B.to(dtype) * scaling) @ lora_A.to(dtype)
         return torch.linalg.vector_norm(v, dim=1)
+
+
+def lora_weight(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    magnitude: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``V = W + scaling * B A``, or with a magnitude ``magnitude * V / |V|``, the norm of each row a constant in the
+    backward and a row of zero norm 0 (Hu et al. 2021, arXiv 2106.09685; Liu et al. 2024, arXiv 2402.09353).
+
+    Gradients, G that of the result: LoRA  dW = G, dA = scaling B^T G, dB = scaling G A^T; DoRA, with g = magnitude /
+    |V|, the same of g * G, and dmagnitude = rowsum(G * V) / |V|.
+
+    Args:
+        weight: [N, ...], read as [N, K]; lora_A: [R, K], lora_B: [N, R], magnitude: [N], of any float dtypes.
+        scaling: a number.
+
+    Returns:
+        The shape and dtype of weight; made in float32 or better and rounded once.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        dtype = torch.float32
+        for t in (weight, lora_A, lora_B):
+            dtype = torch.promote_types(dtype, t.dtype)
+        v = torch.addmm(weight.flatten(1).to(dtype), lora_B.to(dtype) * scaling, lora_A.to(dtype))
+        if magnitude is not None:
+            norm = torch.linalg.vector_norm(v.detach(), dim=1)
+            alive = norm != 0
+            v = v * torch.where(alive, magnitude / torch.where(alive, norm, 1.0), 0.0)[:, None]
+        return v.to(weight.dtype).view(weight.shape)

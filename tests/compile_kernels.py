@@ -72,7 +72,7 @@ def longest_run(cubin: bytes) -> int:
 
 
 def compile_for(capability: int, problems) -> list[dict]:
-    from lora_fast.kernels import down, gemm, grad, launch, mask, parts, tiles
+    from lora_fast.kernels import down, gemm, grad, launch, mask, parts, tiles, weight
     from lora_fast.kernels import norm as norm_module
 
     driver.set_active(TargetOnly(capability))
@@ -124,6 +124,10 @@ def compile_for(capability: int, problems) -> list[dict]:
         assert ds is not None
         grad.a_bwd(x, ds, torch.empty_like(a, dtype=adapter), bits)
         gemm.gemm(dy, w, ds, a, False, None, bits)
+        a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
+        for magnitude in (None, torch.empty(n)):
+            v, row_norm = weight.weight_fwd(w, a, b, 2.0, magnitude)
+            weight.weight_bwd(v, None if magnitude is None else w, a, b, 2.0, magnitude, row_norm, True)
     return found
 
 

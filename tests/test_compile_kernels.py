@@ -16,7 +16,8 @@ from lora_fast.kernels.tiles import SHARED_MEMORY
 
 HERE = Path(__file__).parent
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
-PRODUCT, PASSES = "_gemm_kernel", ("_down_fwd_kernel", "_grad_kernel")
+PRODUCT = "_gemm_kernel"
+PASSES = "_down_fwd_kernel", "_grad_kernel", "_weight_kernel", "_weight_bwd_kernel"
 
 
 def faults(chip, kernel):

@@ -1,0 +1,157 @@
+"""The adapted weight itself: LoRA's V = W + s B A, DoRA's m V / |V| (0 where |V| = 0), |V| by row.
+
+Forward, one launch: a program owns BLOCK_N rows. For DoRA it walks over K for the norms (``row_norm``) and once more
+for the result, when its rows of W are still in the cache; for LoRA once. B A is made by matrix instructions, tile by
+tile in registers; the sum is float32 and rounded once.
+
+Backward, G the result's gradient, the norm n a constant, g = m / n (1 for LoRA):
+    dA = s B^T (g G),  dB = s g (G A^T),  dW = g G,  dm = rowsum(G V) / n = (rowsum(G W) + rowsum((s G A^T) B)) / n.
+One launch that reads G (and W for DoRA) once and never forms V: a program owns BLOCK_K columns, steps through its share
+of the rows with dA in registers, and stores for each step what its columns give to dB and dm. No atomics: the parts lie
+in memory and are summed in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_fast.kernels.common import TL, acc_dtype, load_tile, mma, precision, scalar, store_tile, wait_for_stream
+from lora_fast.kernels.launch import Plan, plan_for, sig
+from lora_fast.kernels.norm import low_rank_tile, row_norm, wide
+from lora_fast.kernels.tiles import weight_grad_splits, weight_grad_tile, weight_tile
+
+
+@triton.jit
+def _gain(m_ptr, norm, rows, N, ACC: tl.constexpr):
+    """m / norm, 0 where the norm is."""
+    m = tl.load(m_ptr + rows, mask=rows < N, other=0.0).to(ACC)
+    return tl.where(norm != 0, m / tl.where(norm != 0, norm, 1.0), 0.0)
+
+
+@triton.jit
+def _weight_kernel(
+    w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, v_ptr, scaling, N, K, R,
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr, ONE: tl.constexpr,
+    DORA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, OUT: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_stream(PDL)
+    row = tl.program_id(0) * BLOCK_N
+    s = scalar(scaling, False)
+    rows = row + tl.arange(0, BLOCK_N)
+    b = load_tile(b_ptr, row, 0, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
+    gain = tl.full([BLOCK_N], 1, ACC)
+    if DORA:
+        norm = row_norm(w_ptr, a_ptr, b_ptr, b, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak,
+                        stride_bn, stride_br, BLOCK_N, BLOCK_K, BLOCK_R, SUMS, ONE, ACC, PRECISION, DTYPE)  # fmt: skip
+        tl.store(n_ptr + rows, norm, mask=rows < N)
+        gain = _gain(m_ptr, norm, rows, N, ACC)
+    for k in range(0, K, BLOCK_K):
+        w = load_tile(w_ptr, row, k, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        update = low_rank_tile(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br,
+                               BLOCK_N, BLOCK_K, BLOCK_R, ONE, ACC, PRECISION, DTYPE)  # fmt: skip
+        v = w.to(ACC) + s * update
+        if DORA:
+            v = v * gain[:, None]
+        store_tile(v_ptr, v, row, k, N, K, OUT, False)
+
+
+@triton.jit
+def _weight_bwd_kernel(
+    g_ptr, w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, da_ptr, db_ptr, dm_ptr, dw_ptr, scaling, N, K, R, rows_each,
+    stride_gn, stride_gk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DORA: tl.constexpr, WITH_DW: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_stream(PDL)
+    block, split, rank_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    col, rank = block * BLOCK_K, rank_block * BLOCK_R
+    s = scalar(scaling, False)
+    a = load_tile(a_ptr, rank, col, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K).to(DTYPE)
+    da = tl.zeros([BLOCK_R, BLOCK_K], dtype=ACC)
+    db_ptr += block.to(tl.int64) * N * R
+    dm_ptr += (rank_block * tl.num_programs(0) + block).to(tl.int64) * N
+    for row in range(split * rows_each, min((split + 1) * rows_each, N), BLOCK_N):
+        g = load_tile(g_ptr, row, col, N, K, stride_gn, stride_gk, False, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        b = load_tile(b_ptr, row, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R)  # [BLOCK_N, BLOCK_R]
+        db = mma(g, tl.trans(a), tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC), PRECISION) * s
+        if DORA:
+            rows = row + tl.arange(0, BLOCK_N)
+            norm = tl.load(n_ptr + rows, mask=rows < N, other=0.0)
+            gain = _gain(m_ptr, norm, rows, N, ACC)
+            dm = tl.sum(db * b.to(ACC), 1)
+            if rank_block == 0:
+                w = load_tile(w_ptr, row, col, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)
+                dm += tl.sum(g.to(ACC) * w.to(ACC), 1)
+                if WITH_DW:
+                    store_tile(dw_ptr, g.to(ACC) * gain[:, None], row, col, N, K, DTYPE, False)
+            dm = tl.where(norm != 0, dm / tl.where(norm != 0, norm, 1.0), 0.0)
+            tl.store(dm_ptr + rows, dm, mask=rows < N)
+            db *= gain[:, None]
+            b = b.to(ACC) * gain[:, None]
+        store_tile(db_ptr, db, row, rank, N, R, ACC, False)
+        da = mma(tl.trans(b.to(DTYPE)), g, da, PRECISION)
+    store_tile(da_ptr + split.to(tl.int64) * R * K, da * s, rank, col, R, K, ACC, False)
+
+
+def weight_plan(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dora: bool) -> Plan:
+    """The launch for these tensors (see ``weight_fwd``); called with (w, a, b, m, n, v, scaling)."""
+    (n, k), r = w.shape, a.shape[0]
+    kind = torch.promote_types(a.dtype, b.dtype)
+    tile, options = weight_tile(n, r, w.dtype, kind, w.device)
+    constants = {**tile, "ONE": r <= tile["BLOCK_R"], "DORA": dora, "ACC": acc_dtype(wide(w, a, b)),
+                 "PRECISION": "tf32x3" if kind == torch.float32 else "ieee", "DTYPE": TL[kind],
+                 "OUT": TL[w.dtype]}  # fmt: skip
+    ints = (n, k, r, *w.stride(), *a.stride(), *b.stride())
+    return Plan(_weight_kernel, (triton.cdiv(n, tile["BLOCK_N"]),), constants, options, w, ints)
+
+
+def weight_fwd(
+    w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, m: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The adapted weight [N, K] in w's dtype, and with m [N] the norms [N], from w [N, K], a [R, K] and b [N, R], each
+    in any float dtype."""
+    v = torch.empty_like(w, memory_format=torch.contiguous_format)
+    n = None if m is None else w.new_empty(w.shape[0], dtype=wide(w, a, b))
+    if v.numel():
+        key = ("weight", sig(w), sig(a), sig(b), sig(m))
+        plan_for(key, weight_plan, w, a, b, m is not None)(w, a, b, m, n, v, float(scaling))
+    return v, n
+
+
+def weight_bwd_plan(
+    g: torch.Tensor, w: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, with_dw: bool
+) -> tuple[Plan, int, int, int]:
+    """The launch for these tensors (see ``weight_bwd``), its column blocks, row splits and rank blocks; called with (g,
+    w, a, b, m, n, da, db, dm, dw, scaling)."""
+    (n, k), r = g.shape, a.shape[0]
+    tile, options = weight_grad_tile(r, g.dtype, g.device, w is not None)
+    col_blocks, splits, rank_blocks, rows_each = weight_grad_splits(n, k, r, tile, g.device)
+    constants = {**tile, "DORA": w is not None, "WITH_DW": with_dw, "ACC": acc_dtype(g.dtype),
+                 "PRECISION": precision(g.dtype, max(n, k)), "DTYPE": TL[g.dtype]}  # fmt: skip
+    ints = (n, k, r, rows_each, *g.stride(), *(g if w is None else w).stride(), *a.stride(), *b.stride())
+    plan = Plan(_weight_bwd_kernel, (col_blocks, splits, rank_blocks), constants, options, g, ints)
+    return plan, col_blocks, splits, rank_blocks
+
+
+def weight_bwd(
+    g: torch.Tensor, w: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scaling: float,
+    m: torch.Tensor | None = None, norm: torch.Tensor | None = None, need_w: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """dA [R, K], dB [N, R] and dm [N] in float32 (float64 of such a g), and dW [N, K] if ``need_w``, from g [N, K]; for
+    LoRA w, m and norm are None, there is no dm, and dW is g itself. Products are made in g's dtype."""
+    (n, k), r = g.shape, a.shape[0]
+    dora, kind = w is not None, wide(g)
+    if not g.numel():
+        none = g.new_zeros(n, dtype=kind) if dora else None
+        return g.new_zeros(r, k, dtype=kind), g.new_zeros(n, r, dtype=kind), none, g if need_w else None
+    key = ("weight_bwd", sig(g), sig(w), sig(a), sig(b), sig(m), need_w, torch.backends.cuda.matmul.allow_tf32)
+    plan, col_blocks, splits, rank_blocks = plan_for(key, weight_bwd_plan, g, w, a, b, dora and need_w)
+    da = g.new_empty(splits, r, k, dtype=kind)
+    db = g.new_empty(col_blocks, n, r, dtype=kind)
+    dm = g.new_empty(rank_blocks * col_blocks, n, dtype=kind) if dora else None
+    dw = torch.empty_like(g, memory_format=torch.contiguous_format) if dora and need_w else None
+    # A kernel without dm and dW never reads or writes these pointers; Triton wants them to be some.
+    plan(g, w, a, b, m, norm, da, db, db if dm is None else dm, dw, float(scaling))
+    return da.sum(0), db.sum(0), None if dm is None else dm.sum(0), dw if dora or not need_w else g
