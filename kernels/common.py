@@ -99,6 +99,11 @@ def acc_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def wide(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype of sums, norms and gains in memory: float32, float64 if one of the tensors is."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 def precision(dtype: torch.dtype, terms: int) -> str:
     """How float32 products that sum up so many terms are made: in tf32 where torch's setting allows it, else as three
     tf32 products. Those are as exact as float32 in long sums, and several times faster than arithmetic without the

@@ -27,6 +27,7 @@ from lora_fast.kernels.common import (
     store_tile,
     unpack_words,
     wait_for_stream,
+    wide,
 )
 from lora_fast.kernels.down import down_plan
 from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, sig
@@ -164,7 +165,7 @@ def column_plan(
 
 
 def new_parts(z: torch.Tensor, size: int) -> torch.Tensor:
-    return z.new_empty(size, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+    return z.new_empty(size, dtype=wide(z))
 
 
 class DyPass(NamedTuple):

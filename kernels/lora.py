@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from lora_fast.kernels.common import padded_rank, precision
+from lora_fast.kernels.common import padded_rank, precision, wide
 from lora_fast.kernels.down import cast_space, cast_wanted, down_plan
 from lora_fast.kernels.gemm import gemm_plan
 from lora_fast.kernels.grad import ColumnPass, DyPass, column_plan, dy_plan, needs_dz, new_parts
 from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, sig
 from lora_fast.kernels.mask import keep_count, keep_scale, mask_plan, mask_space, seed_kind
-from lora_fast.kernels.norm import norm_plan, wide
+from lora_fast.kernels.norm import norm_plan
 from lora_fast.kernels.parts import Dora
 
 MaybeTensor = torch.Tensor | None

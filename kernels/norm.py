@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import TL, acc_dtype, load_tile, scalar, wait_for_stream
+from lora_fast.kernels.common import TL, acc_dtype, load_tile, scalar, wait_for_stream, wide
 from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, sig
 from lora_fast.kernels.tiles import norm_tile
 
@@ -48,6 +48,14 @@ def row_norm(w_ptr, a_ptr, b_ptr, b, s, row, N, K, R, stride_wn, stride_wk, stri
 
 
 @triton.jit
+def gain_of(m_ptr, norm, rows, N, ACC: tl.constexpr):
+    """m / norm of these rows, 0 where the norm is 0; NaN where it is NaN."""
+    m = tl.load(m_ptr + rows, mask=rows < N, other=0.0).to(ACC)
+    alive = norm != 0
+    return tl.where(alive, m / tl.where(alive, norm, 1.0), 0.0)
+
+
+@triton.jit
 def _norm_kernel(
     w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, scaling, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
@@ -66,9 +74,7 @@ def _norm_kernel(
     rows = row + tl.arange(0, BLOCK_N)
     tl.store(n_ptr + rows, norm, mask=rows < N)
     if GAIN:
-        m = tl.load(m_ptr + rows, mask=rows < N, other=0.0).to(ACC)
-        alive = norm != 0  # also where it is NaN
-        tl.store(g_ptr + rows, tl.where(alive, m / tl.where(alive, norm, 1.0), 0.0), mask=rows < N)
+        tl.store(g_ptr + rows, gain_of(m_ptr, norm, rows, N, ACC), mask=rows < N)
 
 
 def norm_plan(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor, with_gain: bool,
@@ -82,11 +88,6 @@ def norm_plan(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float 
                  "PRECISION": "tf32x3" if kind == torch.float32 else "ieee", "DTYPE": TL[kind]}  # fmt: skip
     ints = (n, k, r, *w.stride(), *a.stride(), *b.stride())
     return Plan(_norm_kernel, (triton.cdiv(n, tile["BLOCK_N"]),), constants, options, w, ints)
-
-
-def wide(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype of norms and gains: float32, float64 if one of the tensors is."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def norm_fwd(

@@ -15,17 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import TL, acc_dtype, load_tile, mma, precision, scalar, store_tile, wait_for_stream
+from lora_fast.kernels.common import TL, acc_dtype, load_tile, mma, precision, scalar, store_tile, wait_for_stream, wide
 from lora_fast.kernels.launch import Plan, plan_for, sig
-from lora_fast.kernels.norm import low_rank_tile, row_norm, wide
+from lora_fast.kernels.norm import gain_of, low_rank_tile, row_norm
 from lora_fast.kernels.tiles import weight_grad_splits, weight_grad_tile, weight_tile
-
-
-@triton.jit
-def _gain(m_ptr, norm, rows, N, ACC: tl.constexpr):
-    """m / norm, 0 where the norm is."""
-    m = tl.load(m_ptr + rows, mask=rows < N, other=0.0).to(ACC)
-    return tl.where(norm != 0, m / tl.where(norm != 0, norm, 1.0), 0.0)
 
 
 @triton.jit
@@ -46,7 +39,7 @@ def _weight_kernel(
         norm = row_norm(w_ptr, a_ptr, b_ptr, b, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak,
                         stride_bn, stride_br, BLOCK_N, BLOCK_K, BLOCK_R, SUMS, ONE, ACC, PRECISION, DTYPE)  # fmt: skip
         tl.store(n_ptr + rows, norm, mask=rows < N)
-        gain = _gain(m_ptr, norm, rows, N, ACC)
+        gain = gain_of(m_ptr, norm, rows, N, ACC)
     for k in range(0, K, BLOCK_K):
         w = load_tile(w_ptr, row, k, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
         update = low_rank_tile(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br,
@@ -79,7 +72,7 @@ def _weight_bwd_kernel(
         if DORA:
             rows = row + tl.arange(0, BLOCK_N)
             norm = tl.load(n_ptr + rows, mask=rows < N, other=0.0)
-            gain = _gain(m_ptr, norm, rows, N, ACC)
+            gain = gain_of(m_ptr, norm, rows, N, ACC)
             dm = tl.sum(db * b.to(ACC), 1)
             if rank_block == 0:
                 w = load_tile(w_ptr, row, col, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lora_fast import dispatch, reference, timing
+from lora_fast.arguments import whole_number
 from lora_fast.dora import DoRALinear
 from lora_fast.layers import LoRALinear
 from lora_fast.timing import Candidate
@@ -52,11 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="rows of x, in_features, out_features, or one size for all three; may be repeated "
                         "(default: " + ", ".join("x".join(map(str, each)) for each in LARGE) + "; on a CPU a small "
                         "one)")  # fmt: skip
-    parser.add_argument("--rank", type=_positive, default=16, help="rank of the adapters")
+    parser.add_argument("--rank", type=whole_number, default=16, help="rank of the adapters")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the weight")
     parser.add_argument("--dropout", type=_probability, default=0.0, help="dropout in the low-rank branch")
     parser.add_argument("--dora", action="store_true", help="DoRA as well")
-    parser.add_argument("--rounds", type=_positive, default=argparse.SUPPRESS,
+    parser.add_argument("--rounds", type=whole_number, default=argparse.SUPPRESS,
                         help="how often each is timed; the median counts (default: 24, on a CPU 5)")  # fmt: skip
 
 
@@ -157,12 +158,6 @@ def _about(device: str, why: str | None) -> str:
                 f"they say nothing about the fused kernels: {why}.")  # fmt: skip
     path = f"plain torch for every layer: {why}" if why else "LoRALinear and DoRALinear on the fused kernels"
     return f"{torch.cuda.get_device_name()}, {versions}; {path}."
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of 1 or more")
-    return int(text)
 
 
 def _probability(text: str) -> float:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from lora_fast.checkpoint import read_adapter
+from lora_fast.arguments import whole_number
+from lora_fast.checkpoint import _whole, read_adapter
 from lora_fast.config import some
 from lora_fast.peft_format import CONFIG, CONFIG_BYTES, PREFIX, TENSORS, inside, parse, read_config
 from lora_fast.skeleton import skeleton_of_adapter
@@ -64,10 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=float, help="lora_alpha of torchtune's adapter")
     rows = parser.add_mutually_exclusive_group()
     rows.add_argument("--config", type=Path, metavar="JSON", help="the model's config.json, for its heads")
-    rows.add_argument("--num-heads", type=_whole, help="attention heads, where q_proj or k_proj has an adapter")
+    rows.add_argument("--num-heads", type=whole_number, help="attention heads, where q_proj or k_proj has an adapter")
     rows.add_argument("--no-permute", action="store_true", help="keep the rows' order (torchtune's Qwen models)")
-    parser.add_argument("--num-kv-heads", type=_whole, help="heads of k and v, if not --num-heads")
-    parser.add_argument("--dim", type=_whole, help="embedding dimension, to check --num-heads by")
+    parser.add_argument("--num-kv-heads", type=whole_number, help="heads of k and v, if not --num-heads")
+    parser.add_argument("--dim", type=whole_number, help="embedding dimension, to check --num-heads by")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -202,7 +203,7 @@ def _config(r: int, alpha: float, dropout: float, state: dict[str, Tensor]) -> d
     return {
         "peft_type": "LORA",
         "r": r,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": _whole(alpha),
         "lora_dropout": dropout,
         "use_dora": any(key.endswith(".lora_magnitude_vector") for key in state),
         "bias": "none",
@@ -265,9 +266,3 @@ def _heads(args: argparse.Namespace) -> Heads | None:
 
 def _is_whole(n: Any) -> TypeGuard[int]:
     return type(n) is int and n > 0
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of 1 or more")
-    return int(text)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fast import LoRAConfig, SlowPathWarning, add_lora, load_lora_state_dict, lora_state_dict
+from lora_fast.arguments import whole_number
 from lora_fast.demo_report import Run, plot, table, write_csv
 from lora_fast.dispatch import why_not_triton
 
@@ -37,7 +38,7 @@ Digits = dict[str, tuple[Tensor, Tensor]]  # part of SPLIT: (images [n, 784] flo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train LoRA on real handwritten digits, rank by rank, beside a full fine-tune."
-    parser.add_argument("--seeds", type=_seeds, default=5, help="how many times each run is repeated")
+    parser.add_argument("--seeds", type=whole_number, default=5, help="how many times each run is repeated")
     parser.add_argument("--ranks", type=_ranks, default="1,2,4,8,16,32,64", help="ranks, separated by commas")
     parser.add_argument("--device", type=_device, default="cpu", help="where to train: cpu, cuda, cuda:1, ...")
     parser.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
@@ -211,12 +212,6 @@ def _not_writable(out: Path) -> str | None:
     except OSError as error:
         return f"--out {out} cannot be written to: {error}"
     return None
-
-
-def _seeds(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of 1 or more")
-    return int(text)
 
 
 def _ranks(text: str) -> list[int]:

@@ -86,7 +86,7 @@ def why_slow(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why operators called with ``backend="auto"`` take plain torch for such tensors, in words; None where they take
     the fused kernels."""
     if _backend == "reference":
-        return 'set_backend("reference") was called'
+        return 'set_backend("reference") is on'
     if _backend == "triton" and device.type == "cpu" and interpreted():
         return None
     return why_not_triton(device, dtype)

@@ -17,6 +17,8 @@ from lora_fast.checkpoint import load_adapter, open_adapter
 from lora_fast.dora import DoRALinear
 from lora_fast.layers import LoRALinear, why_not_lora
 from lora_fast.machine import devices, versions
+from lora_fast.model import _lora_layers
+from lora_fast.peft import peft_report
 from lora_fast.peft_format import TENSORS
 from lora_fast.selfcheck import Shape, check
 from lora_fast.skeleton import skeleton_of_adapter
@@ -116,7 +118,7 @@ def adapter(folder: Path) -> bool:
     except (OSError, ValueError, ImportError) as error:
         print(f"  load_adapter refuses it: {error}")
         return False
-    layers = {name: module for name, module in bare.named_modules() if isinstance(module, LoRALinear)}
+    layers = _lora_layers(bare)
     ranks = Counter(layer.r for layer in layers.values())
     print(f"  layers: {len(layers)}: " + ", ".join(f"{count} of r = {r}" for r, count in sorted(ranks.items())))
     for last, count in sorted(Counter(name.rpartition(".")[2] for name in layers).items()):
@@ -173,11 +175,7 @@ def _shape(linear: nn.Linear) -> str:
 def _why_not_fused(layer: LoRALinear) -> str | None:
     if layer.merged or not layer.enabled:
         return "merged: one plain product" if layer.merged else "disabled: the base's plain product"
-    if dispatch.get_backend() == "reference":
-        return 'set_backend("reference") is on'
-    if dispatch.get_backend() == "triton" and layer.weight.device.type == "cpu" and dispatch.interpreted():
-        return None
-    return dispatch.why_not_triton(layer.weight.device, layer.weight.dtype)
+    return dispatch.why_slow(layer.weight.device, layer.weight.dtype)
 
 
 def _peft_layers() -> tuple[type[nn.Module], ...]:
@@ -189,8 +187,8 @@ def _peft_layers() -> tuple[type[nn.Module], ...]:
 def _peft_verdicts(model: nn.Module) -> dict[str, tuple[bool, str]]:
     """{layer: (fused, why or why not)} of PEFT's LoRA layers, as lora_fast.peft_report has it."""
     try:
-        report = importlib.import_module("lora_fast.peft").peft_report(model)
-    except (ImportError, ValueError):  # ValueError: all are of PEFT's other methods
+        report = peft_report(model)
+    except ValueError:  # all are of PEFT's other methods
         return {}
     return {layer.name: (layer.fused, layer.reason) for layer in report.layers}
 

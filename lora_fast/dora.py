@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_fast.functional import dora_linear, dora_norm
 from lora_fast.layers import LoRALinear
+from lora_fast.reference import dora_gain
 
 
 class DoRALinear(LoRALinear):
@@ -64,9 +65,7 @@ class DoRALinear(LoRALinear):
         if not self._magnitude_is_set:
             self.reset_magnitude()
         v = super().merged_weight()
-        norm = torch.linalg.vector_norm(v, dim=1)
-        gain = torch.where(norm > 0, self.lora_magnitude_vector.detach() / torch.where(norm > 0, norm, 1.0), 0.0)
-        return v * gain[:, None]
+        return v * dora_gain(self.lora_magnitude_vector.detach(), torch.linalg.vector_norm(v, dim=1))[:, None]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         error_msgs, merged = args[-1], self.merged

@@ -46,10 +46,7 @@ def lora_linear(
             not if it is a tensor), a weight that requires grad.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
-    if _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
-        dtype = x.dtype
-    else:
-        dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     p = dropout_p if training else 0.0
     if dispatch.choose(backend, x.device, dtype) == "triton":
         from lora_fast import ops  # needs Triton
@@ -98,10 +95,7 @@ def dora_linear(
         TypeError, ValueError, RuntimeError: as :func:`lora_linear`; a magnitude of another shape, dtype or device;
             ``save`` neither "auto" nor "z".
     """
-    if _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
-        dtype = x.dtype
-    else:
-        dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     _check_magnitude(magnitude, weight)
     for name, flag in (("detach_norm", detach_norm), ("round_norm", round_norm)):
         if not isinstance(flag, bool):
@@ -201,6 +195,8 @@ def _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bool:
 
 def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:
     """Raise on arguments that do not fit together; return the dtype that the products are made in."""
+    if _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
+        return x.dtype
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias

@@ -102,14 +102,7 @@ class LoRALinear(nn.Linear):
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
         """Initialise lora_A and lora_B anew, as PEFT does (see the class). Raises ValueError on another value."""
         _check_init(init_lora_weights)
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.lora_B)
+        _init_adapter(self.lora_A, self.lora_B, init_lora_weights)
 
     @property
     def scaling(self) -> float:
@@ -236,3 +229,15 @@ def _check_hyperparameters(
 def _check_init(init_lora_weights: bool | str) -> None:
     if not isinstance(init_lora_weights, bool) and init_lora_weights != "gaussian":
         raise ValueError(f"init_lora_weights: got {init_lora_weights!r}, expected True, False or 'gaussian'")
+
+
+@torch.no_grad()
+def _init_adapter(lora_A: torch.Tensor, lora_B: torch.Tensor, init_lora_weights: bool | str) -> None:
+    if init_lora_weights == "gaussian":
+        nn.init.normal_(lora_A, std=1 / len(lora_A))
+    else:
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    if init_lora_weights is False:
+        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+    else:
+        nn.init.zeros_(lora_B)

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from lora_fast.base_files import Base, open_base
 from lora_fast.checkpoint import fit_adapter, read_adapter
 from lora_fast.layers import LoRALinear
+from lora_fast.model import _lora_layers
 from lora_fast.skeleton import like, skeleton
 
 EPILOG = """\
@@ -85,9 +85,9 @@ def merge(
     """
     files = open_base(base)
     out = _checked_out(base, adapter, out, force)
-    model, state, replaced = _fitted(files, adapter)
-    _check_tied(files, [*_adapted(model), *replaced])
-    changed = {f"{name}.weight": layer for name, layer in _adapted(model).items()}
+    layers, state, replaced = _fitted(files, adapter)
+    _check_tied(files, [*layers, *replaced])
+    changed = {f"{name}.weight": layer for name, layer in layers.items()}
     total = sum(path.stat().st_size for path in files.shards.values())
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
@@ -119,23 +119,19 @@ def merge(
     return _summary(files, out, changed, replaced)
 
 
-def _fitted(files: Base, adapter: Path) -> tuple[nn.Module, dict[str, torch.Tensor], list[str]]:
-    """(the base's skeleton with the adapter's layers, the adapter's tensors, names of those that replace the base's)"""
+def _fitted(files: Base, adapter: Path) -> tuple[dict[str, LoRALinear], dict[str, torch.Tensor], list[str]]:
+    """(the adapter's layers in a skeleton of the base, its tensors, names of those that replace the base's)"""
     model = skeleton({name: like(place.shape, place.dtype) for name, place in files.tensors.items()})
     found = read_adapter(model, adapter)
     fit_adapter(model, found)
-    layers = _adapted(model)
+    layers = _lora_layers(model)
     own = {f"{name}.{part}" for name, layer in layers.items() for part in layer.adapter_names}
     replaced = [name for name in found.state if name not in own]
     for name in (*(f"{layer}.weight" for layer in layers), *replaced):
         dtype = files.tensors[name].dtype
         if dtype not in FLOATS and found.state.get(name, torch.empty(0)).is_floating_point():
             raise ValueError(f"{name}: has dtype {dtype} in the base (quantised?), expected one of {', '.join(FLOATS)}")
-    return model, found.state, replaced
-
-
-def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return layers, found.state, replaced
 
 
 def _merged(layer: LoRALinear, weight: torch.Tensor, state: dict[str, torch.Tensor], name: str) -> torch.Tensor:

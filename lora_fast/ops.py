@@ -6,9 +6,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lora_fast.dispatch import autocast_dtype
-from lora_fast.kernels.common import padded_rank
+from lora_fast.kernels.common import padded_rank, wide
 from lora_fast.kernels.lora import Made, lora_bwd, lora_fwd
-from lora_fast.kernels.norm import wide
 
 MaybeTensor = torch.Tensor | None
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_fast import dispatch, reference
 from lora_fast.functional import FLOATS, dora_norm
-from lora_fast.layers import _check_hyperparameters
+from lora_fast.layers import _check_hyperparameters, _init_adapter
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding)
 
@@ -65,14 +65,8 @@ class LoRAParametrization(nn.Module):
         n, k = weight.shape[0], weight.shape[1:].numel()
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(r, k, device=weight.device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(n, r, device=weight.device, dtype=dtype))
-        with torch.no_grad():
-            if init_lora_weights == "gaussian":
-                nn.init.normal_(self.lora_A, std=1 / r)
-            else:
-                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            if init_lora_weights is False:
-                nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        self.lora_B = nn.Parameter(torch.empty(n, r, device=weight.device, dtype=dtype))
+        _init_adapter(self.lora_A, self.lora_B, init_lora_weights)
 
     @classmethod
     def from_layer(cls, layer: nn.Module, *args: Any, **kwargs: Any) -> Self:

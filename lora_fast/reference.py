@@ -81,13 +81,18 @@ def _rows_norm(w: torch.Tensor, sb: torch.Tensor, a: torch.Tensor) -> torch.Tens
     return torch.linalg.vector_norm(torch.addmm(w, sb, a), dim=1)
 
 
+def dora_gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """``magnitude / norm``, 0 where the norm is 0."""
+    alive = norm != 0
+    return torch.where(alive, magnitude / torch.where(alive, norm, 1.0), 0.0)
+
+
 def dora_scale(
     z: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``y = (magnitude / norm) * z + bias`` in z's dtype, computed in float32 or better and rounded once; a row of zero
     norm counts as 0. z [..., N], the others [N]."""
-    alive = norm > 0
-    gain = torch.where(alive, magnitude / torch.where(alive, norm, 1.0), 0.0)
+    gain = dora_gain(magnitude, norm)
     y = z * gain.to(torch.promote_types(gain.dtype, torch.float32))
     return (y if bias is None else y + bias).to(z.dtype)
 
@@ -156,7 +161,5 @@ def lora_weight(
             dtype = torch.promote_types(dtype, t.dtype)
         v = torch.addmm(weight.flatten(1).to(dtype), lora_B.to(dtype) * scaling, lora_A.to(dtype))
         if magnitude is not None:
-            norm = torch.linalg.vector_norm(v.detach(), dim=1)
-            alive = norm != 0
-            v = v * torch.where(alive, magnitude / torch.where(alive, norm, 1.0), 0.0)[:, None]
+            v = v * dora_gain(magnitude, torch.linalg.vector_norm(v.detach(), dim=1))[:, None]
         return v.to(weight.dtype).view(weight.shape)

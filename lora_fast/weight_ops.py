@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_fast.kernels.norm import wide
+from lora_fast.kernels.common import wide
 from lora_fast.kernels.weight import weight_bwd, weight_fwd
 from lora_fast.ops import _on, _some
 

@@ -59,6 +59,17 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def as_scripts(monkeypatch, tmp_path):
+    """What an example leaves, in files and in accelerate's state, goes elsewhere."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(autouse=True)
 def ieee_products():
     """float32 products without tf32, so that eager torch is as exact as it gets."""

@@ -290,7 +290,6 @@ def build():
 @pytest.mark.interpreted
 def test_patched_peft_layers(package, quick, capsys):
     pytest.importorskip("peft")
-    pytest.importorskip("lora_fast.peft")
     package("""
 import peft
 from lora_fast.peft import patch_peft

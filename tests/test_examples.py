@@ -15,22 +15,12 @@ import torch
 for package in ("peft", "transformers", "accelerate"):
     pytest.importorskip(package)
 
+pytestmark = pytest.mark.usefixtures("as_scripts")
 ROOT = Path(__file__).parent.parent
 GPU = torch.cuda.is_available()
 NEEDS = {"trl_sft": "trl", "lightning_loop": "lightning"}
 SHORT = ["--steps", "5", "--batch", "4", "--length", "64"]
 COMMANDS = [shlex.split(line) for line in re.findall(r"^.*examples/.*\.py.*$", (ROOT / "README.md").read_text(), re.M)]
-
-
-@pytest.fixture(autouse=True)
-def as_scripts(monkeypatch, tmp_path):
-    """What they leave goes elsewhere."""
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.chdir(tmp_path)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def check(name, argv, said, losses):

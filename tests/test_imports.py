@@ -14,7 +14,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"demo", "merge", "convert", "doctor", "bench"},
-    {"demo_report", "skeleton", "base_files", "selfcheck", "machine"},
+    {"arguments", "demo_report", "skeleton", "base_files", "selfcheck", "machine"},
     {"__init__", "timing"},
     {"checkpoint", "peft"},
     {"parametrize"},

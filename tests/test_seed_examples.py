@@ -10,19 +10,9 @@ for package in ("peft", "transformers", "accelerate", "tqdm"):
     pytest.importorskip(package)
 
 GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.usefixtures("as_scripts")
 ROOT = Path(__file__).parent.parent
 NAMES = ["llama2_7b", "glm4", "peft_models"]
-
-
-@pytest.fixture(autouse=True)
-def as_scripts(monkeypatch, tmp_path):
-    """What they leave goes elsewhere."""
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.chdir(tmp_path)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
