@@ -5,6 +5,7 @@ Everything that can be decided once per problem (shapes, strides, dtypes) is kep
 one for a whole backward, since for small problems the host's time is the layer's time.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,8 +58,10 @@ def lora_fwd(
     x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor,
     bias: MaybeTensor, seed: torch.Tensor | int | None, p: float, y: torch.Tensor,
     magnitude: MaybeTensor = None, round_norm: bool = False, keep_z: bool = False,
-) -> Made:  # fmt: skip
+) -> tuple[Made, Callable[[], None]]:  # fmt: skip
     """Fill y [M, N] with x W^T + S b^T + bias, or with g * (x W^T + S b^T) + bias if magnitude [N] is given.
+
+    The product, which fills y and z, is left to the caller: the second result launches it, on the current device.
 
     x [M, K], weight [N, K], bias [N] and y in one dtype, rows of y contiguous; a [R, K] and b [N, R] in any,
     contiguous; a seed (as ``mask_bits`` takes it) where elements are dropped with p. ``round_norm`` rounds DoRA's norm
@@ -73,7 +76,7 @@ def lora_fwd(
     z = torch.empty_like(y) if keep_z else None
     if x.shape[0] == 0:
         bits = mask_space(x) if seed is not None else None
-        return Made(s, bits, a.to(x.dtype), b.to(x.dtype), gain, norm, z)
+        return Made(s, bits, a.to(x.dtype), b.to(x.dtype), gain, norm, z), lambda: None
     key = ("lora_fwd", sig(x), sig(weight), sig(a), sig(b), sig(bias), seed_kind(seed), scaling_kind(scaling),
            precision(x.dtype, 256), sig(magnitude), round_norm, keep_z)  # fmt: skip
     plans = plan_for(key, _forward_plans, x, weight, a, b, scaling, bias, seed, magnitude, round_norm, keep_z)
@@ -85,8 +88,8 @@ def lora_fwd(
     plans.down(x, a, s, bits, b, a_cast, b_cast, scaling, keep)
     if plans.norm is not None:
         plans.norm(weight, a_cast, b_cast, magnitude, norm, gain, scaling)
-    plans.up(x, weight, s, b_cast, y, z, gain, bias, None)
-    return Made(s, bits, a_cast, b_cast, gain, norm, z)
+    made = Made(s, bits, a_cast, b_cast, gain, norm, z)
+    return made, lambda: plans.up(x, weight, s, b_cast, y, z, gain, bias, None)
 
 
 class _Backward(NamedTuple):

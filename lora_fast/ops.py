@@ -1,5 +1,6 @@
 """The fused kernels as one differentiable operator: an autograd Function in eager, a custom op under torch.compile."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -39,7 +40,12 @@ def lora_linear(
         or (bias is not None and bias.requires_grad)
         or (magnitude is not None and magnitude.requires_grad)
     ):
-        return _LoRALinear.apply(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z)
+        late: list[Callable[[], None]] = []
+        y = _LoRALinear.apply(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, late)
+        for product in late:
+            with _on(x.device):
+                product()
+        return y
     return _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, False)[0]
 
 
@@ -66,15 +72,22 @@ def _on(device: torch.device):
 
 
 def _forward(
-    x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z
+    x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, late=None
 ) -> tuple[torch.Tensor, Made]:
-    """y [..., N], and what was made on the way to it."""
+    """y [..., N], and what was made on the way to it. The product that fills y comes last, or later: by the caller, who
+    finds its launch in the list ``late``."""
     n, k = weight.shape
     with _on(x.device):
         y = x.new_empty(*x.shape[:-1], n)
-        made = lora_fwd(x if x.dim() == 2 else x.reshape(-1, k), weight, lora_A.contiguous(), lora_B.contiguous(),
-                        scaling, bias, seed, p, y if x.dim() == 2 else y.view(-1, n),
-                        magnitude if magnitude is None else magnitude.contiguous(), round_norm, keep_z)  # fmt: skip
+        rows, out = (x, y) if x.dim() == 2 else (x.reshape(-1, k), y.view(-1, n))
+        made, product = lora_fwd(
+            rows, weight, lora_A.contiguous(), lora_B.contiguous(), scaling, bias, seed, p, out,
+            magnitude if magnitude is None else magnitude.contiguous(), round_norm, keep_z,
+        )  # fmt: skip
+        if late is None:
+            product()
+        else:
+            late.append(product)
     return y, made
 
 
@@ -134,9 +147,16 @@ def _needs(ctx) -> tuple[bool, bool, bool, bool, bool]:
 
 
 class _LoRALinear(torch.autograd.Function):
+    """Where the product makes nothing that the backward reads, it waits in the list ``late`` until ``apply`` has saved
+    what it does read. A checkpoint's second forward (not reentrant) ends when the last tensor is saved: it then skips
+    the product of its last layer, as it does that of a frozen ``nn.Linear``.
+    """
+
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z):
-        y, made = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z)
+    def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, late):
+        if magnitude is not None and magnitude.requires_grad:
+            late = None  # its gradient reads y or z
+        y, made = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, late)
         ctx.save_for_backward(*_to_save(x, weight, y, made, scaling, _needs(ctx)))
         number = None if isinstance(scaling, torch.Tensor) else scaling
         dtypes = lora_A.dtype, lora_B.dtype, _dtype(bias), _dtype(magnitude)
@@ -169,7 +189,7 @@ def _backward_of(ctx, dy):
     dx, grad_a, grad_b, grad_bias, grad_m = _backward(
         dy, x, weight, y, Made(*made), scaling, p, _needs(ctx), shape, dtypes
     )
-    return dx, None, grad_a, grad_b, None, grad_bias, None, None, grad_m, None, None
+    return dx, None, grad_a, grad_b, None, grad_bias, None, None, grad_m, None, None, None
 
 
 _backward_once = once_differentiable(_backward_of)

@@ -8,6 +8,7 @@ from accuracy import check, draw, gradients
 from conftest import CPU, CUDA, TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -188,3 +189,38 @@ def test_gradient_of_an_expanded_output(device):
     inputs = draw(20, 24, 16, 4, FLOAT, device)
     inputs.dy = torch.ones((), device=device).expand(20, 16)
     check(fused(), [inputs])
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+@pytest.mark.parametrize("magnitude", [None, "frozen", "trained"])
+def test_a_checkpoint_makes_no_product_that_the_backward_does_not_read(device, magnitude, monkeypatch):
+    """As with a frozen nn.Linear at its end: the second forward stops where all is saved. A magnitude needs y."""
+    given = draw(16, 24, 32, 4, FLOAT, device, bias=False)
+    leaves = [t.requires_grad_() for t in (given.x, given.lora_A, given.lora_B)]
+    m = None
+    if magnitude is not None:
+        m = torch.rand(32, device=device).requires_grad_(magnitude == "trained")
+        leaves += [m] * m.requires_grad
+    ran, start = [], launch.Plan.__call__
+
+    def recorded(plan, *args):
+        ran.append(getattr(plan.kernel, "__name__", None) or plan.kernel.fn.__name__)
+        start(plan, *args)
+
+    monkeypatch.setattr(launch.Plan, "__call__", recorded)
+
+    def layer(x):
+        torch.manual_seed(3)
+        return ops.lora_linear(x, given.weight, given.lora_A, given.lora_B, 2.0, None, 0.3, m)
+
+    def step(forward):
+        ran.clear()
+        grads = torch.autograd.grad(forward().sin().sum(), leaves)
+        return grads, ran.count("_gemm_kernel"), ran.count("_down_fwd_kernel")
+
+    plain, products, downs = step(lambda: layer(given.x))
+    again, products_again, downs_again = step(lambda: checkpoint(layer, given.x, use_reentrant=False))
+    assert (products, downs, downs_again) == (2, 1, 2)
+    assert products_again == (3 if magnitude == "trained" else 2)
+    for one, other in zip(plain, again, strict=True):
+        assert torch.equal(one, other)
