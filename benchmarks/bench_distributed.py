@@ -74,6 +74,7 @@ class Ready(NamedTuple):
 
 
 def ready(case: Case, base: torch.nn.Module, size: Size, mesh: DeviceMesh) -> Ready:
+    gc.collect()  # nothing may be freed between before and the peak
     cuda, mode = size.device == "cuda", MODES[case.mode]
     before = torch.cuda.memory_allocated() if cuda else 0
     model = wrap(bench_model.model_of(case.of_model(), base), mode, mesh)
@@ -180,7 +181,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     parser.add_argument("--layers", type=positive, help=f"default {LARGE.layers}; 1 with --tiny")
     parser.add_argument("--only", type=functools.partial(only, kinds=KINDS), action="append", default=[],
                         metavar="KEY=VALUE[,VALUE]", help="a part only, for instance --only p=0 --only mode=ddp; "
-                        f"KEY is one of {', '.join(KINDS)}; --check looks at mode alone")  # fmt: skip
+                        f"KEY is one of {', '.join(KINDS)}; --check goes by mode and impl, whose other half it adds")  # fmt: skip
     parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR",
                         help="where bench_distributed_CARD_xGPUS.csv is rewritten (default benchmarks/results)")  # fmt: skip
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
@@ -215,7 +216,9 @@ def main(argv: list[str] | None = None) -> int:
             if args.tiny else LARGE._replace(batch=1))  # fmt: skip
     size = size._replace(layers=args.layers or size.layers)
     if args.check:
-        return check_distributed.main(args.gpus, size, list(dict.fromkeys(case.mode for case in cases)), args.steps)
+        kinds, modes = (list(dict.fromkeys(names)) for names in zip(
+            *((case.impl.rpartition("_")[2], case.mode) for case in cases), strict=True))  # fmt: skip
+        return check_distributed.main(args.gpus, size, kinds, modes, args.steps)
     about, start = common.run_columns(args.commit, size.device), time.monotonic()
     path = args.out / f"bench_distributed_{common.card(about['gpu'])}_x{args.gpus}.csv"
     backend = "auto" if args.tiny else "triton"  # on a GPU never the slow path unawares
