@@ -4,9 +4,9 @@ Run from the repository root, on a machine with NVIDIA GPUs: python -m benchmark
 with the checks of check_distributed instead of timing:      python -m benchmarks.bench_distributed --check
 or two processes on any machine's CPU, a tiny model:         python -m benchmarks.bench_distributed --tiny
 
-The processes, one for each GPU, are started here. The model is bench_model's: a Llama with the widths of Llama-3-8B and a
-quarter of its layers (8), random weights in bf16, adapters at r=16 on all linears; each GPU has 4096 tokens. A step is
-forward, loss, backward and AdamW on the adapters.
+The processes, one for each GPU, are started here. The model is bench_model's: a Llama with the widths of Llama-3-8B and
+a quarter of its layers (8), random weights in bf16, adapters at r=16 on all linears; each GPU has 4096 tokens. A step
+is forward, loss, backward and AdamW on the adapters.
 
 ddp                  DistributedDataParallel
 fsdp2                fully_shard of each block and of the rest
@@ -15,8 +15,8 @@ fsdp2_accumulation   four batches of 4096 tokens a step, whose gradients are exc
 fsdp2_offload        the shards of the parameters, and with them the optimiser, live on the CPU
 
 Everything runs on all GPUs together and, for the scaling, on each alone, in a group of one. The models of a mode and a
-dropout run in random order each round. Times are the slowest GPU's. Peak memory is the fullest GPU's, all that the model
-needs there: weights, gradients, optimiser and activations. scaling is tokens/s a GPU as a part of those on one GPU.
+dropout run in random order each round. Times are the slowest GPU's. Peak memory is the fullest GPU's, all that the
+model needs there: weights, gradients, optimiser and activations. scaling is tokens/s a GPU as a part of those on one.
 """
 
 import argparse
@@ -131,7 +131,9 @@ def scaled(rows: list[common.Row]) -> list[common.Row]:
     return [{**row, "scaling": scaling(row)} for row in rows]
 
 
-def measure(cases: list[Case], size: Size, rounds: int, limit: float, about: common.Row, path: Path) -> list[common.Row]:
+def measure(
+    cases: list[Case], size: Size, rounds: int, limit: float, about: common.Row, path: Path
+) -> list[common.Row]:
     """In each process: all rows. The first writes them after every group, so that a run cut short leaves its part."""
     first = dist.get_rank() == 0
     meshes = {gpus: group_of(gpus, size.device) for gpus in dict.fromkeys(case.gpus for case in cases)}
@@ -167,23 +169,27 @@ def summarise(rows: list[common.Row]) -> str:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     """(arguments, the cases to run)."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.bench_distributed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.bench_distributed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--gpus", type=positive, help="default: all that there are; 2 processes with --tiny")
-    parser.add_argument("--check", action="store_true", help="losses, adapters, checkpoints and reports instead of times; "
-                        "the exit status is 1 if anything is wrong")  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="losses, adapters, checkpoints and reports instead of "
+                        "times; the exit status is 1 if anything is wrong")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="a tiny model in fp32 on the CPU, processes that talk by "
                         "gloo; the file is bench_distributed_cpu_xGPUS.csv")  # fmt: skip
     parser.add_argument("--rounds", type=positive, default=5, help="at most (default 5)")
     parser.add_argument("--limit", type=positive, default=8, metavar="SECONDS",
-                        help="fewer rounds, though two, for a group of candidates that takes longer (default 8)")  # fmt: skip
+                        help="fewer rounds, though two, where they would take a group longer (default 8)")  # fmt: skip
     parser.add_argument("--steps", type=positive, default=20, help="of --check (default 20)")
     parser.add_argument("--layers", type=positive, help=f"default {LARGE.layers}; 1 with --tiny")
     parser.add_argument("--only", type=functools.partial(only, kinds=KINDS), action="append", default=[],
                         metavar="KEY=VALUE[,VALUE]", help="a part only, for instance --only p=0 --only mode=ddp; "
-                        f"KEY is one of {', '.join(KINDS)}; --check goes by mode and impl, whose other half it adds")  # fmt: skip
+                        f"KEY is one of {', '.join(KINDS)}; --check goes by mode and, for LoRA or DoRA, "
+                        "impl")  # fmt: skip
     parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR",
-                        help="where bench_distributed_CARD_xGPUS.csv is rewritten (default benchmarks/results)")  # fmt: skip
+                        help="where bench_distributed_CARD_xGPUS.csv is rewritten "
+                        "(default benchmarks/results)")  # fmt: skip
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
     args.gpus = args.gpus or (2 if args.tiny else max(1, torch.cuda.device_count()))
@@ -223,8 +229,8 @@ def main(argv: list[str] | None = None) -> int:
     path = args.out / f"bench_distributed_{common.card(about['gpu'])}_x{args.gpus}.csv"
     backend = "auto" if args.tiny else "triton"  # on a GPU never the slow path unawares
     rows = processes(args.gpus, size.device, backend, measure, cases, size, args.rounds, args.limit, about, path)
-    print(f"\n{args.gpus} x {about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}, "
-          f"{time.monotonic() - start:.0f} s\n")  # fmt: skip
+    print(f"\n{args.gpus} x {about['gpu']}, torch {about['torch']}, triton {about['triton']}, "
+          f"commit {about['commit']}, {time.monotonic() - start:.0f} s\n")  # fmt: skip
     print(summarise(rows))
     return 0
 

@@ -3,8 +3,8 @@
 For LoRA and DoRA, without dropout (with it every process drops its own) and with the whole batch the same everywhere:
 
 losses      of our steps on all GPUs, in each mode, are those of ours on one: they differ by at most twice what stock
-            PEFT's do, there and on one GPU that takes the batch row by row, which is rounding alone; that, and what ours
-            differ from stock's by, is at most a tenth of what the loss falls by
+            PEFT's do, there and on one GPU that takes the batch row by row, which is rounding alone; that, and what
+            ours differ from stock's by, is at most a tenth of what the loss falls by
 adapters    are bit for bit the same in every process after the run, and no longer what they were (but for DoRA's
             magnitudes in 16 bits, where such steps are less than rounding)
 report      calls every layer fused, and no layer was left to stock PEFT in the run
@@ -166,9 +166,10 @@ class Bench:
                  and not ("magnitude" in name and tensor.dtype != torch.float32)]  # fmt: skip
         alike = len(set(of_all(digest(run.adapters))))
         self.say(alike == 1 and not still and run.adapters.keys() == start.keys(),
-                 f"{mode}: {len(still)} of {len(start)} adapters did not move, {alike} version of them in all processes")  # fmt: skip
-        fused, not_fused = run.report.fused, run.report.not_fused
-        self.say(not not_fused, f"{mode}: {fused} layers fused, {not_fused} not" + f"\n{run.report}" * (not_fused > 0))
+                 f"{mode}: {len(still)} of {len(start)} adapters did not move, {alike} version of them "
+                 "in all processes")  # fmt: skip
+        fused, slow = run.report.fused, run.report.not_fused
+        self.say(not slow, f"{mode}: {fused} layers fused, {slow} not" + f"\n{run.report}" * (slow > 0))
 
     def check_files(self, mode: str, wrapped: nn.Module, run: Run, folder: Path, bound: float) -> None:
         loss = everywhere([loss_of(wrapped, [self.mine])])[0]
