@@ -178,9 +178,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
                         "times; the exit status is 1 if anything is wrong")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="a tiny model in fp32 on the CPU, processes that talk by "
                         "gloo; the file is bench_distributed_cpu_xGPUS.csv")  # fmt: skip
-    parser.add_argument("--rounds", type=positive, default=5, help="at most (default 5)")
-    parser.add_argument("--limit", type=positive, default=8, metavar="SECONDS",
-                        help="fewer rounds, though two, where they would take a group longer (default 8)")  # fmt: skip
+    parser.add_argument("--rounds", type=positive, default=4, help="at most (default 4)")
+    parser.add_argument("--limit", type=positive, default=6, metavar="SECONDS",
+                        help="fewer rounds, though two, where they would take a group longer (default 6)")  # fmt: skip
     parser.add_argument("--steps", type=positive, default=20, help="of --check (default 20)")
     parser.add_argument("--layers", type=positive, help=f"default {LARGE.layers}; 1 with --tiny")
     parser.add_argument("--only", type=functools.partial(only, kinds=KINDS), action="append", default=[],

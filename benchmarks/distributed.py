@@ -3,6 +3,7 @@
 import datetime
 import json
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lora_fast import set_backend
+from lora_fast import SlowPathWarning, set_backend
 
 
 class Mode(NamedTuple):
@@ -51,7 +52,8 @@ def wrap(model: nn.Module, mode: Mode, mesh: DeviceMesh) -> nn.Module:
     policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if mode.offload else OffloadPolicy()
     for block in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(block, mesh=mesh, offload_policy=policy)
-    return fully_shard(model, mesh=mesh, offload_policy=policy)
+    fully_shard(model, mesh=mesh, offload_policy=policy)
+    return model
 
 
 def step_of(model: nn.Module, batches: list[Tensor], lr: float) -> Callable[[], Tensor]:
@@ -93,6 +95,8 @@ def _process(
     else:
         torch.set_num_threads(1)
     set_backend(backend)
+    if backend == "triton":
+        warnings.simplefilter("error", SlowPathWarning)  # of a layer that is left to stock PEFT
     # With gloo beside NCCL for what FSDP2 keeps on the CPU. No device_id: groups are then split from the NCCL one.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/store",
                             rank=rank, world_size=count, timeout=datetime.timedelta(minutes=3))  # fmt: skip
