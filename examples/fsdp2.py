@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
             optimizer.step()
             optimizer.zero_grad()
             progress.set_postfix(loss=f"{loss.item():.3f}")
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    whole = get_model_state_dict(model, options=options)  # the adapter's tensors
     losses = common.finish(args, model, before, held_out, whole)
     dist.destroy_process_group()
     return losses

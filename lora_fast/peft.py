@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_fast import dispatch
@@ -147,7 +148,9 @@ def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
     if isinstance(parts, str):
         return False, parts
     weight = layer.base_layer.weight
-    slow = dispatch.why_slow(weight.device, dispatch.autocast_dtype(weight.device) or weight.dtype)
+    mesh = getattr(weight, "device_mesh", None)  # FSDP2 may keep on the CPU what it gathers on the mesh's devices
+    device = weight.device if mesh is None else torch.device(mesh.device_type)
+    slow = dispatch.why_slow(device, dispatch.autocast_dtype(device) or weight.dtype)
     remarks = [] if slow is None else [slow]
     if is_dora(layer, names[0]):
         drops = isinstance(layer.lora_dropout[names[0]], nn.Dropout)

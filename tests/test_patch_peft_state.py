@@ -546,6 +546,16 @@ def test_fsdp2_gathers_what_the_kernels_read(mesh, kind, first):
         same({name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in found.items()}, expected)
 
 
+def test_report_under_fsdp2_speaks_of_where_it_gathers(mesh, monkeypatch):
+    """Parameters that are kept on the CPU run on the mesh's devices."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    ours = fully_shard(patched(stock_model()), mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    monkeypatch.setattr(type(mesh), "device_type", "cuda")
+    monkeypatch.setattr(lora_fast.dispatch, "why_slow", lambda device, dtype: f"runs on {device.type}")
+    assert {layer.reason for layer in peft_report(ours).layers} == {"runs on cuda"}
+
+
 def test_dtensors_run_stock_audibly(mesh):
     from torch.distributed.tensor import DTensor, distribute_module
 
