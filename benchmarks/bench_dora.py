@@ -8,6 +8,8 @@ eager           lora_fast.reference: plain torch (addmm; the norm from blocks of
 eager_compiled  torch.compile of the same
 peft            PEFT's DoRA layer, where PEFT is installed; adapters in x's dtype (autocast_adapter_dtype=False)
 lora_fast_dora  DoRALinear
+eager_fp8       stock parts over an fp8 base, as in bench_lora
+lora_fast_fp8_dora  DoRALinear over the same base (base_dtype="float8_e4m3")
 """
 
 import importlib.util
@@ -17,12 +19,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks import bench_lora, common
+from benchmarks import bench_lora, common, fp8
 from benchmarks.bench_lora import Candidate, Case, Suite
 from benchmarks.summary import means
 from lora_fast import DoRALinear, LoRALinear, reference
 
-IMPLS = ("frozen", "frozen_again", "lora_fast_lora", "eager", "eager_compiled", "peft", "lora_fast_dora")
+IMPLS = ("frozen", "frozen_again", "lora_fast_lora", "eager", "eager_compiled", "peft", "eager_fp8",
+         "lora_fast_fp8_dora", "lora_fast_dora")  # fmt: skip
 
 
 def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidate]:
@@ -36,9 +39,8 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
     ours.reset_magnitude()
     leaves: list[Tensor] = [x, ours.lora_A, ours.lora_B, ours.lora_magnitude_vector]
 
-    def eager(linear: Callable[..., Tensor]) -> Candidate:
-        _, *adapter = leaves
-        return Candidate(lambda x: linear(x, ours.weight, *adapter, ours.scaling, None, case.p), x, dy, leaves)
+    def eager(linear: Callable[..., Tensor], weight: Tensor = ours.weight, adapter=tuple(leaves[1:])) -> Candidate:
+        return Candidate(lambda x: linear(x, weight, *adapter, ours.scaling, None, case.p), x, dy, [x, *adapter])
 
     made = {impl: base[impl] for impl in impls if impl in base}
     if "eager" in impls:
@@ -48,6 +50,12 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
     if "peft" in impls and importlib.util.find_spec("peft"):
         layer = bench_lora.peft_layer(ours)
         made["peft"] = Candidate(layer, x, dy, [x, *(p for p in layer.parameters() if p.requires_grad)])
+    for impl in {"eager_fp8", "lora_fast_fp8_dora"}.intersection(impls if case.dtype != "fp32" else ()):
+        layer = bench_lora.over_fp8(ours)
+        adapter = [getattr(layer, name) for name in layer.adapter_names]
+        made[impl] = Candidate(layer, x, dy, [x, *adapter])
+        if impl == "eager_fp8":
+            made[impl] = eager(fp8.dora_linear, layer.weight, adapter)
     if "lora_fast_dora" in impls:
         made["lora_fast_dora"] = Candidate(ours, x, dy, leaves)
     return {impl: made[impl] for impl in impls if impl in made}

@@ -13,6 +13,9 @@ eager_compiled  torch.compile of the same
 peft            PEFT's layer, where PEFT is installed; adapters in x's dtype (autocast_adapter_dtype=False): with its
                 default of float32 ones it would upcast x outside autocast
 lora_fast_lora  LoRALinear
+eager_fp8       stock parts over an fp8 base: torch._scaled_mm both ways (benchmarks/fp8.py), addmm; 16-bit dtypes only,
+                and shapes that it takes
+lora_fast_fp8_lora  LoRALinear over the same base (base_dtype="float8_e4m3")
 """
 
 import argparse
@@ -29,13 +32,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks import common
+from benchmarks import common, fp8
 from benchmarks.summary import summarise
 from lora_fast import DoRALinear, LoRALinear, reference, set_backend, timing
 from lora_fast.timing import Candidate
 
 FROZEN = ("frozen", "frozen_again")
-IMPLS = ("frozen", "frozen_again", "eager", "eager_compiled", "peft", "lora_fast_lora")
+IMPLS = (
+    "frozen",
+    "frozen_again",
+    "eager",
+    "eager_compiled",
+    "peft",
+    "eager_fp8",
+    "lora_fast_fp8_lora",
+    "lora_fast_lora",
+)
 COLUMNS = ("gpu torch triton commit dtype M K N r p what impl median_us p20_us p80_us ratio_to_frozen peak_mib").split()
 KINDS: dict[str, Callable[[str], Any]] = {"dtype": str, "M": int, "K": int, "N": int, "r": int, "p": float, "impl": str}
 
@@ -78,9 +90,9 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
     frozen = nn.Linear(case.K, case.N, bias=False, **kind).requires_grad_(False)
     ours = LoRALinear.from_linear(frozen, case.r, 2 * case.r, case.p, init_lora_weights=False)
 
-    def eager(linear: Callable[..., Tensor]) -> Candidate:
-        a, b = ours.lora_A, ours.lora_B
-        return Candidate(lambda x: linear(x, frozen.weight, a, b, ours.scaling, None, case.p), x, dy, [x, a, b])
+    def eager(linear: Callable[..., Tensor], over: LoRALinear = ours) -> Candidate:
+        weight, a, b = over.weight, over.lora_A, over.lora_B
+        return Candidate(lambda x: linear(x, weight, a, b, ours.scaling, None, case.p), x, dy, [x, a, b])
 
     made: dict[str, Candidate] = {}
     for impl in impls:
@@ -95,7 +107,20 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
             made[impl] = Candidate(layer, x, dy, [x, *(p for p in layer.parameters() if p.requires_grad)])
         elif impl == "lora_fast_lora":
             made[impl] = Candidate(ours, x, dy, [x, ours.lora_A, ours.lora_B])
+        elif "fp8" in impl and case.dtype != "fp32":
+            layer = over_fp8(ours)
+            made[impl] = Candidate(layer, x, dy, [x, layer.lora_A, layer.lora_B])
+            if impl == "eager_fp8":
+                made[impl] = eager(fp8.lora_linear, layer)
     return made
+
+
+def over_fp8(ours: LoRALinear) -> LoRALinear:
+    """The same layer over an fp8 base."""
+    options = ours.r, ours.lora_alpha, ours.lora_dropout
+    layer = type(ours).from_linear(ours.to_linear(), *options, base_dtype="float8_e4m3")
+    layer.load_state_dict({name: getattr(ours, name) for name in ours.adapter_names}, strict=False)
+    return layer
 
 
 def peft_layer(ours: LoRALinear) -> nn.Module:

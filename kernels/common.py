@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 
 TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
+FP8 = torch.float8_e4m3fn
+FP8_MAX = tl.constexpr(448.0)  # the largest e4m3 number
+FP8_LEAST = tl.constexpr(2.0**-60)  # rows whose largest element is smaller are scaled as if it were this
 
 
 @triton.jit
@@ -49,6 +52,13 @@ def store_tile(t, tile, row, col, n_rows, n_cols, DTYPE: tl.constexpr, TMA: tl.c
         zero = tl.full((), 0, tl.int64)
         first = t + (zero + row) * n_cols + col
         tl.store(first + (rows * n_cols + cols), tile.to(DTYPE), mask=(rows < n_rows - row) & (cols < n_cols - col))
+
+
+@triton.jit
+def fp8_scale(peak):
+    """The scale of a row with this largest absolute value: the least power of two that brings it into e4m3's range."""
+    bits = tl.maximum(peak, FP8_LEAST).to(tl.float32) / FP8_MAX
+    return ((bits.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

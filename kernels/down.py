@@ -2,6 +2,9 @@
 
 One read of x. The same kernel gives dS = scaling * dY B from A = B^T (strides exchanged) where the pass over dY that
 also makes dB would need too large an accumulator. Adapters kept in float32 on a 16-bit base are cast on the way.
+
+For an fp8 base the same launch writes x (or x * gain) in e4m3 with a scale for each row: between any two programs that
+make S are those that quantise the same rows, so that one of the two reads comes from the cache.
 """
 
 import torch
@@ -9,14 +12,17 @@ import triton
 import triton.language as tl
 
 from lora_fast.kernels.common import (
+    FP8,
     TL,
     acc_dtype,
+    fp8_scale,
     load_tile,
     mask_words,
     mma,
     padded_rank,
     precision,
     scalar,
+    store_tile,
     unpack_words,
     wait_for_stream,
 )
@@ -37,24 +43,75 @@ def _cast(src, dst, block, rows, cols, dst_cols, BLOCK: tl.constexpr, STEPS: tl.
         tl.store(dst + i, value.to(dst.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _gain(gain_ptr, k, K, BLOCK_K: tl.constexpr, GAIN: tl.constexpr, ACC: tl.constexpr):
+    """A row [1, BLOCK_K] of gains from k on; ones without."""
+    gain = tl.full([1, BLOCK_K], 1, ACC)
+    if GAIN:
+        ks = k + tl.arange(0, BLOCK_K)
+        gain = tl.load(gain_ptr + ks, mask=ks < K, other=0.0).to(ACC)[None, :]
+    return gain
+
+
+@triton.jit
+def _quantise(x_ptr, x8_ptr, row_scale_ptr, gain_ptr, first, M, K, stride_xm, stride_xk, ROWS: tl.constexpr,
+              STEP: tl.constexpr, BLOCK_K: tl.constexpr, ONE: tl.constexpr, GAIN: tl.constexpr,
+              ACC: tl.constexpr):  # fmt: skip
+    """x * gain over its rows' scales in e4m3, for ROWS rows, STEP at a time; ONE: a row fits BLOCK_K, is read once."""
+    gain = _gain(gain_ptr, 0, K, BLOCK_K, GAIN, ACC)
+    for row in range(first, first + ROWS, STEP):
+        rows = row + tl.arange(0, STEP)
+        tile = load_tile(x_ptr, row, 0, M, K, stride_xm, stride_xk, False, STEP, BLOCK_K).to(ACC) * gain
+        peak = tl.max(tl.abs(tile), 1)
+        if not ONE:
+            for k in range(BLOCK_K, K, BLOCK_K):
+                later = load_tile(x_ptr, row, k, M, K, stride_xm, stride_xk, False, STEP, BLOCK_K).to(ACC)
+                peak = tl.maximum(peak, tl.max(tl.abs(later * _gain(gain_ptr, k, K, BLOCK_K, GAIN, ACC)), 1))
+        scale = fp8_scale(peak)
+        tl.store(row_scale_ptr + rows, scale, mask=rows < M)
+        by = (1 / scale)[:, None]
+        store_tile(x8_ptr, tile * by, row, 0, M, K, tl.float8e4nv, False)
+        if not ONE:
+            for k in range(BLOCK_K, K, BLOCK_K):
+                later = load_tile(x_ptr, row, k, M, K, stride_xm, stride_xk, False, STEP, BLOCK_K).to(ACC)
+                later *= _gain(gain_ptr, k, K, BLOCK_K, GAIN, ACC) * by
+                store_tile(x8_ptr, later, row, k, M, K, tl.float8e4nv, False)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _down_fwd_kernel(
-    x, a_ptr, s_ptr, bits_ptr, b_ptr, a_cast_ptr, b_cast_ptr, scaling, keep_scale, M, K, R, RS, N,
+    x, a_ptr, s_ptr, bits_ptr, b_ptr, a_cast_ptr, b_cast_ptr, scaling, keep_scale,
+    x_ptr, x8_ptr, row_scale_ptr, gain_ptr, M, K, R, RS, N,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    QUANT_ROWS: tl.constexpr, QUANT_STEP: tl.constexpr, QUANT_K: tl.constexpr, ONE: tl.constexpr, GAIN: tl.constexpr,
     CAST_BLOCK: tl.constexpr, CAST_STEPS: tl.constexpr,
     MASK: tl.constexpr, CAST: tl.constexpr, SCALING_PTR: tl.constexpr, TMA: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
-    row, rank = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_R
-    if row < M:
+    program, rank = tl.program_id(0), tl.program_id(1) * BLOCK_R
+    if QUANT_ROWS > 0:
+        part = program % (1 + BLOCK_M // QUANT_ROWS)
+        program //= 1 + BLOCK_M // QUANT_ROWS
+        quantises = part > 0
+    else:
+        quantises: tl.constexpr = False  # type: ignore[no-redef]
+    row = program * BLOCK_M
+    if quantises:
+        if rank == 0:
+            _quantise(x_ptr, x8_ptr, row_scale_ptr, gain_ptr, row + (part - 1) * QUANT_ROWS, M, K, stride_xm, stride_xk,
+                      QUANT_ROWS, QUANT_STEP, QUANT_K, ONE, GAIN, ACC)  # fmt: skip
+    elif row < M:
         rows = row + tl.arange(0, BLOCK_M)
         ranks = rank + tl.arange(0, BLOCK_R)
         acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
         for k in range(0, K, BLOCK_K):
             tile = load_tile(x, row, k, M, K, stride_xm, stride_xk, TMA, BLOCK_M, BLOCK_K)  # [BLOCK_M, BLOCK_K]
             a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K)  # [BLOCK_R, BLOCK_K]
+            if GAIN:
+                ks = k + tl.arange(0, BLOCK_K)
+                a = a.to(ACC) * tl.load(gain_ptr + ks, mask=ks < K, other=0.0).to(ACC)[None, :]
             if MASK:
                 words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
                 tile = tl.where(unpack_words(words), tile, 0.0)
@@ -63,7 +120,7 @@ def _down_fwd_kernel(
         s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * RS + ranks[None, :]
         tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < RS))
     elif CAST:  # the programs past the last rows, on processors that would idle
-        block = tl.program_id(0) - tl.cdiv(M, BLOCK_M)
+        block = program - tl.cdiv(M, BLOCK_M)
         a_blocks = tl.cdiv(R * K, CAST_BLOCK * CAST_STEPS)
         if rank == 0:
             if block < a_blocks:
@@ -73,15 +130,19 @@ def _down_fwd_kernel(
 
 
 def down_plan(x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, masked: bool,
-              b: torch.Tensor | None = None) -> Plan:  # fmt: skip
-    """The launch for these tensors (see the functions below); with b it also casts a and b."""
+              b: torch.Tensor | None = None, quantised: bool = False, with_gain: bool = False) -> Plan:  # fmt: skip
+    """The launch for these tensors (see the functions below); with b it also casts a and b. Called with (x, a, s, bits,
+    b, a_cast, b_cast, scaling, keep_scale, and x, x8, row_scale, gain if quantised)."""
     (m, k), r, tma = x.shape, a.shape[0], tma_fits(x)
-    tile, options = down_tile(m, k, r, x.dtype, a.dtype, x.device, tma, masked)
+    tile, options = down_tile(m, k, r, x.dtype, a.dtype, x.device, tma, masked, quantised, with_gain)
     blocks, n = triton.cdiv(m, tile["BLOCK_M"]), 0
     if b is not None:
         n = b.shape[0]
         blocks += sum(triton.cdiv(size, CAST_BLOCK * CAST_STEPS) for size in (r * k, n * padded_rank(r)))
-    constants = {**tile, "CAST_BLOCK": CAST_BLOCK, "CAST_STEPS": CAST_STEPS, "MASK": masked,
+    if quantised:
+        blocks *= 1 + tile["BLOCK_M"] // tile["QUANT_ROWS"]
+    constants = {**tile, "ONE": k <= tile["QUANT_K"], "GAIN": with_gain,
+                 "CAST_BLOCK": CAST_BLOCK, "CAST_STEPS": CAST_STEPS, "MASK": masked,
                  "CAST": b is not None, "SCALING_PTR": isinstance(scaling, torch.Tensor), "TMA": tma,
                  "ACC": acc_dtype(x.dtype), "PRECISION": precision(x.dtype, k), "DTYPE": TL[x.dtype]}  # fmt: skip
     ints = (m, k, r, padded_rank(r), n, *x.stride(), *a.stride(), triton.cdiv(k, 32) if masked else 0)
@@ -103,8 +164,32 @@ def down_fwd(
     if x.shape[0]:
         key = ("down", sig(x), sig(a), bits is None, scaling_kind(scaling), precision(x.dtype, x.shape[1]))
         plan = plan_for(key, down_plan, x, a, scaling, bits is not None)
-        plan(x, a, s, bits, None, None, None, scaling, keep_scale)
+        plan(x, a, s, bits, None, None, None, scaling, keep_scale, None, None, None, None)
     return s
+
+
+def quantise_fwd(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    scaling: float | torch.Tensor,
+    bits: torch.Tensor | None = None,
+    keep_scale: float = 1.0,
+    gain: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """S as ``down_fwd`` gives it, of x * gain [K] if that is given, and x (or that product) in e4m3: [M, K], and the
+    scales of its rows [M] in float32."""
+    s, scaling = x.new_empty(x.shape[0], padded_rank(a.shape[0])), as_scaling(scaling)
+    x8, row_scale = quantised_space(x)
+    if x.shape[0]:
+        key = ("quantise", sig(x), sig(a), bits is None, gain is None, scaling_kind(scaling),
+               precision(x.dtype, x.shape[1]))  # fmt: skip
+        plan = plan_for(key, down_plan, x, a, scaling, bits is not None, None, True, gain is not None)
+        plan(x, a, s, bits, None, None, None, scaling, keep_scale, x, x8, row_scale, gain)
+    return s, x8, row_scale
+
+
+def quantised_space(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 def cast_wanted(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -126,7 +211,7 @@ def down_cast_fwd(
     a_cast, b_cast = cast_space(x, a, b)
     key = ("down", sig(x), sig(a), sig(b), bits is None, scaling_kind(scaling), precision(x.dtype, x.shape[1]))
     plan = plan_for(key, down_plan, x, a, scaling, bits is not None, b)
-    plan(x, a, s, bits, b, a_cast, b_cast, scaling, keep_scale)
+    plan(x, a, s, bits, b, a_cast, b_cast, scaling, keep_scale, None, None, None, None)
     return s, a_cast, b_cast
 
 

@@ -6,6 +6,10 @@ The low-rank product is the first step (or more, of BLOCK_C ranks each) of the s
 come from P and Q instead of X and W, and after it a dropout mask is applied to the accumulator, which then goes on with
 the base product.
 
+Over an fp8 base, X and W are e4m3 with a scale for each row of X and each of W, and W is given with the contraction
+along its rows for dX, too. The accumulator begins with the 16-bit low-rank product over these scales, which are powers
+of two, and the epilogue multiplies by them.
+
 Persistent: a program walks over tiles of the result in one flat loop over all their steps, so that the loads of the
 next tile are under way while this one is stored. The accumulator is touched outside the products in one place only
 (``turn``): where ptxas finds two, it makes all products wait for each other.
@@ -15,7 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_fast.kernels import launch
 from lora_fast.kernels.common import (
+    FP8,
     TL,
     acc_dtype,
     load_tile,
@@ -50,10 +56,21 @@ def _words_of(bits_ptr, tile, grid_m, grid_n, M, stride_bits, GROUP_M: tl.conste
 
 
 @triton.jit
-def _store(out, z, acc, row, col, M, N, gain_ptr, bias_ptr, DTYPE: tl.constexpr, TMA: tl.constexpr,
-           GAIN: tl.constexpr, BIAS: tl.constexpr, KEEP_Z: tl.constexpr):  # fmt: skip
-    """The epilogue: KEEP_Z also stores the tile as it was before gain and bias."""
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store(out, z, acc, row, col, M, N, x_scale, w_scale_ptr, gain_ptr, bias_ptr, DTYPE: tl.constexpr,
+           TMA: tl.constexpr, FP8: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
+           KEEP_Z: tl.constexpr):  # fmt: skip
+    """The epilogue: scales of an fp8 product; KEEP_Z also stores the tile as it is before gain and bias."""
     cols = col + tl.arange(0, acc.shape[1])
+    if FP8:
+        scale = tl.load(w_scale_ptr + cols, mask=cols < N, other=0.0)
+        acc *= x_scale.to(acc.dtype)[:, None]
+        acc *= scale.to(acc.dtype)[None, :]
     if KEEP_Z:
         store_tile(z, acc, row, col, M, N, DTYPE, TMA)
     if GAIN:
@@ -63,19 +80,68 @@ def _store(out, z, acc, row, col, M, N, gain_ptr, bias_ptr, DTYPE: tl.constexpr,
     store_tile(out, acc, row, col, M, N, DTYPE, TMA)
 
 
+@triton.jit
+def _first_ranks(p_ptr, q_ptr, x_scale_ptr, w_scale_ptr, tile, grid_m, grid_n, M, N, R, stride_p, stride_qr, stride_qc,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+                 Q_T: tl.constexpr):  # fmt: skip
+    """What the low-rank product of a tile starts with: its rows of P and Q up to rank BLOCK_R, and both scales."""
+    pid_m, pid_n = _tile_of(tl.minimum(tile, grid_m * grid_n - 1), grid_m, grid_n, GROUP_M)
+    row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
+    a = load_tile(p_ptr, row, 0, M, R, stride_p, 1, False, BLOCK_M, BLOCK_R)
+    if Q_T:
+        b = load_tile(q_ptr, col, 0, N, R, stride_qr, stride_qc, False, BLOCK_N, BLOCK_R).T
+    else:
+        b = load_tile(q_ptr, 0, col, R, N, stride_qr, stride_qc, False, BLOCK_R, BLOCK_N)
+    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    return (a, b, tl.load(x_scale_ptr + rows, mask=rows < M, other=1.0),
+            tl.load(w_scale_ptr + cols, mask=cols < N, other=1.0))  # fmt: skip
+
+
+@triton.jit
+def _over(t, scale, AXIS: tl.constexpr, KIND: tl.constexpr):
+    """t divided by one power of two for each of its rows (AXIS 1) or columns, which is exact."""
+    return (t.to(tl.float32) * (1 / tl.expand_dims(scale, AXIS))).to(KIND)
+
+
+@triton.jit
+def _low_rank(a, b, x_scale, w_scale, words, p_ptr, q_ptr, tile, grid_m, grid_n, M, N, R,
+              stride_p, stride_qr, stride_qc, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, Q_T: tl.constexpr,
+              MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
+    """[mask *] P Q' of a tile over its scales: where an fp8 product begins. a, b: what ``_first_ranks`` gave."""
+    BLOCK_M: tl.constexpr = a.shape[0]
+    BLOCK_N: tl.constexpr = b.shape[1]
+    acc = mma(_over(a, x_scale, 1, KIND), _over(b, w_scale, 0, KIND), tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC),
+              PRECISION)  # fmt: skip
+    if R > BLOCK_R:
+        pid_m, pid_n = _tile_of(tl.minimum(tile, grid_m * grid_n - 1), grid_m, grid_n, GROUP_M)
+        row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
+        for rank in range(BLOCK_R, R, BLOCK_R):
+            a = load_tile(p_ptr, row, rank, M, R, stride_p, 1, False, BLOCK_M, BLOCK_R)
+            if Q_T:
+                b = load_tile(q_ptr, col, rank, N, R, stride_qr, stride_qc, False, BLOCK_N, BLOCK_R).T
+            else:
+                b = load_tile(q_ptr, rank, col, R, N, stride_qr, stride_qc, False, BLOCK_R, BLOCK_N)
+            acc = mma(_over(a, x_scale, 1, KIND), _over(b, w_scale, 0, KIND), acc, PRECISION)
+    if MASK:
+        acc = tl.where(unpack_words(words), acc, 0.0)
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def _gemm_kernel(
-    x, w, p, q, out, z, gain_ptr, bias_ptr, bits_ptr, M, N, C, R,
+    x, w, p, q, out, z, gain_ptr, bias_ptr, bits_ptr, x_scale_ptr, w_scale_ptr, M, N, C, R,
     stride_xm, stride_xc, stride_wr, stride_wc, stride_p, stride_qr, stride_qc, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
-    W_T: tl.constexpr, TMA: tl.constexpr, KEEP_Z: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
-    MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, W_T: tl.constexpr, Q_T: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr,
+    KEEP_Z: tl.constexpr,
+    GAIN: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KIND: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     HALF: tl.constexpr = BLOCK_N // 2
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
-    n_rank = tl.cdiv(R, BLOCK_C) * BLOCK_C
+    n_rank = 0 if FP8 else tl.cdiv(R, BLOCK_C) * BLOCK_C
     end = n_rank + tl.cdiv(C, BLOCK_C) * BLOCK_C
     tile = tl.program_id(0) - PROGRAMS
     mine = tl.cdiv(grid_m * grid_n - tl.program_id(0), PROGRAMS)
@@ -83,8 +149,18 @@ def _gemm_kernel(
     row = 0
     col = 0
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    words = 0
+    x_scale = 1.0
     if MASK:
         words = _words_of(bits_ptr, tl.program_id(0), grid_m, grid_n, M, stride_bits, GROUP_M, BLOCK_M, BLOCK_N)
+    if FP8:
+        p0, q0, next_x, next_w = _first_ranks(
+            p, q, x_scale_ptr, w_scale_ptr, tl.program_id(0), grid_m, grid_n, M, N, R, stride_p, stride_qr, stride_qc,
+            BLOCK_M, BLOCK_N, BLOCK_R, GROUP_M, Q_T,
+        )  # fmt: skip
+        x_scale = next_x
+        acc = _low_rank(p0, q0, next_x, next_w, words, p, q, tl.program_id(0), grid_m, grid_n, M, N, R,
+                        stride_p, stride_qr, stride_qc, BLOCK_R, GROUP_M, Q_T, MASK, ACC, PRECISION, KIND)  # fmt: skip
     for _ in range(0, mine * (end // BLOCK_C)):
         c += BLOCK_C
         if c == end:
@@ -95,26 +171,43 @@ def _gemm_kernel(
             col = pid_n * BLOCK_N
         xs, ws, at, to = x, w, c - n_rank, C
         xr, xc, wr, wc = stride_xm, stride_xc, stride_wr, stride_wc
-        if c < n_rank:
-            xs, ws, at, to = p, q, c, R
-            xr, xc, wr, wc = stride_p, 1, stride_qr, stride_qc
+        if not FP8:
+            if c < n_rank:
+                xs, ws, at, to = p, q, c, R
+                xr, xc, wr, wc = stride_p, 1, stride_qr, stride_qc
         a = load_tile(xs, row, at, M, to, xr, xc, TMA, BLOCK_M, BLOCK_C)
         if W_T:
             b = load_tile(ws, col, at, N, to, wr, wc, TMA, BLOCK_N, BLOCK_C).T
         else:
             b = load_tile(ws, at, col, to, N, wr, wc, TMA, BLOCK_C, BLOCK_N)
         acc = mma(a, b, acc, PRECISION)
-        if MASK:
+        if MASK and not FP8:
             turn = (c == n_rank - BLOCK_C) | (c == end - BLOCK_C)
         else:
             turn = c == end - BLOCK_C
         if turn:
             if c == end - BLOCK_C:
-                left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-                _store(out, z, left, row, col, M, N, gain_ptr, bias_ptr, DTYPE, TMA, GAIN, BIAS, KEEP_Z)
-                _store(out, z, right, row, col + HALF, M, N, gain_ptr, bias_ptr, DTYPE, TMA, GAIN, BIAS, KEEP_Z)
-                acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-            elif MASK:
+                if FP8:  # the next tile's, which come in while this one is stored
+                    p0, q0, next_x, next_w = _first_ranks(
+                        p, q, x_scale_ptr, w_scale_ptr, tile + PROGRAMS, grid_m, grid_n, M, N, R,
+                        stride_p, stride_qr, stride_qc, BLOCK_M, BLOCK_N, BLOCK_R, GROUP_M, Q_T,
+                    )  # fmt: skip
+                    if MASK:
+                        words = _words_of(bits_ptr, tile + PROGRAMS, grid_m, grid_n, M, stride_bits,
+                                          GROUP_M, BLOCK_M, BLOCK_N)  # fmt: skip
+                left, right = _halves(acc)
+                _store(out, z, left, row, col, M, N, x_scale, w_scale_ptr, gain_ptr, bias_ptr,
+                       DTYPE, TMA, FP8, GAIN, BIAS, KEEP_Z)  # fmt: skip
+                _store(out, z, right, row, col + HALF, M, N, x_scale, w_scale_ptr, gain_ptr, bias_ptr,
+                       DTYPE, TMA, FP8, GAIN, BIAS, KEEP_Z)  # fmt: skip
+                if FP8:
+                    x_scale = next_x
+                    acc = _low_rank(p0, q0, next_x, next_w, words, p, q, tile + PROGRAMS, grid_m, grid_n, M, N, R,
+                                    stride_p, stride_qr, stride_qc, BLOCK_R, GROUP_M, Q_T, MASK, ACC,
+                                    PRECISION, KIND)  # fmt: skip
+                else:
+                    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+            elif MASK and not FP8:
                 acc = tl.where(unpack_words(words), acc, 0.0)
                 words = _words_of(bits_ptr, tile + PROGRAMS, grid_m, grid_n, M, stride_bits,
                                   GROUP_M, BLOCK_M, BLOCK_N)  # the next tile's  # fmt: skip
@@ -124,19 +217,24 @@ def gemm_plan(
     x: torch.Tensor, w: torch.Tensor, q: torch.Tensor, out: torch.Tensor, transposed: bool, with_bias: bool,
     masked: bool, with_gain: bool = False, keep_z: bool = False,
 ) -> Plan:  # fmt: skip
-    """The launch for these tensors (see ``gemm``); called with (x, w, p, q, out, z, gain, bias, bits)."""
+    """The launch for these tensors (see ``gemm``); called with (x, w, p, q, out, z, gain, bias, bits, x_scale,
+    w_scale)."""
     (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
-    exact, tma = precision(x.dtype, c), tma_fits(x, w, out, q)
-    tile, options = gemm_tile(x.dtype, x.device, tma, masked, exact, keep_z)
+    fp8, kind = x.dtype == FP8, out.dtype
+    exact, tma = precision(kind, r if fp8 else c), tma_fits(x, w, out, q)
+    tile, options = gemm_tile(x.dtype, kind, x.device, tma, masked, exact, keep_z)
     programs = n_programs(x.device)
     bm, bn, bc = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_C"]
-    constants = {**tile, "PROGRAMS": programs, "W_T": transposed, "TMA": tma, "KEEP_Z": keep_z,
-                 "GAIN": with_gain, "BIAS": with_bias, "MASK": masked, "ACC": acc_dtype(x.dtype),
-                 "PRECISION": exact, "DTYPE": TL[x.dtype]}  # fmt: skip
+    # float16 over a scale leaves its range; beside an fp8 product bfloat16's digits are enough.
+    over = torch.float32 if launch.INTERPRETED else torch.bfloat16
+    constants = {**tile, "PROGRAMS": programs, "W_T": transposed or fp8, "Q_T": transposed, "FP8": fp8, "TMA": tma,
+                 "KEEP_Z": keep_z, "GAIN": with_gain, "BIAS": with_bias, "MASK": masked,
+                 "KIND": TL[over if kind == torch.float16 else kind], "ACC": acc_dtype(kind),
+                 "PRECISION": exact, "DTYPE": TL[kind]}  # fmt: skip
     blocks = None
     if tma:
-        pair = [bm, bc], [bn, bc] if transposed else [bc, bn]
-        blocks = dict(enumerate((*pair, *pair, [bm, bn // 2], *([[bm, bn // 2]] if keep_z else []))))
+        pair, half = ([bm, bc], [bn, bc] if transposed or fp8 else [bc, bn]), [[bm, bn // 2]] * (1 + keep_z)
+        blocks = dict(enumerate(pair if fp8 else pair + pair)) | dict(enumerate(half, 4))
     ints = (m, n, c, r, *x.stride(), *w.stride(), padded_rank(r), *q.stride(), triton.cdiv(n, 32) if masked else 0)
     grid = (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),)
     return Plan(_gemm_kernel, grid, constants, options, x, ints, blocks)
@@ -152,17 +250,21 @@ def gemm(
     bits: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
     z: torch.Tensor | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """``gain * (x w^T + p q^T) + bias`` if transposed (w [N, C], q [N, R]), else ``x w + mask * (p q)`` ([C, N],
     [R, N]).
 
     x [M, C], w, p [M, padded R] (contiguous) and q in one dtype, rows of p and q contiguous; bits as ``mask_bits``
     gives for the result's shape (transposed has no mask). With z, [M, N] and contiguous, that is filled with the sum
-    before gain and bias.
+    before gain and bias. With scales, [M] of x's rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q
+    and the result in a wider dtype.
     """
-    out = x.new_empty(x.shape[0], w.shape[not transposed])
+    fp8 = scales is not None
+    out = p.new_empty(x.shape[0], w.shape[0 if fp8 or transposed else 1])
     if x.shape[0]:
-        exact, given = precision(x.dtype, x.shape[1]), [t is not None for t in (bias, bits, gain, z)]
+        exact, given = precision(p.dtype, 256), [t is not None for t in (bias, bits, gain, z)]
         key = ("gemm", sig(x), sig(w), sig(q), *given, transposed, exact)
-        plan_for(key, gemm_plan, x, w, q, out, transposed, *given)(x, w, p, q, out, z, gain, bias, bits)
+        plan = plan_for(key, gemm_plan, x, w, q, out, transposed, *given)
+        plan(x, w, p, q, out, z, gain, bias, bits, *(scales or (None, None)))
     return out

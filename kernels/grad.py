@@ -41,12 +41,12 @@ WIDE_RANK = 64  # the largest rank at which dB comes from the pass that makes dZ
 
 @triton.jit(do_not_specialize=["M", "rows_each"])
 def _grad_kernel(
-    z, dz, kept_ptr, p_ptr, b_ptr, bits_ptr, gain_ptr, g_ptr, parts_ptr,
+    z, dz, kept_ptr, p_ptr, b_ptr, bits_ptr, gain_ptr, g_ptr, parts_ptr, row_scale_ptr,
     M, N, R, RS, rows_each, sum_at, dm_at, g_at,
     stride_zm, stride_zn, stride_bn, stride_br, stride_gs, stride_gn, stride_gr, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DM_ROWS: tl.constexpr,
     WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, GAIN: tl.constexpr, WITH_DZ: tl.constexpr,
-    WITH_DM: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
+    WITH_DM: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
@@ -83,8 +83,13 @@ def _grad_kernel(
         if MASK:
             words = mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, BLOCK_N)
             tile = tl.where(unpack_words(words), tile, 0.0)
+        if SCALED:
+            tile = tile.to(DTYPE)
         if WITH_G:
             p = load_tile(p_ptr, m, rank, M, RS, RS, 1, False, BLOCK_M, BLOCK_R)
+            if SCALED:
+                scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
+                p = (p.to(ACC) * scale[:, None]).to(DTYPE)
         else:
             p = tl.zeros([BLOCK_M, BLOCK_R], dtype=DTYPE)
         if WITH_SUM and not GAIN:
@@ -119,28 +124,30 @@ class ColumnPass(NamedTuple):
     parts: int  # how many numbers
     summed: bool  # whether G has parts
 
-    def __call__(self, z, p, b, bits, g, ds, sums, scaling, keep_scale, parts, dora: Dora | None = None) -> None:
+    def __call__(self, z, p, b, bits, g, ds, sums, scaling, keep_scale, parts, dora: Dora | None = None,
+                 row_scale=None) -> None:  # fmt: skip
         gain, norm, kept, dz, dm, again = (None,) * 6 if dora is None else dora
-        self.main(z, dz, kept, p, b, bits, gain, parts if g is None or self.summed else g, parts)
+        self.main(z, dz, kept, p, b, bits, gain, parts if g is None or self.summed else g, parts, row_scale)
         if self.add is not None:
-            x, w, s, b = again or (None,) * 4
-            self.add(parts, ds, sums, g, scaling, keep_scale, dm, gain, norm, z, x, w, s, b)
+            self.add(parts, ds, sums, g, scaling, keep_scale, dm, gain, norm, z, *(again or (None,) * 5))
 
 
 def column_plan(
     z: torch.Tensor, r: int, g: torch.Tensor | None, b: torch.Tensor | None = None,
     scaling: float | torch.Tensor = 1.0, with_sum: bool = False, masked: bool = False, dora: Dora | None = None,
+    kind: torch.dtype | None = None,
 ) -> ColumnPass:  # fmt: skip
-    """The launches for Z = z [M, N]: g is the [N, R] view that G goes to, b [N, at least R] what dS is made with."""
-    m, n = z.shape
+    """The launches for Z = z [M, N]: g is the [N, R] view that G goes to, b [N, at least R] what dS is made with.
+    ``kind`` is P's dtype where z is e4m3, with a scale for each row."""
+    (m, n), scaled, kind = z.shape, kind is not None, kind or z.dtype
     rs, ranks = padded_rank(max(r, 1)), r + (with_sum and dora is None)
     dz, dm = (None, None) if dora is None else (dora.dz, dora.dm)
     with_dz, with_dm = dz is not None, dm is not None
-    exact = precision(z.dtype, min(z.shape) if b is not None else m)
+    exact = precision(kind, min(z.shape) if b is not None else m)
     if exact == "tf32" and with_sum and dora is None:
         exact = "ieee"  # dbias is no product: it stays exact
     tma = tma_fits(z) and (dz is None or tma_fits(dz))
-    tile, options = grad_tile(m, n, ranks, z.dtype, z.device, tma, b is not None, masked, with_dz or with_dm)
+    tile, options = grad_tile(m, n, ranks, kind, z.device, tma, b is not None, masked, with_dz or with_dm)
     col_blocks, splits, rank_blocks, rows_each = grad_splits(m, n, ranks, tile, z.device, with_dz or with_dm)
     summed = g is not None and splits > 1
     ds_size, sum_size, dm_size, g_size = (b is not None) * m * rs, with_sum * n, with_dm * n, summed * n * r
@@ -149,8 +156,8 @@ def column_plan(
     g_at = dm_at + -(-splits * dm_size // 16) * 16
     flags = {"WITH_DS": b is not None, "WITH_SUM": with_sum, "WITH_DM": with_dm}
     constants = {**tile, **flags, "WITH_G": g is not None, "GAIN": dora is not None, "WITH_DZ": with_dz,
-                 "MASK": masked, "TMA": tma, "ACC": acc_dtype(z.dtype), "PRECISION": exact,
-                 "DTYPE": TL[z.dtype]}  # fmt: skip
+                 "MASK": masked, "SCALED": scaled, "TMA": tma, "ACC": acc_dtype(kind), "PRECISION": exact,
+                 "DTYPE": TL[kind]}  # fmt: skip
     # Parts of G lie as the gradient does: [N, R], or [R, N] seen from the side.
     g_strides = (n * r, *g.stride()) if g is not None else (0, 0, 0)
     b_strides = b.stride() if b is not None else (0, 0)
@@ -160,7 +167,7 @@ def column_plan(
     main = Plan(_grad_kernel, (col_blocks, splits, rank_blocks), constants, options, z, ints, blocks)
     sizes, add = (ds_size, sum_size, dm_size, g_size), None
     if any(sizes):
-        add = sum_plan(z, scaling, flags, dora, splits, col_blocks, sizes, (sum_at, dm_at, g_at))
+        add = sum_plan(z, kind, scaling, flags, dora, splits, col_blocks, sizes, (sum_at, dm_at, g_at))
     return ColumnPass(main, add, g_at + splits * g_size, summed)
 
 
@@ -184,11 +191,11 @@ class DyPass(NamedTuple):
             in_it = None if self.over_dz is not None else grad_b
             self.over_dy(dy, s, b if self.ds is None else None, None, in_it, ds, grad_bias, scaling, keep_scale, parts,
                          dora)  # fmt: skip
-        source = dy if dora is None else dora.dz
+        source, gain = (dy, None) if dora is None else (dora.dz, None) if dora.dz is not None else (dy, Dora(dora.gain))
         if self.ds is not None:
-            self.ds(source, b, ds, None, None, None, None, scaling, keep_scale)
+            self.ds(source, b, ds, None, None, None, None, scaling, keep_scale, None, None, None, None)
         if self.over_dz is not None:
-            self.over_dz(source, s, None, None, grad_b, None, None, 1.0, 1.0, parts)
+            self.over_dz(source, s, None, None, grad_b, None, None, 1.0, 1.0, parts, gain)
 
 
 def dy_plan(
@@ -197,15 +204,18 @@ def dy_plan(
 ) -> DyPass:  # fmt: skip
     """The launches for these tensors (see ``dy_bwd``; b may have more columns than r)."""
     most, source = (FUSED_RANK, dy) if dora is None else (FUSED_RANK_DORA, dora.dz)
+    gain = None
+    if dora is not None and source is None:
+        source, gain = dy, Dora(dora.gain)
     fused = b is not None and grad_b is not None and r <= most
     ds = over_dy = over_dz = None
     if b is not None and not fused:
-        assert source is not None
+        assert source is not None and gain is None
         ds = down_plan(source, b.t()[:r], scaling, False)
     in_it = grad_b
     if dora is not None and grad_b is not None and r > WIDE_RANK:
         assert source is not None
-        in_it, over_dz = None, column_plan(source, r, grad_b)
+        in_it, over_dz = None, column_plan(source, r, grad_b, dora=gain)
     wanted = in_it, grad_bias, dora and dora.dz, dora and dora.dm
     if fused or any(t is not None for t in wanted):
         over_dy = column_plan(dy, 0 if in_it is None else r, in_it, b if fused else None, scaling,

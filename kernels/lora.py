@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from lora_fast.kernels.common import padded_rank, precision, wide
-from lora_fast.kernels.down import cast_space, cast_wanted, down_plan
+from lora_fast.kernels.down import cast_space, cast_wanted, down_plan, quantised_space
 from lora_fast.kernels.gemm import gemm_plan
 from lora_fast.kernels.grad import ColumnPass, DyPass, column_plan, dy_plan, needs_dz, new_parts
 from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, sig
@@ -20,6 +20,15 @@ from lora_fast.kernels.norm import norm_plan
 from lora_fast.kernels.parts import Dora
 
 MaybeTensor = torch.Tensor | None
+
+
+class Fp8(NamedTuple):
+    """What an fp8 base has beside ``weight``, W's rows in e4m3 [N, K]: row i of W is row_scale[i] * weight[i]; and W
+    once more by its columns, column k of W being col_scale[k] * columns[k]. Scales are float32."""
+
+    row_scale: torch.Tensor  # [N]
+    columns: torch.Tensor  # [K, N]
+    col_scale: torch.Tensor  # [K]
 
 
 class Made(NamedTuple):
@@ -32,6 +41,8 @@ class Made(NamedTuple):
     gain: MaybeTensor = None  # DoRA's g [N]
     norm: MaybeTensor = None  # and n [N]
     z: MaybeTensor = None  # [M, N], the output before gain and bias, if wanted
+    x8: MaybeTensor = None  # over an fp8 base: x in e4m3 [M, K]
+    x_scale: MaybeTensor = None  # and the scales of its rows [M]
 
 
 class _Forward(NamedTuple):
@@ -42,22 +53,24 @@ class _Forward(NamedTuple):
     up: Plan
 
 
-def _forward_plans(x, weight, a, b, scaling, bias, seed, magnitude, round_norm, keep_z) -> _Forward:
-    mask = mask_plan(seed, mask_space(x)) if seed is not None else None
+def _forward_plans(x, weight, a, b, scaling, bias, seed, magnitude, round_norm, keep_z, x8) -> _Forward:
+    mask, quantised = mask_plan(seed, mask_space(x)) if seed is not None else None, x8 is not None
     cast = cast_wanted(x, a, b)
-    down = down_plan(x, a, scaling, mask is not None, b if cast else None)
+    down = down_plan(x, a, scaling, mask is not None, b if cast else None, quantised)
     if cast:
         a, b = cast_space(x, a, b)
-    norm = norm_plan(weight, a, b, scaling, True, round_norm) if magnitude is not None else None
+    norm = None
+    if magnitude is not None:
+        norm = norm_plan(weight, a, b, scaling, True, round_norm, quantised)
     y = x.new_empty(x.shape[0], weight.shape[0])
-    up = gemm_plan(x, weight, b, y, True, bias is not None, False, norm is not None, keep_z)
+    up = gemm_plan(x8 if quantised else x, weight, b, y, True, bias is not None, False, norm is not None, keep_z)
     return _Forward(cast, mask, down, norm, up)
 
 
 def lora_fwd(
     x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor,
     bias: MaybeTensor, seed: torch.Tensor | int | None, p: float, y: torch.Tensor,
-    magnitude: MaybeTensor = None, round_norm: bool = False, keep_z: bool = False,
+    magnitude: MaybeTensor = None, round_norm: bool = False, keep_z: bool = False, fp8: Fp8 | None = None,
 ) -> tuple[Made, Callable[[], None]]:  # fmt: skip
     """Fill y [M, N] with x W^T + S b^T + bias, or with g * (x W^T + S b^T) + bias if magnitude [N] is given.
 
@@ -65,7 +78,7 @@ def lora_fwd(
 
     x [M, K], weight [N, K], bias [N] and y in one dtype, rows of y contiguous; a [R, K] and b [N, R] in any,
     contiguous; a seed (as ``mask_bits`` takes it) where elements are dropped with p. ``round_norm`` rounds DoRA's norm
-    to weight's dtype.
+    to weight's dtype. Over an fp8 base (see ``Fp8``) weight is e4m3, and x is quantised likewise for the product.
     """
     s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
     scaling = as_scaling(scaling)
@@ -74,44 +87,53 @@ def lora_fwd(
         norm = x.new_empty(weight.shape[0], dtype=wide(x))
         gain = torch.empty_like(norm)
     z = torch.empty_like(y) if keep_z else None
+    x8 = x_scale = w_scale = None
+    if fp8 is not None:
+        (x8, x_scale), w_scale = quantised_space(x), fp8.row_scale
     if x.shape[0] == 0:
         bits = mask_space(x) if seed is not None else None
-        return Made(s, bits, a.to(x.dtype), b.to(x.dtype), gain, norm, z), lambda: None
+        return Made(s, bits, a.to(x.dtype), b.to(x.dtype), gain, norm, z, x8, x_scale), lambda: None
     key = ("lora_fwd", sig(x), sig(weight), sig(a), sig(b), sig(bias), seed_kind(seed), scaling_kind(scaling),
            precision(x.dtype, 256), sig(magnitude), round_norm, keep_z)  # fmt: skip
-    plans = plan_for(key, _forward_plans, x, weight, a, b, scaling, bias, seed, magnitude, round_norm, keep_z)
+    plans = plan_for(key, _forward_plans, x, weight, a, b, scaling, bias, seed, magnitude, round_norm, keep_z, x8)
     bits, keep = None, 1.0
     if plans.mask is not None:
         bits, keep = mask_space(x), keep_scale(p)
         plans.mask(seed, bits, keep_count(p), bits.numel())
     a_cast, b_cast = cast_space(x, a, b) if plans.cast else (a, b)
-    plans.down(x, a, s, bits, b, a_cast, b_cast, scaling, keep)
+    plans.down(x, a, s, bits, b, a_cast, b_cast, scaling, keep, x, x8, x_scale, None)
     if plans.norm is not None:
-        plans.norm(weight, a_cast, b_cast, magnitude, norm, gain, scaling)
-    made = Made(s, bits, a_cast, b_cast, gain, norm, z)
-    return made, lambda: plans.up(x, weight, s, b_cast, y, z, gain, bias, None)
+        plans.norm(weight, a_cast, b_cast, magnitude, norm, gain, w_scale, scaling)
+    made = Made(s, bits, a_cast, b_cast, gain, norm, z, x8, x_scale)
+    product = x if x8 is None else x8, weight, s, b_cast, y, z, gain, bias, None, x_scale, w_scale
+    return made, lambda: plans.up(*product)
 
 
 class _Backward(NamedTuple):
+    quantise: Plan | None  # dS and dZ in e4m3, where dX is made over an fp8 base
     over_dy: DyPass
     over_x: ColumnPass | None
     dx: Plan | None
 
 
-def _backward_plans(dy, x, weight, a, b, scaling, masked, r, grad_a, grad_b, grad_bias, dora) -> _Backward:
-    over_dy = dy_plan(dy, r, b, scaling, grad_b, grad_bias, dora)
-    over_x = column_plan(x, r, grad_a.t(), masked=masked) if grad_a is not None else None
-    dx = None
+def _backward_plans(dy, x, weight, a, b, scaling, masked, r, grad_a, grad_b, grad_bias, dora, dz8) -> _Backward:
+    quantise = over_x = dx = None
+    if dz8 is not None:
+        quantise = down_plan(dy, b.t()[:r], scaling, False, None, True, dora is not None)
+    over_dy = dy_plan(dy, r, b if quantise is None else None, scaling, grad_b, grad_bias, dora)
+    if grad_a is not None:
+        over_x = column_plan(x, r, grad_a.t(), masked=masked, kind=dy.dtype if x.dtype != dy.dtype else None)
     if weight is not None:
-        dz = dy if dora is None else dora.dz
-        dx = gemm_plan(dz, weight, a, dy.new_empty(dy.shape[0], weight.shape[1]), False, False, masked)
-    return _Backward(over_dy, over_x, dx)
+        out = dy.new_empty(dy.shape[0], weight.shape[1 if dz8 is None else 0])
+        dz = dz8 if dz8 is not None else dy if dora is None else dora.dz
+        dx = gemm_plan(dz, weight, a, out, False, False, masked)
+    return _Backward(quantise, over_dy, over_x, dx)
 
 
 def lora_bwd(
     dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor, made: Made, scaling: float | torch.Tensor, p: float, r: int,
     need_x: bool, grad_a: MaybeTensor, grad_b: MaybeTensor, grad_bias: MaybeTensor, grad_m: MaybeTensor = None,
-    y: MaybeTensor = None,
+    y: MaybeTensor = None, fp8: Fp8 | None = None,
 ) -> MaybeTensor:  # fmt: skip
     """Fill grad_a [R, K], grad_b [N, R], grad_bias [N] and grad_m [N], those that are given; return dX [M, K] if
     wanted.
@@ -119,38 +141,48 @@ def lora_bwd(
     dy [M, N] with contiguous rows; x, weight and what ``lora_fwd`` made, as far as it is read: x and bits for grad_a, s
     for grad_b, b for grad_a and dX, weight, a and bits for dX, gain for all of them, norm and z for grad_m. In place of
     z the output y can be given where there was no bias; that takes x, weight, s and b, too. dX comes last: what the
-    passes before it need is freed by then, so it alone (and dZ) makes the peak of memory.
+    passes before it need is freed by then, so it alone (and dZ) makes the peak of memory. Over an fp8 base weight is
+    e4m3; without x, x8 and its scales stand for it.
     """
     if dy.shape[0] == 0:
         for grad in (grad_a, grad_b, grad_bias, grad_m):
             if grad is not None:
                 grad.zero_()
         return dy.new_empty(0, weight.shape[1]) if need_x and weight is not None else None
-    s, bits, a, b, gain, norm, z = made
+    s, bits, a, b, gain, norm, z, x8, x_scale = made
     need_ds, scaling, dora = need_x or grad_a is not None, as_scaling(scaling), None
     b_read = b if need_ds else None
+    dz8 = dz_scale = w_scale = None
+    w_read = weight if need_x else None
+    if need_x and fp8 is not None:
+        (dz8, dz_scale), w_read, w_scale = quantised_space(dy), fp8.columns, fp8.col_scale
+    if x is None and grad_a is not None:
+        x = x8
     if gain is not None:
-        dz = dy.new_empty(dy.shape) if need_x or needs_dz(r, need_ds, grad_b is not None) else None
+        in_memory = need_x or needs_dz(r, need_ds, grad_b is not None)
+        dz = dy.new_empty(dy.shape) if in_memory and dz8 is None else None
         again = None
         if grad_m is not None and z is None:
             assert x is not None and weight is not None
-            again = x, weight, s, b
+            again = x, weight, s, b, None if fp8 is None else fp8.row_scale
         dora = Dora(gain, norm, y if z is None else z, dz, grad_m, again)
-    w_read = weight if need_x else None
     key = ("lora_bwd", sig(dy), sig(x), sig(w_read), sig(a), sig(b_read), bits is None, scaling_kind(scaling),
            sig(grad_a), sig(grad_b), sig(grad_bias), r, precision(dy.dtype, 256), dora and dora.sigs())  # fmt: skip
     plans = plan_for(key, _backward_plans, dy, x, w_read, a, b_read, scaling, bits is not None, r, grad_a, grad_b,
-                     grad_bias, dora)  # fmt: skip
+                     grad_bias, dora, dz8)  # fmt: skip
     keep = keep_scale(p) if bits is not None else 1.0
     ds = dy.new_empty(dy.shape[0], padded_rank(r)) if need_ds else None
     size = max(plans.over_dy.parts, 0 if plans.over_x is None else plans.over_x.parts)
     parts = new_parts(dy, size) if size else None
+    if plans.quantise is not None:
+        plans.quantise(dy, b_read, ds, None, None, None, None, scaling, keep, dy, dz8, dz_scale, gain)
     plans.over_dy(dy, s, b_read, grad_b, ds, grad_bias, scaling, keep, parts, dora)
     if plans.over_x is not None:
-        plans.over_x(x, ds, None, bits, grad_a, None, None, 1.0, 1.0, parts)
+        plans.over_x(x, ds, None, bits, grad_a, None, None, 1.0, 1.0, parts, None, x_scale)
     del parts
     if plans.dx is None or w_read is None:
         return None
-    dx = dy.new_empty(dy.shape[0], w_read.shape[1])
-    plans.dx(dy if dora is None else dora.dz, w_read, ds, a, dx, None, None, None, bits)
+    dx = dy.new_empty(dy.shape[0], w_read.shape[1 if dz8 is None else 0])
+    dz = dz8 if dz8 is not None else dy if dora is None else dora.dz
+    plans.dx(dz, w_read, ds, a, dx, None, None, None, bits, dz_scale, w_scale)
     return dx

@@ -33,7 +33,7 @@ def low_rank_tile(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride
 def row_norm(w_ptr, a_ptr, b_ptr, b, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
              ONE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """The norms [BLOCK_N] of V's rows from ``row`` on; b as in ``low_rank_tile``."""
+    """The norms [BLOCK_N] of V's rows from ``row`` on; b as in ``low_rank_tile``, s one number or one a row."""
     squares = tl.zeros([BLOCK_N, SUMS], dtype=ACC)
     tile = load_tile(w_ptr, row, 0, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
     for k in range(0, K, BLOCK_K):
@@ -57,34 +57,40 @@ def gain_of(m_ptr, norm, rows, N, ACC: tl.constexpr):
 
 @triton.jit
 def _norm_kernel(
-    w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, scaling, N, K, R,
+    w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr, scaling, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr, ONE: tl.constexpr,
-    SCALING_PTR: tl.constexpr, GAIN: tl.constexpr, ROUND: tl.constexpr,
+    SCALED: tl.constexpr, SCALING_PTR: tl.constexpr, GAIN: tl.constexpr, ROUND: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     row = tl.program_id(0) * BLOCK_N
     s = scalar(scaling, SCALING_PTR)
+    rows = row + tl.arange(0, BLOCK_N)
+    if SCALED:  # |scale * w + s B A| = scale * |w + (s / scale) B A|
+        scale = tl.load(w_scale_ptr + rows, mask=rows < N, other=1.0).to(ACC)
+        s = s / scale[:, None]
     b = load_tile(b_ptr, row, 0, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
     norm = row_norm(w_ptr, a_ptr, b_ptr, b, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak,
                     stride_bn, stride_br, BLOCK_N, BLOCK_K, BLOCK_R, SUMS, ONE, ACC, PRECISION, DTYPE)  # fmt: skip
+    if SCALED:
+        norm *= scale
     if ROUND is not None:
         norm = norm.to(ROUND).to(ACC)
-    rows = row + tl.arange(0, BLOCK_N)
     tl.store(n_ptr + rows, norm, mask=rows < N)
     if GAIN:
         tl.store(g_ptr + rows, gain_of(m_ptr, norm, rows, N, ACC), mask=rows < N)
 
 
 def norm_plan(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor, with_gain: bool,
-              round_norm: bool) -> Plan:  # fmt: skip
-    """The launch for these tensors (see ``norm_fwd``); called with (w, a, b, m, n, g, scaling)."""
+              round_norm: bool, scaled: bool = False) -> Plan:  # fmt: skip
+    """The launch for these tensors (see ``norm_fwd``); called with (w, a, b, m, n, g, w_scale, scaling)."""
     (n, k), r = w.shape, a.shape[0]
     kind = torch.promote_types(a.dtype, b.dtype)
     tile, options = norm_tile(n, r, w.dtype, kind, w.device)
-    constants = {**tile, "ONE": r <= tile["BLOCK_R"], "SCALING_PTR": isinstance(scaling, torch.Tensor),
-                 "GAIN": with_gain, "ROUND": TL[w.dtype] if round_norm else None, "ACC": acc_dtype(wide(w, a, b)),
+    constants = {**tile, "ONE": r <= tile["BLOCK_R"], "SCALED": scaled,
+                 "SCALING_PTR": isinstance(scaling, torch.Tensor), "GAIN": with_gain,
+                 "ROUND": TL[w.dtype] if round_norm else None, "ACC": acc_dtype(wide(w, a, b)),
                  "PRECISION": "tf32x3" if kind == torch.float32 else "ieee", "DTYPE": TL[kind]}  # fmt: skip
     ints = (n, k, r, *w.stride(), *a.stride(), *b.stride())
     return Plan(_norm_kernel, (triton.cdiv(n, tile["BLOCK_N"]),), constants, options, w, ints)
@@ -92,14 +98,15 @@ def norm_plan(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float 
 
 def norm_fwd(
     w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor, m: torch.Tensor | None = None,
-    round_norm: bool = False,
+    round_norm: bool = False, w_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """n [N], rounded to w's dtype on request, and g [N] if m [N] is given, from w [N, K], a [R, K] and b [N, R] (at
-    least R columns), each in any float dtype."""
+    least R columns), each in any float dtype; with w_scale [N] row i of W is w_scale[i] * w[i]."""
     n = w.new_empty(w.shape[0], dtype=wide(w, a, b))
     g = None if m is None else torch.empty_like(n)
     if n.numel():
         scaling = as_scaling(scaling)
-        key = ("norm", sig(w), sig(a), sig(b), sig(m), scaling_kind(scaling), round_norm)
-        plan_for(key, norm_plan, w, a, b, scaling, m is not None, round_norm)(w, a, b, m, n, g, scaling)
+        key = ("norm", sig(w), sig(a), sig(b), sig(m), scaling_kind(scaling), round_norm, w_scale is None)
+        plan = plan_for(key, norm_plan, w, a, b, scaling, m is not None, round_norm, w_scale is not None)
+        plan(w, a, b, m, n, g, w_scale, scaling)
     return n, g

@@ -37,8 +37,9 @@ def _add_parts(src, dst, block, parts, size, scale, BLOCK: tl.constexpr, ACC: tl
 
 
 @triton.jit
-def _column_dots(dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr, col, M, N, K, R, RS, stride_ym, stride_yn, stride_xm, stride_xk,
-                 stride_wn, stride_wk, stride_bn, stride_br, BLOCK: tl.constexpr, ACC: tl.constexpr,
+def _column_dots(dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr, w_scale_ptr, col, M, N, K, R, RS,
+                 stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, stride_wk, stride_bn, stride_br,
+                 BLOCK: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """sum over rows of dY * (x W^T + S B^T), for BLOCK columns from col on."""
     total = tl.zeros([BLOCK], dtype=ACC)
@@ -47,6 +48,10 @@ def _column_dots(dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr, col, M, N, K, R, RS, stride
         for k in range(0, K, 16):
             x = load_tile(x_ptr, m, k, M, K, stride_xm, stride_xk, False, BLOCK, 16)
             w = load_tile(w_ptr, col, k, N, K, stride_wn, stride_wk, False, BLOCK, 16)
+            if SCALED:
+                cols = col + tl.arange(0, BLOCK)
+                scale = tl.load(w_scale_ptr + cols, mask=cols < N, other=0.0)
+                w = (w.to(ACC) * scale[:, None]).to(x.dtype)
             z = mma(x, w.T, z, PRECISION)
         for rank in range(0, R, 16):
             s = load_tile(s_ptr, m, rank, M, RS, RS, 1, False, BLOCK, 16)
@@ -60,11 +65,11 @@ def _column_dots(dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr, col, M, N, K, R, RS, stride
 @triton.jit(do_not_specialize=["M", "splits", "col_blocks", "ds_size"])
 def _sum_kernel(
     parts_ptr, ds_ptr, sum_ptr, g_ptr, scaling, keep_scale,
-    dm_ptr, gain_ptr, norm_ptr, dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr,
+    dm_ptr, gain_ptr, norm_ptr, dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr, w_scale_ptr,
     splits, col_blocks, ds_size, sum_size, dm_size, g_size, sum_at, dm_at, g_at, M, N, K, R, RS,
     stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, stride_wk, stride_bn, stride_br,
     WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, WITH_DM: tl.constexpr, WEAK: tl.constexpr,
-    SCALING_PTR: tl.constexpr, BLOCK: tl.constexpr, DM_BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, SCALING_PTR: tl.constexpr, BLOCK: tl.constexpr, DM_BLOCK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
@@ -91,9 +96,9 @@ def _sum_kernel(
                 weak = (tl.abs(gain) < WEAK) & (norm != 0)
                 total /= tl.where(tl.abs(gain) < WEAK, 1.0, gain)
                 if tl.max(weak.to(tl.int32), 0) > 0:
-                    again = _column_dots(dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr, block * DM_BLOCK, M, N, K, R, RS,
-                                         stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, stride_wk,
-                                         stride_bn, stride_br, DM_BLOCK, ACC, PRECISION)  # fmt: skip
+                    again = _column_dots(dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr, w_scale_ptr, block * DM_BLOCK, M, N, K,
+                                         R, RS, stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, stride_wk,
+                                         stride_bn, stride_br, DM_BLOCK, SCALED, ACC, PRECISION)  # fmt: skip
                     total = tl.where(weak, again, total)
             dm = tl.where(norm != 0, total / tl.where(norm != 0, norm, 1.0), 0.0)
             tl.store(dm_ptr + cols, dm.to(dm_ptr.dtype.element_ty), mask=cols < N)
@@ -111,29 +116,31 @@ class Dora(NamedTuple):
     kept: torch.Tensor | None = None  # z [M, N], or y without a bias, contiguous
     dz: torch.Tensor | None = None  # filled with dY * g, [M, N], contiguous
     dm: torch.Tensor | None = None  # filled, [N]
-    again: tuple[torch.Tensor, ...] | None = None  # where kept is y: x, weight, S and B, of which z is made
+    # Where kept is y: x, weight, S and B, of which z is made, and the scales of weight's rows if it is e4m3.
+    again: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
 
     def sigs(self) -> tuple:
         return tuple(map(sig, (*self[:5], *(self.again or ()))))
 
 
 def sum_plan(
-    z: torch.Tensor, scaling: float | torch.Tensor, flags: dict, dora: Dora | None, splits: int,
+    z: torch.Tensor, kind: torch.dtype, scaling: float | torch.Tensor, flags: dict, dora: Dora | None, splits: int,
     col_blocks: int, sizes: tuple[int, int, int, int], places: tuple[int, int, int],
 ) -> Plan:  # fmt: skip
     """The launch that adds up the parts of dS, of the column sums, of dm and of G, which have these sizes and, but the
     first, start at these places; without G where it has none."""
     (m, n), weak = z.shape, None
-    k = r = 0
+    k, r, scaled = 0, 0, False
     strides: tuple[int, ...] = (0,) * 8
     if dora is not None and dora.again is not None:
-        x, w, _, b = dora.again
+        x, w, _, b, scale = dora.again
+        scaled = scale is not None
         k, r, strides = x.shape[1], b.shape[1], (*z.stride(), *x.stride(), *w.stride(), *b.stride())
-        weak = 2**-6 if z.dtype == torch.float16 else 1e-30  # below, y = g z loses digits to underflow
-    columns = MAGNITUDE_BLOCK // (1 if z.element_size() <= 2 else 2)
-    constants = {**flags, "WITH_G": sizes[3] > 0, "WEAK": weak, "SCALING_PTR": isinstance(scaling, torch.Tensor),
-                 "BLOCK": SUM_BLOCK, "DM_BLOCK": columns, "ACC": acc_dtype(z.dtype),
-                 "PRECISION": precision(z.dtype, k)}  # fmt: skip
+        weak = 2**-6 if kind == torch.float16 else 1e-30  # below, y = g z loses digits to underflow
+    columns = MAGNITUDE_BLOCK // (1 if kind.itemsize <= 2 else 2)
+    constants = {**flags, "WITH_G": sizes[3] > 0, "WEAK": weak, "SCALED": scaled,
+                 "SCALING_PTR": isinstance(scaling, torch.Tensor), "BLOCK": SUM_BLOCK, "DM_BLOCK": columns,
+                 "ACC": acc_dtype(kind), "PRECISION": precision(kind, k)}  # fmt: skip
     blocks = SUM_BLOCK, SUM_BLOCK, columns, SUM_BLOCK
     grid = (sum(map(triton.cdiv, sizes, blocks)),)
     ints = (splits, col_blocks, *sizes, *places, m, n, k, r, padded_rank(max(r, 1)), *strides)

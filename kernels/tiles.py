@@ -46,10 +46,11 @@ def rank_block(r: int, most: int) -> int:
 
 
 def down_tile(
-    m: int, k: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device, tma: bool, masked: bool
-) -> tuple[dict, dict]:
+    m: int, k: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device, tma: bool, masked: bool,
+    quantised: bool = False, with_gain: bool = False,
+) -> tuple[dict, dict]:  # fmt: skip
     """S = x A^T: BLOCK_M rows a program, which walks over K with up to 128 ranks in its accumulator. ``kind`` is A's
-    dtype."""
+    dtype. Quantised: QUANT_ROWS rows a program that does that, QUANT_STEP at a time, QUANT_K elements of each."""
     block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
     block_m, warps, stages = (64 if m > 2048 else 16), 4, 3 if is_small(device) else 4
     roomy = tma and not is_small(device) and dtype.itemsize <= 2
@@ -62,7 +63,16 @@ def down_tile(
             block_k, stages = 256, 3
     if block_r >= 128:
         block_m, block_k, warps, stages = (128, 64, 8, 3) if roomy else (64, 32, 8, 3)
-    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": stages}
+    quant_rows = quant_step = quant_k = 0
+    if quantised:  # little shared memory, which all programs of the launch pay for
+        block_k, stages, quant_rows = min(block_k, 128), min(stages, 3), 8
+        quant_k = min(triton.next_power_of_2(k), 16384)
+        quant_step = min(max(1, 8192 // quant_k), quant_rows)
+        if with_gain and quant_k > 8192:  # a row and its gains in registers
+            warps = 8
+    tile = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r,
+            "QUANT_ROWS": quant_rows, "QUANT_STEP": quant_step, "QUANT_K": quant_k}  # fmt: skip
+    return tile, {"num_warps": warps, "num_stages": stages}
 
 
 def norm_tile(n: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device) -> tuple[dict, dict]:
@@ -153,11 +163,16 @@ def weight_grad_splits(n: int, k: int, r: int, tile: dict, device: torch.device)
 
 
 def gemm_tile(
-    dtype: torch.dtype, device: torch.device, tma: bool, masked: bool, exact: str, keep_z: bool
+    dtype: torch.dtype, kind: torch.dtype, device: torch.device, tma: bool, masked: bool, exact: str, keep_z: bool
 ) -> tuple[dict, dict]:
-    """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together."""
-    bm, bn, bc = 128, 256, 64
-    if dtype.itemsize > 2:
+    """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together; for e4m3
+    operands also the step along the ranks. ``kind`` is the result's dtype."""
+    bm, bn, bc, br = 128, 256, 64, 0
+    if dtype == torch.float8_e4m3fn:
+        bm, bn, bc, br = 64, 128 if tma or arch(device) < 120 else 64, 64, 16
+        if tma and not is_small(device) and kind.itemsize <= 2:
+            bm, bn, bc = 128, 256, 128
+    elif dtype.itemsize > 2:
         bm, bn, bc = (64, 64, 32) if exact == "ieee" or is_small(device) or not tma else (128, 128, 32)
         if exact == "ieee" and masked:
             bc = 16
@@ -165,5 +180,5 @@ def gemm_tile(
         bm, bn, bc = 128, 128, 32
     elif (masked or keep_z) and arch(device) >= 100:
         bn = 128
-    tile = {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_C": bc, "GROUP_M": 16}
+    tile = {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_C": bc, "BLOCK_R": br, "GROUP_M": 16}
     return tile, {"num_warps": 8, "num_stages": 3}

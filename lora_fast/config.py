@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lora_fast.layers import _check_hyperparameters, why_not_lora
+from lora_fast.layers import _check_hyperparameters, check_base_dtype, why_not_lora
 
 _SUFFIX = r"(.*\.)?({})$"  # how PEFT reads a key of rank_pattern: it stands for a full name or its last parts
 
@@ -19,6 +19,10 @@ class LoRAConfig:
 
     Args:
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in :class:`lora_fast.LoRALinear`.
+        base_dtype: None, or "float8_e4m3": the frozen weights of the converted layers become fp8
+            (:class:`lora_fast.fp8.Fp8Weight`), one after the other, the original freed. remove_lora leaves them so.
+        base_dtype_exclude: a list or a regex, as exclude_modules: converted layers that keep their weight as it is.
+            None: all are quantised ("all-linear" leaves the output head out by itself).
         use_dora: convert to :class:`lora_fast.DoRALinear`, which also trains the lengths of the weight's rows.
         target_modules: a list of full module names or their last parts ("q_proj", "attn.q_proj"), a regex that must
             match the full name, or "all-linear": every ``nn.Linear`` but the model's ``get_output_embeddings()``.
@@ -45,6 +49,8 @@ class LoRAConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
     use_dora: bool = False
+    base_dtype: str | None = None
+    base_dtype_exclude: str | list[str] | None = None
 
     def __post_init__(self) -> None:
         _check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.init_lora_weights)
@@ -57,6 +63,10 @@ class LoRAConfig:
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save: got {self.modules_to_save!r}, expected a list of module names")
         _check_names("modules_to_save", self.modules_to_save)
+        check_base_dtype(self.base_dtype)
+        _check_names("base_dtype_exclude", self.base_dtype_exclude)
+        if self.base_dtype_exclude is not None and self.base_dtype is None:
+            raise ValueError(f"base_dtype_exclude: got {self.base_dtype_exclude!r}, expected None without a base_dtype")
         for argument in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, argument)
             if not isinstance(pattern, dict):

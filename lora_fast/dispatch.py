@@ -7,6 +7,7 @@ exception, and whoever gets the slow path is told once, with the reason.
 import importlib.util
 import sys
 import warnings
+from functools import cache
 
 import torch
 
@@ -59,6 +60,19 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@cache
+def why_not_fp8(device: torch.device) -> str | None:
+    """The reason why products of e4m3 operands cannot run on a GPU, in words; None where they can, and elsewhere."""
+    if device.type != "cuda":
+        return None
+    chip, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    if chip < (8, 9):
+        return f"{name} has no fp8 matrix units (compute capability 8.9 and later have)"
+    if chip[0] == 10:
+        return f"{name} has no fp8 product yet: Triton makes no tcgen05 instructions of it (8.9, 9.0 and 12.0 have one)"
+    return None
+
+
 def interpreted() -> bool:
     """Whether Triton runs its kernels in its CPU interpreter (``TRITON_INTERPRET=1``)."""
     if importlib.util.find_spec("triton") is None:
@@ -68,17 +82,21 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """``"triton"`` or ``"reference"`` for an operator call on ``device`` that computes in ``dtype``.
+def choose(backend: str, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> str:
+    """``"triton"`` or ``"reference"`` for an operator call on ``device`` that computes in ``dtype``, perhaps over
+    an fp8 weight.
 
     Raises:
         ValueError: unknown backend.
-        RuntimeError: ``"triton"`` was asked for and cannot run; the message says why.
+        RuntimeError: ``"triton"`` was asked for and cannot run, or a GPU without 8-bit matrix units was given an fp8
+            weight and not asked for ``"reference"``; the message says why.
     """
     if _checked(backend) == "auto":
         backend = _backend
     if backend == "reference":
         return backend
+    if fp8 and (why := why_not_fp8(device)):
+        raise RuntimeError(f'{why}; backend="reference" emulates them, slowly')
     return _decide(backend, device, dtype)
 
 

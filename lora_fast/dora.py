@@ -38,6 +38,16 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = nn.Parameter(m)
         self.reset_magnitude()
 
+    def quantise_base(self) -> None:
+        """As LoRALinear's; a magnitude that is still the start's is made anew, so that the layer equals its base."""
+        fresh = self._magnitude_is_set and torch.equal(self._norm(), self.lora_magnitude_vector.detach())
+        super().quantise_base()
+        if fresh:
+            self.reset_magnitude()
+
+    def _norm(self) -> torch.Tensor:
+        return dora_norm(self.base_weight, self.lora_A, self.lora_B, self.scaling)
+
     @torch.no_grad()
     def reset_magnitude(self) -> None:
         """Set the magnitude to the row norms of ``W + scaling * B A``, later if the weight is on the meta device.
@@ -47,7 +57,7 @@ class DoRALinear(LoRALinear):
         """
         self._magnitude_is_set = not self.weight.is_meta
         if self._magnitude_is_set:
-            norm = dora_norm(self.base_weight, self.lora_A, self.lora_B, self.scaling)
+            norm = self._norm()
             if not torch.isfinite(norm).all():
                 raise ValueError("weight: has rows whose norm is not finite, expected finite ones to start DoRA from")
             self.lora_magnitude_vector.copy_(norm)
@@ -57,7 +67,7 @@ class DoRALinear(LoRALinear):
             self.reset_magnitude()
         return dora_linear(
             x, self.weight, self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling, self.bias,
-            self.lora_dropout, self.training, save=self.save,
+            self.lora_dropout, self.training, save=self.save, save_x=self.save_x,
         )  # fmt: skip
 
     def merged_weight(self) -> torch.Tensor:

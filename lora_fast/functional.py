@@ -5,6 +5,7 @@ import math
 import torch
 
 from lora_fast import dispatch, reference
+from lora_fast.fp8 import Fp8Weight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -19,6 +20,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = True,
     backend: str = "auto",
+    save_x: str = "x",
 ) -> torch.Tensor:
     """A frozen linear layer with a low-rank update: ``y = x W^T + scaling * (drop(x) A^T) B^T + bias``.
 
@@ -27,7 +29,9 @@ def lora_linear(
 
     Args:
         x: [..., K], one dimension or more, any strides, floating point.
-        weight: [N, K], x's dtype (outside autocast), must not require a gradient.
+        weight: [N, K], x's dtype (outside autocast), must not require a gradient. Over a
+            :class:`lora_fast.fp8.Fp8Weight` the base products, forward and backward, are made from e4m3 operands; the
+            low-rank ones stay exact.
         lora_A: [R, K], any floating dtype; computed in x's dtype, its gradient comes in its own.
         lora_B: [N, R], likewise.
         scaling: a number, or a 0-dim floating tensor (never read back to the host). It gets no gradient.
@@ -36,6 +40,9 @@ def lora_linear(
             round the probability to a multiple of 2^-12, and scale what stays to fit exactly that.
         training: False switches dropout off.
         backend: "auto" (what :func:`lora_fast.set_backend` says), "triton" or "reference".
+        save_x: what the backward of lora_A reads: "x", or over an fp8 weight "fp8": x as it was quantised for the base
+            product, half the memory; lora_A's gradient then has its rounding, up to 2^-4 of each element of x. (The
+            reference keeps x.)
 
     Returns:
         [..., N] with the dtype of ``F.linear(x, weight, bias)``, autocast included.
@@ -43,15 +50,16 @@ def lora_linear(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: wrong shapes or devices, dropout_p outside [0, 1), scaling not finite (looked at in eager alone, and
-            not if it is a tensor), a weight that requires grad.
+            not if it is a tensor), a weight that requires grad, save_x neither "x" nor "fp8".
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
     dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    _check_save_x(save_x)
     p = dropout_p if training else 0.0
-    if dispatch.choose(backend, x.device, dtype) == "triton":
+    if dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight)) == "triton":
         from lora_fast import ops  # needs Triton
 
-        return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
+        return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, save_x=save_x)
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
     return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
@@ -71,6 +79,7 @@ def dora_linear(
     save: str = "auto",
     backend: str = "auto",
     round_norm: bool = False,
+    save_x: str = "x",
 ) -> torch.Tensor:
     """:func:`lora_linear` with the direction of each output row normalised and its length trained by itself:
     ``y = (magnitude / n) * (x W^T + scaling * (drop(x) A^T) B^T) + bias``, ``n = |W + scaling * B A|`` per row.
@@ -80,13 +89,15 @@ def dora_linear(
     the same expectation, more noise and twice the work. n is evaluated in every call.
 
     Args:
-        x, weight, lora_A, lora_B, scaling, bias, dropout_p, training, backend: as in :func:`lora_linear`.
+        x, weight, lora_A, lora_B, scaling, bias, dropout_p, training, backend, save_x: as in :func:`lora_linear`; the
+            norm is that of an fp8 weight's rows.
         magnitude: [N], floating, any sign; used in float32 or better.
         detach_norm: False lets gradients through n, which takes the dense ``W + scaling * B A``.
         save: what the fused kernels keep for the magnitude's gradient where it asks for one. "z": the output before
             gain and bias, [..., N] of memory. "auto": the output itself where there is no bias and both adapters train,
             else z; an output so kept must not be changed in place (autograd says so).
-        round_norm: round n to the weight's dtype, as PEFT does: a magnitude that PEFT made is such a rounded norm.
+        round_norm: round n to the weight's dtype, as PEFT does: a magnitude that PEFT made is such a rounded norm. (Not
+            over an fp8 weight.)
 
     Returns:
         [..., N] with the dtype of ``F.linear(x, weight, bias)``, autocast included.
@@ -103,11 +114,12 @@ def dora_linear(
     if save not in ("auto", "z"):
         raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
     p = dropout_p if training else 0.0
-    fused = dispatch.choose(backend, x.device, dtype) == "triton"
+    _check_save_x(save_x)
+    fused = dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight)) == "triton"
     if fused and detach_norm:
         from lora_fast import ops  # needs Triton
 
-        return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, magnitude, save, round_norm)
+        return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, magnitude, save, round_norm, save_x)
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
     return reference.dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, p, True, detach_norm,
@@ -138,6 +150,8 @@ def dora_norm(
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         got = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
         raise (ValueError if isinstance(weight, torch.Tensor) else TypeError)(f"weight: got {got}, expected [N, K]")
+    if isinstance(weight, Fp8Weight):
+        weight = weight.dequantise()
     _check(weight.detach()[:0], weight.detach(), lora_A, lora_B, scaling, None, 0.0)
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
@@ -160,6 +174,11 @@ def _check_magnitude(magnitude, weight) -> None:
         raise ValueError(f"magnitude: got a tensor on {magnitude.device}, expected {weight.device}, where weight is")
 
 
+def _check_save_x(save_x) -> None:
+    if save_x not in ("x", "fp8"):
+        raise ValueError(f'save_x: got {save_x!r}, expected "x" or "fp8"')
+
+
 def _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bool:
     """Whether the arguments are what they nearly always are: right, without autocast and with a number for scaling.
     The host waits for this in every step; where it says no, :func:`_check` takes the time to say why."""
@@ -174,13 +193,16 @@ def _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bool:
     ):
         return False
     device, dtype, a_shape, b_shape = x.device, x.dtype, lora_A.shape, lora_B.shape
+    weight_dtype = None
+    if isinstance(weight, Fp8Weight):
+        weight, weight_dtype = weight.rows, weight.acts_as
     return (
         len(a_shape) == len(b_shape) == 2
         and x.dim() > 0
         and weight.shape == (b_shape[0], a_shape[1])
         and x.shape[-1] == a_shape[1]
         and b_shape[1] == a_shape[0] > 0
-        and weight.dtype == dtype
+        and (weight_dtype or weight.dtype) == dtype
         and dtype in FLOATS
         and lora_A.dtype in FLOATS
         and lora_B.dtype in FLOATS

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_fast import dispatch
+from lora_fast.fp8 import Fp8Weight
 from lora_fast.functional import FLOATS, lora_linear
 
 
@@ -29,12 +31,15 @@ class LoRALinear(nn.Linear):
         weight [out, in], bias [out] or None: the frozen base.
         lora_A [r, in], lora_B [out, r]: trainable; float32 on a 16-bit base, else the base's dtype.
         merged, enabled: the layer's state.
+        save_x: "x" or "fp8", what the backward of lora_A reads over an fp8 base (see
+            :func:`lora_fast.functional.lora_linear`).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range, before anything is allocated.
     """
 
     adapter_names: tuple[str, ...] = ("lora_A", "lora_B")  # the parameters that make up the adapter
+    save_x: str = "x"
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     unmerged_weight: torch.Tensor | None
@@ -72,19 +77,29 @@ class LoRALinear(nn.Linear):
         use_rslora: bool = False,
         *,
         init_lora_weights: bool | str = True,
+        base_dtype: str | None = None,
     ) -> Self:
         """Wrap ``linear``: its weight and bias are shared (no copy) and frozen; its training flag is kept.
 
+        With ``base_dtype="float8_e4m3"`` the layer's weight is a :class:`lora_fast.fp8.Fp8Weight` made from
+        ``linear``'s, which stays as it is: products of 8-bit operands, forward and backward, at twice the rate.
+
         Raises:
             TypeError: not an ``nn.Linear`` itself, or one with hooks, a replaced forward or a quantised weight.
-            ValueError: a hyperparameter outside its range.
+            ValueError: a hyperparameter outside its range; a weight to quantise that is not finite.
+            RuntimeError: fp8 on a GPU that has no units for it (unless ``set_backend("reference")`` is on).
         """
+        check_base_dtype(base_dtype)
         if why := why_not_lora(linear):
             raise TypeError(f"linear: expected a plain nn.Linear, got one that {why}")
         layer = cls(linear.in_features, linear.out_features, r, lora_alpha, lora_dropout, use_rslora,
                     bias=linear.bias is not None, device="meta", init_lora_weights=init_lora_weights)  # fmt: skip
         layer.weight, layer.bias = linear.weight, linear.bias
+        if base_dtype is not None:
+            check_quantisable(linear.weight)
         layer._add_adapter(init_lora_weights)
+        if base_dtype is not None:
+            layer.quantise_base()
         return layer.train(linear.training)
 
     def _add_adapter(self, init_lora_weights: bool | str) -> None:
@@ -97,6 +112,17 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, device=device, dtype=dtype))
         self.reset_lora_parameters(init_lora_weights)
+
+    def quantise_base(self) -> None:
+        """Put an :class:`lora_fast.fp8.Fp8Weight` in the weight's place, which is freed if nothing else holds it.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`from_linear` with a ``base_dtype``; a merged layer.
+        """
+        if self.merged:
+            raise ValueError("quantise_base: the layer is merged; unmerge it first")
+        check_quantisable(self.weight)
+        self.weight = nn.Parameter(Fp8Weight.quantise(self.weight), requires_grad=False)
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
@@ -116,8 +142,9 @@ class LoRALinear(nn.Linear):
 
     def _adapted(self, x: torch.Tensor) -> torch.Tensor:
         return lora_linear(
-            x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, self.lora_dropout, self.training
-        )
+            x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, self.lora_dropout, self.training,
+            save_x=self.save_x,
+        )  # fmt: skip
 
     def enable(self) -> None:
         """Let the adapter act (the default)."""
@@ -190,8 +217,25 @@ class LoRALinear(nn.Linear):
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+        if isinstance(self.base_weight, Fp8Weight):
+            text += f", base_dtype={BASE_DTYPES[0]!r}"
         flags = {"use_rslora=True": self.use_rslora, "merged": self.merged, "disabled": not self.enabled}
         return ", ".join([text, *(name for name, on in flags.items() if on)])
+
+
+BASE_DTYPES = ("float8_e4m3",)
+
+
+def check_base_dtype(base_dtype: Any) -> None:
+    if base_dtype is not None and base_dtype not in BASE_DTYPES:
+        raise ValueError(f"base_dtype: got {base_dtype!r}, expected None or {BASE_DTYPES[0]!r}")
+
+
+def check_quantisable(weight: torch.Tensor) -> None:
+    """Raise as :meth:`LoRALinear.from_linear` with a ``base_dtype`` where this weight cannot become an fp8 one."""
+    if dispatch.get_backend() != "reference" and (why := dispatch.why_not_fp8(weight.device)):
+        raise RuntimeError(f"base_dtype: {why}")
+    Fp8Weight.check(weight)
 
 
 def why_not_lora(module: nn.Module) -> str | None:
@@ -202,6 +246,8 @@ def why_not_lora(module: nn.Module) -> str | None:
         return f"is a {type(module).__name__}, not a plain nn.Linear"
     if "forward" in vars(module) or any(value for key, value in vars(module).items() if key.endswith("_hooks")):
         return "has hooks or a replaced forward, which would be lost (register hooks after the conversion)"
+    if isinstance(module.weight, Fp8Weight):
+        return "has an fp8 weight already"
     if module.weight.dtype not in FLOATS:
         return f"has a quantised weight ({module.weight.dtype})"
     return None

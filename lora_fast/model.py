@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_fast.config import LoRAConfig, find_targets, matching, resolve_pattern, some
 from lora_fast.dora import DoRALinear
-from lora_fast.layers import LoRALinear
+from lora_fast.layers import LoRALinear, check_quantisable
 
 # What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
 _BEFORE = "_before_lora"  # {parameter name: requires_grad before add_lora}, for remove_lora
@@ -26,7 +26,9 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     Raises:
         TypeError: not a module, not a LoRAConfig.
         ValueError: the model has LoRA layers already or is itself an ``nn.Linear``; a target is no plain ``nn.Linear``
-            or its forward would not be called; a name or pattern of the config matches nothing.
+            or its forward would not be called; a name or pattern of the config matches nothing; a weight to quantise
+            that is not finite.
+        RuntimeError: an fp8 base on a GPU that has no units for it.
         After any error the model, its modules and its requires_grad flags are as they were.
     """
     if not isinstance(model, nn.Module):
@@ -38,7 +40,14 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         raise ValueError(f"model: has LoRA layers already ({some(present)}); call remove_lora first")
     if isinstance(model, nn.Linear):
         raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")
+    for layer in _convert(model, config):
+        layer.quantise_base()
+    return model
 
+
+def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
+    """:func:`add_lora` but for the fp8 bases: the layers that are to get one, each of which can. Nothing holds the old
+    layers any more, so that their weights are freed one by one."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if module is not model:
@@ -52,14 +61,18 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     if tied := [names[m][0] for m in targets if m.weight in to_train]:
         raise ValueError(f"modules_to_save: would train the base weight of {some(tied)}, which is tied to it")
 
+    kept = matching("base_dtype_exclude", config.base_dtype_exclude, {m: names[m] for m in targets})
+    eight = [m for m in targets if config.base_dtype is not None and m not in kept]
     before = {m: {n: p.requires_grad for n, p in m._parameters.items() if p is not None} for m in model.modules()}
-    layers: dict[nn.Module, nn.Module] = {}
+    layers: dict[nn.Module, LoRALinear] = {}
     kind = DoRALinear if config.use_dora else LoRALinear
     try:
         for linear in targets:
             hyperparameters = ranks[linear], alphas[linear], config.lora_dropout, config.use_rslora
             with _noting(f"while converting {names[linear][0]!r}"):
                 layers[linear] = kind.from_linear(linear, *hyperparameters, init_lora_weights=config.init_lora_weights)
+                if linear in eight:
+                    check_quantisable(linear.weight)
         for parameter in model.parameters():
             parameter.requires_grad = parameter in to_train and parameter.is_floating_point()
     except BaseException:
@@ -70,7 +83,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     _swap(model, layers)
     for module, flags in before.items():
         vars(layers.get(module, module)).update({_BEFORE: flags, _TRAINED: trained[module]})
-    return model
+    return [layers[linear] for linear in eight]
 
 
 def remove_lora(model: nn.Module) -> nn.Module:
@@ -224,10 +237,10 @@ def _trained_names(module: nn.Module, bias: str, is_target: bool, is_saved: bool
     return []
 
 
-def _swap(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+def _swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in new:
+            if child is not None and child in new:
                 parent._modules[name] = new[child]
 
 

@@ -7,31 +7,36 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lora_fast.dispatch import autocast_dtype
+from lora_fast.fp8 import Fp8Weight
 from lora_fast.kernels.common import padded_rank, wide
-from lora_fast.kernels.lora import Made, lora_bwd, lora_fwd
+from lora_fast.kernels.lora import Fp8, Made, lora_bwd, lora_fwd
 
 MaybeTensor = torch.Tensor | None
 
 
 def lora_linear(
-    x, weight, lora_A, lora_B, scaling, bias, p: float, magnitude=None, save: str = "auto", round_norm: bool = False
-) -> torch.Tensor:
+    x, weight, lora_A, lora_B, scaling, bias, p: float, magnitude=None, save: str = "auto", round_norm: bool = False,
+    save_x: str = "x",
+) -> torch.Tensor:  # fmt: skip
     """The fused form of ``reference.lora_linear``, for arguments that were checked; p = 0 means no dropout. With a
     magnitude that of ``reference.dora_linear``."""
-    dtype = autocast_dtype(x.device)
+    dtype, fp8 = autocast_dtype(x.device), None
+    if isinstance(weight, Fp8Weight):
+        weight, fp8, round_norm = weight.rows, Fp8(weight.row_scale, weight.columns, weight.col_scale), False
     if dtype is not None and x.dtype != torch.float64:
-        x, weight = x.to(dtype), weight.to(dtype)
+        x, weight = x.to(dtype), weight if fp8 is not None else weight.to(dtype)
+    save_x8 = fp8 is not None and save_x == "fp8"
     seed = draw_seed(x.device) if p > 0 else None
     # z is kept where y cannot stand for it: y lacks what the bias drowns, and z again takes all that A and B keep.
     keep_z = (
         magnitude is not None and torch.is_grad_enabled() and magnitude.requires_grad
-        and not (save == "auto" and bias is None and lora_A.requires_grad and lora_B.requires_grad)
+        and not (save == "auto" and bias is None and lora_A.requires_grad and lora_B.requires_grad and not save_x8)
     )  # fmt: skip
     if torch.compiler.is_compiling():
         if not isinstance(scaling, torch.Tensor):
             scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
         return torch.ops.lora_fast.lora_linear(
-            x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z
+            x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, save_x8, *(fp8 or ())
         )[0]
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -41,12 +46,14 @@ def lora_linear(
         or (magnitude is not None and magnitude.requires_grad)
     ):
         late: list[Callable[[], None]] = []
-        y = _LoRALinear.apply(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, late)
+        y = _LoRALinear.apply(
+            x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, save_x8, fp8, late
+        )
         for product in late:
             with _on(x.device):
                 product()
         return y
-    return _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, False)[0]
+    return _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, False, fp8)[0]
 
 
 def draw_seed(device: torch.device) -> torch.Tensor | int:
@@ -72,7 +79,7 @@ def _on(device: torch.device):
 
 
 def _forward(
-    x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, late=None
+    x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, fp8=None, late=None
 ) -> tuple[torch.Tensor, Made]:
     """y [..., N], and what was made on the way to it. The product that fills y comes last, or later: by the caller, who
     finds its launch in the list ``late``."""
@@ -82,7 +89,7 @@ def _forward(
         rows, out = (x, y) if x.dim() == 2 else (x.reshape(-1, k), y.view(-1, n))
         made, product = lora_fwd(
             rows, weight, lora_A.contiguous(), lora_B.contiguous(), scaling, bias, seed, p, out,
-            magnitude if magnitude is None else magnitude.contiguous(), round_norm, keep_z,
+            magnitude if magnitude is None else magnitude.contiguous(), round_norm, keep_z, fp8,
         )  # fmt: skip
         if late is None:
             product()
@@ -91,7 +98,7 @@ def _forward(
     return y, made
 
 
-def _backward(dy, x, weight, y, made: Made, scaling, p, needs, shape, dtypes) -> tuple[MaybeTensor, ...]:
+def _backward(dy, x, weight, y, made: Made, fp8, scaling, p, needs, shape, dtypes) -> tuple[MaybeTensor, ...]:
     """(dx, dA, dB, dbias, dm), each None where ``needs`` (in this order) does not ask for it.
 
     The tensors are those of ``_to_save``; ``shape`` is (K, R), ``dtypes`` are those of lora_A, lora_B, bias and m.
@@ -110,20 +117,21 @@ def _backward(dy, x, weight, y, made: Made, scaling, p, needs, shape, dtypes) ->
         grad_b = dy.new_empty(n, r, dtype=dtypes[1]) if need_b else None
         grad_bias = dy.new_empty(n, dtype=dtypes[2]) if need_bias else None
         grad_m = dy.new_empty(n, dtype=dtypes[3]) if need_m else None
-        dx = lora_bwd(rows, x, weight, made, scaling, p, r, need_x, grad_a, grad_b, grad_bias, grad_m, y)
+        dx = lora_bwd(rows, x, weight, made, scaling, p, r, need_x, grad_a, grad_b, grad_bias, grad_m, y, fp8)
     if need_x and dy.dim() != 2:
         dx = torch.ops.aten._unsafe_view(dx, [*dy.shape[:-1], k])
     return dx, grad_a, grad_b, grad_bias, grad_m
 
 
-def _to_save(x, weight, y, made: Made, scaling, needs) -> tuple[MaybeTensor, ...]:
-    """What the backward will read, and nothing else: x, weight, y, what the forward made, scaling."""
+def _to_save(x, weight, y, made: Made, fp8: Fp8 | None, scaling, needs, save_x8) -> tuple[MaybeTensor, ...]:
+    """What the backward will read, and nothing else: x, weight, y, what the forward made, an fp8 base, scaling."""
     need_x, need_a, need_b, _, need_m = needs
     both = need_x or need_a
     dora = made.gain is not None and (both or need_b or need_m)
     again = need_m and made.z is None  # dm from y, which may have to make z again
+    row_scale, columns, col_scale = fp8 or (None, None, None)
     return (
-        x if need_a or again else None,
+        x if (need_a and not save_x8) or again else None,
         weight if need_x or again else None,
         y if again else None,
         made.s if need_b or again else None,
@@ -133,6 +141,11 @@ def _to_save(x, weight, y, made: Made, scaling, needs) -> tuple[MaybeTensor, ...
         made.gain if dora else None,
         made.norm if need_m else None,
         made.z if need_m else None,
+        made.x8 if need_a and save_x8 else None,
+        made.x_scale if need_a and save_x8 else None,
+        row_scale if again or need_x else None,
+        columns if need_x else None,
+        col_scale if need_x else None,
         scaling if both and isinstance(scaling, torch.Tensor) else None,
     )
 
@@ -153,11 +166,13 @@ class _LoRALinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, late):
+    def forward(
+        ctx, x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, save_x8, fp8, late
+    ):
         if magnitude is not None and magnitude.requires_grad:
             late = None  # its gradient reads y or z
-        y, made = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, late)
-        ctx.save_for_backward(*_to_save(x, weight, y, made, scaling, _needs(ctx)))
+        y, made = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, fp8, late)
+        ctx.save_for_backward(*_to_save(x, weight, y, made, fp8, scaling, _needs(ctx), save_x8))
         number = None if isinstance(scaling, torch.Tensor) else scaling
         dtypes = lora_A.dtype, lora_B.dtype, _dtype(bias), _dtype(magnitude)
         ctx.rest = number, p, (weight.shape[1], lora_A.shape[0]), dtypes
@@ -167,6 +182,12 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         # once_differentiable takes its time even where nobody will differentiate again.
         return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward_of(ctx, dy)
+
+
+def _made_and_base(saved) -> tuple[Made, Fp8 | None]:
+    """What lies between y and scaling in ``_to_save``; no base where the backward does not read an fp8 one."""
+    *made, row_scale, columns, col_scale = saved
+    return Made(*made), None if row_scale is None else Fp8(row_scale, columns, col_scale)
 
 
 def _saved(ctx) -> tuple[MaybeTensor, ...]:
@@ -183,13 +204,14 @@ def _saved(ctx) -> tuple[MaybeTensor, ...]:
 
 
 def _backward_of(ctx, dy):
-    x, weight, y, *made, scaling = _saved(ctx)
+    x, weight, y, *rest, scaling = _saved(ctx)
+    made, fp8 = _made_and_base(rest)
     number, p, shape, dtypes = ctx.rest
     scaling = number if scaling is None else scaling
     dx, grad_a, grad_b, grad_bias, grad_m = _backward(
-        dy, x, weight, y, Made(*made), scaling, p, _needs(ctx), shape, dtypes
+        dy, x, weight, y, made, fp8, scaling, p, _needs(ctx), shape, dtypes
     )
-    return dx, None, grad_a, grad_b, None, grad_bias, None, None, grad_m, None, None, None
+    return dx, None, grad_a, grad_b, None, grad_bias, None, None, grad_m, *(None,) * 5
 
 
 _backward_once = once_differentiable(_backward_of)
@@ -204,38 +226,52 @@ def _some(t: MaybeTensor, like: torch.Tensor) -> torch.Tensor:
 def _lora_linear_op(
     x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: torch.Tensor,
     bias: MaybeTensor, seed: MaybeTensor, p: float, magnitude: MaybeTensor = None, round_norm: bool = False,
-    keep_z: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    y, made = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z)
-    return y, made.s, _some(made.bits, y), _some(made.gain, y), _some(made.norm, y), _some(made.z, y)
+    keep_z: bool = False, save_x8: bool = False, row_scale: MaybeTensor = None, columns: MaybeTensor = None,
+    col_scale: MaybeTensor = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+           torch.Tensor]:  # fmt: skip
+    fp8 = None if row_scale is None else Fp8(row_scale, columns, col_scale)  # type: ignore[arg-type]
+    y, made = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, fp8)
+    x8, x_scale = (made.x8, made.x_scale) if save_x8 else (None, None)
+    return (y, made.s, _some(made.bits, y), _some(made.gain, y), _some(made.norm, y), _some(made.z, y), _some(x8, y),
+            _some(x_scale, y))  # fmt: skip
 
 
 @_lora_linear_op.register_fake
-def _(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude=None, round_norm=False, keep_z=False):
+def _(
+    x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude=None, round_norm=False, keep_z=False, save_x8=False,
+    row_scale=None, columns=None, col_scale=None,
+):  # fmt: skip
     n, k = weight.shape
     m = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
     s = x.new_empty(m, padded_rank(lora_A.shape[0]))
     bits = x.new_empty(0) if seed is None else x.new_empty(m, -(-k // 32), dtype=torch.int32)
     gain, norm = (x.new_empty(0) if magnitude is None else x.new_empty(n, dtype=wide(x)) for _ in range(2))
-    return y, s, bits, gain, norm, x.new_empty(m, n) if keep_z else x.new_empty(0)
+    z = x.new_empty(m, n) if keep_z else x.new_empty(0)
+    x8 = x.new_empty(m, k, dtype=weight.dtype) if save_x8 else x.new_empty(0)
+    return y, s, bits, gain, norm, z, x8, x.new_empty(m, dtype=torch.float32) if save_x8 else x.new_empty(0)
 
 
 @torch.library.custom_op("lora_fast::lora_linear_bwd", mutates_args=())
 def _lora_linear_bwd_op(
     dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor, y: MaybeTensor, s: MaybeTensor, bits: MaybeTensor,
     lora_A: MaybeTensor, lora_B: MaybeTensor, gain: MaybeTensor, norm: MaybeTensor, z: MaybeTensor,
+    x8: MaybeTensor, x_scale: MaybeTensor, row_scale: MaybeTensor, columns: MaybeTensor, col_scale: MaybeTensor,
     scaling: MaybeTensor, p: float, needs: list[bool], shape: list[int],
     a_dtype: torch.dtype, b_dtype: torch.dtype, bias_dtype: torch.dtype, m_dtype: torch.dtype,
 ) -> list[torch.Tensor]:  # fmt: skip
     a, b = (t if t is None else t.to(dy.dtype) for t in (lora_A, lora_B))
-    made = Made(s, bits, a, b, gain, norm, z)  # type: ignore[arg-type]
+    made, fp8 = _made_and_base((s, bits, a, b, gain, norm, z, x8, x_scale, row_scale, columns, col_scale))
     dtypes = a_dtype, b_dtype, bias_dtype, m_dtype
-    return [_some(g, dy) for g in _backward(dy, x, weight, y, made, scaling, p, needs, shape, dtypes)]
+    return [_some(g, dy) for g in _backward(dy, x, weight, y, made, fp8, scaling, p, needs, shape, dtypes)]
 
 
 @_lora_linear_bwd_op.register_fake
-def _(dy, x, weight, y, s, bits, lora_A, lora_B, gain, norm, z, scaling, p, needs, shape, *dtypes):
+def _(
+    dy, x, weight, y, s, bits, lora_A, lora_B, gain, norm, z, x8, x_scale, row_scale, columns, col_scale, scaling, p,
+    needs, shape, *dtypes,
+):  # fmt: skip
     (k, r), n = shape, dy.shape[-1]
     shapes = (*dy.shape[:-1], k), (r, k), (n, r), (n,), (n,)
     kinds = dy.dtype, *dtypes
@@ -244,13 +280,14 @@ def _(dy, x, weight, y, s, bits, lora_A, lora_B, gain, norm, z, scaling, p, need
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, lora_A, lora_B, scaling, bias, _, ctx.p, magnitude, _, keep_z = inputs
-    y, s, bits, gain, norm, z = output
+    x, weight, lora_A, lora_B, scaling, bias, _, ctx.p, magnitude, _, keep_z, save_x8, *fp8 = inputs
+    y, s, bits, gain, norm, z, x8, x_scale = output
     ctx.needs = list(_needs(ctx))
     dora = magnitude is not None
     made = Made(s, bits if ctx.p > 0 else None, lora_A, lora_B, gain if dora else None, norm if dora else None,
-                z if keep_z else None)  # fmt: skip
-    ctx.save_for_backward(*_to_save(x, weight, y, made, scaling, ctx.needs))
+                z if keep_z else None, x8, x_scale)  # fmt: skip
+    base = None if fp8[0] is None else Fp8(*fp8)
+    ctx.save_for_backward(*_to_save(x, weight, y, made, base, scaling, ctx.needs, save_x8))
     ctx.shape = [weight.shape[1], lora_A.shape[0]]
     ctx.dtypes = [lora_A.dtype, lora_B.dtype, _dtype(bias) or x.dtype, _dtype(magnitude) or x.dtype]
 
@@ -258,7 +295,7 @@ def _setup_context(ctx, inputs, output):
 def _op_backward(ctx, dy, *_):
     grads = torch.ops.lora_fast.lora_linear_bwd(dy, *ctx.saved_tensors, ctx.p, ctx.needs, ctx.shape, *ctx.dtypes)
     dx, grad_a, grad_b, grad_bias, grad_m = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
-    return dx, None, grad_a, grad_b, None, grad_bias, None, None, grad_m, None, None
+    return dx, None, grad_a, grad_b, None, grad_bias, None, None, grad_m, *(None,) * 6
 
 
 _lora_linear_op.register_autograd(_op_backward, setup_context=_setup_context)

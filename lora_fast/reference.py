@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from lora_fast.fp8 import Fp8Weight
+
 
 def lora_linear(
     x: torch.Tensor,
@@ -22,7 +24,7 @@ def lora_linear(
 
     Args:
         x: [..., K], any strides.
-        weight: [N, K].
+        weight: [N, K]; an Fp8Weight gives the products of :func:`lora_fast.fp8.fp8_linear`.
         lora_A: [R, K].
         lora_B: [N, R].
         scaling: number or 0-dim tensor.
@@ -65,6 +67,8 @@ def dora_norm(
     Returns:
         [N] float32, float64 if one of the tensors is.
     """
+    if isinstance(weight, Fp8Weight):
+        weight = weight.dequantise(torch.float32)
     dtype = torch.float32
     for t in (weight, lora_A, lora_B):
         dtype = torch.promote_types(dtype, t.dtype)
@@ -120,7 +124,7 @@ def dora_linear(
     """
     z = lora_linear(x, weight, lora_A, lora_B, scaling, None, dropout_p, training, keep)
     norm = (dora_norm if detach_norm else dense_norm)(weight, lora_A, lora_B, scaling)
-    if round_norm:
+    if round_norm and not isinstance(weight, Fp8Weight):
         norm = norm.to(weight.dtype).to(norm.dtype)
     return dora_scale(z, magnitude, norm, bias)
 

@@ -63,7 +63,7 @@ def longest_run(cubin: bytes) -> int:
     """
     run = best = 0
     for line in disassemble(cubin, "-sass").splitlines():
-        if "HGMMA" in line:
+        if "HGMMA" in line or "QGMMA" in line:  # of 16 and of 8 bits
             run += 1
             best = max(best, run)
         elif "WARPGROUP.DEPBAR" in line:
@@ -74,6 +74,7 @@ def longest_run(cubin: bytes) -> int:
 def compile_for(capability: int, problems) -> list[dict]:
     from lora_fast.kernels import down, gemm, grad, launch, mask, parts, tiles, weight
     from lora_fast.kernels import norm as norm_module
+    from lora_fast.kernels.common import FP8
 
     driver.set_active(TargetOnly(capability))
     for module, name, value in (
@@ -119,11 +120,23 @@ def compile_for(capability: int, problems) -> list[dict]:
         ds = grad.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias)
         assert gain is not None
         dora = parts.Dora(gain, norm, torch.empty_like(dy), torch.empty_like(dy), torch.empty(n),
-                          None if with_bias else (x, w, s, b))  # fmt: skip
+                          None if with_bias else (x, w, s, b, None))  # fmt: skip
         grad.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias, 1.0, dora)
         assert ds is not None
         grad.a_bwd(x, ds, torch.empty_like(a, dtype=adapter), bits)
         gemm.gemm(dy, w, ds, a, False, None, bits)
+        if capability in (89, 90, 120) and dtype.itemsize == 2:
+            problem += " fp8"
+            gain, scale = torch.empty(n), torch.empty(m)
+            s, x8, x_scale = down.quantise_fwd(x, a, 2.0, bits)
+            w8, w_scale = torch.empty(n, k, dtype=FP8), torch.empty(n)
+            norm_module.norm_fwd(w8, a, b, 2.0, torch.empty(n), False, w_scale)
+            gemm.gemm(x8, w8, s, b, True, bias, None, gain, torch.empty(m, n, dtype=dtype) if with_bias else None,
+                      (x_scale, w_scale))  # fmt: skip
+            ds, dz8, dz_scale = down.quantise_fwd(dy, b.t()[:r], 2.0, None, 1.0, gain)
+            gemm.gemm(dz8, w8.new_empty(k, n), ds, a, False, None, bits, scales=(dz_scale, torch.empty(k)))
+            plan = grad.column_plan(x8, r, torch.empty(r, k).t(), masked=bits is not None, kind=dtype)
+            plan(x8, ds, None, bits, torch.empty(r, k), None, None, 1.0, 1.0, torch.empty(plan.parts), None, scale)
         a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
         for magnitude in (None, torch.empty(n)):
             v, row_norm = weight.weight_fwd(w, a, b, 2.0, magnitude)

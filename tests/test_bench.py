@@ -75,7 +75,8 @@ def test_candidates_compute_the_same(dtype, suite, monkeypatch):
     case = bench_lora.Case(dtype, 32, 24, 40, 8, 0)
     candidates = suite.build(case, suite.impls, "cpu")
     has_peft = importlib.util.find_spec("peft") is not None
-    assert list(candidates) == [impl for impl in suite.impls if impl != "peft" or has_peft]
+    fits = {"peft": has_peft} | dict.fromkeys((i for i in suite.impls if "fp8" in i), dtype != "fp32")
+    assert list(candidates) == [impl for impl in suite.impls if fits.get(impl, True)]
     if suite is bench_dora.DORA:
         assert isinstance(candidates["lora_fast_dora"].layer, DoRALinear)
         (lora,) = (candidates.pop(impl) for impl in ("lora_fast_lora",))
@@ -93,9 +94,10 @@ def test_candidates_compute_the_same(dtype, suite, monkeypatch):
     frozen, again, ours = found.pop("frozen"), found.pop("frozen_again"), found[suite.impls[-1]]
     assert all(torch.equal(a, b) for a, b in zip(frozen, again, strict=True))
     assert (ours[0] - frozen[0]).norm() > 0.1 * frozen[0].norm()
-    for tensors in found.values():
+    for impl, tensors in found.items():
+        near = 0.08 if "fp8" in impl else 0.01 if dtype == "bf16" else 1e-5
         for a, b in zip(tensors, ours, strict=True):
-            assert (a - b).norm() <= (0.01 if dtype == "bf16" else 1e-5) * b.norm()
+            assert (a - b).norm() <= near * b.norm()
 
 
 @pytest.mark.parametrize("suite", [bench_lora.LORA, bench_dora.DORA], ids=lambda suite: suite.name)

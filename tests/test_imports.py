@@ -27,7 +27,9 @@ LAYERS = [
     {"functional"},
     {"weight_ops"},
     {"ops"},
-    {"dispatch", "reference", "kernels"},
+    {"reference"},
+    {"fp8"},
+    {"dispatch", "kernels"},
 ]
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
 MODULES = sorted((ROOT / "lora_fast").glob("*.py"))

@@ -197,7 +197,7 @@ def test_pass_over_dy_with_gain(device, dtype, shape, wanted):
         y = gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, True, None, None, gain, z)
         new = {"dZ": inputs.dy, "dm": norm, "dB": inputs.lora_B, "dbias": inputs.bias}
         found = {name: torch.empty_like(t) if name in wanted else None for name, t in new.items()}
-        again = (inputs.x, inputs.weight, s, inputs.lora_B) if from_y and "dm" in wanted else None
+        again = (inputs.x, inputs.weight, s, inputs.lora_B, None) if from_y and "dm" in wanted else None
         kept = (y if from_y else z) if "dm" in wanted else None
         dora = parts.Dora(gain, norm, kept, found["dZ"], found["dm"], again)
         b = inputs.lora_B if "dS" in wanted else None

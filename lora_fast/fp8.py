@@ -1,0 +1,171 @@
+"""A frozen weight in e4m3, twice: by rows for the forward product, by columns for the backward's."""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+
+from lora_fast import dispatch
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+LEAST = 2.0**-60  # rows whose largest element is smaller are scaled as if it were this
+aten = torch.ops.aten
+
+
+def quantise_rows(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``t [..., K]`` as ``(q [..., K], scale [...])``: ``t ~ scale * q`` with q in e4m3 and scale, float32, the least
+    power of two that brings the row's largest element into e4m3's range. So ``scale * q`` is exact in 16 bits, too."""
+    peak = t.abs().amax(-1).float().clamp_min(LEAST) / torch.full((), LARGEST, device=t.device)
+    scale = ((peak.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return (t / scale.unsqueeze(-1)).to(E4M3), scale
+
+
+def dequantise_rows(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (q.to(torch.float32) * scale.unsqueeze(-1)).to(dtype)
+
+
+class Fp8Weight(torch.Tensor):
+    """A frozen weight [N, K] kept in e4m3: a tensor that acts as ``row_scale * rows``, in the dtype it was made from.
+
+    Inner tensors: rows [N, K] and columns [K, N] in e4m3, row_scale [N] and col_scale [K] in float32, together the
+    bytes of a 16-bit weight. ``columns`` holds the same weight quantised by its columns, for ``dX = dY W``: the matrix
+    units take 8-bit operands along the contraction alone. The two round differently; all but dX reads ``rows``.
+
+    Moves between devices, copies, pickles and goes through ``state_dict``; a plain weight copied into it is quantised;
+    another dtype changes what it acts as. Operations that would write to it otherwise raise a RuntimeError.
+    """
+
+    rows: torch.Tensor
+    row_scale: torch.Tensor
+    columns: torch.Tensor
+    col_scale: torch.Tensor
+    acts_as: torch.dtype
+    INNER = ("rows", "row_scale", "columns", "col_scale")
+
+    @staticmethod
+    def __new__(cls, rows, row_scale, columns, col_scale, dtype):  # type: ignore[no-untyped-def]
+        self = torch.Tensor._make_wrapper_subclass(cls, rows.shape, dtype=dtype, device=rows.device)  # type: ignore[attr-defined]
+        self.rows, self.row_scale, self.columns, self.col_scale = rows, row_scale, columns, col_scale
+        self.acts_as = dtype  # as self.dtype, which takes the host longer to read
+        return self
+
+    @classmethod
+    @torch.no_grad()
+    def quantise(cls, weight: torch.Tensor) -> Self:
+        """From ``weight`` [N, K], float16, bfloat16 or float32.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: not two-dimensional, or with elements that are not finite.
+        """
+        cls.check(weight)
+        weight = weight.detach()
+        by_columns = quantise_rows(weight.t().contiguous())
+        return cls(*quantise_rows(weight), *by_columns, weight.dtype)  # type: ignore[call-arg]
+
+    @classmethod
+    def check(cls, weight: torch.Tensor) -> None:
+        """Raise what :meth:`quantise` would."""
+        if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32) or isinstance(weight, cls):
+            raise TypeError(f"weight: got {weight.dtype}, expected float16, bfloat16 or float32 to quantise")
+        if weight.dim() != 2:
+            raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, K]")
+        if not weight.is_meta and not torch.isfinite(weight.detach()).all():
+            raise ValueError("weight: has elements that are not finite, expected finite ones to quantise")
+
+    def dequantise(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """``row_scale * rows`` [N, K], in ``dtype`` or in what this acts as: a plain tensor."""
+        return dequantise_rows(self.rows, self.row_scale, dtype or self.dtype)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Fp8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return list(self.INNER), self.dtype
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict, dtype: torch.dtype, *_: Any) -> Self:
+        return cls(*(inner[name] for name in cls.INNER), dtype)  # type: ignore[call-arg]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # As bytes: pickle, outside torch.save, does not know 8-bit floats.
+        inner = (getattr(self, name) for name in self.INNER)
+        return _unpickled, (*(t.view(torch.uint8) if t.dtype == E4M3 else t for t in inner), self.dtype)
+
+    def _each(self, fn: Any, dtype: torch.dtype | None = None) -> Self:
+        inner = [fn(getattr(self, name)) for name in self.INNER]
+        return type(self)(*inner, dtype or self.dtype)  # type: ignore[call-arg]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight, *rest = args
+            bias = rest[0] if rest else (kwargs or {}).get("bias")
+            if isinstance(weight, cls) and not isinstance(x, cls):
+                return fp8_linear(x, weight, bias)
+        with torch._C.DisableTorchFunctionSubclass():  # whose results would be wrapped again
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, cls):
+            if func in (aten.detach.default, aten.alias.default):
+                return first._each(lambda t: t)
+            if func is aten.clone.default:
+                return first._each(torch.clone)
+            if func is aten._to_copy.default:
+                dtype, rest = kwargs.get("dtype"), {k: v for k, v in kwargs.items() if k not in ("dtype", "layout")}
+                rest.pop("memory_format", None)
+                return first._each(lambda t: t.to(**rest) if rest else t.clone(), dtype)
+            if func is aten.copy_.default:  # load_state_dict, also of a checkpoint that is not quantised
+                source = args[1] if isinstance(args[1], cls) else cls.quantise(args[1])
+                for name in cls.INNER:
+                    getattr(first, name).copy_(getattr(source, name))
+                return first
+            if func is aten.empty_like.default:
+                device = {"device": kwargs["device"]} if kwargs.get("device") is not None else {}
+                return first._each(lambda t: torch.empty_like(t, **device), kwargs.get("dtype"))
+            if func._schema.is_mutable:
+                raise RuntimeError(f"{func}: an Fp8Weight is read-only")
+        plain = [a.dequantise() if isinstance(a, cls) else a for a in args]
+        return func(*plain, **kwargs)
+
+
+def _unpickled(rows, row_scale, columns, col_scale, dtype) -> Fp8Weight:
+    return Fp8Weight(rows.view(E4M3), row_scale, columns.view(E4M3), col_scale, dtype)
+
+
+torch.serialization.add_safe_globals([_unpickled])  # for torch.load, which reads weights only
+
+
+def fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``F.linear(x, weight, bias)`` over an fp8 weight in plain torch, which emulates the fused kernels' quantisation:
+    x by rows in the forward, dY by rows in the backward."""
+    dtype = dispatch.autocast_dtype(x.device)
+    if dtype is not None and x.dtype != torch.float64:
+        x = x.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        y = _Fp8Product.apply(x, weight.rows, weight.row_scale, weight.columns, weight.col_scale)
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+class _Fp8Product(torch.autograd.Function):
+    """x W^T and dY W with x, dY and W rounded to e4m3 and multiplied in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x, rows, row_scale, columns, col_scale):
+        ctx.save_for_backward(columns, col_scale)
+        return _product(x, rows, row_scale)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _product(dy, *ctx.saved_tensors), None, None, None, None
+
+
+def _product(x: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return F.linear(dequantise_rows(*quantise_rows(x), x.dtype), dequantise_rows(rows, scale, x.dtype))
