@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fast import LoRAConfig, SlowPathWarning, add_lora, load_lora_state_dict, lora_state_dict
-from lora_fast.arguments import whole_number, whole_numbers
+from lora_fast.arguments import whole_number, whole_numbers, working_device
 from lora_fast.demo_report import Run, plot, table, write_csv
 from lora_fast.dispatch import why_not_triton
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train LoRA on real handwritten digits, rank by rank, beside a full fine-tune."
     parser.add_argument("--seeds", type=whole_number, default=5, help="how many times each run is repeated")
     parser.add_argument("--ranks", type=whole_numbers, default="1,2,4,8,16,32,64", help="ranks, separated by commas")
-    parser.add_argument("--device", type=_device, default="cpu", help="where to train: cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", type=working_device, default="cpu", help="where to train: cpu, cuda, cuda:1, ...")
     parser.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
     parser.add_argument("--out", type=Path, default="demo-out", help="folder for the CSV, the plot and an adapter")
 
@@ -210,12 +210,3 @@ def _not_writable(out: Path) -> str | None:
     except OSError as error:
         return f"--out {out} cannot be written to: {error}"
     return None
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.zeros((), device=device).item()
-    except Exception as error:  # each backend has its own way to say that it is not there
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a device that works here ({error})") from error
-    return device

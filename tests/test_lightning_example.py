@@ -90,14 +90,13 @@ def test_callbacks_stop_early_slow_down_and_keep_the_best(rates, tmp_path):
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_kernels_run_in_it(monkeypatch, dora):
+def test_kernels_run_in_it(monkeypatch):
     """In the finder's steps too: every layer, every forward."""
     set_backend("triton")
     monkeypatch.setattr(lightning_mnist, "SWEEP", (1e-4, 1e-2, 1))
     args, base = lightning_mnist.options(["--epochs", "1", "--accelerator", "cpu"]), demo.network()
     with Progress(disable=True) as progress, watched() as seen:
-        lightning_mnist.fit(args, progress, "one", demo.adapted(base, 2, dora), tiny())
+        lightning_mnist.fit(args, progress, "one", demo.adapted(base, 2, dora=True), tiny())
     assert seen.calls == 3 * (2 + 2 + 1)  # the finder's step and ours, each with a validation, and the test
     assert seen.launches >= seen.calls
 
