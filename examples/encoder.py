@@ -83,7 +83,7 @@ def texts(packages: tuple[str, ...]) -> list[Text]:
 
 
 def split(found: list[Text]) -> tuple[list[Text], list[Text]]:
-    """(to train on, held out): of each package's modules, the longest first, the second and every third after it."""
+    """(to train on, held out): of each package's modules, ordered by their number of texts, the second and each third after."""
     sizes: dict[str, dict[str, int]] = {}
     for text in found:
         modules = sizes.setdefault(text.package, {})
@@ -214,16 +214,15 @@ def table(results: list[Result]) -> Any:
     from rich.table import Table
 
     result = Table(title="Which package is it from? Frozen: logistic regression on the embeddings")
-    headings = (
+    result.add_column()
+    for heading in (
         "trainable\nparameters",
         "loss\nat first",
         "\nat last",
         "accuracy\nin training",
         "\nheld out",
         "\nseconds",
-    )
-    result.add_column()
-    for heading in headings:
+    ):
         result.add_column(heading, justify="right")
     for name, trainable, losses, *accuracies, seconds in results:
         tenth = -(-len(losses) // 10)
@@ -265,6 +264,9 @@ def run(args: argparse.Namespace) -> list[Result]:
     console = Console(highlight=False, markup=False)
     began = time.perf_counter()
     train, held_out = split(texts(args.packages))
+    few = set(args.packages).difference({t.package for t in train} & {t.package for t in held_out})
+    if few:
+        raise SystemExit(f"--packages: {', '.join(sorted(few))}: expected docstrings in two modules or more")
     modules = [len({text.module for text in part}) for part in (train, held_out)]
     console.print(
         f"{len(train)} texts of {modules[0]} modules to train on, {len(held_out)} of {modules[1]} others held out; "

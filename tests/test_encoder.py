@@ -162,6 +162,11 @@ def test_says_what_is_missing(monkeypatch, capsys):
     assert capsys.readouterr().err == "encoder: scikit-learn not installed: pip install 'lora_fast[encoder]'\n"
 
 
+def test_packages_that_cannot_be_split():
+    with pytest.raises(SystemExit, match="--packages: pydoc_data: expected docstrings in two modules"):
+        encoder.run(encoder.parse(["--packages", "email,pydoc_data,xml"]))
+
+
 @pytest.mark.parametrize(
     "argv",
     ["--steps 0", "--layers -1", "--rank x", "--lr fast", "--packages email,http", "--packages email,http,abacus",
