@@ -83,7 +83,7 @@ def texts(packages: tuple[str, ...]) -> list[Text]:
 
 
 def split(found: list[Text]) -> tuple[list[Text], list[Text]]:
-    """(to train on, held out): of each package's modules, ordered by their number of texts, the second and each third after."""
+    """(to train on, held out). Of each package's modules, by how many texts they have: the second, fifth and so on."""
     sizes: dict[str, dict[str, int]] = {}
     for text in found:
         modules = sizes.setdefault(text.package, {})
