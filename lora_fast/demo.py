@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fast import LoRAConfig, SlowPathWarning, add_lora, load_lora_state_dict, lora_state_dict
-from lora_fast.arguments import whole_number
+from lora_fast.arguments import whole_number, whole_numbers, working_device
 from lora_fast.demo_report import Run, plot, table, write_csv
 from lora_fast.dispatch import why_not_triton
 
@@ -39,8 +39,8 @@ Digits = dict[str, tuple[Tensor, Tensor]]  # part of SPLIT: (images [n, 784] flo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train LoRA on real handwritten digits, rank by rank, beside a full fine-tune."
     parser.add_argument("--seeds", type=whole_number, default=5, help="how many times each run is repeated")
-    parser.add_argument("--ranks", type=_ranks, default="1,2,4,8,16,32,64", help="ranks, separated by commas")
-    parser.add_argument("--device", type=_device, default="cpu", help="where to train: cpu, cuda, cuda:1, ...")
+    parser.add_argument("--ranks", type=whole_numbers, default="1,2,4,8,16,32,64", help="ranks, separated by commas")
+    parser.add_argument("--device", type=working_device, default="cpu", help="where to train: cpu, cuda, cuda:1, ...")
     parser.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
     parser.add_argument("--out", type=Path, default="demo-out", help="folder for the CSV, the plot and an adapter")
 
@@ -105,10 +105,11 @@ def _experiment(seeds: int, ranks: list[int], device: torch.device, out: Path, d
                 if rank:
                     adapters[rank, seed] = lora_state_dict(model)
 
-    groups = [[run for run in runs if run.rank == rank] for rank in [*ranks, 0]]
-    console.print(table(groups), soft_wrap=False)
+    *groups, full = ([run for run in runs if run.rank == rank] for rank in [*ranks, 0])
+    console.print(table({method: groups}, full), soft_wrap=False)
     best = max((run for run in runs if run.rank), key=lambda run: run.validation_accuracy)
-    _save(out, runs, groups, method, bases[best.seed], adapters[best.rank, best.seed])
+    plot({method: groups}, full).savefig(out / "accuracy.png", dpi=150)
+    _save(out, runs, bases[best.seed], adapters[best.rank, best.seed])
     again = accuracy(_load(out, best.rank, dora, device), *new["test"])
     console.print(
         f"Adapter of rank {best.rank}, seed {best.seed} (best on validation): test accuracy "
@@ -184,13 +185,10 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (model(images).argmax(1) == labels).double().mean().item()
 
 
-def _save(
-    out: Path, runs: list[Run], groups: list[list[Run]], method: str, base: nn.Module, adapter: dict[str, Tensor]
-) -> None:
+def _save(out: Path, runs: list[Run], base: nn.Module, adapter: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     write_csv(out / "results.csv", runs)
-    plot(groups, method).savefig(out / "accuracy.png", dpi=150)
     save_file(base.state_dict(), out / "base.safetensors")
     save_file(adapter, out / "adapter.safetensors")
 
@@ -212,19 +210,3 @@ def _not_writable(out: Path) -> str | None:
     except OSError as error:
         return f"--out {out} cannot be written to: {error}"
     return None
-
-
-def _ranks(text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.isdecimal() and int(word) >= 1 for word in words) or len(set(map(int, words))) < len(words):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected different whole numbers of 1 or more, as in 1,2,4")
-    return sorted(map(int, words))
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.zeros((), device=device).item()
-    except Exception as error:  # each backend has its own way to say that it is not there
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a device that works here ({error})") from error
-    return device

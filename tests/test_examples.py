@@ -18,7 +18,7 @@ for package in ("peft", "transformers", "accelerate"):
 pytestmark = pytest.mark.usefixtures("as_scripts")
 ROOT = Path(__file__).parent.parent
 GPU = torch.cuda.is_available()
-NEEDS = {"trl_sft": "trl", "lightning_loop": "lightning"}
+NEEDS = {"trl_sft": "trl", "lightning_loop": "lightning", "lightning_mnist": "lightning"}
 SHORT = ["--steps", "5", "--batch", "4", "--length", "64"]
 COMMANDS = [shlex.split(line) for line in re.findall(r"^.*examples/.*\.py.*$", (ROOT / "README.md").read_text(), re.M)]
 

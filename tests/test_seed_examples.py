@@ -23,7 +23,7 @@ def test_help(name, capsys):
     assert stop.value.code == 0 and "--seed" in said and "--steps" in said
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "lightning_mnist", "encoder"])
 def test_the_gallery_shows_it(name):
     assert f"python examples/{name}.py" in (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
 
