@@ -124,6 +124,7 @@ def compile_for(capability: int, problems) -> list[dict]:
         assert ds is not None
         grad.a_bwd(x, ds, torch.empty_like(a, dtype=adapter), bits)
         gemm.gemm(dy, w, ds, a, False, None, bits)
+        weight.weight_fwd(dy, b.t()[:r], s, 1.0, None, bias)  # a bottleneck adapter's sums, with activations for W
         a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
         for magnitude in (None, torch.empty(n)):
             v, row_norm = weight.weight_fwd(w, a, b, 2.0, magnitude)
