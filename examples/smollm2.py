@@ -16,7 +16,7 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -176,8 +176,8 @@ def patched(model: Any) -> None:
     print(lora_fast.patch_peft(model))  # this is all
 
 
-def table(results: list[Result]) -> str:
-    rows = [HEADER, *(result.row() for result in results)]
+def table(results: Sequence[Any], header: tuple[str, ...] = HEADER) -> str:
+    rows = [header, *(result.row() for result in results)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *line[1:]]) for row, line in zip(rows, lines, strict=True))

@@ -1,5 +1,8 @@
 """The adapted weight itself: LoRA's V = W + s B A, DoRA's m V / |V| (0 where |V| = 0), |V| by row.
 
+The same sum with activations in the weight's place, X + P Q^T, and a bias to each row, is the second half of a
+bottleneck adapter (lora_fast/bottleneck_ops.py).
+
 Forward, one launch: a program owns BLOCK_N rows. For DoRA it walks over K for the norms (``row_norm``) and once more
 for the result, when its rows of W are still in the cache; for LoRA once. B A is made by matrix instructions, tile by
 tile in registers; the sum is float32 and rounded once.
@@ -23,11 +26,11 @@ from lora_fast.kernels.tiles import weight_grad_splits, weight_grad_tile, weight
 
 @triton.jit
 def _weight_kernel(
-    w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, v_ptr, scaling, N, K, R,
+    w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, v_ptr, bias_ptr, scaling, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr, ONE: tl.constexpr,
-    DORA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, OUT: tl.constexpr,
-    PDL: tl.constexpr,
+    DORA: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     row = tl.program_id(0) * BLOCK_N
@@ -47,6 +50,9 @@ def _weight_kernel(
         v = w.to(ACC) + s * update
         if DORA:
             v = v * gain[:, None]
+        if BIAS:
+            cols = k + tl.arange(0, BLOCK_K)
+            v += tl.load(bias_ptr + cols, mask=cols < K, other=0.0).to(ACC)[None, :]
         store_tile(v_ptr, v, row, k, N, K, OUT, False)
 
 
@@ -88,30 +94,32 @@ def _weight_bwd_kernel(
     store_tile(da_ptr + split.to(tl.int64) * R * K, da * s, rank, col, R, K, ACC, False)
 
 
-def weight_plan(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dora: bool) -> Plan:
-    """The launch for these tensors (see ``weight_fwd``); called with (w, a, b, m, n, v, scaling)."""
+def weight_plan(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dora: bool, with_bias: bool) -> Plan:
+    """The launch for these tensors (see ``weight_fwd``); called with (w, a, b, m, n, v, bias, scaling)."""
     (n, k), r = w.shape, a.shape[0]
     kind = torch.promote_types(a.dtype, b.dtype)
     tile, options = weight_tile(n, r, w.dtype, kind, w.device)
     # Three tf32 products err by as much as float32 rounds: nothing beside the rounding to 16 bits.
     exact = kind != torch.float32 or w.dtype == kind
-    constants = {**tile, "ONE": r <= tile["BLOCK_R"], "DORA": dora, "ACC": acc_dtype(wide(w, a, b)),
-                 "PRECISION": "ieee" if exact else "tf32x3", "DTYPE": TL[kind],
-                 "OUT": TL[w.dtype]}  # fmt: skip
+    constants = {**tile, "ONE": r <= tile["BLOCK_R"], "DORA": dora, "BIAS": with_bias,
+                 "ACC": acc_dtype(wide(w, a, b)), "PRECISION": "ieee" if exact else "tf32x3",
+                 "DTYPE": TL[kind], "OUT": TL[w.dtype]}  # fmt: skip
     ints = (n, k, r, *w.stride(), *a.stride(), *b.stride())
     return Plan(_weight_kernel, (triton.cdiv(n, tile["BLOCK_N"]),), constants, options, w, ints)
 
 
 def weight_fwd(
-    w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, m: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, m: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """The adapted weight [N, K] in w's dtype, and with m [N] the norms [N], from w [N, K], a [R, K] and b [N, R], each
-    in any float dtype."""
+    in any float dtype; b may have more columns. A bias [K], contiguous, is added to each row."""
     v = torch.empty_like(w, memory_format=torch.contiguous_format)
     n = None if m is None else w.new_empty(w.shape[0], dtype=wide(w, a, b))
     if v.numel():
-        key = ("weight", sig(w), sig(a), sig(b), sig(m))
-        plan_for(key, weight_plan, w, a, b, m is not None)(w, a, b, m, n, v, float(scaling))
+        key = ("weight", sig(w), sig(a), sig(b), sig(m), sig(bias))
+        plan = plan_for(key, weight_plan, w, a, b, m is not None, bias is not None)
+        plan(w, a, b, m, n, v, bias, float(scaling))
     return v, n
 
 

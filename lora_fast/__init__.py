@@ -1,6 +1,7 @@
 """Fused-kernel LoRA and DoRA layers for PyTorch: drop-in replacements of ``nn.Linear``."""
 
 from lora_fast import functional, parametrize, reference
+from lora_fast.bottleneck import BottleneckAdapter, add_bottleneck, bottleneck_state_dict
 from lora_fast.checkpoint import load_adapter, save_adapter
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
 from lora_fast.dora import DoRALinear
@@ -22,12 +23,15 @@ from lora_fast.peft import PeftReport, patch_peft, peft_report, unpatch_peft
 __version__ = "0.1.0"
 
 __all__ = [
+    "BottleneckAdapter",
     "DoRALinear",
     "LoRAConfig",
     "LoRALinear",
     "PeftReport",
     "SlowPathWarning",
+    "add_bottleneck",
     "add_lora",
+    "bottleneck_state_dict",
     "disable_lora",
     "functional",
     "get_backend",

@@ -1,4 +1,7 @@
-"""LoRA and DoRA in plain torch: the CPU fallback, the tests' oracle (in float64), the baseline of the benchmarks."""
+"""LoRA, DoRA and bottleneck adapters in plain torch: the CPU fallback, the tests' oracle (in float64), the baseline of
+the benchmarks."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -167,3 +170,34 @@ def lora_weight(
         if magnitude is not None:
             v = v * dora_gain(magnitude, torch.linalg.vector_norm(v.detach(), dim=1))[:, None]
         return v.to(weight.dtype).view(weight.shape)
+
+
+# All of them leave 0 as it is.
+ACTIVATIONS: dict[str, Callable] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+
+
+def bottleneck(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    down_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    activation: str = "gelu",
+) -> torch.Tensor:
+    """``y = x + act(x D^T + d) U^T + u`` (Houlsby et al. 2019, arXiv 1902.00751).
+
+    Gradients, G that of y, a = act(h), h = x D^T + d and H = (G U) * act'(h): dx = G + H D, dD = H^T x, dd = colsum(H),
+    dU = G^T a, du = colsum(G).
+
+    Args:
+        x: [..., N], any strides.
+        down: [R, N], up: [N, R], down_bias: [R] or None, up_bias: [N] or None; cast to x's dtype, as for autocast.
+        activation: a key of ``ACTIVATIONS``.
+
+    Returns:
+        The shape and dtype of x.
+    """
+    down, up = down.to(x.dtype), up.to(x.dtype)
+    down_bias, up_bias = (t if t is None else t.to(x.dtype) for t in (down_bias, up_bias))
+    low = ACTIVATIONS[activation](F.linear(x, down, down_bias))  # [..., R]
+    return (x + F.linear(low, up, up_bias)).to(x.dtype)

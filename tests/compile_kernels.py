@@ -125,6 +125,7 @@ def compile_for(capability: int, problems) -> list[dict]:
         assert ds is not None
         grad.a_bwd(x, ds, torch.empty_like(a, dtype=adapter), bits)
         gemm.gemm(dy, w, ds, a, False, None, bits)
+        weight.weight_fwd(dy, b.t()[:r], s, 1.0, None, bias)  # a bottleneck adapter's sums, with activations for W
         if capability in (89, 90, 120) and dtype.itemsize == 2:
             problem += " fp8"
             gain, scale = torch.empty(n), torch.empty(m)

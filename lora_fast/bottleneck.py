@@ -1,0 +1,218 @@
+"""Bottleneck adapters: ``y = x + act(x D^T + d) U^T + u``, small layers of their own in a frozen model."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fast import dispatch, reference
+from lora_fast.config import matching, some
+from lora_fast.functional import FLOATS
+from lora_fast.layers import _init_adapter
+
+_NAME = "bottleneck"  # of the adapter in the module whose output passes through it
+
+
+def bottleneck(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    down_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    activation: str = "gelu",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """``y = x + act(x D^T + d) U^T + u`` (Houlsby et al. 2019, arXiv 1902.00751), gradients to all five tensors.
+
+    Args:
+        x: [..., N], one dimension or more, any strides, floating point.
+        down: [R, N], up: [N, R], down_bias: [R] or None, up_bias: [N] or None, of any floating dtypes; computed in x's
+            dtype (under autocast in its), their gradients come in their own.
+        activation: "gelu", "relu", "silu" or "tanh".
+        backend: as in :func:`lora_fast.functional.lora_linear`.
+
+    Returns:
+        [..., N] in x's dtype, under autocast too.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: wrong shapes or devices, an unknown activation.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run.
+    """
+    _check(x, down, up, down_bias, up_bias, activation)
+    if dispatch.choose(backend, x.device, x.dtype) == "triton":
+        from lora_fast import bottleneck_ops  # needs Triton
+
+        return bottleneck_ops.bottleneck(x, down, up, down_bias, up_bias, activation)
+    return reference.bottleneck(x, down, up, down_bias, up_bias, activation)
+
+
+class BottleneckAdapter(nn.Module):
+    """A residual bottleneck, ``y = x + act(x D^T + d) U^T + u``: at the start the identity (U and the biases are zero).
+
+    Houlsby et al. 2019 (arXiv 1902.00751), who put one after the attention and one after the MLP of each block;
+    :func:`add_bottleneck` does.
+
+    Args:
+        in_features: width of x and y, >= 1.
+        r: width of the bottleneck, >= 1.
+        activation: "gelu", "relu", "silu" or "tanh".
+        bias: whether there are d and u.
+        device, dtype: of the parameters; float32 in place of a 16-bit dtype.
+
+    Attributes:
+        down [r, in], down_bias [r] or None, up [in, r], up_bias [in] or None: trainable.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or outside its range, before anything is allocated.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        r: int = 64,
+        activation: str = "gelu",
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value in (("in_features", in_features), ("r", r)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: got {value!r}, expected an integer >= 1")
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected an integer >= 1")
+        _check_activation(activation)
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias: got {bias!r}, expected True or False")
+        dtype = dtype or torch.get_default_dtype()
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype: got {dtype}, expected float16, bfloat16, float32 or float64")
+        super().__init__()
+        self.in_features, self.r, self.activation = in_features, r, activation
+        kind = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
+        self.down = nn.Parameter(torch.empty(r, in_features, **kind))
+        self.up = nn.Parameter(torch.empty(in_features, r, **kind))
+        self.down_bias = nn.Parameter(torch.zeros(r, **kind)) if bias else None
+        self.up_bias = nn.Parameter(torch.zeros(in_features, **kind)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A Kaiming-uniform ``down``, the rest zero."""
+        _init_adapter(self.down, self.up, True)
+        for bias in (self.down_bias, self.up_bias):
+            if bias is not None:
+                bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] to y, its shape and dtype; raises as :func:`bottleneck`."""
+        return bottleneck(x, self.down, self.up, self.down_bias, self.up_bias, self.activation)
+
+    def extra_repr(self) -> str:
+        bias = self.down_bias is not None
+        return f"in_features={self.in_features}, r={self.r}, activation={self.activation!r}, bias={bias}"
+
+
+def add_bottleneck(
+    model: nn.Module,
+    target_modules: str | list[str],
+    r: int = 64,
+    activation: str = "gelu",
+    bias: bool = True,
+    freeze: bool = True,
+) -> nn.Module:
+    """Pass the outputs of the targeted modules through a :class:`BottleneckAdapter` each, in place; return ``model``.
+
+    The modules stay what they are, plain, quantised or with LoRA: the adapter becomes their submodule ``bottleneck``,
+    which a forward hook calls. Houlsby's two places in each block of a Llama are ``["o_proj", "down_proj"]``.
+
+    Args:
+        model: changed in place.
+        target_modules: full names or their last parts, or a regex that must match the full name; modules with
+            ``out_features``, which return one tensor.
+        r, activation, bias: as of :class:`BottleneckAdapter`.
+        freeze: switch off the gradients of all that is there. False leaves them as they are, so that LoRA that was
+            added before trains beside.
+
+    Raises:
+        TypeError: not a module; an argument of the wrong type.
+        ValueError: the model has such adapters already; a name or pattern matches nothing; a target that cannot have
+            one. The model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    if any(isinstance(module, BottleneckAdapter) for module in model.modules()):
+        raise ValueError("model: has bottleneck adapters already")
+    if not isinstance(freeze, bool):
+        raise TypeError(f"freeze: got {freeze!r}, expected True or False")
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module is not model:
+            names.setdefault(module, []).append(name)
+    found = matching("target_modules", target_modules, names)
+    targets: list[Any] = [module for module in names if module in found]
+    if unfit := [f"{names[m][0]} {why}" for m in targets if (why := _why_not(m))]:
+        raise ValueError(f"target_modules: cannot adapt {some(unfit)}")
+    adapters = []
+    for module in targets:
+        place = next(module.parameters(), torch.empty(0))
+        dtype = place.dtype if place.dtype in FLOATS else None
+        adapters.append(BottleneckAdapter(module.out_features, r, activation, bias, place.device, dtype))
+    if freeze:
+        model.requires_grad_(False)
+    for module, adapter in zip(targets, adapters, strict=True):
+        module.add_module(_NAME, adapter.train(module.training))
+        module.register_forward_hook(_through)
+    return model
+
+
+def bottleneck_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters' part of ``model.state_dict()``, detached but not copied: to be loaded into a model with the same
+    adapters by ``load_state_dict(..., strict=False)``. ValueError without bottleneck adapters."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BottleneckAdapter)}
+    if not layers:
+        raise ValueError("model: has no bottleneck adapters; call add_bottleneck first")
+    return {f"{name}.{key}".lstrip("."): t for name, layer in layers.items() for key, t in layer.state_dict().items()}
+
+
+def _through(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return module.bottleneck(output)
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why the module's output cannot pass through an adapter, in words; None where it can."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "is the output projection of nn.MultiheadAttention, which does not call it"
+    if not isinstance(getattr(module, "out_features", None), int):
+        return f"is a {type(module).__name__} without out_features"
+    return f"has something else called {_NAME!r}" if hasattr(module, _NAME) else None
+
+
+def _check_activation(activation: Any) -> None:
+    if not isinstance(activation, str) or activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(reference.ACTIVATIONS)}")
+
+
+def _check(x: Any, down: Any, up: Any, down_bias: Any, up_bias: Any, activation: Any) -> None:
+    tensors = {"x": x, "down": down, "up": up, "down_bias": down_bias, "up_bias": up_bias}
+    for name, t in tensors.items():
+        if t is None and name.endswith("bias"):
+            continue
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name}: got dtype {t.dtype}, expected float16, bfloat16, float32 or float64")
+        if t.device != x.device:
+            raise ValueError(f"{name}: got a tensor on {t.device}, expected {x.device}, where x is")
+    if x.dim() < 1:
+        raise ValueError("x: got a tensor without dimensions, expected [..., N]")
+    n = x.shape[-1]
+    if down.dim() != 2 or down.shape[1] != n or down.shape[0] < 1:
+        raise ValueError(
+            f"down: got shape {tuple(down.shape)}, expected [r, {n}] with r >= 1 to fit x {tuple(x.shape)}"
+        )
+    r = down.shape[0]
+    for name, t, shape in (("up", up, (n, r)), ("down_bias", down_bias, (r,)), ("up_bias", up_bias, (n,))):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {shape}")
+    _check_activation(activation)
