@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 NO_EXAMPLES = {"common", "run_all"}
 # Every other script runs with its defaults; these would take longer than all may together.
 ARGUMENTS = {
+    "encoder": ["--steps", "20"],
     "prompts": ["--method", "bottleneck", "prompt+lora", "--steps", "5"],
     "smollm2": ["--no-stock", "--steps", "5"],
 }
