@@ -43,8 +43,9 @@ def measure(
 
     A round runs every candidate once, in random order: a stretch of large products as long as the timed one, so that a
     candidate that is bound by memory does not leave the next one a cool chip, two warm-up calls, then as many timed
-    calls as fill ``target_ms`` (at least 3), between two CUDA events. Nothing waits between them: the GPU stays busy
-    while the host runs ahead, as in training. On the CPU there are no products, and the clock is the host's.
+    calls as fill ``target_ms`` (at least 3), between two CUDA events. From the warm-up on nothing waits: the GPU stays
+    busy while the host runs ahead, as in training, as far as it can (it waits for the products to end, or small calls
+    would be launched while they run, for nothing). On the CPU there are no products, and the clock is the host's.
     """
     load: Callable[[], object] = _nothing if device == "cpu" else _products(target_ms, device)
     calls = {}
@@ -71,7 +72,7 @@ def _nothing() -> None:
 
 
 def _products(target_ms: float, device: str) -> Callable[[], object]:
-    """A function that keeps the matrix units busy for about so long."""
+    """A function that keeps the matrix units busy for about so long, and waits for them."""
     a = torch.randn(4096, 4096, dtype=torch.float16, device=device)
     out = torch.empty_like(a)
 
@@ -81,7 +82,13 @@ def _products(target_ms: float, device: str) -> Callable[[], object]:
 
     products(3)
     times = max(1, round(target_ms * 10_000 / _time(lambda: products(10), 1, device)))
-    return graphed(lambda: products(times))
+    replay = graphed(lambda: products(times))
+
+    def load() -> None:
+        replay()
+        torch.cuda.synchronize(device)
+
+    return load
 
 
 def _time(fn: Callable[[], object], calls: int, device: str) -> float:
