@@ -19,7 +19,6 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels import launch
 from lora_fast.kernels.common import (
     FP8,
     TL,
@@ -33,7 +32,7 @@ from lora_fast.kernels.common import (
     unpack_words,
     wait_for_stream,
 )
-from lora_fast.kernels.launch import Plan, plan_for, sig
+from lora_fast.kernels.launch import INTERPRETED, Plan, plan_for, sig
 from lora_fast.kernels.tiles import gemm_tile, n_programs, tma_fits
 
 
@@ -226,7 +225,7 @@ def gemm_plan(
     programs = n_programs(x.device)
     bm, bn, bc = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_C"]
     # float16 over a scale leaves its range; beside an fp8 product bfloat16's digits are enough.
-    over = torch.float32 if launch.INTERPRETED else torch.bfloat16
+    over = torch.float32 if INTERPRETED else torch.bfloat16
     constants = {**tile, "PROGRAMS": programs, "W_T": transposed or fp8, "Q_T": transposed, "FP8": fp8, "TMA": tma,
                  "KEEP_Z": keep_z, "GAIN": with_gain, "BIAS": with_bias, "MASK": masked,
                  "KIND": TL[over if kind == torch.float16 else kind], "ACC": acc_dtype(kind),

@@ -1,6 +1,7 @@
 """Fused LoRA and DoRA in models that PEFT made: :func:`patch_peft`, and back, and what runs how."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ import torch
 from torch import nn
 
 from lora_fast import dispatch
+from lora_fast.config import matching
+from lora_fast.fp8 import Fp8Weight
+from lora_fast.layers import check_base_dtype, check_quantisable
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,12 @@ class PeftReport:
         return "\n".join([*lines, f"{self.fused} fused, {self.not_fused} not fused"])
 
 
-def patch_peft(model: nn.Module, save: str = "auto") -> PeftReport:
+def patch_peft(
+    model: nn.Module,
+    save: str = "auto",
+    base_dtype: str | None = None,
+    base_dtype_exclude: str | list[str] | None = None,
+) -> PeftReport:
     """Let the LoRA and DoRA linear layers of a PEFT model run through lora_fast's fused kernels, in place.
 
     Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear`` becomes an instance of a subclass of it; parameters, state
@@ -69,32 +78,56 @@ def patch_peft(model: nn.Module, save: str = "auto") -> PeftReport:
         model: a ``PeftModel``, or any model that contains PEFT's LoRA layers.
         save: what DoRA layers keep for the backward, as in :func:`lora_fast.functional.dora_linear`: "z" takes more
             memory, and lets a model change the outputs of these layers in place. Also an attribute of each layer.
+        base_dtype: None, or "float8_e4m3": the base weights of the layers that can be fused become fp8
+            (:class:`lora_fast.fp8.Fp8Weight`), one after the other, the original freed; unpatch_peft leaves them so. A
+            merge puts a 16-bit weight in the fp8 one's place until the unmerge.
+        base_dtype_exclude: a list of names or last parts, or a regex: layers whose base stays as it is. None: those
+            whose base weight is tied to another parameter alone.
 
     Returns:
         What is fused as things stand now; :func:`peft_report` tells it anew.
 
     Raises:
         TypeError: not a module.
-        ValueError: no LoRA layer of PEFT's in it, or ``save`` neither "auto" nor "z". The model is then as it was, as
-            after any other error.
+        ValueError: no LoRA layer of PEFT's in it, ``save`` neither "auto" nor "z", an unknown base_dtype, a weight to
+            quantise that is not finite. The model is then as it was, as after any other error.
+        RuntimeError: an fp8 base on a GPU that has no units for it.
         ImportError: without PEFT.
     """
     if save not in ("auto", "z"):
         raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
+    check_base_dtype(base_dtype)
+    if base_dtype_exclude is not None and base_dtype is None:
+        raise ValueError(f"base_dtype_exclude: got {base_dtype_exclude!r}, expected None without a base_dtype")
     layers = _lora_layers(model)
     from lora_fast.peft_layers import FastLinear, FastLoraModel, LoraModel
-    from lora_fast.peft_rules import why_never_fused
+    from lora_fast.peft_rules import PLAIN, why_never_fused
 
+    kept = matching("base_dtype_exclude", base_dtype_exclude, {layer: [name] for name, layer in layers.items()})
     done: list[Any] = []
+    eight: list[Any] = []
     try:
         for layer in layers.values():
             if why_never_fused(layer) is None:
                 FastLinear.adopt(layer)
                 done.append(layer)
+        if base_dtype is not None:
+            owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+            for name, layer in layers.items():
+                weight: Any = getattr(layer.base_layer, "weight", None)
+                fits = isinstance(layer, FastLinear) and type(weight) in PLAIN and not weight.requires_grad
+                if fits and layer not in kept and not layer.merged and owners[id(weight)] == 1:
+                    try:
+                        check_quantisable(weight)
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from None
+                    eight.append(layer)
     except BaseException:
         for layer in done:
             layer.release()
         raise
+    for layer in eight:
+        layer.base_layer.weight = nn.Parameter(Fp8Weight.quantise(layer.base_layer.weight), requires_grad=False)
     for module in model.modules():
         if isinstance(module, FastLinear):
             module.save = save
@@ -151,7 +184,11 @@ def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
     mesh = getattr(weight, "device_mesh", None)  # FSDP2 may keep on the CPU what it gathers on the mesh's devices
     device = weight.device if mesh is None else torch.device(mesh.device_type)
     slow = dispatch.why_slow(device, dispatch.autocast_dtype(device) or weight.dtype)
+    if slow is None and isinstance(weight, Fp8Weight):
+        slow = dispatch.why_not_fp8(device)
     remarks = [] if slow is None else [slow]
+    if isinstance(weight, Fp8Weight):
+        remarks.append("fp8 base")
     if is_dora(layer, names[0]):
         drops = isinstance(layer.lora_dropout[names[0]], nn.Dropout)
         remarks.append("DoRA, dropout in the low-rank branch alone" if drops else "DoRA")

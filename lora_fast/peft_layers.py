@@ -8,6 +8,7 @@ from peft.tuners.lora import Linear, LoraModel
 from torch import nn
 
 from lora_fast import dispatch
+from lora_fast.fp8 import Fp8Weight
 from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.peft_rules import active, examine, is_dora, why_never_fused, why_not_this_call
 
@@ -136,10 +137,13 @@ class FastLinear(Linear):
         if not self.merged:
             for name, tensor in self._base().items():
                 self.register_buffer(f"unmerged_{name}", tensor.detach().clone(), persistent=False)
+            if isinstance(self.base_layer.weight, Fp8Weight):
+                self.base_layer.weight = nn.Parameter(self.base_layer.weight.dequantise(), requires_grad=False)
         try:
             super().merge(safe_merge, adapter_names)
         finally:
             if not self.merged:
+                self._put_back()
                 self._forget_base()
             for kept, tensor in self._kept():
                 tensor.data = tensor.data.to(kept.dtype)
@@ -147,9 +151,15 @@ class FastLinear(Linear):
     def unmerge(self) -> None:
         """As in PEFT, but bit for bit: what was there before the merge is put back."""
         super().unmerge()
-        for kept, tensor in self._kept():
-            tensor.data = kept
+        self._put_back()
         self._forget_base()
+
+    def _put_back(self) -> None:
+        for kept, tensor in self._kept():
+            if isinstance(kept, Fp8Weight):
+                self.base_layer.weight = nn.Parameter(kept, requires_grad=False)
+            else:
+                tensor.data = kept
 
     def _base(self) -> dict[str, torch.Tensor]:
         base = self.base_layer

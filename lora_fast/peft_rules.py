@@ -8,6 +8,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
 from lora_fast import dispatch
+from lora_fast.fp8 import Fp8Weight
 from lora_fast.functional import FLOATS
 
 DoraLinearVariant: Any
@@ -67,7 +68,7 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
     if hooked(base):
         return "the base layer has hooks or a replaced forward"
     weight = base.weight
-    if type(weight) not in PLAIN and not gathered:
+    if type(weight) not in (*PLAIN, Fp8Weight) and not gathered:
         return f"the base weight is a {type(weight).__name__}"
     if weight.dtype not in FLOATS:
         return f"the base weight is quantised ({weight.dtype})"

@@ -275,7 +275,7 @@ def test_report_tells_what_the_kernels_run(kind, monkeypatch):
     from lora_fast import ops
 
     calls, run = [], ops.lora_linear
-    monkeypatch.setattr(ops, "lora_linear", lambda *args: calls.append(args) or run(*args))
+    monkeypatch.setattr(ops, "lora_linear", lambda *args, **options: calls.append(args) or run(*args, **options))
     stock = stock_model(more=[{}, {"use_dora": True}], use_dora=kind == "dora")
     model, x = patched(stock, ("triton", "cpu")), inputs()
     up, down = model.base_model.model.up, model.base_model.model.down

@@ -574,3 +574,46 @@ def test_without_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft.tuners.lora", None)
     with pytest.raises(ImportError, match=r"needs PEFT: pip install 'lora_fast\[peft\]'"):
         lora_fast.patch_peft(Net())
+
+
+@BOTH
+def test_fp8_base(kind):
+    """The base weights become fp8, but for excluded ones; a merge is a 16- or 32-bit weight, an unmerge the fp8 one."""
+    from lora_fast.fp8 import Fp8Weight
+
+    model = stir(stock_model(**KINDS[kind]))
+    x = inputs()
+    expected = model(x).detach()
+    report = patch_peft(model, base_dtype="float8_e4m3", base_dtype_exclude=["down"])
+    up, down = model.base_model.model.up, model.base_model.model.down
+    assert isinstance(up.base_layer.weight, Fp8Weight) and not isinstance(down.base_layer.weight, Fp8Weight)
+    assert [("fp8 base" in layer.reason) for layer in report.layers if layer.fused] in ([], [True, False])
+    held, y = up.base_layer.weight, model(x)
+    assert 0 < (y - expected).norm() < 0.1 * expected.norm()
+    y.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
+    with model.disable_adapter():
+        plain = model(x)
+    assert torch.isfinite(plain).all() and not torch.equal(plain, y)
+    up.merge()
+    assert not isinstance(up.base_layer.weight, Fp8Weight)
+    assert (model(x) - y).norm() < 0.1 * y.norm()
+    up.unmerge()
+    assert isinstance(up.base_layer.weight, Fp8Weight) and torch.equal(up.base_layer.weight.rows, held.rows)
+    assert torch.equal(model(x), y)
+    again = copy.deepcopy(model)
+    assert torch.equal(again(x), y)
+
+
+def test_fp8_base_refused_changes_nothing():
+    model = stock_model()
+    with torch.no_grad():
+        model.base_model.model.down.base_layer.weight[0, 0] = float("inf")
+    before = state(model)
+    with pytest.raises(ValueError, match="down.*not finite"):
+        patch_peft(model, base_dtype="float8_e4m3")
+    assert state(model) == before
+    for options in ({"base_dtype": "int4"}, {"base_dtype_exclude": ["up"]}):
+        with pytest.raises(ValueError, match="base_dtype"):
+            patch_peft(model, **options)
+    assert state(model) == before
