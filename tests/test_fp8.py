@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -307,6 +309,18 @@ def test_a_conversion_that_fails_changes_nothing():
     assert dict(model) == held and not isinstance(model["good"].weight, Fp8Weight)
     with pytest.raises(ValueError, match="base_dtype_exclude"):
         LoRAConfig(target_modules="all-linear", base_dtype_exclude=["good"])
+
+
+def test_the_page_in_the_docs():
+    page = (Path(__file__).parent.parent / "docs" / "fp8.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict = {}
+    try:
+        exec(snippet, found)
+    finally:
+        lora_fast.set_backend("auto")
+    assert repr(found["model"]).count("base_dtype='float8_e4m3'") == 1
+    assert found["model"][0].merged and found["model"][0].weight.dtype == BF16
 
 
 def test_old_cards_are_named(monkeypatch):
