@@ -133,7 +133,7 @@ def fine_tune(name: str, patch: Callable[[Any], object], base: Any, tokenizer: A
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.steps.append(time.perf_counter() - self.began)
 
-    folder = args.out / name.replace(" ", "_")
+    folder = args.out / name.replace(",", "").replace(" ", "_")
     settings = TrainingArguments(
         output_dir=str(folder),
         max_steps=args.steps,
@@ -176,6 +176,10 @@ def patched(model: Any) -> None:
     print(lora_fast.patch_peft(model))  # this is all
 
 
+def patched_fp8(model: Any) -> None:
+    print(lora_fast.patch_peft(model, base_dtype="float8_e4m3"))
+
+
 def table(results: Sequence[Any], header: tuple[str, ...] = HEADER) -> str:
     rows = [header, *(result.row() for result in results)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -192,6 +196,7 @@ def at_least_one(text: str) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
+    parser.add_argument("--fp8", action="store_true", help="a run more: over an fp8 base (emulated without a GPU)")
     parser.add_argument("--no-stock", action="store_true", help="leave out the run with stock PEFT")
     parser.add_argument("--steps", type=at_least_one, default=30, help="of the optimiser (default 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the adapters and the order of the text (default 0)")
@@ -206,7 +211,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> list[Result]:
-    """Do what the arguments say, tell about it, and return our result and stock PEFT's."""
+    """Do what the arguments say, tell about it, and return the results, ours first."""
     print("Reading the model (its 4-bit file is unpacked in Python: up to a minute)...", flush=True)
     base, tokenizer = load(args.layers)
     train, held_out = (blocks(part, tokenizer, args.length) for part in texts())
@@ -215,7 +220,9 @@ def run(args: argparse.Namespace) -> list[Result]:
         f"{base.num_parameters():,} parameters; {len(train)} blocks of {args.length} tokens, {len(held_out)} held out"
     )
     plain = answer(base, tokenizer)
-    ways = {"lora_fast": patched} | ({} if args.no_stock else {"stock PEFT": lambda model: None})
+    ways: dict[str, Callable[[Any], object]] = {"lora_fast": patched}
+    ways |= {"lora_fast, fp8 base": patched_fp8} if args.fp8 else {}
+    ways |= {} if args.no_stock else {"stock PEFT": lambda model: None}
     results = []
     for name, patch in ways.items():
         print(f"\n== {name}, {'DoRA' if args.dora else 'LoRA'}, r={args.rank}, {args.steps} steps", flush=True)

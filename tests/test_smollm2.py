@@ -25,19 +25,24 @@ def test_two_steps(tmp_path, monkeypatch, capsys):
     n_linears, outputs = 7 * layers, layers * (576 + 192 + 192 + 576 + 1536 + 1536 + 576)
     patch_peft = lora_fast.patch_peft
 
-    def spy(model):
+    def spy(model, **options):
         n_patched.append(
             sum(type(module).__name__ == "Linear" for module in model.modules() if hasattr(module, "lora_A"))
         )
-        return patch_peft(model)
+        return patch_peft(model, **options)
 
     monkeypatch.setattr(lora_fast, "patch_peft", spy)
     monkeypatch.setattr(smollm2, "load", lambda n: (copy.deepcopy(base), tokenizer))
     monkeypatch.setattr(smollm2, "BLOCKS", 4)
     found = {}
-    for kind, more in ("lora", []), ("dora", ["--dora"]):
+    for kind, more in ("lora", ["--fp8"]), ("dora", ["--dora"]):
         argv = f"--steps 2 --layers {layers} --length 32 --rank 4 --out".split()
-        ours, stock = smollm2.run(smollm2.parse([*argv, str(tmp_path / kind), *more]))
+        results = smollm2.run(smollm2.parse([*argv, str(tmp_path / kind), *more]))
+        ours, *eight, stock = results
+        assert len(eight) == (kind == "lora")
+        for other in eight:  # over its fp8 base the model is another one, but not much
+            assert other.before == pytest.approx(ours.before, rel=0.1) and other.before != ours.before
+            assert other.after == pytest.approx(ours.after, rel=0.1) and other.loaded == pytest.approx(other.after)
         assert ours.before == pytest.approx(stock.before, rel=1e-4)
         assert ours.after == pytest.approx(stock.after, rel=1e-3) and ours.after < 0.99 * ours.before
         assert ours.loaded == pytest.approx(ours.after, rel=1e-6) and stock.loaded == pytest.approx(
@@ -48,14 +53,16 @@ def test_two_steps(tmp_path, monkeypatch, capsys):
             config = json.loads((tmp_path / kind / name / "adapter_config.json").read_text())
             assert config["use_dora"] == (kind == "dora") and config["r"] == 4
         said = capsys.readouterr().out
-        assert all(text in said for text in (smollm2.table([ours, stock]), smollm2.QUESTION, ours.answer))
+        assert all(text in said for text in (smollm2.table(results), smollm2.QUESTION, ours.answer))
         found[kind] = ours
-    assert n_patched == [n_linears] * 4  # in each of our runs the model that trains and the one that is loaded
+    assert n_patched == [n_linears] * 6  # in each of our runs the model that trains and the one that is loaded
     assert found["dora"].before == pytest.approx(found["lora"].before, rel=1e-4)  # both start as the base
     assert found["dora"].parameters - found["lora"].parameters == outputs  # a magnitude each
 
 
-@pytest.mark.parametrize("argv, runs", [([], ["lora_fast", "stock PEFT"]), (["--no-stock"], ["lora_fast"])])
+@pytest.mark.parametrize(
+    "argv, runs", [([], ["lora_fast", "stock PEFT"]), (["--no-stock", "--fp8"], ["lora_fast", "lora_fast, fp8 base"])]
+)
 def test_stock_can_be_left_out(argv, runs, monkeypatch, capsys):
     model = SimpleNamespace(num_parameters=lambda: 7)
     result = smollm2.Result("", 1, 3, 2, 2, 0.5, "yes")
