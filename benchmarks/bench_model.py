@@ -14,6 +14,7 @@ peft_lora       stock PEFT, adapters in the model's dtype (autocast_adapter_dtyp
 lora_fast_lora  the same model after lora_fast.patch_peft
 peft_dora       the first of these two with DoRA
 lora_fast_dora  the second
+lora_fast_fp8_lora, lora_fast_fp8_dora  ours over an fp8 base (patch_peft with base_dtype)
 
 Our peak memory must not exceed stock's, and be 0.75 of it at most with DoRA and, without checkpointing, with dropout.
 """
@@ -37,11 +38,13 @@ from lora_fast import patch_peft, set_backend, timing
 
 COLUMNS = ("gpu torch triton commit dtype layers tokens r p checkpointing what impl median_us p20_us p80_us "
            "ratio_to_frozen peak_mib").split()  # fmt: skip
-IMPLS = (*FROZEN, "peft_lora", "lora_fast_lora", "peft_dora", "lora_fast_dora")
+IMPLS = (*FROZEN, "peft_lora", "lora_fast_lora", "peft_dora", "lora_fast_dora", "lora_fast_fp8_lora",
+         "lora_fast_fp8_dora")  # fmt: skip
 KINDS: dict[str, Callable[[str], Any]] = {"p": float, "checkpointing": int, "impl": str}
 R = 16
 MUST = {("lora_fast_lora", 0): "1.07 / 1.08", ("lora_fast_lora", 0.1): "0.03 more than p=0",
-        ("lora_fast_dora", 0): "1.12 / 1.15", ("lora_fast_dora", 0.1): "1.12 / 1.15"}  # fmt: skip
+        ("lora_fast_dora", 0): "1.12 / 1.15", ("lora_fast_dora", 0.1): "1.12 / 1.15",
+        ("lora_fast_fp8_lora", 0): "0.80"}  # fmt: skip
 
 
 class Size(NamedTuple):
@@ -103,7 +106,7 @@ def model_of(case: Case, base: nn.Module) -> nn.Module:
                             use_dora=case.impl.endswith("dora"), init_lora_weights=False)  # fmt: skip
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
     if case.impl.startswith("lora_fast"):
-        report = patch_peft(model)
+        report = patch_peft(model, base_dtype="float8_e4m3" if "fp8" in case.impl else None)
         if report.not_fused and next(model.parameters()).is_cuda:
             raise RuntimeError(f"a candidate of ours is not fused everywhere:\n{report}")
     return model.train()
@@ -182,7 +185,7 @@ def summarise(rows: list[common.Row]) -> str:
     found = {(row["checkpointing"], row["impl"], row["p"]): row for row in rows}
     table = []
     for (checkpointing, impl, p), row in found.items():
-        stock = found.get((checkpointing, impl.replace("lora_fast_", "peft_"), p), row)
+        stock = found.get((checkpointing, impl.replace("lora_fast_", "peft_").replace("fp8_", ""), p), row)
         of_stock = [f"{row[column] / stock[column]:.3f}" if row is not stock and row[column] else ""
                     for column in ("median_us", "peak_mib")]  # fmt: skip
         must = "" if row["gpu"] == "cpu" else MUST.get((impl, p), "")
