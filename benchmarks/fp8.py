@@ -4,6 +4,7 @@ are quantised all the same and multiplied in x's dtype."""
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lora_fast import reference
 from lora_fast.fp8 import Fp8Weight, dequantise_rows, quantise_rows
@@ -32,6 +33,7 @@ class _Product(torch.autograd.Function):
         return _product(x, rows, row_scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return _product(dy, *ctx.saved_tensors), None, None, None, None
 

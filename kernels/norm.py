@@ -30,10 +30,12 @@ def low_rank_tile(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride
 
 
 @triton.jit
-def row_norm(w_ptr, a_ptr, b_ptr, b, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
-             ONE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """The norms [BLOCK_N] of V's rows from ``row`` on; b as in ``low_rank_tile``, s one number or one a row."""
+def row_norm(w_ptr, a_ptr, b_ptr, b, w_scale, s, row, N, K, R,
+             stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
+             ONE: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+             DTYPE: tl.constexpr):  # fmt: skip
+    """The norms [BLOCK_N] of V's rows from ``row`` on; b as in ``low_rank_tile``. SCALED: W's rows times w_scale."""
     squares = tl.zeros([BLOCK_N, SUMS], dtype=ACC)
     tile = load_tile(w_ptr, row, 0, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
     for k in range(0, K, BLOCK_K):
@@ -41,7 +43,10 @@ def row_norm(w_ptr, a_ptr, b_ptr, b, s, row, N, K, R, stride_wn, stride_wk, stri
         later = load_tile(w_ptr, row, k + BLOCK_K, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)
         update = low_rank_tile(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br,
                                BLOCK_N, BLOCK_K, BLOCK_R, ONE, ACC, PRECISION, DTYPE)  # fmt: skip
-        v = tile.to(ACC) + s * update
+        w = tile.to(ACC)
+        if SCALED:
+            w *= w_scale[:, None]
+        v = w + s * update
         squares += tl.sum(tl.reshape(v * v, (BLOCK_N, BLOCK_K // SUMS, SUMS)), 1)
         tile = later
     return tl.sqrt(tl.sum(squares, 1))
@@ -67,14 +72,13 @@ def _norm_kernel(
     row = tl.program_id(0) * BLOCK_N
     s = scalar(scaling, SCALING_PTR)
     rows = row + tl.arange(0, BLOCK_N)
-    if SCALED:  # |scale * w + s B A| = scale * |w + (s / scale) B A|
-        scale = tl.load(w_scale_ptr + rows, mask=rows < N, other=1.0).to(ACC)
-        s = s / scale[:, None]
-    b = load_tile(b_ptr, row, 0, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
-    norm = row_norm(w_ptr, a_ptr, b_ptr, b, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak,
-                    stride_bn, stride_br, BLOCK_N, BLOCK_K, BLOCK_R, SUMS, ONE, ACC, PRECISION, DTYPE)  # fmt: skip
+    w_scale = 1.0
     if SCALED:
-        norm *= scale
+        w_scale = tl.load(w_scale_ptr + rows, mask=rows < N, other=0.0).to(ACC)
+    b = load_tile(b_ptr, row, 0, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
+    norm = row_norm(w_ptr, a_ptr, b_ptr, b, w_scale, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak,
+                    stride_bn, stride_br, BLOCK_N, BLOCK_K, BLOCK_R, SUMS, ONE, SCALED, ACC, PRECISION,
+                    DTYPE)  # fmt: skip
     if ROUND is not None:
         norm = norm.to(ROUND).to(ACC)
     tl.store(n_ptr + rows, norm, mask=rows < N)

@@ -48,7 +48,7 @@ def _column_dots(dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr, w_scale_ptr, col, M, N, K, 
         for k in range(0, K, 16):
             x = load_tile(x_ptr, m, k, M, K, stride_xm, stride_xk, False, BLOCK, 16)
             w = load_tile(w_ptr, col, k, N, K, stride_wn, stride_wk, False, BLOCK, 16)
-            if SCALED:
+            if SCALED:  # x as it is: where y was too small to carry z, z's own rounding is no matter
                 cols = col + tl.arange(0, BLOCK)
                 scale = tl.load(w_scale_ptr + cols, mask=cols < N, other=0.0)
                 w = (w.to(ACC) * scale[:, None]).to(x.dtype)

@@ -39,8 +39,9 @@ def _weight_kernel(
     b = load_tile(b_ptr, row, 0, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
     gain = tl.full([BLOCK_N], 1, ACC)
     if DORA:
-        norm = row_norm(w_ptr, a_ptr, b_ptr, b, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak,
-                        stride_bn, stride_br, BLOCK_N, BLOCK_K, BLOCK_R, SUMS, ONE, ACC, PRECISION, DTYPE)  # fmt: skip
+        norm = row_norm(w_ptr, a_ptr, b_ptr, b, 1.0, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak,
+                        stride_bn, stride_br, BLOCK_N, BLOCK_K, BLOCK_R, SUMS, ONE, False, ACC, PRECISION,
+                        DTYPE)  # fmt: skip
         tl.store(n_ptr + rows, norm, mask=rows < N)
         gain = gain_of(m_ptr, norm, rows, N, ACC)
     for k in range(0, K, BLOCK_K):

@@ -20,7 +20,8 @@ class LoRAConfig:
     Args:
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in :class:`lora_fast.LoRALinear`.
         base_dtype: None, or "float8_e4m3": the frozen weights of the converted layers become fp8
-            (:class:`lora_fast.fp8.Fp8Weight`), one after the other, the original freed. remove_lora leaves them so.
+            (:class:`lora_fast.fp8.Fp8Weight`), one after the other, the original freed; one that is tied to another
+            parameter stays as it is. remove_lora leaves them so.
         base_dtype_exclude: a list or a regex, as exclude_modules: converted layers that keep their weight as it is.
             None: all are quantised ("all-linear" leaves the output head out by itself).
         use_dora: convert to :class:`lora_fast.DoRALinear`, which also trains the lengths of the weight's rows.

@@ -4,6 +4,8 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
 
 from lora_fast import dispatch
 
@@ -15,7 +17,7 @@ aten = torch.ops.aten
 
 def quantise_rows(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``t [..., K]`` as ``(q [..., K], scale [...])``: ``t ~ scale * q`` with q in e4m3 and scale, float32, the least
-    power of two that brings the row's largest element into e4m3's range. So ``scale * q`` is exact in 16 bits, too."""
+    power of two that brings the row's largest element into e4m3's range. So ``scale * q`` is exact in bfloat16, too."""
     peak = t.abs().amax(-1).float().clamp_min(LEAST) / torch.full((), LARGEST, device=t.device)
     scale = ((peak.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return (t / scale.unsqueeze(-1)).to(E4M3), scale
@@ -69,8 +71,8 @@ class Fp8Weight(torch.Tensor):
         """Raise what :meth:`quantise` would."""
         if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32) or isinstance(weight, cls):
             raise TypeError(f"weight: got {weight.dtype}, expected float16, bfloat16 or float32 to quantise")
-        if weight.dim() != 2:
-            raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, K]")
+        if weight.dim() != 2 or not weight.numel():
+            raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, K], not empty")
         if not weight.is_meta and not torch.isfinite(weight.detach()).all():
             raise ValueError("weight: has elements that are not finite, expected finite ones to quantise")
 
@@ -91,7 +93,16 @@ class Fp8Weight(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # As bytes: pickle, outside torch.save, does not know 8-bit floats.
         inner = (getattr(self, name) for name in self.INNER)
-        return _unpickled, (*(t.view(torch.uint8) if t.dtype == E4M3 else t for t in inner), self.dtype)
+        stored = (t.view(torch.uint8) if t.dtype == E4M3 else t for t in inner)
+        return _unpickled, (*stored, self.dtype, isinstance(self, nn.Parameter))
+
+    def share_memory_(self) -> Self:
+        for name in self.INNER:
+            getattr(self, name).share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return all(getattr(self, name).is_shared() for name in self.INNER)
 
     def _each(self, fn: Any, dtype: torch.dtype | None = None) -> Self:
         inner = [fn(getattr(self, name)) for name in self.INNER]
@@ -136,8 +147,9 @@ class Fp8Weight(torch.Tensor):
         return func(*plain, **kwargs)
 
 
-def _unpickled(rows, row_scale, columns, col_scale, dtype) -> Fp8Weight:
-    return Fp8Weight(rows.view(E4M3), row_scale, columns.view(E4M3), col_scale, dtype)
+def _unpickled(rows, row_scale, columns, col_scale, dtype, parameter) -> torch.Tensor:
+    weight = Fp8Weight(rows.view(E4M3), row_scale, columns.view(E4M3), col_scale, dtype)
+    return nn.Parameter(weight, requires_grad=False) if parameter else weight
 
 
 torch.serialization.add_safe_globals([_unpickled])  # for torch.load, which reads weights only
@@ -155,7 +167,8 @@ def fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None = N
 
 
 class _Fp8Product(torch.autograd.Function):
-    """x W^T and dY W with x, dY and W rounded to e4m3 and multiplied in x's dtype."""
+    """x W^T and dY W with x, dY and W rounded to e4m3 and multiplied in x's dtype (float16 in float32, whose range the
+    scales may need)."""
 
     @staticmethod
     def forward(ctx, x, rows, row_scale, columns, col_scale):
@@ -163,9 +176,11 @@ class _Fp8Product(torch.autograd.Function):
         return _product(x, rows, row_scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return _product(dy, *ctx.saved_tensors), None, None, None, None
 
 
 def _product(x: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return F.linear(dequantise_rows(*quantise_rows(x), x.dtype), dequantise_rows(rows, scale, x.dtype))
+    kind = torch.float32 if x.dtype == torch.float16 else x.dtype
+    return F.linear(dequantise_rows(*quantise_rows(x), kind), dequantise_rows(rows, scale, kind)).to(x.dtype)

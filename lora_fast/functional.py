@@ -31,7 +31,7 @@ def lora_linear(
         x: [..., K], one dimension or more, any strides, floating point.
         weight: [N, K], x's dtype (outside autocast), must not require a gradient. Over a
             :class:`lora_fast.fp8.Fp8Weight` the base products, forward and backward, are made from e4m3 operands; the
-            low-rank ones stay exact.
+            low-rank ones are not (in float16 those of S and B and of dS and A take bfloat16's digits).
         lora_A: [R, K], any floating dtype; computed in x's dtype, its gradient comes in its own.
         lora_B: [N, R], likewise.
         scaling: a number, or a 0-dim floating tensor (never read back to the host). It gets no gradient.

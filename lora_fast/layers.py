@@ -82,7 +82,8 @@ class LoRALinear(nn.Linear):
         """Wrap ``linear``: its weight and bias are shared (no copy) and frozen; its training flag is kept.
 
         With ``base_dtype="float8_e4m3"`` the layer's weight is a :class:`lora_fast.fp8.Fp8Weight` made from
-        ``linear``'s, which stays as it is: products of 8-bit operands, forward and backward, at twice the rate.
+        ``linear``'s, which stays as it is: products of 8-bit operands, forward and backward, at twice the rate. A
+        ``linear`` that has such a weight shares it.
 
         Raises:
             TypeError: not an ``nn.Linear`` itself, or one with hooks, a replaced forward or a quantised weight.
@@ -122,7 +123,8 @@ class LoRALinear(nn.Linear):
         if self.merged:
             raise ValueError("quantise_base: the layer is merged; unmerge it first")
         check_quantisable(self.weight)
-        self.weight = nn.Parameter(Fp8Weight.quantise(self.weight), requires_grad=False)
+        if not isinstance(self.weight, Fp8Weight):
+            self.weight = nn.Parameter(Fp8Weight.quantise(self.weight), requires_grad=False)
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
@@ -235,7 +237,8 @@ def check_quantisable(weight: torch.Tensor) -> None:
     """Raise as :meth:`LoRALinear.from_linear` with a ``base_dtype`` where this weight cannot become an fp8 one."""
     if dispatch.get_backend() != "reference" and (why := dispatch.why_not_fp8(weight.device)):
         raise RuntimeError(f"base_dtype: {why}")
-    Fp8Weight.check(weight)
+    if not isinstance(weight, Fp8Weight):
+        Fp8Weight.check(weight)
 
 
 def why_not_lora(module: nn.Module) -> str | None:
@@ -246,8 +249,6 @@ def why_not_lora(module: nn.Module) -> str | None:
         return f"is a {type(module).__name__}, not a plain nn.Linear"
     if "forward" in vars(module) or any(value for key, value in vars(module).items() if key.endswith("_hooks")):
         return "has hooks or a replaced forward, which would be lost (register hooks after the conversion)"
-    if isinstance(module.weight, Fp8Weight):
-        return "has an fp8 weight already"
     if module.weight.dtype not in FLOATS:
         return f"has a quantised weight ({module.weight.dtype})"
     return None

@@ -1,5 +1,6 @@
 """Conversion of a whole model: LoRA on its nn.Linear layers in place; save, load, merge, switch off, take out."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -62,7 +63,8 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
         raise ValueError(f"modules_to_save: would train the base weight of {some(tied)}, which is tied to it")
 
     kept = matching("base_dtype_exclude", config.base_dtype_exclude, {m: names[m] for m in targets})
-    eight = [m for m in targets if config.base_dtype is not None and m not in kept]
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    eight = [m for m in targets if config.base_dtype is not None and m not in kept and owners[id(m.weight)] == 1]
     before = {m: {n: p.requires_grad for n, p in m._parameters.items() if p is not None} for m in model.modules()}
     layers: dict[nn.Module, LoRALinear] = {}
     kind = DoRALinear if config.use_dora else LoRALinear

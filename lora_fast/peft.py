@@ -79,16 +79,17 @@ def patch_peft(
         save: what DoRA layers keep for the backward, as in :func:`lora_fast.functional.dora_linear`: "z" takes more
             memory, and lets a model change the outputs of these layers in place. Also an attribute of each layer.
         base_dtype: None, or "float8_e4m3": the base weights of the layers that can be fused become fp8
-            (:class:`lora_fast.fp8.Fp8Weight`), one after the other, the original freed; unpatch_peft leaves them so. A
-            merge puts a 16-bit weight in the fp8 one's place until the unmerge.
-        base_dtype_exclude: a list of names or last parts, or a regex: layers whose base stays as it is. None: those
-            whose base weight is tied to another parameter alone.
+            (:class:`lora_fast.fp8.Fp8Weight`), one after the other, the original freed; unpatch_peft makes plain ones
+            of them again. A merge puts a 16-bit weight in the fp8 one's place until the unmerge. Layers that are
+            merged, whose base trains, or whose base weight is tied to another parameter stay as they are; the report
+            says "fp8 base" of the others. A DoRA magnitude stays PEFT's, the norm is the fp8 weight's.
+        base_dtype_exclude: a list of names or last parts, or a regex: more layers whose base stays as it is.
 
     Returns:
         What is fused as things stand now; :func:`peft_report` tells it anew.
 
     Raises:
-        TypeError: not a module.
+        TypeError: not a module; a weight to quantise of another dtype than float16, bfloat16 or float32.
         ValueError: no LoRA layer of PEFT's in it, ``save`` neither "auto" nor "z", an unknown base_dtype, a weight to
             quantise that is not finite. The model is then as it was, as after any other error.
         RuntimeError: an fp8 base on a GPU that has no units for it.
@@ -119,9 +120,10 @@ def patch_peft(
                 if fits and layer not in kept and not layer.merged and owners[id(weight)] == 1:
                     try:
                         check_quantisable(weight)
-                    except ValueError as error:
-                        raise ValueError(f"{name}: {error}") from None
+                    except (TypeError, ValueError) as error:
+                        raise type(error)(f"{name}: {error}") from None
                     eight.append(layer)
+                del weight
     except BaseException:
         for layer in done:
             layer.release()

@@ -73,6 +73,7 @@ class FastLinear(Linear):
     lora_dropout: Any
     lora_magnitude_vector: Any
     save: str = "auto"  # for DoRA, as of lora_fast.DoRALinear
+    save_x: str = "x"  # over an fp8 base, as of lora_fast.LoRALinear
     _scalings: Scalings
 
     @classmethod
@@ -88,7 +89,10 @@ class FastLinear(Linear):
         self._forget_base()
         scalings = dict(self.scaling)
         del self._scalings
-        vars(self).pop("save", None)
+        for name in ("save", "save_x"):
+            vars(self).pop(name, None)
+        if isinstance(self.base_layer.weight, Fp8Weight):
+            self.base_layer.weight = nn.Parameter(self.base_layer.weight.dequantise(), requires_grad=False)
         self.__class__ = Linear  # type: ignore[assignment]
         self.scaling = scalings
 
@@ -123,13 +127,13 @@ class FastLinear(Linear):
         if is_dora(self, name):
             return dora_linear(
                 x, base.weight, a, b, self.lora_magnitude_vector[name].weight, scaling, base.bias, p, dropout.training,
-                save=self.save, round_norm=True,
+                save=self.save, round_norm=True, save_x=self.save_x,
             )  # fmt: skip
         if len(parts) > 1:  # the sum of the adapters is one adapter, stacked along r
             a = torch.cat([a for _, a, _, _ in parts])
             b = torch.cat([b * scalings.of(name, x.device) for name, _, b, _ in parts], 1)
             scaling = 1.0
-        return lora_linear(x, base.weight, a, b, scaling, base.bias, p, dropout.training)
+        return lora_linear(x, base.weight, a, b, scaling, base.bias, p, dropout.training, save_x=self.save_x)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As in PEFT; the base weight and bias are kept for :meth:`unmerge`, and so is their dtype (DoRA in PEFT 0.13

@@ -66,7 +66,9 @@ def test_weight_is_a_tensor_that_moves_and_copies(tmp_path):
         assert isinstance(found, Fp8Weight) and found.dtype == BF16
         for name in Fp8Weight.INNER:
             assert torch.equal(getattr(found, name).float(), getattr(held, name).float()), name
+    assert all(isinstance(c.weight, nn.Parameter) for c in copies)
     assert copies[0].weight.rows.data_ptr() != held.rows.data_ptr()
+    assert copies[1].share_memory().weight.is_shared() and not copies[0].weight.is_shared()
     assert linear.to(HALF).weight.dtype == HALF and isinstance(linear.weight, Fp8Weight)
     assert torch.equal(linear.weight.float(), held.dequantise(FLOAT))
     with pytest.raises(RuntimeError, match="read-only"):
@@ -79,6 +81,7 @@ def test_weight_is_a_tensor_that_moves_and_copies(tmp_path):
         (torch.ones(3, 4, dtype=torch.int8), TypeError, "expected float16"),
         (torch.ones(3, 4, dtype=torch.float64), TypeError, "float64"),
         (torch.ones(4), ValueError, r"expected \[N, K\]"),
+        (torch.ones(0, 4), ValueError, "not empty"),
         (torch.full((3, 4), float("nan")), ValueError, "not finite"),
     ],
 )
@@ -173,6 +176,7 @@ def test_kernels_against_the_emulation(device, dtype, shape, kind, bias):
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no fp8 matrix units")
     inputs = draw(*shape, dtype, device, 0, bias)
+    inputs.weight[1] = 0
     weight = Fp8Weight.quantise(inputs.weight)
     magnitude = None
     if kind.startswith("dora"):
@@ -273,6 +277,9 @@ def test_layer(kind):
     fresh = kind.from_linear(linear_of(torch.zeros_like(linear.weight) + 1), r=4, base_dtype="float8_e4m3")
     fresh.load_state_dict(state)
     assert torch.equal(fresh(x), before)
+    plain = pickle.loads(pickle.dumps(layer)).to_linear()
+    assert torch.equal(plain(x), base)
+    assert kind.from_linear(plain, r=4).weight is plain.weight  # an adapter again, over the same base
     with pytest.raises(ValueError, match="base_dtype: got 'int8'"):
         kind.from_linear(linear, base_dtype="int8")
 
@@ -298,6 +305,23 @@ def test_model():
     assert losses[-1] < 0.9 * losses[0]
     lora_fast.merge_lora(model)
     assert not isinstance(model["first"].weight, Fp8Weight)
+
+
+def test_tied_weights_stay():
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(32, 48), "head": nn.Linear(48, 32, bias=False), "up": nn.Linear(48, 48)}
+    )
+    model["head"].weight = model["words"].weight
+    add_lora(model, LoRAConfig(r=2, target_modules="all-linear", base_dtype="float8_e4m3"))
+    assert model["head"].weight is model["words"].weight and isinstance(model["up"].weight, Fp8Weight)
+
+
+def test_second_derivatives_are_refused():
+    x = torch.randn(3, 48, requires_grad=True)
+    y = nn.functional.linear(x, Fp8Weight.quantise(weight_of(dtype=FLOAT))).square().sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_a_conversion_that_fails_changes_nothing():

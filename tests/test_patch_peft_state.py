@@ -603,6 +603,14 @@ def test_fp8_base(kind):
     assert torch.equal(model(x), y)
     again = copy.deepcopy(model)
     assert torch.equal(again(x), y)
+    unpatch_peft(again)
+    weight = again.base_model.model.up.base_layer.weight
+    assert type(weight) is nn.Parameter and torch.equal(weight, held.dequantise())
+    again.merge_adapter()
+    for layer in (up, down):
+        layer.save_x = "none"
+    with pytest.raises(ValueError, match="save_x"):
+        model(x)
 
 
 def test_fp8_base_refused_changes_nothing():
