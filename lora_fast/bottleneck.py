@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_fast import dispatch, reference
 from lora_fast.config import matching, some
-from lora_fast.functional import FLOATS
+from lora_fast.functional import FLOATS, check_tensors
 from lora_fast.layers import _init_adapter
 
 _NAME = "bottleneck"  # of the adapter in the module whose output passes through it
@@ -195,15 +195,7 @@ def _check_activation(activation: Any) -> None:
 
 def _check(x: Any, down: Any, up: Any, down_bias: Any, up_bias: Any, activation: Any) -> None:
     tensors = {"x": x, "down": down, "up": up, "down_bias": down_bias, "up_bias": up_bias}
-    for name, t in tensors.items():
-        if t is None and name.endswith("bias"):
-            continue
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor")
-        if t.dtype not in FLOATS:
-            raise TypeError(f"{name}: got dtype {t.dtype}, expected float16, bfloat16, float32 or float64")
-        if t.device != x.device:
-            raise ValueError(f"{name}: got a tensor on {t.device}, expected {x.device}, where x is")
+    check_tensors({name: t for name, t in tensors.items() if t is not None or not name.endswith("bias")})
     if x.dim() < 1:
         raise ValueError("x: got a tensor without dimensions, expected [..., N]")
     n = x.shape[-1]

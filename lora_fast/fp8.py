@@ -1,5 +1,6 @@
 """A frozen weight in e4m3, twice: by rows for the forward product, by columns for the backward's."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -155,32 +156,37 @@ def _unpickled(rows, row_scale, columns, col_scale, dtype, parameter) -> torch.T
 torch.serialization.add_safe_globals([_unpickled])  # for torch.load, which reads weights only
 
 
-def fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def fp8_linear(
+    x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None = None, product: Callable | None = None
+) -> torch.Tensor:
     """``F.linear(x, weight, bias)`` over an fp8 weight in plain torch, which emulates the fused kernels' quantisation:
-    x by rows in the forward, dY by rows in the backward."""
+    x by rows in the forward, dY by rows in the backward. ``product`` makes both products in another way: called with x
+    and a weight [N, K] in e4m3 and the scales of its rows."""
     dtype = dispatch.autocast_dtype(x.device)
     if dtype is not None and x.dtype != torch.float64:
         x = x.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        y = _Fp8Product.apply(x, weight.rows, weight.row_scale, weight.columns, weight.col_scale)
+        inner = weight.rows, weight.row_scale, weight.columns, weight.col_scale
+        y = _Fp8Product.apply(product or emulated_product, x, *inner)
         return y if bias is None else y + bias.to(y.dtype)
 
 
 class _Fp8Product(torch.autograd.Function):
-    """x W^T and dY W with x, dY and W rounded to e4m3 and multiplied in x's dtype (float16 in float32, whose range the
-    scales may need)."""
+    """x W^T, and dY W for the gradient."""
 
     @staticmethod
-    def forward(ctx, x, rows, row_scale, columns, col_scale):
+    def forward(ctx, product, x, rows, row_scale, columns, col_scale):
         ctx.save_for_backward(columns, col_scale)
-        return _product(x, rows, row_scale)
+        ctx.product = product
+        return product(x, rows, row_scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return _product(dy, *ctx.saved_tensors), None, None, None, None
+        return None, ctx.product(dy, *ctx.saved_tensors), None, None, None, None
 
 
-def _product(x: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def emulated_product(x: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x W^T with x rounded to e4m3, multiplied in x's dtype (float16 in float32, whose range the scales may need)."""
     kind = torch.float32 if x.dtype == torch.float16 else x.dtype
     return F.linear(dequantise_rows(*quantise_rows(x), kind), dequantise_rows(rows, scale, kind)).to(x.dtype)

@@ -215,6 +215,17 @@ def _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bool:
     )
 
 
+def check_tensors(tensors: dict) -> None:
+    """Raise where what goes by these names, "x" first, is no tensor, not floating, or not where x is."""
+    for name, t in tensors.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name}: got dtype {t.dtype}, expected float16, bfloat16, float32 or float64")
+        if t.device != (device := tensors["x"].device):
+            raise ValueError(f"{name}: got a tensor on {t.device}, expected {device}, where x is")
+
+
 def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:
     """Raise on arguments that do not fit together; return the dtype that the products are made in."""
     if _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
@@ -222,13 +233,7 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias
-    for name, t in tensors.items():
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor")
-        if t.dtype not in FLOATS:
-            raise TypeError(f"{name}: got dtype {t.dtype}, expected float16, bfloat16, float32 or float64")
-        if t.device != x.device:
-            raise ValueError(f"{name}: got a tensor on {t.device}, expected {x.device}, where x is")
+    check_tensors(tensors)
     if x.dim() < 1:
         raise ValueError("x: got a tensor without dimensions, expected [..., K]")
     k = x.shape[-1]
