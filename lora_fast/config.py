@@ -1,6 +1,7 @@
 """LoRAConfig, and the layers of a model that it stands for."""
 
 import re
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -137,6 +138,11 @@ def matching(
             raise ValueError(f"{argument}: {entry!r} matches nothing (nn.Linear layers: {some(known) or 'none'})")
         found |= hits
     return found
+
+
+def holders(model: nn.Module) -> Counter[int]:
+    """{id of a parameter: how many modules hold it}: more than one for a tied weight."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
 
 def resolve_pattern(

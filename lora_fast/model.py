@@ -1,6 +1,5 @@
 """Conversion of a whole model: LoRA on its nn.Linear layers in place; save, load, merge, switch off, take out."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lora_fast.config import LoRAConfig, find_targets, matching, resolve_pattern, some
+from lora_fast.config import LoRAConfig, find_targets, holders, matching, resolve_pattern, some
 from lora_fast.dora import DoRALinear
 from lora_fast.layers import LoRALinear, check_quantisable
 
@@ -63,7 +62,7 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
         raise ValueError(f"modules_to_save: would train the base weight of {some(tied)}, which is tied to it")
 
     kept = matching("base_dtype_exclude", config.base_dtype_exclude, {m: names[m] for m in targets})
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    owners = holders(model)
     eight = [m for m in targets if config.base_dtype is not None and m not in kept and owners[id(m.weight)] == 1]
     before = {m: {n: p.requires_grad for n, p in m._parameters.items() if p is not None} for m in model.modules()}
     layers: dict[nn.Module, LoRALinear] = {}

@@ -1,7 +1,6 @@
 """Fused LoRA and DoRA in models that PEFT made: :func:`patch_peft`, and back, and what runs how."""
 
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.config import matching
+from lora_fast.config import holders, matching
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.layers import check_base_dtype, check_quantisable
 
@@ -102,7 +101,7 @@ def patch_peft(
         raise ValueError(f"base_dtype_exclude: got {base_dtype_exclude!r}, expected None without a base_dtype")
     layers = _lora_layers(model)
     from lora_fast.peft_layers import FastLinear, FastLoraModel, LoraModel
-    from lora_fast.peft_rules import PLAIN, why_never_fused
+    from lora_fast.peft_rules import why_never_fused
 
     kept = matching("base_dtype_exclude", base_dtype_exclude, {layer: [name] for name, layer in layers.items()})
     done: list[Any] = []
@@ -113,17 +112,7 @@ def patch_peft(
                 FastLinear.adopt(layer)
                 done.append(layer)
         if base_dtype is not None:
-            owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-            for name, layer in layers.items():
-                weight: Any = getattr(layer.base_layer, "weight", None)
-                fits = isinstance(layer, FastLinear) and type(weight) in PLAIN and not weight.requires_grad
-                if fits and layer not in kept and not layer.merged and owners[id(weight)] == 1:
-                    try:
-                        check_quantisable(weight)
-                    except (TypeError, ValueError) as error:
-                        raise type(error)(f"{name}: {error}") from None
-                    eight.append(layer)
-                del weight
+            eight = _quantisable(model, {name: layer for name, layer in layers.items() if layer not in kept})
     except BaseException:
         for layer in done:
             layer.release()
@@ -136,6 +125,25 @@ def patch_peft(
         elif type(module) is LoraModel:
             module.__class__ = FastLoraModel
     return peft_report(model)
+
+
+def _quantisable(model: nn.Module, layers: dict[str, Any]) -> list[Any]:
+    """Those of the layers whose base weight becomes an fp8 one; raises where one of them cannot."""
+    from lora_fast.peft_layers import FastLinear
+    from lora_fast.peft_rules import PLAIN
+
+    found, held = [], holders(model)
+    for name, layer in layers.items():
+        weight: Any = getattr(layer.base_layer, "weight", None)
+        if not isinstance(layer, FastLinear) or type(weight) not in PLAIN or weight.requires_grad:
+            continue
+        if not layer.merged and held[id(weight)] == 1:
+            try:
+                check_quantisable(weight)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from None
+            found.append(layer)
+    return found
 
 
 def unpatch_peft(model: nn.Module) -> None:
