@@ -116,16 +116,15 @@ class _Backward(NamedTuple):
     dx: Plan | None
 
 
-def _backward_plans(dy, x, weight, a, b, scaling, masked, r, grad_a, grad_b, grad_bias, dora, dz8) -> _Backward:
+def _backward_plans(dy, x, weight, a, b, scaling, masked, r, grad_a, grad_b, grad_bias, dora, dz) -> _Backward:
     quantise = over_x = dx = None
-    if dz8 is not None:
+    if dz is not None and dz.dtype != dy.dtype:
         quantise = down_plan(dy, b.t()[:r], scaling, False, None, True, dora is not None)
     over_dy = dy_plan(dy, r, b if quantise is None else None, scaling, grad_b, grad_bias, dora)
     if grad_a is not None:
         over_x = column_plan(x, r, grad_a.t(), masked=masked, kind=dy.dtype if x.dtype != dy.dtype else None)
     if weight is not None:
-        out = dy.new_empty(dy.shape[0], weight.shape[1 if dz8 is None else 0])
-        dz = dz8 if dz8 is not None else dy if dora is None else dora.dz
+        out = dy.new_empty(dy.shape[0], a.shape[1])
         dx = gemm_plan(dz, weight, a, out, False, False, masked)
     return _Backward(quantise, over_dy, over_x, dx)
 
@@ -168,8 +167,9 @@ def lora_bwd(
         dora = Dora(gain, norm, y if z is None else z, dz, grad_m, again)
     key = ("lora_bwd", sig(dy), sig(x), sig(w_read), sig(a), sig(b_read), bits is None, scaling_kind(scaling),
            sig(grad_a), sig(grad_b), sig(grad_bias), r, precision(dy.dtype, 256), dora and dora.sigs())  # fmt: skip
+    dz = dz8 if dz8 is not None else dy if dora is None else dora.dz  # what dX is made from
     plans = plan_for(key, _backward_plans, dy, x, w_read, a, b_read, scaling, bits is not None, r, grad_a, grad_b,
-                     grad_bias, dora, dz8)  # fmt: skip
+                     grad_bias, dora, dz)  # fmt: skip
     keep = keep_scale(p) if bits is not None else 1.0
     ds = dy.new_empty(dy.shape[0], padded_rank(r)) if need_ds else None
     size = max(plans.over_dy.parts, 0 if plans.over_x is None else plans.over_x.parts)
@@ -182,7 +182,6 @@ def lora_bwd(
     del parts
     if plans.dx is None or w_read is None:
         return None
-    dx = dy.new_empty(dy.shape[0], w_read.shape[1 if dz8 is None else 0])
-    dz = dz8 if dz8 is not None else dy if dora is None else dora.dz
+    dx = dy.new_empty(dy.shape[0], a.shape[1])
     plans.dx(dz, w_read, ds, a, dx, None, None, None, bits, dz_scale, w_scale)
     return dx
