@@ -110,8 +110,7 @@ def _down_fwd_kernel(
             tile = load_tile(x, row, k, M, K, stride_xm, stride_xk, TMA, BLOCK_M, BLOCK_K)  # [BLOCK_M, BLOCK_K]
             a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K)  # [BLOCK_R, BLOCK_K]
             if GAIN:
-                ks = k + tl.arange(0, BLOCK_K)
-                a = a.to(ACC) * tl.load(gain_ptr + ks, mask=ks < K, other=0.0).to(ACC)[None, :]
+                a = a.to(ACC) * _gain(gain_ptr, k, K, BLOCK_K, GAIN, ACC)
             if MASK:
                 words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
                 tile = tl.where(unpack_words(words), tile, 0.0)

@@ -80,17 +80,25 @@ def _store(out, z, acc, row, col, M, N, x_scale, w_scale_ptr, gain_ptr, bias_ptr
 
 
 @triton.jit
+def _ranks(p_ptr, q_ptr, row, col, rank, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M: tl.constexpr,
+           BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, Q_T: tl.constexpr):  # fmt: skip
+    """A tile's rows of P and columns of Q', BLOCK_R ranks of them."""
+    a = load_tile(p_ptr, row, rank, M, R, stride_p, 1, False, BLOCK_M, BLOCK_R)
+    if Q_T:
+        b = load_tile(q_ptr, col, rank, N, R, stride_qr, stride_qc, False, BLOCK_N, BLOCK_R).T
+    else:
+        b = load_tile(q_ptr, rank, col, R, N, stride_qr, stride_qc, False, BLOCK_R, BLOCK_N)
+    return a, b
+
+
+@triton.jit
 def _first_ranks(p_ptr, q_ptr, x_scale_ptr, w_scale_ptr, tile, grid_m, grid_n, M, N, R, stride_p, stride_qr, stride_qc,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
                  Q_T: tl.constexpr):  # fmt: skip
-    """What the low-rank product of a tile starts with: its rows of P and Q up to rank BLOCK_R, and both scales."""
+    """What the low-rank product of a tile starts with: its first ranks of P and Q', and both scales."""
     pid_m, pid_n = _tile_of(tl.minimum(tile, grid_m * grid_n - 1), grid_m, grid_n, GROUP_M)
     row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
-    a = load_tile(p_ptr, row, 0, M, R, stride_p, 1, False, BLOCK_M, BLOCK_R)
-    if Q_T:
-        b = load_tile(q_ptr, col, 0, N, R, stride_qr, stride_qc, False, BLOCK_N, BLOCK_R).T
-    else:
-        b = load_tile(q_ptr, 0, col, R, N, stride_qr, stride_qc, False, BLOCK_R, BLOCK_N)
+    a, b = _ranks(p_ptr, q_ptr, row, col, 0, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
     rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
     return (a, b, tl.load(x_scale_ptr + rows, mask=rows < M, other=1.0),
             tl.load(w_scale_ptr + cols, mask=cols < N, other=1.0))  # fmt: skip
@@ -115,11 +123,8 @@ def _low_rank(a, b, x_scale, w_scale, words, p_ptr, q_ptr, tile, grid_m, grid_n,
         pid_m, pid_n = _tile_of(tl.minimum(tile, grid_m * grid_n - 1), grid_m, grid_n, GROUP_M)
         row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
         for rank in range(BLOCK_R, R, BLOCK_R):
-            a = load_tile(p_ptr, row, rank, M, R, stride_p, 1, False, BLOCK_M, BLOCK_R)
-            if Q_T:
-                b = load_tile(q_ptr, col, rank, N, R, stride_qr, stride_qc, False, BLOCK_N, BLOCK_R).T
-            else:
-                b = load_tile(q_ptr, rank, col, R, N, stride_qr, stride_qc, False, BLOCK_R, BLOCK_N)
+            a, b = _ranks(p_ptr, q_ptr, row, col, rank, M, N, R, stride_p, stride_qr, stride_qc,
+                          BLOCK_M, BLOCK_N, BLOCK_R, Q_T)  # fmt: skip
             acc = mma(_over(a, x_scale, 1, KIND), _over(b, w_scale, 0, KIND), acc, PRECISION)
     if MASK:
         acc = tl.where(unpack_words(words), acc, 0.0)

@@ -175,6 +175,13 @@ def new_parts(z: torch.Tensor, size: int) -> torch.Tensor:
     return z.new_empty(size, dtype=wide(z))
 
 
+def _source(dy: torch.Tensor, dora: Dora | None) -> tuple[torch.Tensor, Dora | None]:
+    """What a further pass over dZ reads: dZ in memory, or dY and the gain that makes dZ of it."""
+    if dora is None or dora.dz is not None:
+        return (dy, None) if dora is None else (dora.dz, None)
+    return dy, Dora(dora.gain)
+
+
 class DyPass(NamedTuple):
     """The launches of everything that needs dY: one pass where dS and dB fit it, else several."""
 
@@ -191,7 +198,7 @@ class DyPass(NamedTuple):
             in_it = None if self.over_dz is not None else grad_b
             self.over_dy(dy, s, b if self.ds is None else None, None, in_it, ds, grad_bias, scaling, keep_scale, parts,
                          dora)  # fmt: skip
-        source, gain = (dy, None) if dora is None else (dora.dz, None) if dora.dz is not None else (dy, Dora(dora.gain))
+        source, gain = _source(dy, dora)
         if self.ds is not None:
             self.ds(source, b, ds, None, None, None, None, scaling, keep_scale, None, None, None, None)
         if self.over_dz is not None:
@@ -203,18 +210,15 @@ def dy_plan(
     grad_bias: torch.Tensor | None, dora: Dora | None,
 ) -> DyPass:  # fmt: skip
     """The launches for these tensors (see ``dy_bwd``; b may have more columns than r)."""
-    most, source = (FUSED_RANK, dy) if dora is None else (FUSED_RANK_DORA, dora.dz)
-    gain = None
-    if dora is not None and source is None:
-        source, gain = dy, Dora(dora.gain)
+    most = FUSED_RANK if dora is None else FUSED_RANK_DORA
+    source, gain = _source(dy, dora)
     fused = b is not None and grad_b is not None and r <= most
     ds = over_dy = over_dz = None
     if b is not None and not fused:
-        assert source is not None and gain is None
+        assert gain is None
         ds = down_plan(source, b.t()[:r], scaling, False)
     in_it = grad_b
     if dora is not None and grad_b is not None and r > WIDE_RANK:
-        assert source is not None
         in_it, over_dz = None, column_plan(source, r, grad_b, dora=gain)
     wanted = in_it, grad_bias, dora and dora.dz, dora and dora.dm
     if fused or any(t is not None for t in wanted):

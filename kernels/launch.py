@@ -113,7 +113,8 @@ class _Direct:
         for i, at in self.numbers:
             launch[at] = args[i]
         for i, at, maps in self.maps:
-            launch[at] = maps.at(args[i].data_ptr())
+            pointer = args[i].data_ptr()
+            launch[at] = maps.known.get(pointer) or maps.at(pointer)
         launch[3] = self.stream(self.device)
         self.start(*launch)
 
@@ -130,12 +131,11 @@ class _Maps:
         self.known: dict[int, object] = {}
 
     def at(self, pointer: int) -> object:
-        found = self.known.get(pointer)
-        if found is None:
-            if len(self.known) >= 1024:
-                self.known.clear()
-            encode = triton.runtime.driver.active.utils.fill_tma_descriptor
-            found = self.known[pointer] = encode(pointer, *self.before, *self.after)
+        """A new one."""
+        if len(self.known) >= 1024:
+            self.known.clear()
+        encode = triton.runtime.driver.active.utils.fill_tma_descriptor
+        found = self.known[pointer] = encode(pointer, *self.before, *self.after)
         return found
 
 

@@ -71,10 +71,11 @@ def lora_fwd(
     x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor,
     bias: MaybeTensor, seed: torch.Tensor | int | None, p: float, y: torch.Tensor,
     magnitude: MaybeTensor = None, round_norm: bool = False, keep_z: bool = False, fp8: Fp8 | None = None,
-) -> tuple[Made, Callable[[], None]]:  # fmt: skip
+) -> tuple[Made, Callable[..., None], tuple]:  # fmt: skip
     """Fill y [M, N] with x W^T + S b^T + bias, or with g * (x W^T + S b^T) + bias if magnitude [N] is given.
 
-    The product, which fills y and z, is left to the caller: the second result launches it, on the current device.
+    The product, which fills y and z, is left to the caller: the second result, called with the third, launches it, on
+    the current device.
 
     x [M, K], weight [N, K], bias [N] and y in one dtype, rows of y contiguous; a [R, K] and b [N, R] in any,
     contiguous; a seed (as ``mask_bits`` takes it) where elements are dropped with p. ``round_norm`` rounds DoRA's norm
@@ -92,7 +93,7 @@ def lora_fwd(
         (x8, x_scale), w_scale = quantised_space(x), fp8.row_scale
     if x.shape[0] == 0:
         bits = mask_space(x) if seed is not None else None
-        return Made(s, bits, a.to(x.dtype), b.to(x.dtype), gain, norm, z, x8, x_scale), lambda: None
+        return Made(s, bits, a.to(x.dtype), b.to(x.dtype), gain, norm, z, x8, x_scale), _nothing, ()
     key = ("lora_fwd", sig(x), sig(weight), sig(a), sig(b), sig(bias), seed_kind(seed), scaling_kind(scaling),
            precision(x.dtype, 256), sig(magnitude), round_norm, keep_z)  # fmt: skip
     plans = plan_for(key, _forward_plans, x, weight, a, b, scaling, bias, seed, magnitude, round_norm, keep_z, x8)
@@ -106,7 +107,11 @@ def lora_fwd(
         plans.norm(weight, a_cast, b_cast, magnitude, norm, gain, w_scale, scaling)
     made = Made(s, bits, a_cast, b_cast, gain, norm, z, x8, x_scale)
     product = x if x8 is None else x8, weight, s, b_cast, y, z, gain, bias, None, x_scale, w_scale
-    return made, lambda: plans.up(*product)
+    return made, plans.up, product
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Backward(NamedTuple):
@@ -114,6 +119,7 @@ class _Backward(NamedTuple):
     over_dy: DyPass
     over_x: ColumnPass | None
     dx: Plan | None
+    parts: int  # numbers of the larger one of the two passes' parts
 
 
 def _backward_plans(dy, x, weight, a, b, scaling, masked, r, grad_a, grad_b, grad_bias, dora, dz) -> _Backward:
@@ -126,7 +132,7 @@ def _backward_plans(dy, x, weight, a, b, scaling, masked, r, grad_a, grad_b, gra
     if weight is not None:
         out = dy.new_empty(dy.shape[0], a.shape[1])
         dx = gemm_plan(dz, weight, a, out, False, False, masked)
-    return _Backward(quantise, over_dy, over_x, dx)
+    return _Backward(quantise, over_dy, over_x, dx, max(over_dy.parts, 0 if over_x is None else over_x.parts))
 
 
 def lora_bwd(
@@ -165,15 +171,15 @@ def lora_bwd(
             assert x is not None and weight is not None
             again = x, weight, s, b, None if fp8 is None else fp8.row_scale
         dora = Dora(gain, norm, y if z is None else z, dz, grad_m, again)
-    key = ("lora_bwd", sig(dy), sig(x), sig(w_read), sig(a), sig(b_read), bits is None, scaling_kind(scaling),
-           sig(grad_a), sig(grad_b), sig(grad_bias), r, precision(dy.dtype, 256), dora and dora.sigs())  # fmt: skip
+    kinds = tuple([None if grad is None else grad.dtype for grad in (grad_a, grad_b, grad_bias)])
+    key = ("lora_bwd", sig(dy), sig(x), sig(w_read), sig(a), sig(b_read), bits is None, scaling_kind(scaling), kinds,
+           r, precision(dy.dtype, 256), dora and dora.sigs())  # fmt: skip
     dz = dz8 if dz8 is not None else dy if dora is None else dora.dz  # what dX is made from
     plans = plan_for(key, _backward_plans, dy, x, w_read, a, b_read, scaling, bits is not None, r, grad_a, grad_b,
                      grad_bias, dora, dz)  # fmt: skip
     keep = keep_scale(p) if bits is not None else 1.0
     ds = dy.new_empty(dy.shape[0], padded_rank(r)) if need_ds else None
-    size = max(plans.over_dy.parts, 0 if plans.over_x is None else plans.over_x.parts)
-    parts = new_parts(dy, size) if size else None
+    parts = new_parts(dy, plans.parts) if plans.parts else None
     if plans.quantise is not None:
         plans.quantise(dy, b_read, ds, None, None, None, None, scaling, keep, dy, dz8, dz_scale, gain)
     plans.over_dy(dy, s, b_read, grad_b, ds, grad_bias, scaling, keep, parts, dora)

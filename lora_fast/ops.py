@@ -1,7 +1,8 @@
 """The fused kernels as one differentiable operator: an autograd Function in eager, a custom op under torch.compile."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -36,7 +37,7 @@ def lora_linear(
         if not isinstance(scaling, torch.Tensor):
             scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
         return torch.ops.lora_fast.lora_linear(
-            x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, save_x8, *(fp8 or ())
+            x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, round_norm, keep_z, save_x8, *(fp8 or ())
         )[0]
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -45,15 +46,28 @@ def lora_linear(
         or (bias is not None and bias.requires_grad)
         or (magnitude is not None and magnitude.requires_grad)
     ):
-        late: list[Callable[[], None]] = []
-        y = _LoRALinear.apply(
-            x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, save_x8, fp8, late
-        )
-        for product in late:
+        late: list[tuple] = []
+        call = _Call(scaling, seed, p, round_norm, keep_z, save_x8, fp8, late)
+        y = _LoRALinear.apply(x, weight, lora_A, lora_B, bias, magnitude, call)
+        for launch, args in late:
             with _on(x.device):
-                product()
+                launch(*args)
         return y
-    return _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, False, fp8)[0]
+    call = _Call(scaling, seed, p, round_norm, False, save_x8, fp8, None)
+    return _forward(x, weight, lora_A, lora_B, bias, magnitude, call)[0]
+
+
+class _Call(NamedTuple):
+    """What of a call autograd does not follow."""
+
+    scaling: float | torch.Tensor
+    seed: torch.Tensor | int | None
+    p: float
+    round_norm: bool
+    keep_z: bool
+    save_x8: bool
+    fp8: Fp8 | None
+    late: list[tuple] | None  # where the product, which comes last, is left to the caller: its launch and arguments
 
 
 def draw_seed(device: torch.device) -> torch.Tensor | int:
@@ -72,29 +86,38 @@ def draw_seed(device: torch.device) -> torch.Tensor | int:
     return (generator.initial_seed() + offset * 0x9E3779B97F4A7C15) % 2**62 + 2**62
 
 
+_HERE = nullcontext()
+
+
+@cache
+def _one_gpu() -> bool:
+    return torch.cuda.device_count() == 1
+
+
 def _on(device: torch.device):
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+    if device.type != "cuda" or _one_gpu() or device.index == torch.cuda.current_device():
+        return _HERE
     return torch.cuda.device(device)
 
 
-def _forward(
-    x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, fp8=None, late=None
-) -> tuple[torch.Tensor, Made]:
-    """y [..., N], and what was made on the way to it. The product that fills y comes last, or later: by the caller, who
-    finds its launch in the list ``late``."""
+def _forward(x, weight, lora_A, lora_B, bias, magnitude, call: _Call) -> tuple[torch.Tensor, Made]:
+    """y [..., N], and what was made on the way to it. The product that fills y comes last, perhaps by the caller."""
     n, k = weight.shape
     with _on(x.device):
-        y = x.new_empty(*x.shape[:-1], n)
-        rows, out = (x, y) if x.dim() == 2 else (x.reshape(-1, k), y.view(-1, n))
-        made, product = lora_fwd(
-            rows, weight, lora_A.contiguous(), lora_B.contiguous(), scaling, bias, seed, p, out,
-            magnitude if magnitude is None else magnitude.contiguous(), round_norm, keep_z, fp8,
-        )  # fmt: skip
-        if late is None:
-            product()
+        if x.dim() == 2:
+            rows, y = x, (out := x.new_empty(x.shape[0], n))
         else:
-            late.append(product)
+            rows, y = x.reshape(-1, k), x.new_empty(*x.shape[:-1], n)
+            out = y.view(-1, n)
+        made, *product = lora_fwd(
+            rows, weight, lora_A.contiguous(), lora_B.contiguous(), call.scaling, bias, call.seed, call.p, out,
+            magnitude if magnitude is None else magnitude.contiguous(), call.round_norm, call.keep_z, call.fp8,
+        )  # fmt: skip
+        if call.late is None:
+            launch, args = product
+            launch(*args)
+        else:
+            call.late.append(product)
     return y, made
 
 
@@ -155,8 +178,9 @@ def _dtype(t: MaybeTensor) -> torch.dtype | None:
 
 
 def _needs(ctx) -> tuple[bool, bool, bool, bool, bool]:
-    need = ctx.needs_input_grad
-    return need[0], need[2], need[3], need[5], need[8]
+    """Of x, lora_A, lora_B, bias and magnitude."""
+    need_x, _, *rest = ctx.needs_input_grad[:6]
+    return need_x, *rest
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -166,16 +190,14 @@ class _LoRALinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, save_x8, fp8, late
-    ):
+    def forward(ctx, x, weight, lora_A, lora_B, bias, magnitude, call: _Call):
         if magnitude is not None and magnitude.requires_grad:
-            late = None  # its gradient reads y or z
-        y, made = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, fp8, late)
-        ctx.save_for_backward(*_to_save(x, weight, y, made, fp8, scaling, _needs(ctx), save_x8))
-        number = None if isinstance(scaling, torch.Tensor) else scaling
+            call = call._replace(late=None)  # its gradient reads y or z
+        y, made = _forward(x, weight, lora_A, lora_B, bias, magnitude, call)
+        ctx.save_for_backward(*_to_save(x, weight, y, made, call.fp8, call.scaling, _needs(ctx), call.save_x8))
+        number = None if isinstance(call.scaling, torch.Tensor) else call.scaling
         dtypes = lora_A.dtype, lora_B.dtype, _dtype(bias), _dtype(magnitude)
-        ctx.rest = number, p, (weight.shape[1], lora_A.shape[0]), dtypes
+        ctx.rest = number, call.p, (weight.shape[1], lora_A.shape[0]), dtypes
         return y
 
     @staticmethod
@@ -211,7 +233,7 @@ def _backward_of(ctx, dy):
     dx, grad_a, grad_b, grad_bias, grad_m = _backward(
         dy, x, weight, y, made, fp8, scaling, p, _needs(ctx), shape, dtypes
     )
-    return dx, None, grad_a, grad_b, None, grad_bias, None, None, grad_m, *(None,) * 5
+    return dx, None, grad_a, grad_b, grad_bias, grad_m, None
 
 
 _backward_once = once_differentiable(_backward_of)
@@ -224,14 +246,14 @@ def _some(t: MaybeTensor, like: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("lora_fast::lora_linear", mutates_args=())
 def _lora_linear_op(
-    x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: torch.Tensor,
-    bias: MaybeTensor, seed: MaybeTensor, p: float, magnitude: MaybeTensor = None, round_norm: bool = False,
-    keep_z: bool = False, save_x8: bool = False, row_scale: MaybeTensor = None, columns: MaybeTensor = None,
-    col_scale: MaybeTensor = None,
+    x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, bias: MaybeTensor,
+    magnitude: MaybeTensor, scaling: torch.Tensor, seed: MaybeTensor, p: float, round_norm: bool, keep_z: bool,
+    save_x8: bool, row_scale: MaybeTensor = None, columns: MaybeTensor = None, col_scale: MaybeTensor = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
            torch.Tensor]:  # fmt: skip
     fp8 = None if row_scale is None else Fp8(row_scale, columns, col_scale)  # type: ignore[arg-type]
-    y, made = _forward(x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z, fp8)
+    call = _Call(scaling, seed, p, round_norm, keep_z, save_x8, fp8, None)
+    y, made = _forward(x, weight, lora_A, lora_B, bias, magnitude, call)
     x8, x_scale = (made.x8, made.x_scale) if save_x8 else (None, None)
     return (y, made.s, _some(made.bits, y), _some(made.gain, y), _some(made.norm, y), _some(made.z, y), _some(x8, y),
             _some(x_scale, y))  # fmt: skip
@@ -239,7 +261,7 @@ def _lora_linear_op(
 
 @_lora_linear_op.register_fake
 def _(
-    x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude=None, round_norm=False, keep_z=False, save_x8=False,
+    x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, round_norm, keep_z, save_x8,
     row_scale=None, columns=None, col_scale=None,
 ):  # fmt: skip
     n, k = weight.shape
@@ -280,7 +302,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, lora_A, lora_B, scaling, bias, _, ctx.p, magnitude, _, keep_z, save_x8, *fp8 = inputs
+    x, weight, lora_A, lora_B, bias, magnitude, scaling, _, ctx.p, _, keep_z, save_x8, *fp8 = inputs
     y, s, bits, gain, norm, z, x8, x_scale = output
     ctx.needs = list(_needs(ctx))
     dora = magnitude is not None
@@ -295,7 +317,7 @@ def _setup_context(ctx, inputs, output):
 def _op_backward(ctx, dy, *_):
     grads = torch.ops.lora_fast.lora_linear_bwd(dy, *ctx.saved_tensors, ctx.p, ctx.needs, ctx.shape, *ctx.dtypes)
     dx, grad_a, grad_b, grad_bias, grad_m = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
-    return dx, None, grad_a, grad_b, None, grad_bias, None, None, grad_m, *(None,) * 6
+    return dx, None, grad_a, grad_b, grad_bias, grad_m, *(None,) * 9
 
 
 _lora_linear_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -151,8 +151,8 @@ def test_second_derivatives_raise_a_clear_error(device):
 def test_opcheck(device, bias):
     inputs = draw(6, 40, 24, 3, FLOAT, device)
     leaves = [inputs.x.requires_grad_(), inputs.weight, inputs.lora_A.requires_grad_(), inputs.lora_B.requires_grad_(),
-              torch.tensor(2.0, device=device), inputs.bias.requires_grad_() if bias else None, None, 0.0,
-              magnitude(inputs).requires_grad_(), False, bias]  # fmt: skip
+              inputs.bias.requires_grad_() if bias else None, magnitude(inputs).requires_grad_(),
+              torch.tensor(2.0, device=device), None, 0.0, False, bias, False]  # fmt: skip
     torch.library.opcheck(torch.ops.lora_fast.lora_linear, leaves, atol=1e-4, rtol=1e-4)
 
 
