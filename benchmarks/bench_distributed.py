@@ -182,7 +182,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     parser.add_argument("--limit", type=positive, default=6, metavar="SECONDS",
                         help="fewer rounds, though two, where they would take a group longer (default 6)")  # fmt: skip
     parser.add_argument("--steps", type=positive, default=20, help="of --check (default 20)")
-    parser.add_argument("--layers", type=positive, help=f"default {LARGE.layers}; 1 with --tiny")
+    parser.add_argument("--layers", type=positive, help=f"default {LARGE.layers}; "
+                        f"{check_distributed.LAYERS} with --check; 1 with --tiny")  # fmt: skip
     parser.add_argument("--only", type=functools.partial(only, kinds=KINDS), action="append", default=[],
                         metavar="KEY=VALUE[,VALUE]", help="a part only, for instance --only p=0 --only mode=ddp; "
                         f"KEY is one of {', '.join(KINDS)}; --check goes by mode and, for LoRA or DoRA, "
@@ -220,7 +221,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     size = (TINY._replace(hidden=32, intermediate=48, heads=4, kv_heads=2, vocabulary=64, layers=1, length=8)
             if args.tiny else LARGE._replace(batch=1))  # fmt: skip
-    size = size._replace(layers=args.layers or size.layers)
+    layers = min(size.layers, check_distributed.LAYERS) if args.check else size.layers
+    size = size._replace(layers=args.layers or layers)
     if args.check:
         kinds, modes = (list(dict.fromkeys(names)) for names in zip(
             *((case.impl.rpartition("_")[2], case.mode) for case in cases), strict=True))  # fmt: skip

@@ -3,8 +3,8 @@
 For LoRA and DoRA, without dropout (with it every process drops its own) and with the whole batch the same everywhere:
 
 losses      of our steps on all GPUs, in each mode, are those of ours on one: they differ by at most twice what stock
-            PEFT's do, there and on one GPU that takes the batch row by row, which is rounding alone; that, and what
-            ours differ from stock's by, is at most a tenth of what the loss falls by
+            PEFT's do, in that mode or on one GPU that takes the batch row by row, which is rounding alone; that, and
+            what ours differ from stock's by, is at most a tenth of what the loss falls by
 adapters    are bit for bit the same in every process after the run, and no longer what they were (but for DoRA's
             magnitudes in 16 bits, where such steps are less than rounding)
 report      calls every layer fused, and no layer was left to stock PEFT in the run
@@ -31,7 +31,8 @@ from benchmarks.distributed import MODES, group_of, of_all, processes, step_of, 
 from lora_fast import PeftReport, patch_peft, peft_report
 
 ROWS, LENGTH, WORDS = 4, 256, 64  # rows of a process, at most so long; of a few words, so that the loss falls fast
-LR = 1e-3
+LR = 1e-4  # at 1e-3 rounding alone, in bf16 adapters, moved losses by 6% of their fall, stock's too
+LAYERS = 4  # more of the same would add only time
 MORE = 2  # times stock's spread
 EXACT = 1e-6  # of a loss: where stock's spread is less than float32's rounding
 FALL = 0.1
@@ -137,19 +138,19 @@ class Bench:
 
     def check(self, modes: list[str], folder: Path) -> None:
         _, stock = self.alone("peft")
-        spreads = {"one GPU, row by row": differ(self.alone("peft", 1)[1].losses, stock.losses)}
-        for mode in modes:
-            spreads[mode] = differ(self.on_all("peft", mode)[1].losses, stock.losses)
         fall = stock.losses[0] - min(stock.losses)
-        bound = max(MORE * max(spreads.values()), EXACT * stock.losses[0])
-        told = ", ".join(f"{name} {value:.2e}" for name, value in spreads.items())
-        self.say(bound <= FALL * fall, f"stock's losses fall by {fall:.3f}, differ from one GPU's by: {told}")
+        rounding = differ(self.alone("peft", 1)[1].losses, stock.losses)
+        self.say(MORE * rounding <= FALL * fall,
+                 f"stock's losses on one GPU fall by {fall:.3f}, differ row by row by {rounding:.2e}")  # fmt: skip
         model, ours = self.alone("lora_fast")
         apart = differ(ours.losses, stock.losses)
         self.say(apart <= FALL * fall, f"ours on one GPU differs from stock's by {apart:.2e}")
         start, loss = adapters_of(self.model("lora_fast")), loss_of(model, self.whole)
         save(model, ours.adapters, folder / "one")
         for mode in modes:
+            apart = differ(self.on_all("peft", mode)[1].losses, stock.losses)
+            bound = max(MORE * max(apart, rounding), EXACT * stock.losses[0])
+            self.say(bound <= FALL * fall, f"{mode}: stock's losses differ from one GPU's by {apart:.2e}")
             wrapped, run = self.on_all("lora_fast", mode)
             self.check_run(mode, run, ours, bound, start)
             if MODES[mode].fsdp2:

@@ -1,6 +1,7 @@
 """Models on several GPUs, for bench_distributed and check_distributed: the modes, their steps, the processes."""
 
 import datetime
+import gc
 import json
 import tempfile
 import warnings
@@ -90,10 +91,10 @@ def processes(count: int, device: str, backend: str, worker: Callable[..., Any],
 def _process(
     rank: int, count: int, device: str, backend: str, folder: Path, worker: Callable[..., Any], args: tuple
 ) -> None:
+    gc.freeze()  # the modules; a collection before each model would look at them all
+    torch.set_num_threads(1)  # as torchrun does: with a thread a core in each process, they wait for each other
     if device == "cuda":
         torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(1)
     set_backend(backend)
     if backend == "triton":
         warnings.simplefilter("error", SlowPathWarning)  # of a layer that is left to stock PEFT

@@ -142,5 +142,5 @@ def test_checked_run(where, capfd):
     argv = f"{where} --check --steps {2 if 'tiny' in where else 20} --only mode=fsdp2_offload --only impl=peft_dora"
     assert bench_distributed.main(argv.split()) == 0, capfd.readouterr()
     out = capfd.readouterr().out
-    assert out.count("ok    dora") == 7 and "WRONG" not in out and "all as it must be" in out
+    assert out.count("ok    dora") == 8 and "WRONG" not in out and "all as it must be" in out
     assert "7 layers fused, 0 not" in out and "1 version of them in all processes" in out
