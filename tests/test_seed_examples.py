@@ -2,6 +2,9 @@
 
 import csv
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,3 +178,26 @@ def test_peft_models(capsys):
     assert "250,112 x 1,024 = 256,114,688" in printed and "it says the same" in printed
     for layers in (12, 14, 2):  # T5, OPT, BLOOM
         assert "{} fused, {} not fused".format(*(layers, 0) if GPU else (0, layers)) in printed
+    assert seen["alike"] == (True, 1) and not torch.distributed.is_initialized()
+
+
+def test_bloom_in_two_processes(tmp_path):
+    if GPU and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs, or none")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [ROOT, *sys.path]))}
+    argv = [ROOT / "examples" / "peft_models.py", "--steps", "2", "--batch", "4"]
+    done = subprocess.run([*launch, *argv, "--only", "BLOOM"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("BLOOM: loss ") == 1 and "DDP: 2; adapters the same in all" in done.stdout
+    done = subprocess.run([*launch, *argv], env=env, capture_output=True, text=True)
+    assert done.returncode and "only BLOOM trains in several processes" in done.stderr
+
+
+def test_gradients_are_exchanged_after_the_last_part(monkeypatch):
+    """Accumulation under DDP: 15 of 16 backwards stay in the process."""
+    models = importlib.import_module("peft_models")
+    seen, no_sync = [], models.DistributedDataParallel.no_sync
+    monkeypatch.setattr(models.DistributedDataParallel, "no_sync", lambda ddp: seen.append(1) or no_sync(ddp))
+    said = models.main(["--steps", "2", "--batch", "2", "--only", "BLOOM"])
+    assert list(said) == ["BLOOM", "alike"] and len(seen) == 2 * 15
