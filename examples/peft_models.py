@@ -1,14 +1,23 @@
-"""Train the models of PEFT's own documentation from scaled-down configurations: T5, OPT, GPT-2, BLOOM; generate."""
+"""Train the models of PEFT's own documentation from scaled-down configurations: T5, OPT, GPT-2, BLOOM; generate.
+
+BLOOM trains under DDP: in this process alone, or in several if torchrun starts them with --only BLOOM.
+"""
 
 import argparse
 import builtins
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import GPU, trainable
+from common import GPU, LOCAL_RANK, trainable
 from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType, get_peft_model
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -30,7 +39,8 @@ RENAMED = "_prepare_encoder_decoder_kwargs_for_generation"  # in transformers 5.
 if not hasattr(GenerationMixin, RENAMED):
     setattr(GenerationMixin, RENAMED, GenerationMixin._prepare_text_encoder_decoder_kwargs_for_generation)
 
-DEVICE = torch.device("cuda" if GPU else "cpu")
+DEVICE = torch.device("cuda", LOCAL_RANK) if GPU else torch.device("cpu")
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
 IDS: dict[str, Any] = {"vocab_size": 259, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 MT0_LARGE = MT5Config(vocab_size=250112, d_model=1024, d_ff=2816, num_layers=24, num_heads=16)
@@ -80,26 +90,51 @@ def sentences() -> list[dict]:
 
 
 def train(args: argparse.Namespace, name: str, model, data: list[dict], parts: int = 1, dtype=None) -> list[float]:
-    """The loss of every step, of several ``parts``; with float16 as dtype, in autocast and with a GradScaler."""
+    """The loss of every step, of several ``parts``, after the last of which DDP's processes exchange gradients; with
+    float16 as dtype, in autocast and with a GradScaler."""
     model.train()
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=dtype is torch.float16)
     optimizer = torch.optim.AdamW(trainable(model), args.lr)
-    collator, order = DataCollatorForSeq2Seq(TOKENIZER, padding=True), torch.Generator().manual_seed(args.seed)
+    collator, order = DataCollatorForSeq2Seq(TOKENIZER, padding=True), torch.Generator().manual_seed(args.seed + RANK)
     losses = []
-    for _ in (progress := tqdm(range(args.steps), desc=name)):
+    for _ in (progress := tqdm(range(args.steps), desc=name, disable=RANK > 0)):
         losses.append(0.0)
-        for _ in range(parts):
+        for part in range(parts):
             chosen = torch.randint(len(data), (args.batch,), generator=order).tolist()
             batch = collator([data[i] for i in chosen]).to(DEVICE)
-            with torch.autocast(DEVICE.type, dtype, enabled=dtype is not None):
-                loss = model(**batch).loss / parts
-            scaler.scale(loss).backward()
+            alone = isinstance(model, DistributedDataParallel) and part < parts - 1
+            with model.no_sync() if alone else contextlib.nullcontext():
+                with torch.autocast(DEVICE.type, dtype, enabled=dtype is not None):
+                    loss = model(**batch).loss / parts
+                scaler.scale(loss).backward()
             losses[-1] += loss.item()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         progress.set_postfix(loss=f"{losses[-1]:.3f}")
     return losses
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """torchrun's, or a group of this process alone."""
+    backend = "nccl" if GPU else "gloo"
+    with tempfile.TemporaryDirectory() as folder:
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def alike(model) -> bool:
+    """Whether all processes have the same adapter, to the last bit."""
+    sums: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(sums, [p.detach().double().sum().item() for p in trainable(model)])
+    return all(other == sums[0] for other in sums)
 
 
 def generate(model, text: str) -> str:
@@ -109,15 +144,24 @@ def generate(model, text: str) -> str:
     return str(TOKENIZER.decode(ids[0], skip_special_tokens=True))
 
 
-def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100, help="of the optimiser, a model (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="rows of a batch (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=5e-3, help="learning rate (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
-    parser.add_argument("--out", metavar="PATH", default="adapter", help="the folder (default: %(default)s)")
-    args = parser.parse_args(argv)
-    seen: dict = {}
+def start(args: argparse.Namespace, name: str, auto, config, lora: LoraConfig):
+    set_seed(args.seed)
+    model = get_peft_model(auto.from_config(config).to(DEVICE), lora)
+    report = lora_fast.patch_peft(model)  # the one line
+    if RANK == 0:
+        print(f"\n{name}\n{report}")
+        model.print_trainable_parameters()
+    return model
+
+
+def told(seen: dict, name: str, losses: list[float], model, text: str) -> str:
+    seen[name] = losses, (said := generate(model, text))
+    if RANK == 0:
+        print(f"{name}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last; {text!r} gives {said!r}")
+    return said
+
+
+def t5(args: argparse.Namespace, seen: dict) -> None:
 
     print("mt0-large, its head tied to the embedding, as transformers 5 has it:")
     seen["tied"] = mt0_large(tied=True)
@@ -127,25 +171,15 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"The same adapters. The head, vocabulary x width, has {size} parameters; tied, they are the embedding's and "
           "count once, and so the share that trains is larger.")  # fmt: skip
 
-    def start(name: str, auto, config, lora: LoraConfig):
-        set_seed(args.seed)
-        model = get_peft_model(auto.from_config(config).to(DEVICE), lora)
-        print(f"\n{name}\n{lora_fast.patch_peft(model)}")  # the one line
-        model.print_trainable_parameters()
-        return model
-
-    def told(name: str, losses: list[float], model, text: str) -> str:
-        seen[name] = losses, (said := generate(model, text))
-        print(f"{name}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last; {text!r} gives {said!r}")
-        return said
-
-    model = start("T5", AutoModelForSeq2SeqLM, T5, seq2seq_lora())
+    model = start(args, "T5", AutoModelForSeq2SeqLM, T5, seq2seq_lora())
     losses = train(args, "T5", model, translations())
-    told("T5", losses, model, "Translate English to French: thank you")
+    told(seen, "T5", losses, model, "Translate English to French: thank you")
 
-    model = start("OPT", AutoModelForCausalLM, OPT, causal_lora(r=8, target_modules="all-linear"))
+
+def opt(args: argparse.Namespace, seen: dict) -> None:
+    model = start(args, "OPT", AutoModelForCausalLM, OPT, causal_lora(r=8, target_modules="all-linear"))
     losses = train(args, "OPT", model, sentences())
-    said = told("OPT", losses, model, "Return ")
+    said = told(seen, "OPT", losses, model, "Return ")
     set_seed(args.seed)
     base = Path(args.out) / "base"
     AutoModelForCausalLM.from_config(OPT).save_pretrained(base)
@@ -156,13 +190,47 @@ def main(argv: list[str] | None = None) -> dict:
     seen["loaded"] = generate(loaded, "Return ")
     print(f"AutoPeftModelForCausalLM reads it: it says {'the same' if seen['loaded'] == said else 'SOMETHING ELSE'}")
 
-    model = start("GPT-2", AutoModelForCausalLM, GPT2, causal_lora(r=8, target_modules=["c_attn"], fan_in_fan_out=True))
-    seen["GPT-2 report"] = lora_fast.peft_report(model)
-    told("GPT-2", train(args, "GPT-2", model, sentences()), model, "Return ")
 
-    model = start("BLOOM", AutoModelForCausalLM, BLOOM, causal_lora(r=8, lora_alpha=16, lora_dropout=0.05))
-    losses = train(args, "BLOOM", model, sentences(), parts=16, dtype=torch.float16 if GPU else None)
-    told("BLOOM", losses, model, "Return ")
+def gpt2(args: argparse.Namespace, seen: dict) -> None:
+    lora = causal_lora(r=8, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = start(args, "GPT-2", AutoModelForCausalLM, GPT2, lora)
+    seen["GPT-2 report"] = lora_fast.peft_report(model)
+    told(seen, "GPT-2", train(args, "GPT-2", model, sentences()), model, "Return ")
+
+
+def bloom(args: argparse.Namespace, seen: dict) -> None:
+    lora = causal_lora(r=8, lora_alpha=16, lora_dropout=0.05)
+    with processes():
+        model = start(args, "BLOOM", AutoModelForCausalLM, BLOOM, lora)
+        torch.manual_seed(args.seed + RANK)  # dropout of its own
+        ddp = DistributedDataParallel(model)
+        losses = train(args, "BLOOM", ddp, sentences(), parts=16, dtype=torch.float16 if GPU else None)
+        told(seen, "BLOOM", losses, model, "Return ")
+        seen["alike"] = alike(model), dist.get_world_size()
+    if RANK == 0:
+        print(f"processes under DDP: {seen['alike'][1]}; adapters {'' if seen['alike'][0] else 'NOT '}the same in all")
+
+
+RUNS = {"T5": t5, "OPT": opt, "GPT-2": gpt2, "BLOOM": bloom}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100, help="of the optimiser, a model (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a batch (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=5e-3, help="learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    parser.add_argument("--out", metavar="PATH", default="adapter", help="the folder (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="MODEL",
+                        help=f"some of {', '.join(RUNS)}")  # fmt: skip
+    args = parser.parse_args(argv)
+    if "RANK" in os.environ and args.only != ["BLOOM"]:
+        parser.error("torchrun: only BLOOM trains in several processes: --only BLOOM")
+    if GPU:
+        torch.cuda.set_device(LOCAL_RANK)
+    seen: dict = {}
+    for name in args.only:
+        RUNS[name](args, seen)
     return seen
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-NO_EXAMPLES = {"common", "run_all"}
+NO_EXAMPLES = {"common", "four_bits", "run_all"}
 # Every other script runs with its defaults; these would take longer than all may together.
 ARGUMENTS = {
     "encoder": ["--steps", "20"],

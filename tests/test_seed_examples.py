@@ -1,10 +1,16 @@
 """Whole systems in examples/, shortened: Llama-2-7B, GLM-4-9B and the models of PEFT's own documentation."""
 
+import csv
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 for package in ("peft", "transformers", "accelerate", "tqdm"):
     pytest.importorskip(package)
@@ -29,24 +35,87 @@ def test_the_gallery_shows_it(name):
 
 
 def test_llama2_7b(capsys):
-    said = importlib.import_module("llama2_7b").main(["--small", "--steps", "3", "--length", "256", "--lr", "1e-2"])
+    argv = ["--small", "--steps", "3", "--length", "256", "--lr", "1e-2", "--csv", "new/folder"]
+    said = importlib.import_module("llama2_7b").main(argv)
     assert said["counts"] == (4_194_304, 6_742_609_920)
     assert not said["keys"].unexpected_keys
     assert {key.rsplit(".", 1)[1] for key in said["keys"].missing_keys} == {"lora_A", "lora_B"}
-    assert list(said["table"]) == ["q,v, r=8", "q,v, r=64", "all, r=8", "all, r=64"]
-    for kinds in said["table"].values():
+    assert list(said["table"]) == [("q,v", 8), ("q,v", 64), ("all", 8), ("all", 64)]
+    for (targets, _), kinds in said["table"].items():
         assert list(kinds) == ["lora_fast", "PEFT, patched", "PEFT"]
-        counts, speeds, peaks, losses = zip(*kinds.values(), strict=True)
+        counts, layers, speeds, peaks, losses = zip(*kinds.values(), strict=True)
+        n = 4 if targets == "q,v" else 14
+        assert layers == (*[f"{n if GPU else 0} of {n}"] * 2, f"0 of {n}")
         assert len(set(counts)) == 1 and min(speeds) > 0 and peaks[0] < 1.05 * min(peaks)
         assert losses == pytest.approx([losses[0]] * 3, rel=0.02 if GPU else 1e-4)
-    peaks = [kinds["lora_fast"][2] for kinds in said["table"].values()]
+    peaks = [kinds["lora_fast"].peak for kinds in said["table"].values()]
     assert peaks[0] < peaks[1] < peaks[3] and peaks[0] < peaks[2] < peaks[3]
     straight, resumed = said["resume"]
     assert len(straight) == 3 and straight[0] != straight[1]
     assert resumed == (pytest.approx(straight, rel=0.01) if GPU else straight)
     assert "quantised weight (torch.uint8)" in said["refusal"]
     assert Path("adapter/adapter_model.safetensors").stat().st_size < 100_000  # the adapter alone
-    assert "4,194,304 || all params: 6,742,609,920 || trainable%: 0.0622" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "4,194,304 || all params: 6,742,609,920 || trainable%: 0.0622" in printed
+    with open("new/folder/llama2_7b.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [(kind, row) for kinds in said["table"].values() for kind, row in kinds.items()]
+    assert len(rows) == len(found) == 12
+    for line, (kind, row) in zip(rows, found, strict=True):
+        assert (line["impl"], line["fused"], int(line["trainable"])) == (kind, row.fused, row.trainable)
+        assert float(line["tokens_per_s"]) == pytest.approx(row.tokens_per_s, abs=0.1)
+        assert float(line["peak_mib"]) == pytest.approx(row.peak / 2**20, abs=0.1)
+        assert line["length"] == "256" and f"{kind:16}{row}" in printed
+
+
+class FourBits(nn.Linear):
+    """Stands for a library's: two weights a byte, which its forward unpacks."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
+        self.size = linear.weight.abs().max() / 7
+        q = (linear.weight / self.size).round().to(torch.int8) + 8
+        self.weight = nn.Parameter((q[:, ::2] * 16 + q[:, 1::2]).to(torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        q = torch.stack([self.weight // 16, self.weight % 16], -1).flatten(1)
+        return F.linear(x, ((q.to(x.dtype) - 8) * self.size).to(x.dtype))
+
+
+def test_llama2_7b_over_four_bits(monkeypatch, capsys):
+    """What a library quantised runs, as stock PEFT's, and is told; one that fails ends nothing else, but is told."""
+    import four_bits
+
+    llama = importlib.import_module("llama2_7b")
+    monkeypatch.setattr(four_bits, "LIBRARIES", {"good": FourBits, "bad": lambda linear: 1 / 0, "absent": FourBits})
+    monkeypatch.setattr(four_bits, "missing", lambda library: library == "absent")
+    monkeypatch.setattr(llama, "TARGETS", {"q,v": llama.TARGETS["q,v"], "none": ["no_such_layer"]})
+    with pytest.raises(SystemExit) as stop:
+        llama.main(["--small", "--steps", "1", "--length", "64"])
+    printed = capsys.readouterr().out
+    what = "0 fused, 14 stock PEFT's (the base layer is a FourBits, not an nn.Linear itself): "
+    assert f"over one of good: {what}" in printed and " tokens/s, peak " in printed
+    assert "over one of bad: failed" in printed and "over one of absent: not installed" in printed
+    assert printed.count("q,v, r=") == 6 and "none, r=" not in printed and "1 steps resumed" in printed
+    failed = str(stop.value).splitlines()
+    assert [line.partition(":")[0] for line in failed[1:]] == ["none, r=8", "none, r=64", "bad"]
+    assert failed[-1] == "bad: ZeroDivisionError: division by zero"
+
+
+def test_llama2_7b_with_checkpoints():
+    """They change nothing but the memory."""
+    llama = importlib.import_module("llama2_7b")
+    torch.manual_seed(0)
+    base, row = llama.AutoModelForCausalLM.from_config(llama.SMALL).to(llama.DEVICE), llama.packed(256)[0]
+    gradients, forwards = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = llama.lora(base, checkpointing=checkpointing)
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+        model(**row, use_cache=False).loss.backward()
+        gradients.append([p.grad for p in llama.trainable(model)])
+    assert len(forwards) == 3 and any(g.any() for g in gradients[0])
+    torch.testing.assert_close(*gradients)
 
 
 def test_packed_documents_do_not_see_each_other():
@@ -109,3 +178,26 @@ def test_peft_models(capsys):
     assert "250,112 x 1,024 = 256,114,688" in printed and "it says the same" in printed
     for layers in (12, 14, 2):  # T5, OPT, BLOOM
         assert "{} fused, {} not fused".format(*(layers, 0) if GPU else (0, layers)) in printed
+    assert seen["alike"] == (True, 1) and not torch.distributed.is_initialized()
+
+
+def test_bloom_in_two_processes(tmp_path):
+    if GPU and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs, or none")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [ROOT, *sys.path]))}
+    argv = [ROOT / "examples" / "peft_models.py", "--steps", "2", "--batch", "4"]
+    done = subprocess.run([*launch, *argv, "--only", "BLOOM"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("BLOOM: loss ") == 1 and "DDP: 2; adapters the same in all" in done.stdout
+    done = subprocess.run([*launch, *argv], env=env, capture_output=True, text=True)
+    assert done.returncode and "only BLOOM trains in several processes" in done.stderr
+
+
+def test_gradients_are_exchanged_after_the_last_part(monkeypatch):
+    """Accumulation under DDP: 15 of 16 backwards stay in the process."""
+    models = importlib.import_module("peft_models")
+    seen, no_sync = [], models.DistributedDataParallel.no_sync
+    monkeypatch.setattr(models.DistributedDataParallel, "no_sync", lambda ddp: seen.append(1) or no_sync(ddp))
+    said = models.main(["--steps", "2", "--batch", "2", "--only", "BLOOM"])
+    assert list(said) == ["BLOOM", "alike"] and len(seen) == 2 * 15
