@@ -177,9 +177,9 @@ def new_parts(z: torch.Tensor, size: int) -> torch.Tensor:
 
 def _source(dy: torch.Tensor, dora: Dora | None) -> tuple[torch.Tensor, Dora | None]:
     """What a further pass over dZ reads: dZ in memory, or dY and the gain that makes dZ of it."""
-    if dora is None or dora.dz is not None:
-        return (dy, None) if dora is None else (dora.dz, None)
-    return dy, Dora(dora.gain)
+    if dora is None:
+        return dy, None
+    return (dy, Dora(dora.gain)) if dora.dz is None else (dora.dz, None)
 
 
 class DyPass(NamedTuple):

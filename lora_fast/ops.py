@@ -109,15 +109,14 @@ def _forward(x, weight, lora_A, lora_B, bias, magnitude, call: _Call) -> tuple[t
         else:
             rows, y = x.reshape(-1, k), x.new_empty(*x.shape[:-1], n)
             out = y.view(-1, n)
-        made, *product = lora_fwd(
+        made, launch, args = lora_fwd(
             rows, weight, lora_A.contiguous(), lora_B.contiguous(), call.scaling, bias, call.seed, call.p, out,
             magnitude if magnitude is None else magnitude.contiguous(), call.round_norm, call.keep_z, call.fp8,
         )  # fmt: skip
         if call.late is None:
-            launch, args = product
             launch(*args)
         else:
-            call.late.append(product)
+            call.late.append((launch, args))
     return y, made
 
 
