@@ -77,6 +77,23 @@ class Fp8Weight(torch.Tensor):
         if not weight.is_meta and not torch.isfinite(weight.detach()).all():
             raise ValueError("weight: has elements that are not finite, expected finite ones to quantise")
 
+    def check_original(self, weight: torch.Tensor) -> None:
+        """Raise unless this was made from ``weight`` [N, K], or from one that is quantised alike.
+
+        Raises:
+            TypeError: not a tensor, or another dtype than this acts as.
+            ValueError: another shape; other elements.
+        """
+        if not isinstance(weight, torch.Tensor):
+            raise TypeError(f"original: got {type(weight).__name__}, expected a tensor")
+        if weight.shape != self.shape:
+            raise ValueError(f"original: got shape {tuple(weight.shape)}, expected the base's, {tuple(self.shape)}")
+        if weight.dtype != self.dtype or isinstance(weight, Fp8Weight):
+            raise TypeError(f"original: got {weight.dtype}, expected the base's, {self.dtype}, in which it is merged")
+        rows, scale = quantise_rows(weight.detach().to(self.device))
+        if not torch.equal(rows.float(), self.rows.float()) or not torch.equal(scale, self.row_scale):
+            raise ValueError("original: got another weight, expected that which the fp8 base was made from")
+
     def dequantise(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """``row_scale * rows`` [N, K], in ``dtype`` or in what this acts as: a plain tensor."""
         return dequantise_rows(self.rows, self.row_scale, dtype or self.dtype)
