@@ -231,7 +231,7 @@ class LoRALinear(nn.Linear):
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
-        if isinstance(self.base_weight, Fp8Weight):
+        if isinstance(getattr(self.base_weight, "_local_tensor", self.base_weight), Fp8Weight):  # FSDP2's shard
             text += f", base_dtype={BASE_DTYPES[0]!r}"
         flags = {"use_rslora=True": self.use_rslora, "merged": self.merged, "disabled": not self.enabled}
         return ", ".join([text, *(name for name, on in flags.items() if on)])
