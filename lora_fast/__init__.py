@@ -6,6 +6,7 @@ from lora_fast.checkpoint import load_adapter, save_adapter
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
 from lora_fast.dora import DoRALinear
 from lora_fast.layers import LoRALinear
+from lora_fast.merging import merge_lora, merge_peft, unmerge_lora
 from lora_fast.model import (
     LoRAConfig,
     add_lora,
@@ -13,10 +14,8 @@ from lora_fast.model import (
     load_lora_state_dict,
     lora_parameters,
     lora_state_dict,
-    merge_lora,
     print_trainable_parameters,
     remove_lora,
-    unmerge_lora,
 )
 from lora_fast.peft import PeftReport, patch_peft, peft_report, unpatch_peft
 
@@ -40,6 +39,7 @@ __all__ = [
     "lora_parameters",
     "lora_state_dict",
     "merge_lora",
+    "merge_peft",
     "parametrize",
     "patch_peft",
     "peft_report",

@@ -1,15 +1,21 @@
 """A base checkpoint on disk: one safetensors file, or a directory with one or with shards and their index."""
 
 import json
+import os
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 
-from lora_fast.peft_format import inside
+try:
+    from safetensors import safe_open
+except ImportError as error:
+    raise ImportError("checkpoints on disk need safetensors: pip install safetensors") from error
+from lora_fast.fp8 import Fp8Weight
+from lora_fast.peft_format import PREFIX, inside
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 INDEX_BYTES = 1 << 26
@@ -73,6 +79,29 @@ def open_base(base: Path) -> Base:
         if name not in result.tensors or result.tensors[name].shard != shard:
             raise ValueError(f"{INDEX}: says that {shard} has {name!r:.200}, which it has not")
     return result
+
+
+def open_originals(original: str | os.PathLike, bases: Mapping[str, Fp8Weight]) -> Callable[[str], torch.Tensor]:
+    """A reader of the weights, by name of layer, that the fp8 ``bases`` were made from, once a look at each in the
+    checkpoint ``original`` has found that they were. A layer's name may have PEFT's prefix, a weight's has not.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`open_base`; a weight that is missing.
+        TypeError, ValueError: one of another dtype or shape, or from which the base was not made.
+    """
+    files = open_base(Path(original))
+
+    def name_of(layer: str) -> str:
+        return f"{layer.removeprefix(PREFIX)}.weight".removeprefix(".")
+
+    for layer, base in bases.items():
+        if (name := name_of(layer)) not in files.tensors:
+            raise ValueError(f"original: {original} has no {name!r}, expected the weight of the layer {layer!r}")
+        try:
+            base.check_original(files.read(name))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (of the layer {layer!r}, by {name!r} in {original})") from None
+    return lambda layer: files.read(name_of(layer))
 
 
 def _with_tensors(base: Base) -> Base:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lora_fast.config import LoRAConfig, some
+from lora_fast.config import LoRAConfig, some, unwrapped
 from lora_fast.dora import DoRALinear
 from lora_fast.layers import LoRALinear
 from lora_fast.model import _lora_layers, add_lora, load_lora_state_dict, lora_state_dict, remove_lora
@@ -41,7 +41,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         ImportError: without safetensors.
     """
     save_file = _safetensors("torch").save_file
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layers = _lora_layers(model)
     if len({(isinstance(layer, DoRALinear), layer.use_rslora) for layer in layers.values()}) > 1:
         raise ValueError("model: has layers that differ in use_dora or use_rslora, expected one adapter of one kind")
@@ -74,7 +74,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
             as it was.
         ImportError: without safetensors.
     """
-    target = _unwrapped(model)
+    target = unwrapped(model)
     fit_adapter(target, read_adapter(target, directory))
     return model
 
@@ -240,18 +240,6 @@ def _check_converted(layers: dict[str, LoRALinear], ranks: dict[str, int], setti
             raise ValueError(f"{CONFIG}: is a {kinds[0]} adapter, but {name} is a {kinds[1]} layer")
         if layer.r != ranks[name]:
             raise ValueError(f"{CONFIG}: the adapter of {name} has r = {ranks[name]}, but the model's has {layer.r}")
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers, whose names no file should hold."""
-    while isinstance(model, nn.Module):
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            break
-        model = inner
-    return model
 
 
 def _safetensors(module: str) -> Any:

@@ -70,11 +70,12 @@ class DoRALinear(LoRALinear):
             self.lora_dropout, self.training, save=self.save, save_x=self.save_x,
         )  # fmt: skip
 
-    def merged_weight(self) -> torch.Tensor:
-        """``(m / n) * (W + scaling * B A)`` [out, in], in float32 or better."""
+    def merged_weight(self, original: torch.Tensor | None = None) -> torch.Tensor:
+        """``(m / n) * (W + scaling * B A)`` [out, in], in float32 or better; W, also in n, is the base weight, or
+        ``original`` [out, in]."""
         if not self._magnitude_is_set:
             self.reset_magnitude()
-        v = super().merged_weight()
+        v = super().merged_weight(original)
         return v * dora_gain(self.lora_magnitude_vector.detach(), torch.linalg.vector_norm(v, dim=1))[:, None]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:

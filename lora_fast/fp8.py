@@ -7,12 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
 
 from lora_fast import dispatch
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 LEAST = 2.0**-60  # rows whose largest element is smaller are scaled as if it were this
+CANNOT_SHARD = ("weight: got fp8 [{}, {}] to shard, expected a number of processes that divides both "
+                "(fully_shard(..., ignored_params={{weight}}) leaves it whole in each)")  # fmt: skip
 aten = torch.ops.aten
 
 
@@ -37,6 +40,7 @@ class Fp8Weight(torch.Tensor):
 
     Moves between devices, copies, pickles and goes through ``state_dict``; a plain weight copied into it is quantised;
     another dtype changes what it acts as. Operations that would write to it otherwise raise a RuntimeError.
+    ``fully_shard`` makes an :class:`Fp8Shard` of it.
     """
 
     rows: torch.Tensor
@@ -77,12 +81,34 @@ class Fp8Weight(torch.Tensor):
         if not weight.is_meta and not torch.isfinite(weight.detach()).all():
             raise ValueError("weight: has elements that are not finite, expected finite ones to quantise")
 
+    def check_original(self, weight: torch.Tensor) -> None:
+        """Raise unless this was made from ``weight`` [N, K], or from one that is quantised alike.
+
+        Raises:
+            TypeError: not a tensor, or another dtype than this acts as.
+            ValueError: another shape; other elements.
+        """
+        if not isinstance(weight, torch.Tensor):
+            raise TypeError(f"original: got {type(weight).__name__}, expected a tensor")
+        if weight.shape != self.shape:
+            raise ValueError(f"original: got shape {tuple(weight.shape)}, expected the base's, {tuple(self.shape)}")
+        if weight.dtype != self.dtype or isinstance(weight, Fp8Weight):
+            raise TypeError(f"original: got {weight.dtype}, expected the base's, {self.dtype}, in which it is merged")
+        rows, scale = quantise_rows(weight.detach().to(self.device))
+        if not torch.equal(rows.float(), self.rows.float()) or not torch.equal(scale, self.row_scale):
+            raise ValueError("original: got another weight, expected that which the fp8 base was made from")
+
     def dequantise(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """``row_scale * rows`` [N, K], in ``dtype`` or in what this acts as: a plain tensor."""
         return dequantise_rows(self.rows, self.row_scale, dtype or self.dtype)
 
+    def _is(self, weight: torch.Tensor) -> bool:
+        if self.is_meta or weight.is_meta or weight.dtype != self.dtype:
+            return False
+        return torch.equal(weight.to(self.device), self.dequantise())
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Fp8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return list(self.INNER), self.dtype
@@ -95,7 +121,7 @@ class Fp8Weight(torch.Tensor):
         # As bytes: pickle, outside torch.save, does not know 8-bit floats.
         inner = (getattr(self, name) for name in self.INNER)
         stored = (t.view(torch.uint8) if t.dtype == E4M3 else t for t in inner)
-        return _unpickled, (*stored, self.dtype, isinstance(self, nn.Parameter))
+        return _unpickled, (*stored, self.dtype, isinstance(self, nn.Parameter), isinstance(self, Fp8Shard))
 
     def share_memory_(self) -> Self:
         for name in self.INNER:
@@ -114,7 +140,7 @@ class Fp8Weight(torch.Tensor):
         if func is F.linear:
             x, weight, *rest = args
             bias = rest[0] if rest else (kwargs or {}).get("bias")
-            if isinstance(weight, cls) and not isinstance(x, cls):
+            if type(weight) is Fp8Weight and not isinstance(x, Fp8Weight):
                 return fp8_linear(x, weight, bias)
         with torch._C.DisableTorchFunctionSubclass():  # whose results would be wrapped again
             return func(*args, **(kwargs or {}))
@@ -125,9 +151,15 @@ class Fp8Weight(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if isinstance(first, cls):
+        if isinstance(first, Fp8Weight):
+            if func in SHARDING and (found := _sharding(func, *args)) is not None:
+                return found
             if func in (aten.detach.default, aten.alias.default):
                 return first._each(lambda t: t)
+            if func is aten._pin_memory.default:
+                return first._each(torch.Tensor.pin_memory)
+            if func is aten.is_pinned.default:
+                return first.rows.is_pinned()
             if func is aten.clone.default:
                 return first._each(torch.clone)
             if func is aten._to_copy.default:
@@ -135,7 +167,13 @@ class Fp8Weight(torch.Tensor):
                 rest.pop("memory_format", None)
                 return first._each(lambda t: t.to(**rest) if rest else t.clone(), dtype)
             if func is aten.copy_.default:  # load_state_dict, also of a checkpoint that is not quantised
-                source = args[1] if isinstance(args[1], cls) else cls.quantise(args[1])
+                source = args[1]
+                if not isinstance(source, Fp8Weight):
+                    if first._is(source):  # DDP's broadcast, of what this acts as
+                        return first
+                    if isinstance(first, Fp8Shard):
+                        raise RuntimeError("a shard of an fp8 weight takes no other weight: load it before fully_shard")
+                    source = Fp8Weight.quantise(source)
                 for name in cls.INNER:
                     getattr(first, name).copy_(getattr(source, name))
                 return first
@@ -144,12 +182,64 @@ class Fp8Weight(torch.Tensor):
                 return first._each(lambda t: torch.empty_like(t, **device), kwargs.get("dtype"))
             if func._schema.is_mutable:
                 raise RuntimeError(f"{func}: an Fp8Weight is read-only")
-        plain = [a.dequantise() if isinstance(a, cls) else a for a in args]
-        return func(*plain, **kwargs)
+        args, kwargs = tree_map_only(Fp8Weight, lambda weight: weight.dequantise(), (args, kwargs))
+        return func(*args, **kwargs)
 
 
-def _unpickled(rows, row_scale, columns, col_scale, dtype, parameter) -> torch.Tensor:
-    weight = Fp8Weight(rows.view(E4M3), row_scale, columns.view(E4M3), col_scale, dtype)
+class Fp8Shard(Fp8Weight):
+    """What each of P processes keeps of an :class:`Fp8Weight` [N, K] under ``fully_shard``: rows [N/P, K] and columns
+    [K/P, N] with their scales. It acts as its rows; FSDP2 gathers the whole weight from it before a layer runs."""
+
+    def fsdp_pre_all_gather(self, mesh: Any, size: Any, stride: Any, module: Any, mp_policy: Any) -> tuple:
+        return (self.rows.view(torch.uint8), self.row_scale, self.columns.view(torch.uint8), self.col_scale), None
+
+    def fsdp_post_all_gather(
+        self, gathered: tuple[torch.Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: Any = None
+    ) -> Any:
+        if out is None:
+            rows, row_scale, columns, col_scale = gathered
+            return Fp8Weight(rows.view(E4M3), row_scale, columns.view(E4M3), col_scale, dtype), gathered
+        # else ``out`` is made of these tensors, to which FSDP2 has given their memory back
+
+
+SHARDING = {getattr(aten, name).default for name in ("new_empty", "new_zeros", "as_strided", "view")}
+SHARDING |= {aten.split.Tensor, aten.slice.Tensor}
+
+
+def _sharding(func: Any, weight: Fp8Weight, *args: Any) -> Any:
+    """What FSDP2 needs of ``SHARDING`` to make shards of a weight and a parameter of what it gathered; None of the
+    rest, which gives plain tensors.
+
+    Raises:
+        ValueError: a number of processes that does not divide both dimensions.
+    """
+    (n, k), shard = weight.shape, isinstance(weight, Fp8Shard)
+
+    def parts(count: int) -> list[tuple[torch.Tensor, ...]]:
+        return list(zip(*(getattr(weight, name).chunk(count) for name in weight.INNER), strict=True))
+
+    if func is aten.split.Tensor and not shard and args[1:] in ((), (0,)):
+        if n % args[0] or k % (n // args[0]):
+            raise ValueError(CANNOT_SHARD.format(n, k))
+        return [Fp8Shard(*inner, weight.dtype) for inner in parts(n // args[0])]  # type: ignore[call-arg]
+    if func is aten.new_empty.default and shard:  # for a process without rows
+        raise ValueError(CANNOT_SHARD.format("N", k))
+    if func is aten.new_zeros.default and not shard and len(size := args[0]) == 2 and size[1] == k and size[0]:
+        if n % size[0] == 0 and k % (n // size[0]) == 0:
+            return Fp8Shard(*map(torch.zeros_like, parts(n // size[0])[0]), weight.dtype)  # type: ignore[call-arg]
+    if (
+        (func is aten.slice.Tensor and args[:2] == (0, 0) and args[2] >= n and args[3:] in ((), (1,)))
+        or (func is aten.as_strided.default and args[:2] == ([n, k], [k, 1]) and args[2:] in ((), (0,)))
+        or (func is aten.view.default and args[0] == [n, k])
+        or (func is aten.view.default and shard and args[0] == [-1])  # which FSDP2 keeps, and does not read
+    ):
+        return weight._each(lambda t: t)
+    return None
+
+
+def _unpickled(rows, row_scale, columns, col_scale, dtype, parameter, shard=False) -> torch.Tensor:
+    kind = Fp8Shard if shard else Fp8Weight
+    weight = kind(rows.view(E4M3), row_scale, columns.view(E4M3), col_scale, dtype)
     return nn.Parameter(weight, requires_grad=False) if parameter else weight
 
 

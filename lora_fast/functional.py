@@ -5,7 +5,7 @@ import math
 import torch
 
 from lora_fast import dispatch, reference
-from lora_fast.fp8 import Fp8Weight
+from lora_fast.fp8 import Fp8Shard, Fp8Weight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -195,6 +195,8 @@ def _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bool:
     device, dtype, a_shape, b_shape = x.device, x.dtype, lora_A.shape, lora_B.shape
     weight_dtype = None
     if isinstance(weight, Fp8Weight):
+        if isinstance(weight, Fp8Shard):
+            return False
         weight, weight_dtype = weight.rows, weight.acts_as
     return (
         len(a_shape) == len(b_shape) == 2
@@ -234,6 +236,8 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:
     if bias is not None:
         tensors["bias"] = bias
     check_tensors(tensors)
+    if isinstance(weight, Fp8Shard):
+        raise TypeError("weight: got an Fp8Shard, expected the whole weight, as FSDP2 gathers it for a layer's forward")
     if x.dim() < 1:
         raise ValueError("x: got a tensor without dimensions, expected [..., K]")
     k = x.shape[-1]

@@ -170,24 +170,36 @@ class LoRALinear(nn.Linear):
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         return self.scaling * (self.lora_B.detach().to(dtype) @ self.lora_A.detach().to(dtype))
 
-    def merged_weight(self) -> torch.Tensor:
-        """``W + scaling * B A`` [out, in], in float32 or better."""
+    def merged_weight(self, original: torch.Tensor | None = None) -> torch.Tensor:
+        """``W + scaling * B A`` [out, in], in float32 or better; W is the base weight, or ``original`` [out, in]."""
         delta = self.delta_weight()
-        return self.base_weight.detach().to(delta.dtype) + delta
+        return (self.base_weight if original is None else original).detach().to(delta) + delta
 
-    def merge(self, safe_merge: bool = False) -> None:
+    def merge(self, safe_merge: bool = False, original: torch.Tensor | None = None) -> None:
         """Put :meth:`merged_weight`, summed in float32 and rounded once, in W's place; nothing if merged already.
 
         The base weight is kept for :meth:`unmerge`, so a merged layer holds two weights; layers that share the base
         weight with this one do not change. Moving or casting the model while merged can part them (the values stay
         right).
 
+        ``original`` [out, in], in the base's dtype, is the weight that an fp8 base was made from: W is then this one,
+        without the base's rounding, and so is it in DoRA's norm. Unmerging gives the fp8 base back. A state dict that
+        is loaded while the layer is merged has it merged anew, into the base.
+
         Raises:
-            ValueError: with ``safe_merge``, if the merged weight is not finite; the layer is then as it was.
+            TypeError, ValueError: an ``original`` of another dtype or shape, or that an fp8 base was not made from; a
+                base that is not fp8; with ``safe_merge``, a merged weight that is not finite. The layer is then as it
+                was.
         """
         if self.merged:
             return
-        merged = self.merged_weight().to(self.weight.dtype)
+        if original is not None:
+            if not isinstance(self.weight, Fp8Weight):
+                raise ValueError(
+                    f"original: got a tensor, expected None over a base that is not fp8 ({self.weight.dtype})"
+                )
+            self.weight.check_original(original)
+        merged = self.merged_weight(original).to(self.weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError("safe_merge: the merged weight has NaN or infinite elements; the layer stays unmerged")
         self._buffers["unmerged_weight"] = self.weight  # plain assignment would register a second parameter
@@ -219,7 +231,7 @@ class LoRALinear(nn.Linear):
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
-        if isinstance(self.base_weight, Fp8Weight):
+        if isinstance(getattr(self.base_weight, "_local_tensor", self.base_weight), Fp8Weight):  # FSDP2's shard
             text += f", base_dtype={BASE_DTYPES[0]!r}"
         flags = {"use_rslora=True": self.use_rslora, "merged": self.merged, "disabled": not self.enabled}
         return ", ".join([text, *(name for name, on in flags.items() if on)])

@@ -1,4 +1,4 @@
-"""Conversion of a whole model: LoRA on its nn.Linear layers in place; save, load, merge, switch off, take out."""
+"""Conversion of a whole model: LoRA on its nn.Linear layers in place; save, load, switch off, take out."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -164,32 +164,6 @@ def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
     share = 100 * trainable / total
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
     return trainable, total
-
-
-def merge_lora(model: nn.Module, safe_merge: bool = False) -> nn.Module:
-    """Merge every adapter into its layer's weight; return ``model``. Layers merged already stay as they are.
-
-    Raises:
-        ValueError: no LoRA layer; with ``safe_merge``, a merged weight that is not finite.
-        After any error the layers that this call merged are unmerged again.
-    """
-    unmerged = {name: layer for name, layer in _lora_layers(model).items() if not layer.merged}
-    try:
-        for name, layer in unmerged.items():
-            with _noting(f"while merging {name!r}"):
-                layer.merge(safe_merge=safe_merge)
-    except BaseException:
-        for layer in unmerged.values():
-            layer.unmerge()
-        raise
-    return model
-
-
-def unmerge_lora(model: nn.Module) -> nn.Module:
-    """Put every base weight back, bit for bit; return ``model``. ValueError without LoRA layers."""
-    for layer in _lora_layers(model).values():
-        layer.unmerge()
-    return model
 
 
 @contextmanager

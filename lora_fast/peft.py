@@ -194,6 +194,7 @@ def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
     mesh = getattr(weight, "device_mesh", None)  # FSDP2 may keep on the CPU what it gathers on the mesh's devices
     device = weight.device if mesh is None else torch.device(mesh.device_type)
     slow = dispatch.why_slow(device, dispatch.autocast_dtype(device) or weight.dtype)
+    weight = getattr(weight, "_local_tensor", weight)
     if slow is None and isinstance(weight, Fp8Weight):
         slow = dispatch.why_not_fp8(device)
     remarks = [] if slow is None else [slow]

@@ -135,14 +135,36 @@ class FastLinear(Linear):
             scaling = 1.0
         return lora_linear(x, base.weight, a, b, scaling, base.bias, p, dropout.training, save_x=self.save_x)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        original: torch.Tensor | None = None,
+    ) -> None:
         """As in PEFT; the base weight and bias are kept for :meth:`unmerge`, and so is their dtype (DoRA in PEFT 0.13
-        loses it)."""
+        loses it).
+
+        ``original`` [N, K], in the base's dtype, is what an fp8 base was made from: it is merged into instead, summed
+        in float32 and rounded once.
+
+        Raises:
+            TypeError, ValueError: an ``original`` of another dtype or shape, or that the base was not made from; a
+                layer that is merged or whose base is not fp8. The layer is then as it was.
+        """
+        weight = self.base_layer.weight
+        if original is not None:
+            if self.merged or not isinstance(weight, Fp8Weight):
+                what = "a merged layer" if self.merged else f"a base that is not fp8 ({weight.dtype})"
+                raise ValueError(f"original: got a tensor, expected None for {what}")
+            weight.check_original(original)
         if not self.merged:
             for name, tensor in self._base().items():
                 self.register_buffer(f"unmerged_{name}", tensor.detach().clone(), persistent=False)
-            if isinstance(self.base_layer.weight, Fp8Weight):
-                self.base_layer.weight = nn.Parameter(self.base_layer.weight.dequantise(), requires_grad=False)
+            if isinstance(weight, Fp8Weight):
+                plain = (
+                    weight.dequantise() if original is None else original.to(weight.device, torch.float32, copy=True)
+                )
+                self.base_layer.weight = nn.Parameter(plain, requires_grad=False)
         try:
             super().merge(safe_merge, adapter_names)
         finally:

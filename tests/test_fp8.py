@@ -1,8 +1,12 @@
 """An fp8 base: the weight as a tensor, the layers over it, the kernels against the emulated quantisation in float64."""
 
 import copy
+import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fast
 from lora_fast import DoRALinear, LoRAConfig, LoRALinear, add_lora, dispatch
-from lora_fast.fp8 import E4M3, Fp8Weight, dequantise_rows, quantise_rows
+from lora_fast.fp8 import E4M3, Fp8Shard, Fp8Weight, dequantise_rows, quantise_rows
 from lora_fast.functional import dora_linear, lora_linear
 
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -314,6 +318,57 @@ def test_tied_weights_stay():
     model["head"].weight = model["words"].weight
     add_lora(model, LoRAConfig(r=2, target_modules="all-linear", base_dtype="float8_e4m3"))
     assert model["head"].weight is model["words"].weight and isinstance(model["up"].weight, Fp8Weight)
+
+
+@pytest.mark.parametrize("device, backend", [
+    pytest.param("cpu", "reference"),
+    pytest.param("cpu", "triton", marks=CPU.marks),
+    pytest.param("cuda", "auto", marks=CUDA.marks),
+])  # fmt: skip
+def test_two_processes(device, backend, tmp_path):
+    """DDP and FSDP2 train what one process does with all rows, the bases stay, and full_tensor gives them whole."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    root, script = Path(__file__).parent.parent, Path(__file__).with_name("fp8_distributed.py")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [root, *sys.path]))}
+    commands = [[sys.executable, script, str(rank), tmp_path, backend, device] for rank in range(2)]
+    running = [subprocess.Popen(c, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for c in commands]
+    said = [process.communicate(timeout=300)[0].decode() for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    tol = 1e-5 if backend == "reference" else 1e-2  # the kernels' sums in another order can round x to the next e4m3
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
+        refusals = seen.pop("refused")
+        assert len(refusals) == 3 * (device == "cpu") and all("that divides both" in text for text in refusals)
+        for mode, (expected, found, apart, same) in seen.items():
+            assert same and apart <= tol, (mode, same, apart)
+            assert found == pytest.approx(expected, rel=tol) and found[-1] < found[0] - 0.1, (mode, expected, found)
+
+
+def test_parts_act_as_their_rows():
+    """What is not asked for by FSDP2 gives plain tensors, and so does a product over a shard."""
+    weight = Fp8Weight.quantise(weight_of(dtype=FLOAT))
+    first, second = weight.chunk(2)
+    x = torch.randn(3, 48, requires_grad=True)
+    assert isinstance(first, Fp8Shard) and first.shape == (16, 48) and first.columns.shape == (24, 32)
+    assert torch.equal(torch.cat([first, second]), weight.dequantise())
+    y = nn.functional.linear(x, second)
+    torch.testing.assert_close(y, x @ weight.dequantise()[16:].t())
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, weight.dequantise()[16:].sum(0).expand(3, 48))
+    assert type(weight.new_zeros(5)) is type(weight.new_zeros(5, 48)) is type(weight[:4]) is torch.Tensor
+    assert type(weight.view(-1)) is torch.Tensor and type(weight[:]) is Fp8Weight
+    with pytest.raises(ValueError, match=r"got fp8 \[32, 48\] to shard, expected a number of processes that divides"):
+        weight.chunk(5)
+    assert type(first.view_as(first)) is Fp8Shard
+    assert type(pickle.loads(pickle.dumps(first))) is Fp8Shard and "Fp8Shard" in repr(first)
+    with pytest.raises(TypeError, match="weight: got an Fp8Shard, expected the whole weight"):
+        lora_linear(x, first, torch.zeros(2, 48), torch.zeros(16, 2), 1.0)
+    with pytest.raises(RuntimeError, match="load it before fully_shard"):
+        first.copy_(second.dequantise())
+    columns = weight.columns.clone()
+    weight.copy_(weight.dequantise())
+    assert torch.equal(weight.columns.float(), columns.float())
 
 
 def test_second_derivatives_are_refused():

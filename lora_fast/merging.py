@@ -1,0 +1,107 @@
+"""Adapters folded into the weights of a model in memory, over fp8 bases also into those of its checkpoint."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fast.config import some, unwrapped
+from lora_fast.fp8 import Fp8Weight
+from lora_fast.model import _lora_layers, _noting
+from lora_fast.peft import _lora_layers as _peft_layers
+
+
+def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.PathLike | None = None) -> nn.Module:
+    """Merge every adapter into its layer's weight; return ``model``. Layers merged already stay as they are.
+
+    ``original`` names the checkpoint that the model's fp8 bases were made from, a safetensors file or a directory with
+    one or with shards. Layers with such a base are then merged into the weights there, ``<module>.weight`` without the
+    base's rounding, as ``lora-fast merge`` does; DoRA's gain becomes ``m / |W + scaling * B A|`` with that W. Sums in
+    float32, rounded once to the checkpoint's dtype, which is the base's. Unmerging gives the fp8 bases back.
+
+    Raises:
+        ValueError: no LoRA layer; with ``safe_merge``, a merged weight that is not finite.
+        FileNotFoundError, TypeError, ValueError: ``original`` is no checkpoint, or its weight of a layer is missing,
+            has another dtype or shape, or is not what the base was made from; the model has no fp8 base, or one that
+            is merged already. All weights are read and compared before the first layer changes.
+        ImportError: an ``original``, without safetensors.
+        After any error the layers that this call merged are unmerged again.
+    """
+    layers = _lora_layers(unwrapped(model))
+    bases = {name: layer.base_weight for name, layer in layers.items()}
+    read = _originals(original, bases, [name for name, layer in layers.items() if layer.merged])
+    unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
+    try:
+        for name, layer in unmerged.items():
+            with _noting(f"while merging {name!r}"):
+                layer.merge(safe_merge, read(name))
+    except BaseException:
+        for layer in unmerged.values():
+            layer.unmerge()
+        raise
+    return model
+
+
+def unmerge_lora(model: nn.Module) -> nn.Module:
+    """Put every base weight back, bit for bit; return ``model``. ValueError without LoRA layers."""
+    for layer in _lora_layers(model).values():
+        layer.unmerge()
+    return model
+
+
+def merge_peft(
+    model: nn.Module, original: str | os.PathLike, safe_merge: bool = False, adapter_names: list[str] | None = None
+) -> nn.Module:
+    """Merge the adapters of a model under :func:`lora_fast.patch_peft` as PEFT's ``merge_adapter`` does, but where the
+    base is fp8 into the weights of the checkpoint that it was made from; return ``model``.
+
+    ``original`` as in :func:`merge_lora`, its names without PEFT's prefix. Sums are float32, but for the ``B A`` of an
+    adapter in 16 bits, which PEFT rounds to them. PEFT's ``unmerge_adapter`` gives the fp8 bases back, its
+    ``merge_and_unload`` a model of the merged weights.
+
+    Raises:
+        ValueError: no LoRA layer of PEFT's; with ``safe_merge``, a merged weight that is not finite.
+        FileNotFoundError, TypeError, ValueError, ImportError: about ``original``, as :func:`merge_lora`.
+        After any error the layers that this call merged are unmerged again.
+    """
+    layers = _peft_layers(unwrapped(model))
+    bases = {
+        name: layer._buffers.get("unmerged_weight", getattr(layer.get_base_layer(), "weight", None))
+        for name, layer in layers.items()
+    }
+    read = _originals(original, bases, [name for name, layer in layers.items() if layer.merged])
+    unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
+    try:
+        for name, layer in unmerged.items():
+            with _noting(f"while merging {name!r}"):
+                if (weight := read(name)) is None:
+                    layer.merge(safe_merge, adapter_names)
+                    continue
+                layer.merge(safe_merge, adapter_names, weight)
+                if safe_merge and not torch.isfinite(layer.base_layer.weight).all():
+                    raise ValueError(f"safe_merge: the merged weight has NaN or infinite elements in {weight.dtype}")
+    except BaseException:
+        for layer in unmerged.values():
+            if layer.merged:
+                layer.unmerge()
+        raise
+    return model
+
+
+def _originals(
+    original: str | os.PathLike | None, bases: Mapping[str, Any], merged: list[str]
+) -> Callable[[str], torch.Tensor | None]:
+    """A reader of the original weights of layers, by name; None of a layer whose base is not fp8."""
+    if original is None:
+        return lambda name: None
+    eight = {name: weight for name, weight in bases.items() if isinstance(weight, Fp8Weight)}
+    if not eight:
+        raise ValueError(f"original: got {str(original)!r}, expected None for a model without fp8 bases")
+    if before := [name for name in eight if name in merged]:
+        raise ValueError(f"original: {some(before)}: merged already, expected unmerged layers")
+    from lora_fast.base_files import open_originals  # needs safetensors
+
+    read = open_originals(original, eight)
+    return lambda name: read(name) if name in eight else None
