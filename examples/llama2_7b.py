@@ -169,7 +169,7 @@ def write_csv(args: argparse.Namespace, table: dict[tuple[str, int], dict[str, R
     }  # fmt: skip
     args.csv.mkdir(parents=True, exist_ok=True)
     with open(args.csv / "llama2_7b.csv", "w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*about, *"targets r impl trainable fused tokens_per_s peak_mib last_loss".split()])
         for (targets, r), kinds in table.items():
             for kind, row in kinds.items():

@@ -237,6 +237,11 @@ def _sharding(func: Any, weight: Fp8Weight, *args: Any) -> Any:
     return None
 
 
+def is_fp8(weight: torch.Tensor) -> bool:
+    """Whether it is an fp8 weight, or what FSDP2 keeps of one."""
+    return isinstance(getattr(weight, "_local_tensor", weight), Fp8Weight)
+
+
 def _unpickled(rows, row_scale, columns, col_scale, dtype, parameter, shard=False) -> torch.Tensor:
     kind = Fp8Shard if shard else Fp8Weight
     weight = kind(rows.view(E4M3), row_scale, columns.view(E4M3), col_scale, dtype)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.fp8 import Fp8Weight
+from lora_fast.fp8 import Fp8Weight, is_fp8
 from lora_fast.functional import FLOATS, lora_linear
 
 
@@ -231,7 +231,7 @@ class LoRALinear(nn.Linear):
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
-        if isinstance(getattr(self.base_weight, "_local_tensor", self.base_weight), Fp8Weight):  # FSDP2's shard
+        if is_fp8(self.base_weight):
             text += f", base_dtype={BASE_DTYPES[0]!r}"
         flags = {"use_rslora=True": self.use_rslora, "merged": self.merged, "disabled": not self.enabled}
         return ", ".join([text, *(name for name, on in flags.items() if on)])

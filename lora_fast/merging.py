@@ -31,16 +31,8 @@ def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.Pa
     """
     layers = _lora_layers(unwrapped(model))
     bases = {name: layer.base_weight for name, layer in layers.items()}
-    read = _originals(original, bases, [name for name, layer in layers.items() if layer.merged])
-    unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
-    try:
-        for name, layer in unmerged.items():
-            with _noting(f"while merging {name!r}"):
-                layer.merge(safe_merge, read(name))
-    except BaseException:
-        for layer in unmerged.values():
-            layer.unmerge()
-        raise
+    read = _originals(original, bases, layers)
+    _merge_all(layers, lambda name, layer: layer.merge(safe_merge, read(name)))
     return model
 
 
@@ -71,27 +63,36 @@ def merge_peft(
         name: layer._buffers.get("unmerged_weight", getattr(layer.get_base_layer(), "weight", None))
         for name, layer in layers.items()
     }
-    read = _originals(original, bases, [name for name, layer in layers.items() if layer.merged])
+    read = _originals(original, bases, layers)
+
+    def merge(name: str, layer: Any) -> None:
+        if (weight := read(name)) is None:
+            layer.merge(safe_merge, adapter_names)
+            return
+        layer.merge(safe_merge, adapter_names, weight)
+        if safe_merge and not torch.isfinite(layer.base_layer.weight).all():
+            raise ValueError(f"safe_merge: the merged weight has NaN or infinite elements in {weight.dtype}")
+
+    _merge_all(layers, merge)
+    return model
+
+
+def _merge_all(layers: Mapping[str, Any], merge: Callable[[str, Any], None]) -> None:
+    """``merge(name, layer)`` for the layers that are not merged; after an error none of these is."""
     unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
     try:
         for name, layer in unmerged.items():
             with _noting(f"while merging {name!r}"):
-                if (weight := read(name)) is None:
-                    layer.merge(safe_merge, adapter_names)
-                    continue
-                layer.merge(safe_merge, adapter_names, weight)
-                if safe_merge and not torch.isfinite(layer.base_layer.weight).all():
-                    raise ValueError(f"safe_merge: the merged weight has NaN or infinite elements in {weight.dtype}")
+                merge(name, layer)
     except BaseException:
         for layer in unmerged.values():
             if layer.merged:
                 layer.unmerge()
         raise
-    return model
 
 
 def _originals(
-    original: str | os.PathLike | None, bases: Mapping[str, Any], merged: list[str]
+    original: str | os.PathLike | None, bases: Mapping[str, Any], layers: Mapping[str, Any]
 ) -> Callable[[str], torch.Tensor | None]:
     """A reader of the original weights of layers, by name; None of a layer whose base is not fp8."""
     if original is None:
@@ -99,7 +100,7 @@ def _originals(
     eight = {name: weight for name, weight in bases.items() if isinstance(weight, Fp8Weight)}
     if not eight:
         raise ValueError(f"original: got {str(original)!r}, expected None for a model without fp8 bases")
-    if before := [name for name in eight if name in merged]:
+    if before := [name for name in eight if layers[name].merged]:
         raise ValueError(f"original: {some(before)}: merged already, expected unmerged layers")
     from lora_fast.base_files import open_originals  # needs safetensors
 

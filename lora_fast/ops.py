@@ -104,11 +104,8 @@ def _forward(x, weight, lora_A, lora_B, bias, magnitude, call: _Call) -> tuple[t
     """y [..., N], and what was made on the way to it. The product that fills y comes last, perhaps by the caller."""
     n, k = weight.shape
     with _on(x.device):
-        if x.dim() == 2:
-            rows, y = x, (out := x.new_empty(x.shape[0], n))
-        else:
-            rows, y = x.reshape(-1, k), x.new_empty(*x.shape[:-1], n)
-            out = y.view(-1, n)
+        y = x.new_empty(*x.shape[:-1], n)
+        rows, out = (x, y) if x.dim() == 2 else (x.reshape(-1, k), y.view(-1, n))
         made, launch, args = lora_fwd(
             rows, weight, lora_A.contiguous(), lora_B.contiguous(), call.scaling, bias, call.seed, call.p, out,
             magnitude if magnitude is None else magnitude.contiguous(), call.round_norm, call.keep_z, call.fp8,

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_fast import dispatch
 from lora_fast.config import holders, matching
-from lora_fast.fp8 import Fp8Weight
+from lora_fast.fp8 import Fp8Weight, is_fp8
 from lora_fast.layers import check_base_dtype, check_quantisable
 
 
@@ -194,11 +194,10 @@ def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
     mesh = getattr(weight, "device_mesh", None)  # FSDP2 may keep on the CPU what it gathers on the mesh's devices
     device = weight.device if mesh is None else torch.device(mesh.device_type)
     slow = dispatch.why_slow(device, dispatch.autocast_dtype(device) or weight.dtype)
-    weight = getattr(weight, "_local_tensor", weight)
-    if slow is None and isinstance(weight, Fp8Weight):
+    if slow is None and is_fp8(weight):
         slow = dispatch.why_not_fp8(device)
     remarks = [] if slow is None else [slow]
-    if isinstance(weight, Fp8Weight):
+    if is_fp8(weight):
         remarks.append("fp8 base")
     if is_dora(layer, names[0]):
         drops = isinstance(layer.lora_dropout[names[0]], nn.Dropout)
