@@ -26,8 +26,8 @@ from lora_fast.kernels.common import (
     unpack_words,
     wait_for_stream,
 )
-from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, sig
-from lora_fast.kernels.tiles import down_tile, tma_fits
+from lora_fast.kernels.launch import Block, Plan, as_scaling, plan_for, scaling_kind, sig
+from lora_fast.kernels.tiles import casts_first, down_tile, tma_fits
 
 CAST_BLOCK = 4096
 CAST_STEPS = 4
@@ -41,6 +41,16 @@ def _cast(src, dst, block, rows, cols, dst_cols, BLOCK: tl.constexpr, STEPS: tl.
         row, col, inside = i // dst_cols, i % dst_cols, i < rows * dst_cols
         value = tl.load(src + row.to(tl.int64) * cols + col, mask=inside & (col < cols), other=0.0)
         tl.store(dst + i, value.to(dst.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, block, K, N, R, RS, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """A [R, K] and then B [N, R], which is padded to [N, RS]."""
+    a_blocks = tl.cdiv(R * K, BLOCK * STEPS)
+    if block < a_blocks:
+        _cast(a_ptr, a_cast_ptr, block, R, K, K, BLOCK, STEPS)
+    else:
+        _cast(b_ptr, b_cast_ptr, block - a_blocks, N, R, RS, BLOCK, STEPS)
 
 
 @triton.jit
@@ -87,7 +97,7 @@ def _down_fwd_kernel(
     QUANT_ROWS: tl.constexpr, QUANT_STEP: tl.constexpr, QUANT_K: tl.constexpr, ONE: tl.constexpr, GAIN: tl.constexpr,
     CAST_BLOCK: tl.constexpr, CAST_STEPS: tl.constexpr,
     MASK: tl.constexpr, CAST: tl.constexpr, SCALING_PTR: tl.constexpr, TMA: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    A_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     program, rank = tl.program_id(0), tl.program_id(1) * BLOCK_R
@@ -108,7 +118,7 @@ def _down_fwd_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
         for k in range(0, K, BLOCK_K):
             tile = load_tile(x, row, k, M, K, stride_xm, stride_xk, TMA, BLOCK_M, BLOCK_K)  # [BLOCK_M, BLOCK_K]
-            a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K)  # [BLOCK_R, BLOCK_K]
+            a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, A_TMA, BLOCK_R, BLOCK_K)  # [BLOCK_R, BLOCK_K]
             if GAIN:
                 a = a.to(ACC) * _gain(gain_ptr, k, K, BLOCK_K, GAIN, ACC)
             if MASK:
@@ -119,13 +129,27 @@ def _down_fwd_kernel(
         s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * RS + ranks[None, :]
         tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < RS))
     elif CAST:  # the programs past the last rows, on processors that would idle
-        block = program - tl.cdiv(M, BLOCK_M)
-        a_blocks = tl.cdiv(R * K, CAST_BLOCK * CAST_STEPS)
         if rank == 0:
-            if block < a_blocks:
-                _cast(a_ptr, a_cast_ptr, block, R, K, K, CAST_BLOCK, CAST_STEPS)
-            else:
-                _cast(b_ptr, b_cast_ptr, block - a_blocks, N, R, RS, CAST_BLOCK, CAST_STEPS)
+            _cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, program - tl.cdiv(M, BLOCK_M), K, N, R, RS, CAST_BLOCK,
+                       CAST_STEPS)  # fmt: skip
+
+
+@triton.jit
+def _cast_kernel(a_ptr, b_ptr, a_cast_ptr, b_cast_ptr, K, N, R, RS, CAST_BLOCK: tl.constexpr, CAST_STEPS: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    wait_for_stream(PDL)
+    _cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, tl.program_id(0), K, N, R, RS, CAST_BLOCK, CAST_STEPS)
+
+
+def _cast_blocks(k: int, n: int, r: int) -> int:
+    return sum(triton.cdiv(size, CAST_BLOCK * CAST_STEPS) for size in (r * k, n * padded_rank(r)))
+
+
+def cast_plan(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Plan:
+    """The launch that casts contiguous a and b for products with x, called with (a, b, a_cast, b_cast)."""
+    (r, k), n = a.shape, b.shape[0]
+    constants = {"CAST_BLOCK": CAST_BLOCK, "CAST_STEPS": CAST_STEPS}
+    return Plan(_cast_kernel, (_cast_blocks(k, n, r),), constants, {"num_warps": 4}, x, (k, n, r, padded_rank(r)))
 
 
 def down_plan(x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, masked: bool,
@@ -133,19 +157,23 @@ def down_plan(x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, m
     """The launch for these tensors (see the functions below); with b it also casts a and b. Called with (x, a, s, bits,
     b, a_cast, b_cast, scaling, keep_scale, and x, x8, row_scale, gain if quantised)."""
     (m, k), r, tma = x.shape, a.shape[0], tma_fits(x)
+    a_tma = tma and b is None and a.dtype == x.dtype and tma_fits(a)
     tile, options = down_tile(m, k, r, x.dtype, a.dtype, x.device, tma, masked, quantised, with_gain)
     blocks, n = triton.cdiv(m, tile["BLOCK_M"]), 0
     if b is not None:
         n = b.shape[0]
-        blocks += sum(triton.cdiv(size, CAST_BLOCK * CAST_STEPS) for size in (r * k, n * padded_rank(r)))
+        blocks += _cast_blocks(k, n, r)
     if quantised:
         blocks *= 1 + tile["BLOCK_M"] // tile["QUANT_ROWS"]
     constants = {**tile, "ONE": k <= tile["QUANT_K"], "GAIN": with_gain,
                  "CAST_BLOCK": CAST_BLOCK, "CAST_STEPS": CAST_STEPS, "MASK": masked,
                  "CAST": b is not None, "SCALING_PTR": isinstance(scaling, torch.Tensor), "TMA": tma,
-                 "ACC": acc_dtype(x.dtype), "PRECISION": precision(x.dtype, k), "DTYPE": TL[x.dtype]}  # fmt: skip
+                 "A_TMA": a_tma, "ACC": acc_dtype(x.dtype), "PRECISION": precision(x.dtype, k),
+                 "DTYPE": TL[x.dtype]}  # fmt: skip
     ints = (m, k, r, padded_rank(r), n, *x.stride(), *a.stride(), triton.cdiv(k, 32) if masked else 0)
-    descriptors = {0: [tile["BLOCK_M"], tile["BLOCK_K"]]} if tma else None
+    descriptors = {0: Block.of(x, [tile["BLOCK_M"], tile["BLOCK_K"]])} if tma else {}
+    if a_tma:
+        descriptors[1] = Block.of(a, [tile["BLOCK_R"], tile["BLOCK_K"]])
     grid = (blocks, triton.cdiv(padded_rank(r), tile["BLOCK_R"]))
     return Plan(_down_fwd_kernel, grid, constants, options, x, ints, descriptors)
 
@@ -191,9 +219,10 @@ def quantised_space(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def cast_wanted(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the product needs copies of the adapters: in x's dtype, b with rows of a multiple of 16 bytes."""
-    return a.dtype != x.dtype or b.dtype != x.dtype or b.stride(0) * b.element_size() % 16 != 0 or b.stride(1) != 1
+def cast_wanted(kinds: tuple[torch.dtype, torch.dtype, torch.dtype], r: int) -> bool:
+    """Whether the product needs copies of the adapters, for these dtypes of x, a and b: in x's, b with rows of a
+    multiple of 16 bytes."""
+    return not kinds[0] == kinds[1] == kinds[2] or r * kinds[0].itemsize % 16 != 0
 
 
 def down_cast_fwd(
@@ -205,9 +234,12 @@ def down_cast_fwd(
     keep_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """S as ``down_fwd`` gives it, and copies in x's dtype of contiguous a [R, K] and of b [N, R], which is padded with
-    zeros to [N, padded_rank(R)], in the same launch. x has rows."""
+    zeros to [N, padded_rank(R)]. x has rows."""
     s, scaling = x.new_empty(x.shape[0], padded_rank(a.shape[0])), as_scaling(scaling)
     a_cast, b_cast = cast_space(x, a, b)
+    if casts_first(len(x), len(a), x.dtype):
+        plan_for(("cast", sig(x), sig(a), sig(b)), cast_plan, x, a, b)(a, b, a_cast, b_cast)
+        return down_fwd(x, a_cast, scaling, bits, keep_scale), a_cast, b_cast
     key = ("down", sig(x), sig(a), sig(b), bits is None, scaling_kind(scaling), precision(x.dtype, x.shape[1]))
     plan = plan_for(key, down_plan, x, a, scaling, bits is not None, b)
     plan(x, a, s, bits, b, a_cast, b_cast, scaling, keep_scale, None, None, None, None)

@@ -32,7 +32,7 @@ from lora_fast.kernels.common import (
     unpack_words,
     wait_for_stream,
 )
-from lora_fast.kernels.launch import INTERPRETED, Plan, plan_for, sig
+from lora_fast.kernels.launch import INTERPRETED, Block, Plan, plan_for, sig
 from lora_fast.kernels.tiles import gemm_tile, n_programs, tma_fits
 
 
@@ -235,11 +235,15 @@ def gemm_plan(
                  "KEEP_Z": keep_z, "GAIN": with_gain, "BIAS": with_bias, "MASK": masked,
                  "KIND": TL[over if kind == torch.float16 else kind], "ACC": acc_dtype(kind),
                  "PRECISION": exact, "DTYPE": TL[kind]}  # fmt: skip
-    blocks = None
+    blocks, ranks = None, padded_rank(r)
     if tma:
-        pair, half = ([bm, bc], [bn, bc] if transposed or fp8 else [bc, bn]), [[bm, bn // 2]] * (1 + keep_z)
-        blocks = dict(enumerate(pair if fp8 else pair + pair)) | dict(enumerate(half, 4))
-    ints = (m, n, c, r, *x.stride(), *w.stride(), padded_rank(r), *q.stride(), triton.cdiv(n, 32) if masked else 0)
+        left, right, half = [bm, bc], [bn, bc] if transposed or fp8 else [bc, bn], Block.of(out, [bm, bn // 2])
+        blocks = {0: Block.of(x, left), 1: Block.of(w, right), 4: half}
+        if not fp8:
+            blocks |= {2: Block((m, ranks), (ranks, 1), left), 3: Block.of(q, right)}
+        if keep_z:
+            blocks[5] = half
+    ints = (m, n, c, r, *x.stride(), *w.stride(), ranks, *q.stride(), triton.cdiv(n, 32) if masked else 0)
     grid = (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),)
     return Plan(_gemm_kernel, grid, constants, options, x, ints, blocks)
 

@@ -30,7 +30,7 @@ from lora_fast.kernels.common import (
     wide,
 )
 from lora_fast.kernels.down import down_plan
-from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, sig
+from lora_fast.kernels.launch import Block, Plan, as_scaling, plan_for, scaling_kind, sig
 from lora_fast.kernels.parts import Dora, sum_plan
 from lora_fast.kernels.tiles import grad_splits, grad_tile, tma_fits
 
@@ -114,6 +114,14 @@ def _grad_kernel(
         tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=(cols[:, None] < N) & (ranks[None, :] < R))
 
 
+Steps = list[tuple[Plan, tuple]]  # each with its arguments, or with where they are in a program's
+
+
+def launch(steps: Steps) -> None:
+    for plan, args in steps:
+        plan(*args)
+
+
 class ColumnPass(NamedTuple):
     """The launches for a pass, and the float32 parts between them: those of dS [column blocks, M, padded R], of the
     column sums [splits, N], of dm [splits, N] and of G [splits, N, R] (none where rows are not split), one after
@@ -124,12 +132,14 @@ class ColumnPass(NamedTuple):
     parts: int  # how many numbers
     summed: bool  # whether G has parts
 
-    def __call__(self, z, p, b, bits, g, ds, sums, scaling, keep_scale, parts, dora: Dora | None = None,
-                 row_scale=None) -> None:  # fmt: skip
+    def steps(self, z, p, b, bits, g, ds, sums, scaling, keep_scale, parts, dora: Dora | None = None,
+              row_scale=None) -> Steps:  # fmt: skip
         gain, norm, kept, dz, dm, again = (None,) * 6 if dora is None else dora
-        self.main(z, dz, kept, p, b, bits, gain, parts if g is None or self.summed else g, parts, row_scale)
-        if self.add is not None:
-            self.add(parts, ds, sums, g, scaling, keep_scale, dm, gain, norm, z, *(again or (None,) * 5))
+        main = z, dz, kept, p, b, bits, gain, parts if g is None or self.summed else g, parts, row_scale
+        if self.add is None:
+            return [(self.main, main)]
+        add = parts, ds, sums, g, scaling, keep_scale, dm, gain, norm, z, *(again or (None,) * 5)
+        return [(self.main, main), (self.add, add)]
 
 
 def column_plan(
@@ -147,8 +157,8 @@ def column_plan(
     if exact == "tf32" and with_sum and dora is None:
         exact = "ieee"  # dbias is no product: it stays exact
     tma = tma_fits(z) and (dz is None or tma_fits(dz))
-    tile, options = grad_tile(m, n, ranks, kind, z.device, tma, b is not None, masked, with_dz or with_dm)
-    col_blocks, splits, rank_blocks, rows_each = grad_splits(m, n, ranks, tile, z.device, with_dz or with_dm)
+    tile, options, fill = grad_tile(m, n, ranks, kind, z.device, tma, b is not None, masked, with_dz or with_dm, scaled)
+    col_blocks, splits, rank_blocks, rows_each = grad_splits(m, n, ranks, tile, fill, z.device)
     summed = g is not None and splits > 1
     ds_size, sum_size, dm_size, g_size = (b is not None) * m * rs, with_sum * n, with_dm * n, summed * n * r
     sum_at = col_blocks * ds_size  # all multiples of 16, which Triton compiles in
@@ -163,7 +173,9 @@ def column_plan(
     b_strides = b.stride() if b is not None else (0, 0)
     ints = (m, n, r, rs, rows_each, sum_at, dm_at, g_at if summed else 0, *z.stride(), *b_strides, *g_strides,
             triton.cdiv(n, 32) if masked else 0)  # fmt: skip
-    blocks = dict.fromkeys(range(1 + with_dz), [tile["BLOCK_M"], tile["BLOCK_N"]]) if tma else None
+    blocks = None
+    if tma:
+        blocks = {i: Block.of(t, [tile["BLOCK_M"], tile["BLOCK_N"]]) for i, t in enumerate((z, dz)) if t is not None}
     main = Plan(_grad_kernel, (col_blocks, splits, rank_blocks), constants, options, z, ints, blocks)
     sizes, add = (ds_size, sum_size, dm_size, g_size), None
     if any(sizes):
@@ -193,16 +205,18 @@ class DyPass(NamedTuple):
     def parts(self) -> int:
         return max((step.parts for step in (self.over_dy, self.over_dz) if step is not None), default=0)
 
-    def __call__(self, dy, s, b, grad_b, ds, grad_bias, scaling, keep_scale, parts, dora: Dora | None) -> None:
+    def steps(self, dy, s, b, grad_b, ds, grad_bias, scaling, keep_scale, one, parts, dora: Dora | None) -> Steps:
+        found: Steps = []
         if self.over_dy is not None:
             in_it = None if self.over_dz is not None else grad_b
-            self.over_dy(dy, s, b if self.ds is None else None, None, in_it, ds, grad_bias, scaling, keep_scale, parts,
-                         dora)  # fmt: skip
+            found += self.over_dy.steps(dy, s, b if self.ds is None else None, None, in_it, ds, grad_bias, scaling,
+                                        keep_scale, parts, dora)  # fmt: skip
         source, gain = _source(dy, dora)
         if self.ds is not None:
-            self.ds(source, b, ds, None, None, None, None, scaling, keep_scale, None, None, None, None)
+            found.append((self.ds, (source, b, ds, *(None,) * 4, scaling, keep_scale, *(None,) * 4)))
         if self.over_dz is not None:
-            self.over_dz(source, s, None, None, grad_b, None, None, 1.0, 1.0, parts, gain)
+            found += self.over_dz.steps(source, s, None, None, grad_b, None, None, one, one, parts, gain)
+        return found
 
 
 def dy_plan(
@@ -258,7 +272,7 @@ def dy_bwd(
     key = ("dy", sig(dy), sig(b), sig(grad_b), sig(grad_bias), scaling_kind(scaling), precision(dy.dtype, 256), r,
            dora and dora.sigs())  # fmt: skip
     plan = plan_for(key, dy_plan, dy, r, b, scaling, grad_b, grad_bias, dora)
-    plan(dy, s, b, grad_b, ds, grad_bias, scaling, keep_scale, new_parts(dy, plan.parts), dora)
+    launch(plan.steps(dy, s, b, grad_b, ds, grad_bias, scaling, keep_scale, 1.0, new_parts(dy, plan.parts), dora))
     return ds
 
 
@@ -269,4 +283,4 @@ def a_bwd(x: torch.Tensor, ds: torch.Tensor, grad_a: torch.Tensor, bits: torch.T
         return
     key = ("a_bwd", sig(x), sig(grad_a), bits is None, precision(x.dtype, 256))
     plan = plan_for(key, column_plan, x, grad_a.shape[0], grad_a.t(), None, 1.0, False, bits is not None)
-    plan(x, ds, None, bits, grad_a, None, None, 1.0, 1.0, new_parts(x, plan.parts))
+    launch(plan.steps(x, ds, None, bits, grad_a, None, None, 1.0, 1.0, new_parts(x, plan.parts)))

@@ -1,12 +1,15 @@
 """How kernels are started: choices made once per problem, and a launch that costs the host microseconds.
 
 Triton's own launch looks the kernel up, re-encodes every tensor descriptor and walks over every constant in Python: 80
-to 130 us a kernel on a slow host, more than small problems take on the GPU. A :class:`Plan` remembers the compiled
-kernel and its arguments; a later launch puts a few pointers among them and calls Triton's launcher, which is C.
+to 130 us a kernel on a slow host, more than small problems take on the GPU. A :class:`Program` of :class:`Plan` s
+remembers the compiled kernels and their arguments; later launches put addresses among them and call Triton's launchers,
+which are C.
 """
 
 import inspect
 from collections.abc import Callable
+from operator import itemgetter
+from typing import NamedTuple, Self
 
 import torch
 import triton
@@ -43,99 +46,166 @@ def scaling_kind(scaling: float | torch.Tensor) -> tuple | None:
     return (scaling.dtype, scaling.data_ptr() % 16) if isinstance(scaling, torch.Tensor) else None
 
 
+class Block(NamedTuple):
+    """A matrix that a kernel reads or writes through a tensor descriptor, in tiles."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    tile: list[int]
+
+    @classmethod
+    def of(cls, t: torch.Tensor, tile: list[int]) -> Self:
+        return cls(tuple(t.shape), t.stride(), tile)
+
+
 class Plan:
     """A launch of ``kernel`` on ``grid`` with these constants (by name, in the kernel's order, which ends with PDL) and
     compile options, on the device of the matrix ``like``, whose rows say how long it takes.
 
     Called with the tensors and numbers that come first in the kernel's signature; ``ints``, which never change under
-    one plan, follow them. ``blocks`` names the arguments that the kernel reads through tensor descriptors, by position,
-    with the shape of their tiles. A plan must be kept under a key that holds all that it depends on (``plan_for``).
+    one plan, follow them. ``blocks`` says which of the arguments, by position, the kernel takes as descriptors. A plan
+    must be kept under a key that holds all that it depends on (``plan_for``).
     """
 
     def __init__(self, kernel, grid, constants: dict, options: dict, like: torch.Tensor, ints=(), blocks=None):
         device, early = like.device, pdl(like.device, like.shape[0])
         self.kernel, self.grid, self.constants = kernel, (*grid, 1, 1)[:3], {**constants, "PDL": early}
         self.options = {**options, "launch_pdl": True} if early else options
-        self.device, self.ints, self.blocks = device.index, ints, blocks or {}
-        self.direct: _Direct | None = None
+        self.device, self.ints = device.index, tuple(ints)
+        self.blocks: dict[int, Block] = blocks or {}
+        self.alone: Program | None = None
 
     def __call__(self, *args) -> None:
-        if self.direct is not None:
-            self.direct(args)
-            return
-        full = [_descriptor(a, self.blocks[i]) if i in self.blocks else a for i, a in enumerate(args)]
-        compiled = self.kernel[self.grid](*full, *self.ints, **self.constants, **self.options)
-        if DIRECT:
-            self.direct = _Direct(compiled, self, (*args, *self.ints))
+        if self.alone is None:
+            self.alone = Program(len(args), [(self, tuple(range(len(args))))])
+        self.alone(*args)
+
+    def launch(self, args: list):
+        """Through Triton, which compiles the kernel if it must; returns what it compiled."""
+        full = [self._descriptor(a, self.blocks[i]) if i in self.blocks else a for i, a in enumerate(args)]
+        return self.kernel[self.grid](*full, *self.ints, **self.constants, **self.options)
+
+    @staticmethod
+    def _descriptor(t: torch.Tensor, block: Block) -> TensorDescriptor:
+        return TensorDescriptor(t, list(block.shape), list(block.strides), block.tile)
 
 
-def _descriptor(t: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
+class View(NamedTuple):
+    """``size`` bytes in the memory of a program's argument, which is contiguous, as numbers of this dtype."""
+
+    arg: int
+    start: int  # in bytes
+    size: int
+    dtype: torch.dtype
+
+    def of(self, args: tuple) -> torch.Tensor:
+        return args[self.arg].view(-1).view(torch.uint8)[self.start : self.start + self.size].view(self.dtype)
 
 
-class _Direct:
-    """A compiled kernel's launcher, which Triton makes in C, without Triton's Python around it.
+class Bound(NamedTuple):
+    """A program's arguments as its launches take them."""
 
-    It takes the launch's description, then every argument in the kernel's order, a descriptor as its tensor map
-    followed by its shape and strides.
+    launches: list[tuple] | None  # None: Triton launches, and the values are tensors and numbers
+    values: list
+
+
+class Program:
+    """Launches in their order over the same ``n`` arguments, tensors and numbers. Each launch comes with what its
+    plan's arguments are: places in the program's arguments, or views into the memory of one; None stays None.
+
+    Once Triton has launched each plan, what is left is to take every tensor's address once and to call Triton's C
+    launchers.
     """
 
-    def __init__(self, compiled, plan: Plan, args: tuple) -> None:
-        start = compiled.run.launch
-        metas = compiled.metadata.tensordesc_meta or ()
-        if metas:  # without the wrapper that encodes every descriptor again
-            start = inspect.getclosurevars(start).nonlocals["launcher"]
-        self.start, self.stream, self.device = start, triton.runtime.driver.active.get_current_stream, plan.device
-        launch = [*plan.grid, None, compiled.function, False, compiled.metadata.launch_pdl, None, None,
-                  compiled.packed_metadata, None, None, None]  # fmt: skip
-        self.pointers: list[tuple[int, int]] = []  # (which argument, where in the template)
-        self.numbers: list[tuple[int, int]] = []
-        self.maps: list[tuple[int, int, _Maps]] = []
-        remaining = iter(metas)
-        for i, value in enumerate(args):
-            at = len(launch)
-            launch.append(value)
-            if i in plan.blocks:
-                self.maps.append((i, at, _Maps(next(remaining), value)))
-                launch += [*value.shape, *value.stride()]
-            elif isinstance(value, torch.Tensor):
-                self.pointers.append((i, at))
-            elif value is not None and i < len(args) - len(plan.ints):
-                self.numbers.append((i, at))
-        self.template = launch + [None] * len(plan.constants)
-        for _, at in (*self.pointers, *((i, at) for i, at, _ in self.maps)):
-            self.template[at] = None  # keeps no tensor alive
+    def __init__(self, n: int, steps: list[tuple[Plan, tuple[int | View | None, ...]]]) -> None:
+        self.n, self.plans = n, [plan for plan, _ in steps]
+        self.views = list(dict.fromkeys(arg for _, args in steps for arg in args if isinstance(arg, View)))
+        place: dict[int | View | None, int] = {view: n + i for i, view in enumerate(self.views)}
+        place[None] = n + len(self.views)
+        self.places = [[arg if isinstance(arg, int) else place[arg] for arg in args] for _, args in steps]
+        self.compiled: list = [None] * len(steps)
+        self.direct: list[tuple] | None = None
 
-    def __call__(self, args: tuple) -> None:
-        launch = self.template.copy()
-        for i, at in self.pointers:
-            launch[at] = args[i].data_ptr()
-        for i, at in self.numbers:
-            launch[at] = args[i]
-        for i, at, maps in self.maps:
-            pointer = args[i].data_ptr()
-            launch[at] = maps.known.get(pointer) or maps.at(pointer)
-        launch[3] = self.stream(self.device)
-        self.start(*launch)
+    def __call__(self, *args) -> None:
+        self.run(self.bind(*args))
+
+    def bind(self, *args) -> Bound:
+        values = list(args)
+        if self.direct is None:
+            return Bound(None, [*values, *(view.of(args) for view in self.views), None])
+        for i in self.tensors:
+            values[i] = values[i].data_ptr()
+        for i, start in self.starts:
+            values.append(values[i] + start)
+        values += self.fixed
+        for i, maps in self.maps:
+            values.append(maps.known.get(values[i]) or maps.encode(values[i]))
+        return Bound(self.direct, values)
+
+    def run(self, bound: Bound, first: int = 0, last: int | None = None) -> None:
+        """Launch these of the steps, all but the last for ``last=-1``, on the device's current stream."""
+        launches, values = bound
+        if launches is not None:
+            stream = self.stream(self.device)
+            for start, grid, head, pick, tail in launches[first:last]:
+                start(*grid, stream, *head, *pick(values), *tail)
+            return
+        for i in range(len(self.plans))[first:last]:
+            self.compiled[i] = self.plans[i].launch([values[place] for place in self.places[i]])
+        if DIRECT and None not in self.compiled and self.direct is None:
+            self._call_directly(values)
+
+    def _call_directly(self, values: list) -> None:
+        """From now on. Values are then the arguments, addresses of views, what never changes, and tensor maps."""
+        self.stream, self.device = triton.runtime.driver.active.get_current_stream, self.plans[0].device
+        self.tensors = [i for i, value in enumerate(values[: self.n]) if isinstance(value, torch.Tensor)]
+        self.starts = [(view.arg, view.start) for view in self.views]
+        blocks = [(i, at) for i, plan in enumerate(self.plans) for at in sorted(plan.blocks)]
+        self.fixed: list[int | None] = [None]
+        self.maps: list[tuple[int, _Maps]] = []
+        first_map = self.n + len(self.views) + 1 + sum(
+            len(self.plans[i].blocks[at].shape) + len(self.plans[i].blocks[at].strides) for i, at in blocks
+        )  # fmt: skip
+        direct = []
+        for plan, places, compiled in zip(self.plans, self.places, self.compiled, strict=True):
+            start, metas = compiled.run.launch, compiled.metadata.tensordesc_meta or ()
+            if metas:  # without the wrapper that encodes every descriptor again
+                start = inspect.getclosurevars(start).nonlocals["launcher"]
+            remaining, picked = iter(metas), []
+            for at, place in enumerate(places):
+                if at not in plan.blocks:
+                    picked.append(place)
+                    continue
+                block = plan.blocks[at]
+                picked.append(first_map + len(self.maps))
+                self.maps.append((place, _Maps(next(remaining), block)))
+                for number in (*block.shape, *block.strides):
+                    picked.append(self.n + len(self.views) + len(self.fixed))
+                    self.fixed.append(number)
+            head = (compiled.function, False, compiled.metadata.launch_pdl, None, None, compiled.packed_metadata,
+                    None, None, None)  # fmt: skip
+            tail = (*plan.ints, *(None for _ in plan.constants))
+            direct.append((start, plan.grid, head, itemgetter(*picked), tail))
+        self.direct = direct
 
 
 class _Maps:
-    """Tensor maps of one descriptor argument, encoded once per address that it was seen at."""
+    """Tensor maps of one descriptor, encoded once per address that it was seen at."""
 
-    def __init__(self, meta: dict, t: torch.Tensor) -> None:
+    def __init__(self, meta: dict, block: Block) -> None:
         from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
         kind = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
         self.before = meta["swizzle"], meta["elem_size"], kind, meta["block_size"]
-        self.after = list(t.shape), list(t.stride()), 0
+        self.after = list(block.shape), list(block.strides), 0
         self.known: dict[int, object] = {}
 
-    def at(self, pointer: int) -> object:
-        """A new one."""
+    def encode(self, address: int) -> object:
+        """The map of a new address."""
         if len(self.known) >= 1024:
             self.known.clear()
         encode = triton.runtime.driver.active.utils.fill_tma_descriptor
-        found = self.known[pointer] = encode(pointer, *self.before, *self.after)
+        found = self.known[address] = encode(address, *self.before, *self.after)
         return found
 
 

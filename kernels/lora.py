@@ -2,112 +2,193 @@
 which.
 
 Everything that can be decided once per problem (shapes, strides, dtypes) is kept under one key for a whole forward and
-one for a whole backward, since for small problems the host's time is the layer's time.
+one for a whole backward, and what is small lies in one piece of memory: for small problems the host's time is the
+layer's time.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
-from lora_fast.kernels.common import padded_rank, precision, wide
-from lora_fast.kernels.down import cast_space, cast_wanted, down_plan, quantised_space
+from lora_fast.kernels.common import FP8, padded_rank, precision, wide
+from lora_fast.kernels.down import cast_plan, cast_space, cast_wanted, down_plan
 from lora_fast.kernels.gemm import gemm_plan
-from lora_fast.kernels.grad import ColumnPass, DyPass, column_plan, dy_plan, needs_dz, new_parts
-from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, sig
+from lora_fast.kernels.grad import Steps, column_plan, dy_plan, needs_dz
+from lora_fast.kernels.launch import Program, View, as_scaling, plan_for, scaling_kind
 from lora_fast.kernels.mask import keep_count, keep_scale, mask_plan, mask_space, seed_kind
 from lora_fast.kernels.norm import norm_plan
 from lora_fast.kernels.parts import Dora
+from lora_fast.kernels.tiles import casts_first
 
 MaybeTensor = torch.Tensor | None
 
 
 class Fp8(NamedTuple):
     """What an fp8 base has beside ``weight``, W's rows in e4m3 [N, K]: row i of W is row_scale[i] * weight[i]; and W
-    once more by its columns, column k of W being col_scale[k] * columns[k]. Scales are float32."""
+    once more by its columns, column k of W being col_scale[k] * columns[k]. Scales are float32. A backward has of them
+    what it reads."""
 
-    row_scale: torch.Tensor  # [N]
-    columns: torch.Tensor  # [K, N]
-    col_scale: torch.Tensor  # [K]
+    row_scale: MaybeTensor  # [N]
+    columns: MaybeTensor  # [K, N]
+    col_scale: MaybeTensor  # [K]
 
 
 class Made(NamedTuple):
     """What a forward leaves for the backward."""
 
-    s: torch.Tensor  # [M, padded R]
-    bits: MaybeTensor  # of the dropout mask
-    a: torch.Tensor  # as the products read it: in x's dtype
-    b: torch.Tensor  # likewise, and perhaps padded to [N, padded R]
-    gain: MaybeTensor = None  # DoRA's g [N]
-    norm: MaybeTensor = None  # and n [N]
-    z: MaybeTensor = None  # [M, N], the output before gain and bias, if wanted
+    room: MaybeTensor  # bytes, see ``Shared``
+    bits: MaybeTensor = None  # of the dropout mask
+    z: MaybeTensor = None  # [..., N], the output before gain and bias, if wanted
     x8: MaybeTensor = None  # over an fp8 base: x in e4m3 [M, K]
-    x_scale: MaybeTensor = None  # and the scales of its rows [M]
+
+
+class Needs(NamedTuple):
+    """Whose gradients a backward makes."""
+
+    x: bool
+    a: bool
+    b: bool
+    bias: bool
+    m: bool
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 128) * 128
+
+
+class Shared:
+    """What a forward and its backward both know of a problem, and where in the ``room`` that the forward leaves the
+    small things lie: a [R, K] and b [N, padded R] in x's dtype where the products cannot read the adapters themselves,
+    DoRA's norm n and gain g [N], the scales of the rows of an e4m3 x [M], and S [M, padded R]."""
+
+    def __init__(self, m: int, k: int, n: int, r: int, kinds: tuple[torch.dtype, torch.dtype, torch.dtype], dora: bool,
+                 fp8: bool) -> None:  # fmt: skip
+        self.m, self.k, self.n, self.r, self.kinds, self.dora, self.fp8 = m, k, n, r, kinds, dora, fp8
+        self.kind, self.cast, ranks = kinds[0], cast_wanted(kinds, r), padded_rank(r)  # kinds: of x, lora_A and lora_B
+        gains = torch.float64 if self.kind == torch.float64 else torch.float32
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "a": ((r, k) if self.cast else (0,), self.kind), "b": ((n, ranks) if self.cast else (0,), self.kind),
+            "norm": ((n if dora else 0,), gains), "gain": ((n if dora else 0,), gains),
+            "x_scale": ((m if fp8 else 0,), torch.float32),
+            "s": ((m, ranks), self.kind),
+        }  # fmt: skip
+        self.bytes, self.parts = 0, {}
+        for name, (shape, kind) in shapes.items():
+            size = math.prod(shape) * kind.itemsize
+            self.parts[name] = self.bytes, size, kind, shape
+            self.bytes += _aligned(size)
+        self.backwards: dict[tuple, _Backward] = {}
+
+    def view(self, room: int, name: str) -> View:
+        """A part of the room, which is a program's argument with this number."""
+        return View(room, *self.parts[name][:3])
+
+    def part(self, made: Made, name: str) -> torch.Tensor:
+        """A part of the room as a tensor: where things are decided once per problem."""
+        return self.view(0, name).of(made).view(self.parts[name][3])
+
+
+def _names(names: str) -> SimpleNamespace:
+    """A program's arguments by name, numbered."""
+    return SimpleNamespace(**{name: i for i, name in enumerate(names.split())})
+
+
+def _unaligned(*tensors: MaybeTensor) -> tuple | None:
+    """Where tensors start if not all do at multiples of 16 bytes: plans depend on that."""
+    address = 0
+    for t in tensors:
+        if t is not None:
+            address |= t.data_ptr()
+    return tuple([t if t is None else t.data_ptr() % 16 for t in tensors]) if address % 16 else None
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    return t if t.dim() == 2 else t.view(-1, t.shape[-1])
 
 
 class _Forward(NamedTuple):
-    cast: bool
-    mask: Plan | None
-    down: Plan
-    norm: Plan | None
-    up: Plan
+    shared: Shared
+    program: Program
 
 
-def _forward_plans(x, weight, a, b, scaling, bias, seed, magnitude, round_norm, keep_z, x8) -> _Forward:
-    mask, quantised = mask_plan(seed, mask_space(x)) if seed is not None else None, x8 is not None
-    cast = cast_wanted(x, a, b)
-    down = down_plan(x, a, scaling, mask is not None, b if cast else None, quantised)
-    if cast:
-        a, b = cast_space(x, a, b)
-    norm = None
+_F = _names("x weight a b bias magnitude y room bits z x8 w_scale seed count words scaling keep")
+
+
+def _forward(x, weight, a, b, scaling, bias, seed, magnitude, round_norm, y, z, x8) -> _Forward:
+    at, rows, (n, k), quantised = _F, _rows(x), weight.shape, x8 is not None
+    shared = Shared(len(rows), k, n, len(a), (x.dtype, a.dtype, b.dtype), magnitude is not None, quantised)
+    steps: Steps = []
+    if seed is not None:
+        steps.append((mask_plan(seed, mask_space(rows)), (at.seed, at.bits, at.count, at.words)))
+    s, x_scale, w_scale = shared.view(at.room, "s"), None, None
+    if quantised:
+        x_scale, w_scale = shared.view(at.room, "x_scale"), at.w_scale
+    a_at, b_at, read, read_at, also = at.a, at.b, a, at.a, None
+    if shared.cast:
+        a_at, b_at, also = shared.view(at.room, "a"), shared.view(at.room, "b"), b
+        cast = cast_space(x, a, b)
+        if casts_first(len(rows), len(a), x.dtype):
+            steps.append((cast_plan(rows, a, b), (at.a, at.b, a_at, b_at)))
+            (read, _), read_at, also = cast, a_at, None
+        a, b = cast
+    down = down_plan(rows, read, scaling, seed is not None, also, quantised)
+    steps.append((down, (at.x, read_at, s, at.bits, at.b, a_at, b_at, at.scaling, at.keep, at.x, at.x8, x_scale, None)))
+    gain = None
     if magnitude is not None:
-        norm = norm_plan(weight, a, b, scaling, True, round_norm, quantised)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    up = gemm_plan(x8 if quantised else x, weight, b, y, True, bias is not None, False, norm is not None, keep_z)
-    return _Forward(cast, mask, down, norm, up)
+        norm, gain = shared.view(at.room, "norm"), shared.view(at.room, "gain")
+        steps.append((norm_plan(weight, a, b, scaling, True, round_norm, quantised),
+                      (at.weight, a_at, b_at, at.magnitude, norm, gain, w_scale, at.scaling)))  # fmt: skip
+    up = gemm_plan(x8 if quantised else rows, weight, b, _rows(y), True, bias is not None, False, gain is not None,
+                   z is not None)  # fmt: skip
+    steps.append((up, (at.x8 if quantised else at.x, at.weight, s, b_at, at.y, at.z, gain, at.bias, None, x_scale,
+                       w_scale)))  # fmt: skip
+    return _Forward(shared, Program(len(vars(at)), steps))
 
 
 def lora_fwd(
     x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor,
-    bias: MaybeTensor, seed: torch.Tensor | int | None, p: float, y: torch.Tensor,
+    bias: MaybeTensor, seed: torch.Tensor | int | None, p: float,
     magnitude: MaybeTensor = None, round_norm: bool = False, keep_z: bool = False, fp8: Fp8 | None = None,
-) -> tuple[Made, Callable[..., None], tuple]:  # fmt: skip
-    """Fill y [M, N] with x W^T + S b^T + bias, or with g * (x W^T + S b^T) + bias if magnitude [N] is given.
+) -> tuple[torch.Tensor, Made, Shared, Callable[[], None]]:  # fmt: skip
+    """y [..., N] = x W^T + S b^T + bias, or g * (x W^T + S b^T) + bias if magnitude [N] is given; what it leaves for
+    the backward; and the launch of its last product, which fills y and z, for the caller to call on this device.
 
-    The product, which fills y and z, is left to the caller: the second result, called with the third, launches it, on
-    the current device.
-
-    x [M, K], weight [N, K], bias [N] and y in one dtype, rows of y contiguous; a [R, K] and b [N, R] in any,
-    contiguous; a seed (as ``mask_bits`` takes it) where elements are dropped with p. ``round_norm`` rounds DoRA's norm
-    to weight's dtype. Over an fp8 base (see ``Fp8``) weight is e4m3, and x is quantised likewise for the product.
+    x [..., K], a matrix or contiguous, weight [N, K], both in one dtype; a [R, K], b [N, R], bias and magnitude [N]
+    contiguous, in any; a seed (as ``mask_bits`` takes it) where elements are dropped with p. ``round_norm`` rounds
+    DoRA's norm to weight's dtype. Over an fp8 base (see ``Fp8``) weight is e4m3, and x is quantised likewise for the
+    product.
     """
-    s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
-    scaling = as_scaling(scaling)
-    gain = norm = None
-    if magnitude is not None:
-        norm = x.new_empty(weight.shape[0], dtype=wide(x))
-        gain = torch.empty_like(norm)
+    n, shape = weight.shape[0], x.shape
+    m, k = shape if len(shape) == 2 else (shape[:-1].numel(), shape[-1])
+    y = x.new_empty(*shape[:-1], n)
     z = torch.empty_like(y) if keep_z else None
-    x8 = x_scale = w_scale = None
+    bits = x8 = w_scale = None
+    words, count, keep = 0, 0, 1.0
+    if seed is not None:
+        words, count, keep = -(-k // 32), keep_count(p), keep_scale(p)
+        bits = x.new_empty(m, words, dtype=torch.int32)
     if fp8 is not None:
-        (x8, x_scale), w_scale = quantised_space(x), fp8.row_scale
-    if x.shape[0] == 0:
-        bits = mask_space(x) if seed is not None else None
-        return Made(s, bits, a.to(x.dtype), b.to(x.dtype), gain, norm, z, x8, x_scale), _nothing, ()
-    key = ("lora_fwd", sig(x), sig(weight), sig(a), sig(b), sig(bias), seed_kind(seed), scaling_kind(scaling),
-           precision(x.dtype, 256), sig(magnitude), round_norm, keep_z)  # fmt: skip
-    plans = plan_for(key, _forward_plans, x, weight, a, b, scaling, bias, seed, magnitude, round_norm, keep_z, x8)
-    bits, keep = None, 1.0
-    if plans.mask is not None:
-        bits, keep = mask_space(x), keep_scale(p)
-        plans.mask(seed, bits, keep_count(p), bits.numel())
-    a_cast, b_cast = cast_space(x, a, b) if plans.cast else (a, b)
-    plans.down(x, a, s, bits, b, a_cast, b_cast, scaling, keep, x, x8, x_scale, None)
-    if plans.norm is not None:
-        plans.norm(weight, a_cast, b_cast, magnitude, norm, gain, w_scale, scaling)
-    made = Made(s, bits, a_cast, b_cast, gain, norm, z, x8, x_scale)
-    product = x if x8 is None else x8, weight, s, b_cast, y, z, gain, bias, None, x_scale, w_scale
-    return made, plans.up, product
+        x8, w_scale = x.new_empty(m, k, dtype=FP8), fp8.row_scale
+    if m == 0:
+        shared = Shared(m, k, n, len(a), (x.dtype, a.dtype, b.dtype), magnitude is not None, fp8 is not None)
+        return y, Made(x.new_empty(shared.bytes, dtype=torch.uint8), bits, z, x8), shared, _nothing
+    scaling = as_scaling(scaling)
+    key = (
+        "lora_fwd", x.dtype, shape, x.stride(), x.device, weight.dtype, n, weight.stride(), a.dtype, a.shape[0],
+        b.dtype, bias if bias is None else bias.dtype, magnitude if magnitude is None else magnitude.dtype,
+        seed_kind(seed), scaling_kind(scaling), precision(x.dtype, 256), round_norm, keep_z,
+        _unaligned(x, weight, a, b, bias, magnitude),
+    )  # fmt: skip
+    shared, program = plan_for(key, _forward, x, weight, a, b, scaling, bias, seed, magnitude, round_norm, y, z, x8)
+    room = x.new_empty(shared.bytes, dtype=torch.uint8)
+    bound = program.bind(x, weight, a, b, bias, magnitude, y, room, bits, z, x8, w_scale, seed, count, m * words,
+                         scaling, keep)  # fmt: skip
+    program.run(bound, 0, -1)
+    return y, Made(room, bits, z, x8), shared, partial(program.run, bound, -1)
 
 
 def _nothing() -> None:
@@ -115,79 +196,116 @@ def _nothing() -> None:
 
 
 class _Backward(NamedTuple):
-    quantise: Plan | None  # dS and dZ in e4m3, where dX is made over an fp8 base
-    over_dy: DyPass
-    over_x: ColumnPass | None
-    dx: Plan | None
-    parts: int  # numbers of the larger one of the two passes' parts
+    program: Program
+    own: int  # bytes of memory for what only it reads
 
 
-def _backward_plans(dy, x, weight, a, b, scaling, masked, r, grad_a, grad_b, grad_bias, dora, dz) -> _Backward:
-    quantise = over_x = dx = None
-    if dz is not None and dz.dtype != dy.dtype:
-        quantise = down_plan(dy, b.t()[:r], scaling, False, None, True, dora is not None)
-    over_dy = dy_plan(dy, r, b if quantise is None else None, scaling, grad_b, grad_bias, dora)
+_B = _names(
+    "dy x weight a b y room bits z x8 row_scale columns col_scale dx grad_a grad_b grad_bias grad_m dz dz8 own scaling "
+    "keep one"
+)
+
+
+def _backward(shared: Shared, needs: Needs, dy, x, weight, a, b, y, made: Made, fp8, scaling, dx, grad_a, grad_b,
+              grad_bias, grad_m, dz, dz8) -> _Backward:  # fmt: skip
+    at, own, r, quantised, masked = _B, 0, shared.r, dz8 is not None, made.bits is not None
+    dy, x_at, x_scale, need_ds = _rows(dy), at.x, None, needs.x or needs.a
+    if x is not None:
+        x = _rows(x)
+    elif needs.a:
+        x, x_at, x_scale = made.x8, at.x8, shared.view(at.room, "x_scale")
+    s, a_at, b_at = None if made.room is None else shared.view(at.room, "s"), at.a, at.b
+    if shared.cast and made.room is not None:
+        a, b = shared.part(made, "a"), shared.part(made, "b")
+        a_at, b_at = shared.view(at.room, "a"), shared.view(at.room, "b")
+    gain = dora = dora_at = None
+    if shared.dora and made.room is not None:
+        gain, norm, again, again_at = shared.view(at.room, "gain"), shared.view(at.room, "norm"), None, None
+        kept, kept_at = (y, at.y) if made.z is None else (made.z, at.z)
+        if needs.m and made.z is None:
+            again = x, weight, shared.part(made, "s"), b, fp8 and fp8.row_scale
+            again_at = at.x, at.weight, s, b_at, at.row_scale
+        dora = Dora(shared.part(made, "gain"), shared.part(made, "norm"), kept, dz, grad_m, again)
+        dora_at = Dora(gain, norm, kept_at, dz if dz is None else at.dz, at.grad_m, again_at)  # type: ignore[arg-type]
+
+    def new(numbers: int, kind: torch.dtype) -> View:
+        nonlocal own
+        view = View(at.own, own, numbers * kind.itemsize, kind)
+        own += _aligned(view.size)
+        return view
+
+    ds = new(shared.m * padded_rank(r), shared.kind) if need_ds else None
+    dz_scale = new(shared.m, torch.float32) if quantised else None
+    b_read = b if need_ds and not quantised else None
+    over_dy, over_x, numbers = dy_plan(dy, r, b_read, scaling, grad_b, grad_bias, dora), None, 0
     if grad_a is not None:
-        over_x = column_plan(x, r, grad_a.t(), masked=masked, kind=dy.dtype if x.dtype != dy.dtype else None)
-    if weight is not None:
-        out = dy.new_empty(dy.shape[0], a.shape[1])
-        dx = gemm_plan(dz, weight, a, out, False, False, masked)
-    return _Backward(quantise, over_dy, over_x, dx, max(over_dy.parts, 0 if over_x is None else over_x.parts))
+        over_x = column_plan(x, r, grad_a.t(), masked=masked, kind=shared.kind if x.dtype != shared.kind else None)
+        numbers = over_x.parts
+    numbers, kind, parts = max(numbers, over_dy.parts), wide(dy), None
+    if dx is not None and numbers * kind.itemsize <= dx.nbytes:
+        parts = View(at.dx, 0, numbers * kind.itemsize, kind)
+    elif numbers:
+        parts = new(numbers, kind)
+    steps: Steps = []
+    if quantised:
+        quantise = down_plan(dy, b.t()[:r], scaling, False, None, True, shared.dora)
+        steps.append((quantise, (at.dy, b_at, ds, *(None,) * 4, at.scaling, at.keep, at.dy, at.dz8, dz_scale, gain)))
+    steps += over_dy.steps(at.dy, s, b_read if b_read is None else b_at, grad_b if grad_b is None else at.grad_b, ds,
+                           at.grad_bias, at.scaling, at.keep, at.one, parts, dora_at)  # fmt: skip
+    if over_x is not None:
+        steps += over_x.steps(x_at, ds, None, at.bits, at.grad_a, None, None, at.one, at.one, parts, None, x_scale)
+    if dx is not None:
+        source, source_at, w, w_at, w_scale = dy, at.dy, weight, at.weight, None
+        if quantised:
+            source, source_at, w, w_at, w_scale = dz8, at.dz8, fp8.columns, at.columns, at.col_scale
+        elif dz is not None:
+            source, source_at = dz, at.dz
+        product = gemm_plan(source, w, a, _rows(dx), False, False, masked)
+        steps.append((product, (source_at, w_at, ds, a_at, at.dx, *(None,) * 3, at.bits, dz_scale, w_scale)))
+    return _Backward(Program(len(vars(at)), steps), own)
 
 
 def lora_bwd(
-    dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor, made: Made, scaling: float | torch.Tensor, p: float, r: int,
-    need_x: bool, grad_a: MaybeTensor, grad_b: MaybeTensor, grad_bias: MaybeTensor, grad_m: MaybeTensor = None,
-    y: MaybeTensor = None, fp8: Fp8 | None = None,
-) -> MaybeTensor:  # fmt: skip
-    """Fill grad_a [R, K], grad_b [N, R], grad_bias [N] and grad_m [N], those that are given; return dX [M, K] if
-    wanted.
+    shared: Shared, needs: Needs, dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor, a: MaybeTensor, b: MaybeTensor,
+    y: MaybeTensor, made: Made, fp8: Fp8, scaling: float | torch.Tensor, p: float,
+    kinds: tuple[torch.dtype | None, torch.dtype | None],
+) -> tuple[MaybeTensor, ...]:  # fmt: skip
+    """(dX [..., K], dA [R, K], dB [N, R], dbias [N], dm [N]), each None where it is not needed. ``kinds`` are the
+    dtypes of the last two.
 
-    dy [M, N] with contiguous rows; x, weight and what ``lora_fwd`` made, as far as it is read: x and bits for grad_a, s
-    for grad_b, b for grad_a and dX, weight, a and bits for dX, gain for all of them, norm and z for grad_m. In place of
-    z the output y can be given where there was no bias; that takes x, weight, s and b, too. dX comes last: what the
-    passes before it need is freed by then, so it alone (and dZ) makes the peak of memory. Over an fp8 base weight is
-    e4m3; without x, x8 and its scales stand for it.
+    dy [..., N], contiguous or a matrix with contiguous rows; of the rest, as in ``lora_fwd``, what is read: x and bits
+    for dA, S for dB, b for dA and dX, weight (an fp8 base's columns), a and bits for dX, g for all of them, n and z for
+    dm. In place of z the output y can be given where there was no bias; that takes x, weight, S and b, too. Without x,
+    x8 stands for it. dX comes last, and till then its memory holds what the passes leave for their sums.
     """
-    if dy.shape[0] == 0:
-        for grad in (grad_a, grad_b, grad_bias, grad_m):
+    m, k, n, r, (_, a_kind, b_kind) = shared.m, shared.k, shared.n, shared.r, shared.kinds
+    dx = dy.new_empty(*dy.shape[:-1], k) if needs.x else None
+    grad_a = dy.new_empty(r, k, dtype=a_kind) if needs.a else None
+    grad_b = dy.new_empty(n, r, dtype=b_kind) if needs.b else None
+    grad_bias = dy.new_empty(n, dtype=kinds[0]) if needs.bias else None
+    grad_m = dy.new_empty(n, dtype=kinds[1]) if needs.m else None
+    grads = dx, grad_a, grad_b, grad_bias, grad_m
+    if m == 0:
+        for grad in grads:
             if grad is not None:
                 grad.zero_()
-        return dy.new_empty(0, weight.shape[1]) if need_x and weight is not None else None
-    s, bits, a, b, gain, norm, z, x8, x_scale = made
-    need_ds, scaling, dora = need_x or grad_a is not None, as_scaling(scaling), None
-    b_read = b if need_ds else None
-    dz8 = dz_scale = w_scale = None
-    w_read = weight if need_x else None
-    if need_x and fp8 is not None:
-        (dz8, dz_scale), w_read, w_scale = quantised_space(dy), fp8.columns, fp8.col_scale
-    if x is None and grad_a is not None:
-        x = x8
-    if gain is not None:
-        in_memory = need_x or needs_dz(r, need_ds, grad_b is not None)
-        dz = dy.new_empty(dy.shape) if in_memory and dz8 is None else None
-        again = None
-        if grad_m is not None and z is None:
-            assert x is not None and weight is not None
-            again = x, weight, s, b, None if fp8 is None else fp8.row_scale
-        dora = Dora(gain, norm, y if z is None else z, dz, grad_m, again)
-    kinds = tuple([None if grad is None else grad.dtype for grad in (grad_a, grad_b, grad_bias)])
-    key = ("lora_bwd", sig(dy), sig(x), sig(w_read), sig(a), sig(b_read), bits is None, scaling_kind(scaling), kinds,
-           r, precision(dy.dtype, 256), dora and dora.sigs())  # fmt: skip
-    dz = dz8 if dz8 is not None else dy if dora is None else dora.dz  # what dX is made from
-    plans = plan_for(key, _backward_plans, dy, x, w_read, a, b_read, scaling, bits is not None, r, grad_a, grad_b,
-                     grad_bias, dora, dz)  # fmt: skip
-    keep = keep_scale(p) if bits is not None else 1.0
-    ds = dy.new_empty(dy.shape[0], padded_rank(r)) if need_ds else None
-    parts = new_parts(dy, plans.parts) if plans.parts else None
-    if plans.quantise is not None:
-        plans.quantise(dy, b_read, ds, None, None, None, None, scaling, keep, dy, dz8, dz_scale, gain)
-    plans.over_dy(dy, s, b_read, grad_b, ds, grad_bias, scaling, keep, parts, dora)
-    if plans.over_x is not None:
-        plans.over_x(x, ds, None, bits, grad_a, None, None, 1.0, 1.0, parts, None, x_scale)
-    del parts
-    if plans.dx is None or w_read is None:
-        return None
-    dx = dy.new_empty(dy.shape[0], a.shape[1])
-    plans.dx(dz, w_read, ds, a, dx, None, None, None, bits, dz_scale, w_scale)
-    return dx
+        return grads
+    dz = dz8 = None
+    if needs.x and shared.fp8:
+        dz8 = dy.new_empty(m, n, dtype=FP8)
+    elif shared.dora and (needs.x or needs_dz(r, needs.x or needs.a, needs.b)):
+        dz = dy.new_empty(m, n)
+    scaling, (room, bits, z, x8) = as_scaling(scaling), made
+    key = (
+        needs, dy.stride(), x if x is None else x.stride(), weight if weight is None else weight.stride(), y is None,
+        z is None, bits is None, room is None, scaling_kind(scaling), precision(shared.kind, 256), kinds,
+        _unaligned(dy, x, weight, a, b, y),
+    )  # fmt: skip
+    plan = shared.backwards.get(key)
+    if plan is None:
+        plan = _backward(shared, needs, dy, x, weight, a, b, y, made, fp8, scaling, *grads, dz, dz8)
+        shared.backwards[key] = plan
+    own = dy.new_empty(plan.own, dtype=torch.uint8) if plan.own else None
+    plan.program(dy, x, weight, a, b, y, room, bits, z, x8, *fp8, *grads, dz, dz8, own, scaling,
+                 keep_scale(p) if bits is not None else 1.0, 1.0)  # fmt: skip
+    return grads

@@ -56,23 +56,32 @@ def down_tile(
     roomy = tma and not is_small(device) and dtype.itemsize <= 2
     block_k = 256 if roomy else 64 if dtype.itemsize <= 2 else 32
     if masked and roomy and m > 2048:
-        block_m, warps, stages = (32, 2, 4) if block_r == 16 else (64, 4, 3)
+        block_m, warps, stages = (32, 2, 3 if kind.itemsize <= 2 else 4) if block_r == 16 else (64, 4, 3)
     if block_r >= 64:
         block_m, block_k, warps = 64, 128 if roomy else 64, 4
         if roomy and kind.itemsize <= 2 and arch(device) < 100:
             block_k, stages = 256, 3
     if block_r >= 128:
         block_m, block_k, warps, stages = (128, 64, 8, 3) if roomy else (64, 32, 8, 3)
+        if roomy and kind.itemsize <= 2:
+            block_m, block_k, warps, stages = (64, 128, 4, 4) if r <= 128 else (64, 64, 4, 3)
     quant_rows = quant_step = quant_k = 0
     if quantised:  # little shared memory, which all programs of the launch pay for
-        block_k, stages, quant_rows = min(block_k, 128), min(stages, 3), 8
+        block_k, stages = min(block_k, 128), min(stages, 3)
         quant_k = min(triton.next_power_of_2(k), 16384)
+        quant_rows = min(block_m, 32 if with_gain or quant_k > 8192 else 16)
         quant_step = min(max(1, 8192 // quant_k), quant_rows)
         if with_gain and quant_k > 8192:  # a row and its gains in registers
             warps = 8
     tile = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r,
             "QUANT_ROWS": quant_rows, "QUANT_STEP": quant_step, "QUANT_K": quant_k}  # fmt: skip
     return tile, {"num_warps": warps, "num_stages": stages}
+
+
+def casts_first(m: int, r: int, dtype: torch.dtype) -> bool:
+    """Whether adapters are cast by a launch of their own, ahead of S = x A^T: many ranks in the wrong dtype hold that
+    up for longer than the launch takes."""
+    return m > 2048 and r > 32 and dtype.itemsize <= 2
 
 
 def norm_tile(n: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device) -> tuple[dict, dict]:
@@ -90,44 +99,47 @@ def norm_tile(n: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: tor
 
 
 def grad_tile(
-    m: int, n: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool, fused: bool, masked: bool, dora: bool
-) -> tuple[dict, dict]:
+    m: int, n: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool, fused: bool, masked: bool, dora: bool,
+    scaled: bool = False,
+) -> tuple[dict, dict, float]:  # fmt: skip
     """G = Z^T P: BLOCK_N columns a program, BLOCK_M rows a step, BLOCK_R ranks in its accumulator, DM_ROWS rows of sums
-    in registers for DoRA's dm: as many as warps lie along the rows, so that a thread adds up its own."""
-    block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
+    in registers for DoRA's dm: as many as warps lie along the rows, so that a thread adds up its own. Scaled: Z in
+    e4m3. Also how many programs a processor shall have."""
+    block_r, fill, newer = rank_block(r, 128 if dtype.itemsize <= 2 else 64), 1.0, arch(device) >= 100
     if not tma or is_small(device) or dtype.itemsize > 2:
         block_n, block_m, warps, stages = 64, 64 if dtype.itemsize <= 2 else 32, 8 if dora else 4, 3
-    elif dora:
+        fill = 512 / block_m
+    elif dora and fused:
         block_n, block_m, warps, stages = 256, 64, 8, 3
-    elif not fused and block_r == 16 and m <= 2048:
-        block_n, block_m, warps, stages = 32, 128, 4, 4
+    elif dora:
+        block_n, block_m, warps, stages, fill = 64, 128, 4, 3, 1.5
     elif fused and block_r in (16, 64) and m > 2048:
         block_n, block_m, warps, stages = (512, 64, 4, 3) if block_r == 16 else (512, 64, 8, 2)
-        if block_r == 64 and arch(device) >= 100:
+        if block_r == 64 and newer:
             block_n = 256
-    elif masked and block_r == 64:
-        block_n, block_m, warps, stages = 128, 64, 4, 3
-    elif not fused and block_r <= 64 and (masked or block_r > 16):
-        block_n, block_m, warps, stages = 128, 128, 8 if block_r == 64 else 4, 3
-    elif block_r <= 64:
+    elif fused:
         block_n, block_m, warps, stages = 256, 64, 8 if block_r == 64 else 4, 3
+    elif masked and block_r <= 64:
+        block_n, block_m, warps, stages, fill = 128, 64, 4 if scaled or newer else 2, 3, 2.0
+    elif masked:
+        block_n, block_m, block_r, warps, stages, fill = 128, 64, rank_block(r, 128 if newer else 256), 8, 3, 1.1
+    elif block_r <= 64:
+        block_n, block_m, warps, stages = 64, 256 if block_r == 16 else 128, 4, 4
+    elif triton.cdiv(n, 64) * triton.cdiv(r, block_r) <= n_programs(device):
+        block_n, block_m, warps, stages = 64, 128, 4, 4
     else:
-        block_n, block_m, warps, stages = 128, 64, 8, 3
+        block_n, block_m, warps, stages = 128, 64, 8 if newer else 4, 4
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "DM_ROWS": 8}
-    return tile, {"num_warps": warps, "num_stages": stages}
+    return tile, {"num_warps": warps, "num_stages": stages}, fill
 
 
-def grad_splits(m: int, n: int, r: int, tile: dict, device: torch.device, dora: bool) -> tuple[int, int, int, int]:
-    """(column blocks, row splits, rank blocks, rows a split): as many programs as the chip has room for; few
-    rows are not split, which saves the launch that adds up parts."""
+def grad_splits(m: int, n: int, r: int, tile: dict, fill: float, device: torch.device) -> tuple[int, int, int, int]:
+    """(column blocks, row splits, rank blocks, rows a split): up to so many programs a processor; rows are not split
+    for less than that they double the programs, which saves the launch that adds up parts."""
     col_blocks, rank_blocks = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(max(r, 1), tile["BLOCK_R"])
-    if tile["BLOCK_N"] == 32 and 2 * col_blocks >= n_programs(device):
-        return col_blocks, 1, rank_blocks, triton.cdiv(m, tile["BLOCK_M"]) * tile["BLOCK_M"]
-    wanted = n_programs(device) * max(1, 4 * 64 * 128 // (tile["BLOCK_M"] * tile["BLOCK_N"]))
-    if dora and tile["BLOCK_N"] >= 256:  # one program a processor: whole waves of them
-        wave, blocks = n_programs(device), col_blocks * rank_blocks
-        wanted = max((wave * i for i in (1, 2, 3)), key=lambda most: most // blocks * blocks / most)
-    splits = max(1, min(wanted // (col_blocks * rank_blocks), triton.cdiv(m, 2 * tile["BLOCK_M"])))
+    blocks, wanted = col_blocks * rank_blocks, n_programs(device) * fill
+    splits = int(wanted // blocks) if 2.2 * blocks <= wanted else 1
+    splits = max(1, min(splits, triton.cdiv(m, 2 * tile["BLOCK_M"])))
     rows_each = triton.cdiv(triton.cdiv(m, splits), tile["BLOCK_M"]) * tile["BLOCK_M"]
     return col_blocks, triton.cdiv(m, rows_each), rank_blocks, rows_each
 

@@ -52,7 +52,7 @@ def _bottleneck_op(
     with _on(x.device):
         r, rows = len(down), x.reshape(-1, x.shape[-1])
         h = rows.to(dtype)
-        if len(rows) and cast_wanted(h, down, up):
+        if len(rows) and cast_wanted((h.dtype, down.dtype, up.dtype), r):
             s, _, up = down_cast_fwd(h, down.contiguous(), up.contiguous(), 1.0)
         else:
             s = down_fwd(h, down, 1.0)

@@ -1,5 +1,6 @@
 """The fused kernels as one differentiable operator: an autograd Function in eager, a custom op under torch.compile."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
@@ -9,8 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.fp8 import Fp8Weight
-from lora_fast.kernels.common import padded_rank, wide
-from lora_fast.kernels.lora import Fp8, Made, lora_bwd, lora_fwd
+from lora_fast.kernels.launch import plan_for
+from lora_fast.kernels.lora import Fp8, Made, Needs, Shared, lora_bwd, lora_fwd
 
 MaybeTensor = torch.Tensor | None
 
@@ -39,22 +40,21 @@ def lora_linear(
         return torch.ops.lora_fast.lora_linear(
             x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, round_norm, keep_z, save_x8, *(fp8 or ())
         )[0]
-    if torch.is_grad_enabled() and (
+    call = _Call(scaling, seed, p, round_norm, keep_z, save_x8, fp8)
+    if not torch.is_grad_enabled() or not (
         x.requires_grad
         or lora_A.requires_grad
         or lora_B.requires_grad
         or (bias is not None and bias.requires_grad)
         or (magnitude is not None and magnitude.requires_grad)
     ):
-        late: list[tuple] = []
-        call = _Call(scaling, seed, p, round_norm, keep_z, save_x8, fp8, late)
-        y = _LoRALinear.apply(x, weight, lora_A, lora_B, bias, magnitude, call)
-        for launch, args in late:
-            with _on(x.device):
-                launch(*args)
-        return y
-    call = _Call(scaling, seed, p, round_norm, False, save_x8, fp8, None)
-    return _forward(x, weight, lora_A, lora_B, bias, magnitude, call)[0]
+        return _forward(x, weight, lora_A, lora_B, bias, magnitude, call)[0]
+    late: list[Callable[[], None]] = []
+    y = _LoRALinear.apply(x, weight, lora_A, lora_B, bias, magnitude, call, late)
+    for launch in late:
+        with _on(x.device):
+            launch()
+    return y
 
 
 class _Call(NamedTuple):
@@ -67,7 +67,6 @@ class _Call(NamedTuple):
     keep_z: bool
     save_x8: bool
     fp8: Fp8 | None
-    late: list[tuple] | None  # where the product, which comes last, is left to the caller: its launch and arguments
 
 
 def draw_seed(device: torch.device) -> torch.Tensor | int:
@@ -100,72 +99,61 @@ def _on(device: torch.device):
     return torch.cuda.device(device)
 
 
-def _forward(x, weight, lora_A, lora_B, bias, magnitude, call: _Call) -> tuple[torch.Tensor, Made]:
-    """y [..., N], and what was made on the way to it. The product that fills y comes last, perhaps by the caller."""
-    n, k = weight.shape
+def _forward(
+    x, weight, lora_A, lora_B, bias, magnitude, call: _Call, late: list[Callable[[], None]] | None = None
+) -> tuple[torch.Tensor, Made, Shared]:
+    """y [..., N], and what was made on the way to it. The launch of the product that fills y comes last, by the caller
+    if there is a list that takes it."""
+    if x.dim() != 2 and not x.is_contiguous():
+        x = x.contiguous()
     with _on(x.device):
-        y = x.new_empty(*x.shape[:-1], n)
-        rows, out = (x, y) if x.dim() == 2 else (x.reshape(-1, k), y.view(-1, n))
-        made, launch, args = lora_fwd(
-            rows, weight, lora_A.contiguous(), lora_B.contiguous(), call.scaling, bias, call.seed, call.p, out,
+        y, made, shared, launch = lora_fwd(
+            x, weight, lora_A.contiguous(), lora_B.contiguous(), call.scaling,
+            bias if bias is None else bias.contiguous(), call.seed, call.p,
             magnitude if magnitude is None else magnitude.contiguous(), call.round_norm, call.keep_z, call.fp8,
         )  # fmt: skip
-        if call.late is None:
-            launch(*args)
+        if late is None:
+            launch()
         else:
-            call.late.append((launch, args))
-    return y, made
+            late.append(launch)
+    return y, made, shared
 
 
-def _backward(dy, x, weight, y, made: Made, fp8, scaling, p, needs, shape, dtypes) -> tuple[MaybeTensor, ...]:
-    """(dx, dA, dB, dbias, dm), each None where ``needs`` (in this order) does not ask for it.
-
-    The tensors are those of ``_to_save``; ``shape`` is (K, R), ``dtypes`` are those of lora_A, lora_B, bias and m.
-    """
-    need_x, need_a, need_b, need_bias, need_m = needs
-    (k, r), n = shape, dy.shape[-1]
+def _backward(dy, shared: Shared, needs: Needs, saved, scaling, p, kinds) -> tuple[MaybeTensor, ...]:
+    """(dx, dA, dB, dbias, dm), each None where ``needs`` does not ask for it, from what ``_to_save`` gave; ``kinds``
+    are the dtypes of bias and magnitude."""
+    x, weight, lora_A, lora_B, y, room, bits, z, x8, *fp8 = saved
+    if not dy.is_contiguous() and (dy.dim() != 2 or dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]):
+        dy = dy.contiguous()
+    if x is not None and x.dim() != 2 and not x.is_contiguous():
+        x = x.contiguous()
     with _on(dy.device):
-        rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
-        if rows.stride(1) != 1 or rows.stride(0) < n:
-            rows = rows.contiguous()
-        if x is not None and x.dim() != 2:
-            x = x.reshape(-1, k)
-        if y is not None and y.dim() != 2:
-            y = y.reshape(-1, n)
-        grad_a = dy.new_empty(r, k, dtype=dtypes[0]) if need_a else None
-        grad_b = dy.new_empty(n, r, dtype=dtypes[1]) if need_b else None
-        grad_bias = dy.new_empty(n, dtype=dtypes[2]) if need_bias else None
-        grad_m = dy.new_empty(n, dtype=dtypes[3]) if need_m else None
-        dx = lora_bwd(rows, x, weight, made, scaling, p, r, need_x, grad_a, grad_b, grad_bias, grad_m, y, fp8)
-    if need_x and dy.dim() != 2:
-        dx = torch.ops.aten._unsafe_view(dx, [*dy.shape[:-1], k])
-    return dx, grad_a, grad_b, grad_bias, grad_m
+        return lora_bwd(shared, needs, dy, x, weight, lora_A, lora_B, y, Made(room, bits, z, x8), Fp8(*fp8), scaling, p,
+                        kinds)  # fmt: skip
 
 
-def _to_save(x, weight, y, made: Made, fp8: Fp8 | None, scaling, needs, save_x8) -> tuple[MaybeTensor, ...]:
-    """What the backward will read, and nothing else: x, weight, y, what the forward made, an fp8 base, scaling."""
-    need_x, need_a, need_b, _, need_m = needs
-    both = need_x or need_a
-    dora = made.gain is not None and (both or need_b or need_m)
-    again = need_m and made.z is None  # dm from y, which may have to make z again
+def _to_save(
+    x, weight, lora_A, lora_B, y, made: Made, shared: Shared, fp8: Fp8 | None, needs: Needs, save_x8: bool
+) -> tuple[MaybeTensor, ...]:
+    """What the backward will read, and nothing else (but in the room, where all is small): x, weight and the adapters,
+    y, what the forward made, an fp8 base."""
+    again = needs.m and made.z is None  # dm from y, which may have to make z again
+    need_ds = needs.x or needs.a
+    room = needs.b or needs.m or (need_ds and (shared.cast or shared.dora)) or (needs.a and save_x8)
     row_scale, columns, col_scale = fp8 or (None, None, None)
     return (
-        x if (need_a and not save_x8) or again else None,
-        weight if need_x or again else None,
+        x if (needs.a and not save_x8) or again else None,
+        weight if (needs.x and fp8 is None) or again else None,
+        lora_A.contiguous() if needs.x and not shared.cast else None,
+        lora_B.contiguous() if (need_ds or again) and not shared.cast else None,
         y if again else None,
-        made.s if need_b or again else None,
-        made.bits if both else None,
-        made.a if need_x else None,
-        made.b if both or again else None,
-        made.gain if dora else None,
-        made.norm if need_m else None,
-        made.z if need_m else None,
-        made.x8 if need_a and save_x8 else None,
-        made.x_scale if need_a and save_x8 else None,
-        row_scale if again or need_x else None,
-        columns if need_x else None,
-        col_scale if need_x else None,
-        scaling if both and isinstance(scaling, torch.Tensor) else None,
+        made.room if room else None,
+        made.bits if need_ds else None,
+        made.z if needs.m else None,
+        made.x8 if needs.a and save_x8 else None,
+        row_scale if again else None,
+        columns if needs.x else None,
+        col_scale if needs.x else None,
     )
 
 
@@ -173,39 +161,35 @@ def _dtype(t: MaybeTensor) -> torch.dtype | None:
     return None if t is None else t.dtype
 
 
-def _needs(ctx) -> tuple[bool, bool, bool, bool, bool]:
-    """Of x, lora_A, lora_B, bias and magnitude."""
+def _needs(ctx) -> Needs:
     need_x, _, *rest = ctx.needs_input_grad[:6]
-    return need_x, *rest
+    return Needs(need_x, *rest)
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Where the product makes nothing that the backward reads, it waits in the list ``late`` until ``apply`` has saved
-    what it does read. A checkpoint's second forward (not reentrant) ends when the last tensor is saved: it then skips
-    the product of its last layer, as it does that of a frozen ``nn.Linear``.
+    """Where the product makes nothing that the backward reads, its launch goes to the list ``late``, for when ``apply``
+    has saved what it does read. A checkpoint's second forward (not reentrant) ends when the last tensor is saved: it
+    then skips the product of its last layer, as it does that of a frozen ``nn.Linear``.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, magnitude, call: _Call):
-        if magnitude is not None and magnitude.requires_grad:
-            call = call._replace(late=None)  # its gradient reads y or z
-        y, made = _forward(x, weight, lora_A, lora_B, bias, magnitude, call)
-        ctx.save_for_backward(*_to_save(x, weight, y, made, call.fp8, call.scaling, _needs(ctx), call.save_x8))
-        number = None if isinstance(call.scaling, torch.Tensor) else call.scaling
-        dtypes = lora_A.dtype, lora_B.dtype, _dtype(bias), _dtype(magnitude)
-        ctx.rest = number, call.p, (weight.shape[1], lora_A.shape[0]), dtypes
+    def forward(ctx, x, weight, lora_A, lora_B, bias, magnitude, call: _Call, late):
+        needs = _needs(ctx)  # the gradient of the magnitude reads y or z
+        y, made, shared = _forward(x, weight, lora_A, lora_B, bias, magnitude, call, None if needs.m else late)
+        saved = _to_save(x, weight, lora_A, lora_B, y, made, shared, call.fp8, needs, call.save_x8)
+        number = None
+        if isinstance(call.scaling, torch.Tensor):
+            saved += (call.scaling,)
+        else:
+            number = call.scaling
+        ctx.save_for_backward(*saved)
+        ctx.rest = number, call.p, shared, (_dtype(bias), _dtype(magnitude))
         return y
 
     @staticmethod
     def backward(ctx, dy):
         # once_differentiable takes its time even where nobody will differentiate again.
         return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward_of(ctx, dy)
-
-
-def _made_and_base(saved) -> tuple[Made, Fp8 | None]:
-    """What lies between y and scaling in ``_to_save``; no base where the backward does not read an fp8 one."""
-    *made, row_scale, columns, col_scale = saved
-    return Made(*made), None if row_scale is None else Fp8(row_scale, columns, col_scale)
 
 
 def _saved(ctx) -> tuple[MaybeTensor, ...]:
@@ -222,14 +206,12 @@ def _saved(ctx) -> tuple[MaybeTensor, ...]:
 
 
 def _backward_of(ctx, dy):
-    x, weight, y, *rest, scaling = _saved(ctx)
-    made, fp8 = _made_and_base(rest)
-    number, p, shape, dtypes = ctx.rest
-    scaling = number if scaling is None else scaling
-    dx, grad_a, grad_b, grad_bias, grad_m = _backward(
-        dy, x, weight, y, made, fp8, scaling, p, _needs(ctx), shape, dtypes
-    )
-    return dx, None, grad_a, grad_b, grad_bias, grad_m, None
+    saved = _saved(ctx)
+    scaling, p, shared, kinds = ctx.rest
+    if scaling is None:
+        *saved, scaling = saved
+    dx, *grads = _backward(dy, shared, _needs(ctx), saved, scaling, p, kinds)
+    return dx, None, *grads, None, None
 
 
 _backward_once = once_differentiable(_backward_of)
@@ -245,14 +227,17 @@ def _lora_linear_op(
     x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, bias: MaybeTensor,
     magnitude: MaybeTensor, scaling: torch.Tensor, seed: MaybeTensor, p: float, round_norm: bool, keep_z: bool,
     save_x8: bool, row_scale: MaybeTensor = None, columns: MaybeTensor = None, col_scale: MaybeTensor = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
-           torch.Tensor]:  # fmt: skip
-    fp8 = None if row_scale is None else Fp8(row_scale, columns, col_scale)  # type: ignore[arg-type]
-    call = _Call(scaling, seed, p, round_norm, keep_z, save_x8, fp8, None)
-    y, made = _forward(x, weight, lora_A, lora_B, bias, magnitude, call)
-    x8, x_scale = (made.x8, made.x_scale) if save_x8 else (None, None)
-    return (y, made.s, _some(made.bits, y), _some(made.gain, y), _some(made.norm, y), _some(made.z, y), _some(x8, y),
-            _some(x_scale, y))  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    fp8 = None if row_scale is None else Fp8(row_scale, columns, col_scale)
+    call = _Call(scaling, seed, p, round_norm, keep_z, save_x8, fp8)
+    y, made, _ = _forward(x, weight, lora_A, lora_B, bias, magnitude, call)
+    assert made.room is not None
+    return y, made.room, _some(made.bits, y), _some(made.z, y), _some(made.x8 if save_x8 else None, y)
+
+
+def _shared_of(x, weight, lora_A, lora_B, magnitude, fp8: bool) -> Shared:
+    (n, k), r = weight.shape, lora_A.shape[0]
+    return Shared(x.numel() // k, k, n, r, (x.dtype, lora_A.dtype, lora_B.dtype), magnitude is not None, fp8)
 
 
 @_lora_linear_op.register_fake
@@ -263,32 +248,32 @@ def _(
     n, k = weight.shape
     m = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
-    s = x.new_empty(m, padded_rank(lora_A.shape[0]))
+    room = _shared_of(x, weight, lora_A, lora_B, magnitude, row_scale is not None).bytes
     bits = x.new_empty(0) if seed is None else x.new_empty(m, -(-k // 32), dtype=torch.int32)
-    gain, norm = (x.new_empty(0) if magnitude is None else x.new_empty(n, dtype=wide(x)) for _ in range(2))
-    z = x.new_empty(m, n) if keep_z else x.new_empty(0)
+    z = torch.empty_like(y) if keep_z else x.new_empty(0)
     x8 = x.new_empty(m, k, dtype=weight.dtype) if save_x8 else x.new_empty(0)
-    return y, s, bits, gain, norm, z, x8, x.new_empty(m, dtype=torch.float32) if save_x8 else x.new_empty(0)
+    return y, x.new_empty(room, dtype=torch.uint8), bits, z, x8
 
 
 @torch.library.custom_op("lora_fast::lora_linear_bwd", mutates_args=())
 def _lora_linear_bwd_op(
-    dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor, y: MaybeTensor, s: MaybeTensor, bits: MaybeTensor,
-    lora_A: MaybeTensor, lora_B: MaybeTensor, gain: MaybeTensor, norm: MaybeTensor, z: MaybeTensor,
-    x8: MaybeTensor, x_scale: MaybeTensor, row_scale: MaybeTensor, columns: MaybeTensor, col_scale: MaybeTensor,
-    scaling: MaybeTensor, p: float, needs: list[bool], shape: list[int],
+    dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor, lora_A: MaybeTensor, lora_B: MaybeTensor, y: MaybeTensor,
+    room: MaybeTensor, bits: MaybeTensor, z: MaybeTensor, x8: MaybeTensor, row_scale: MaybeTensor, columns: MaybeTensor,
+    col_scale: MaybeTensor, scaling: torch.Tensor, p: float, needs: list[bool], shape: list[int], dora: bool, fp8: bool,
     a_dtype: torch.dtype, b_dtype: torch.dtype, bias_dtype: torch.dtype, m_dtype: torch.dtype,
 ) -> list[torch.Tensor]:  # fmt: skip
-    a, b = (t if t is None else t.to(dy.dtype) for t in (lora_A, lora_B))
-    made, fp8 = _made_and_base((s, bits, a, b, gain, norm, z, x8, x_scale, row_scale, columns, col_scale))
-    dtypes = a_dtype, b_dtype, bias_dtype, m_dtype
-    return [_some(g, dy) for g in _backward(dy, x, weight, y, made, fp8, scaling, p, needs, shape, dtypes)]
+    k, r = shape
+    m, n = dy.shape[:-1].numel(), dy.shape[-1]
+    problem = m, k, n, r, (dy.dtype, a_dtype, b_dtype), dora, fp8
+    shared = plan_for(("shared", dy.device, *problem), Shared, *problem)
+    saved = x, weight, lora_A, lora_B, y, room, bits, z, x8, row_scale, columns, col_scale
+    return [_some(g, dy) for g in _backward(dy, shared, Needs(*needs), saved, scaling, p, (bias_dtype, m_dtype))]
 
 
 @_lora_linear_bwd_op.register_fake
 def _(
-    dy, x, weight, y, s, bits, lora_A, lora_B, gain, norm, z, x8, x_scale, row_scale, columns, col_scale, scaling, p,
-    needs, shape, *dtypes,
+    dy, x, weight, lora_A, lora_B, y, room, bits, z, x8, row_scale, columns, col_scale, scaling, p, needs, shape, dora,
+    fp8, *dtypes,
 ):  # fmt: skip
     (k, r), n = shape, dy.shape[-1]
     shapes = (*dy.shape[:-1], k), (r, k), (n, r), (n,), (n,)
@@ -298,20 +283,22 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, lora_A, lora_B, bias, magnitude, scaling, _, ctx.p, _, keep_z, save_x8, *fp8 = inputs
-    y, s, bits, gain, norm, z, x8, x_scale = output
-    ctx.needs = list(_needs(ctx))
-    dora = magnitude is not None
-    made = Made(s, bits if ctx.p > 0 else None, lora_A, lora_B, gain if dora else None, norm if dora else None,
-                z if keep_z else None, x8, x_scale)  # fmt: skip
-    base = None if fp8[0] is None else Fp8(*fp8)
-    ctx.save_for_backward(*_to_save(x, weight, y, made, base, scaling, ctx.needs, save_x8))
-    ctx.shape = [weight.shape[1], lora_A.shape[0]]
-    ctx.dtypes = [lora_A.dtype, lora_B.dtype, _dtype(bias) or x.dtype, _dtype(magnitude) or x.dtype]
+    x, weight, lora_A, lora_B, bias, magnitude, scaling, _, ctx.p, _, keep_z, save_x8, *base = inputs
+    y, room, bits, z, x8 = output
+    ctx.needs = _needs(ctx)
+    fp8 = None if base[0] is None else Fp8(*base)
+    shared = _shared_of(x, weight, lora_A, lora_B, magnitude, fp8 is not None)
+    made = Made(room, bits if ctx.p > 0 else None, z if keep_z else None, x8)
+    saved = _to_save(x, weight, lora_A, lora_B, y, made, shared, fp8, ctx.needs, save_x8)
+    ctx.save_for_backward(*saved, scaling)
+    ctx.rest = (
+        [shared.k, shared.r], shared.dora, shared.fp8, lora_A.dtype, lora_B.dtype, _dtype(bias) or x.dtype,
+        _dtype(magnitude) or x.dtype,
+    )  # fmt: skip
 
 
 def _op_backward(ctx, dy, *_):
-    grads = torch.ops.lora_fast.lora_linear_bwd(dy, *ctx.saved_tensors, ctx.p, ctx.needs, ctx.shape, *ctx.dtypes)
+    grads = torch.ops.lora_fast.lora_linear_bwd(dy, *ctx.saved_tensors, ctx.p, list(ctx.needs), *ctx.rest)
     dx, grad_a, grad_b, grad_bias, grad_m = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return dx, None, grad_a, grad_b, grad_bias, grad_m, *(None,) * 9
 

@@ -109,7 +109,7 @@ def compile_for(capability: int, problems) -> list[dict]:
         a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
         bias = torch.empty(n, dtype=dtype) if with_bias else None
         bits = mask.mask_bits(torch.zeros(1, dtype=torch.int64), p, m, k) if p else None
-        if down.cast_wanted(x, a, b):
+        if down.cast_wanted((dtype, adapter, adapter), r):
             s, a, b = down.down_cast_fwd(x, a, b, 2.0, bits)
         else:
             s = down.down_fwd(x, a, 2.0, bits)
@@ -137,7 +137,8 @@ def compile_for(capability: int, problems) -> list[dict]:
             ds, dz8, dz_scale = down.quantise_fwd(dy, b.t()[:r], 2.0, None, 1.0, gain)
             gemm.gemm(dz8, w8.new_empty(k, n), ds, a, False, None, bits, scales=(dz_scale, torch.empty(k)))
             plan = grad.column_plan(x8, r, torch.empty(r, k).t(), masked=bits is not None, kind=dtype)
-            plan(x8, ds, None, bits, torch.empty(r, k), None, None, 1.0, 1.0, torch.empty(plan.parts), None, scale)
+            grad.launch(plan.steps(x8, ds, None, bits, torch.empty(r, k), None, None, 1.0, 1.0, torch.empty(plan.parts),
+                                   None, scale))  # fmt: skip
         a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
         for magnitude in (None, torch.empty(n)):
             v, row_norm = weight.weight_fwd(w, a, b, 2.0, magnitude)

@@ -58,23 +58,23 @@ class Seen:
 @contextmanager
 def watched() -> Iterator[Seen]:
     """Counts what the fused operator and the kernels' launcher are called for."""
-    from lora_fast.kernels.launch import Plan
+    from lora_fast.kernels.launch import Program
 
-    seen, run, start = Seen(), ops.lora_linear, Plan.__call__
+    seen, run, start = Seen(), ops.lora_linear, Program.run
 
     def operator(*args, **kwargs):
         seen.calls += 1
         return run(*args, **kwargs)
 
-    def launch(*args):
-        seen.launches += 1
-        return start(*args)
+    def launch(program, bound, first=0, last=None):
+        seen.launches += len(program.plans[first:last])
+        return start(program, bound, first, last)
 
-    ops.lora_linear, Plan.__call__ = operator, launch  # type: ignore[assignment, method-assign]
+    ops.lora_linear, Program.run = operator, launch  # type: ignore[assignment, method-assign]
     try:
         yield seen
     finally:
-        ops.lora_linear, Plan.__call__ = run, start  # type: ignore[method-assign]
+        ops.lora_linear, Program.run = run, start  # type: ignore[method-assign]
 
 
 def trained(model: nn.Module, loop: Callable[[nn.Module], object]) -> Seen:

@@ -17,7 +17,7 @@ from fused import fused, masked, seed_drawn
 
 from lora_fast import ops  # noqa: F401 (registers the operator)
 from lora_fast.functional import lora_linear
-from lora_fast.kernels import launch, lora
+from lora_fast.kernels import down, launch, lora
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -70,7 +70,9 @@ def test_mutant_that_drops_the_lora_term_fails(device, dtype, monkeypatch):
 
     def mutant(*args):
         plan = honest(*args)
-        return lambda x, w, p, *rest: plan(x, w, torch.zeros_like(p), *rest)
+        m, n, c, _, *rest = plan.ints
+        plan.ints = m, n, c, 0, *rest  # no ranks
+        return plan
 
     monkeypatch.setattr(lora, "gemm_plan", mutant)
     monkeypatch.setattr(launch, "_plans", {})
@@ -103,6 +105,22 @@ def test_error_rule_everywhere(examples):
         check(fused(p), [masked(inputs, p) for inputs in draws])
 
     run()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_adapters_are_cast_with_the_first_pass_or_ahead_of_it(device, first, monkeypatch):
+    for module in (down, lora):
+        monkeypatch.setattr(module, "casts_first", lambda m, r, dtype: first)
+    monkeypatch.setattr(launch, "_plans", {})
+    inputs = draw(33, 64, 45, 19, HALF, device, bias=False, adapter=FLOAT)
+    check(fused(0.3), [masked(inputs, 0.3)])
+    s, a, b = down.down_cast_fwd(inputs.x, inputs.lora_A, inputs.lora_B, 1.0)
+    assert torch.equal(a, inputs.lora_A.half()) and torch.equal(b[:, :19], inputs.lora_B.half()) and not b[:, 19:].any()
+    torch.testing.assert_close(s[:, :19], inputs.x @ a.T, rtol=2e-3, atol=2e-3)
+    made = [key[0] for key in launch._plans]
+    assert ("cast" in made) == first and sum(key == "lora_fwd" for key in made) == 1
+    (forward,) = (plan for key, plan in launch._plans.items() if key[0] == "lora_fwd")
+    assert len(forward.program.plans) == 3 + first
 
 
 def test_two_runs_give_the_same_bits(device):
@@ -151,9 +169,9 @@ def test_nothing_but_saved_tensors_is_kept(device):
         assert not [v for v in vars(y.grad_fn).values() if isinstance(v, torch.Tensor)]
         return sorted(shapes, key=lambda s: (len(s), s))
 
-    x, w, a, b, s, bits = (40, 64), (48, 64), (16, 64), (48, 16), (40, 16), (40, 2)
-    assert saved(0.1, lora_B=True) == [s]
-    assert saved(0.0, lora_A=True, lora_B=True) == sorted([(), x, b, s], key=lambda s: (len(s), s))
+    x, w, a, b, bits, room = (40, 64), (48, 64), (16, 64), (48, 16), (40, 2), (40 * 16 * 4,)  # in it S
+    assert saved(0.1, lora_B=True) == [(), room]
+    assert saved(0.0, lora_A=True, lora_B=True) == sorted([(), x, b, room], key=lambda s: (len(s), s))
     assert saved(0.1, x=True) == sorted([(), w, a, b, bits], key=lambda s: (len(s), s))
 
 
@@ -203,13 +221,14 @@ def test_a_checkpoint_makes_no_product_that_the_backward_does_not_read(device, m
     if magnitude is not None:
         m = torch.rand(32, device=device).requires_grad_(magnitude == "trained")
         leaves += [m] * m.requires_grad
-    ran, start = [], launch.Plan.__call__
+    ran, start = [], launch.Program.run
 
-    def recorded(plan, *args):
-        ran.append(getattr(plan.kernel, "__name__", None) or plan.kernel.fn.__name__)
-        start(plan, *args)
+    def recorded(program, bound, first=0, last=None):
+        kernels = [plan.kernel for plan in program.plans[first:last]]
+        ran.extend(getattr(kernel, "__name__", None) or kernel.fn.__name__ for kernel in kernels)
+        start(program, bound, first, last)
 
-    monkeypatch.setattr(launch.Plan, "__call__", recorded)
+    monkeypatch.setattr(launch.Program, "run", recorded)
 
     def layer(x):
         torch.manual_seed(3)
