@@ -30,7 +30,7 @@ from lora_fast.kernels.common import (
     wide,
 )
 from lora_fast.kernels.down import down_plan
-from lora_fast.kernels.launch import Block, Plan, as_scaling, plan_for, scaling_kind, sig
+from lora_fast.kernels.launch import Block, Plan, Steps, as_scaling, launch, plan_for, scaling_kind, sig
 from lora_fast.kernels.parts import Dora, sum_plan
 from lora_fast.kernels.tiles import grad_splits, grad_tile, tma_fits
 
@@ -112,14 +112,6 @@ def _grad_kernel(
             g *= gain[:, None]
         g_ptrs = g_ptr + g_at + split * stride_gs + cols.to(tl.int64)[:, None] * stride_gn + ranks[None, :] * stride_gr
         tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=(cols[:, None] < N) & (ranks[None, :] < R))
-
-
-Steps = list[tuple[Plan, tuple]]  # each with its arguments, or with where they are in a program's
-
-
-def launch(steps: Steps) -> None:
-    for plan, args in steps:
-        plan(*args)
 
 
 class ColumnPass(NamedTuple):

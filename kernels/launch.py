@@ -90,6 +90,14 @@ class Plan:
         return TensorDescriptor(t, list(block.shape), list(block.strides), block.tile)
 
 
+Steps = list[tuple[Plan, tuple]]  # each plan with its arguments, or with what they are in a program
+
+
+def launch(steps: Steps) -> None:
+    for plan, args in steps:
+        plan(*args)
+
+
 class View(NamedTuple):
     """``size`` bytes in the memory of a program's argument, which is contiguous, as numbers of this dtype."""
 
@@ -117,7 +125,7 @@ class Program:
     launchers.
     """
 
-    def __init__(self, n: int, steps: list[tuple[Plan, tuple[int | View | None, ...]]]) -> None:
+    def __init__(self, n: int, steps: Steps) -> None:
         self.n, self.plans = n, [plan for plan, _ in steps]
         self.views = list(dict.fromkeys(arg for _, args in steps for arg in args if isinstance(arg, View)))
         place: dict[int | View | None, int] = {view: n + i for i, view in enumerate(self.views)}

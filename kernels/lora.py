@@ -17,8 +17,8 @@ import torch
 from lora_fast.kernels.common import FP8, padded_rank, precision, wide
 from lora_fast.kernels.down import cast_plan, cast_space, cast_wanted, down_plan
 from lora_fast.kernels.gemm import gemm_plan
-from lora_fast.kernels.grad import Steps, column_plan, dy_plan, needs_dz
-from lora_fast.kernels.launch import Program, View, as_scaling, plan_for, scaling_kind
+from lora_fast.kernels.grad import column_plan, dy_plan, needs_dz
+from lora_fast.kernels.launch import Program, Steps, View, as_scaling, plan_for, scaling_kind
 from lora_fast.kernels.mask import keep_count, keep_scale, mask_plan, mask_space, seed_kind
 from lora_fast.kernels.norm import norm_plan
 from lora_fast.kernels.parts import Dora
@@ -140,8 +140,9 @@ def _forward(x, weight, a, b, scaling, bias, seed, magnitude, round_norm, y, z, 
     gain = None
     if magnitude is not None:
         norm, gain = shared.view(at.room, "norm"), shared.view(at.room, "gain")
-        steps.append((norm_plan(weight, a, b, scaling, True, round_norm, quantised),
-                      (at.weight, a_at, b_at, at.magnitude, norm, gain, w_scale, at.scaling)))  # fmt: skip
+        norms = norm_plan(weight, a, b, scaling, True, round_norm, quantised, y.nbytes // 4)
+        parts = View(at.y, 0, 4 * norms.parts, torch.float32) if norms.parts else None  # until y is there
+        steps += norms.steps(at.weight, a_at, b_at, at.magnitude, norm, gain, w_scale, at.scaling, parts)
     up = gemm_plan(x8 if quantised else rows, weight, b, _rows(y), True, bias is not None, False, gain is not None,
                    z is not None)  # fmt: skip
     steps.append((up, (at.x8 if quantised else at.x, at.weight, s, b_at, at.y, at.z, gain, at.bias, None, x_scale,

@@ -1,17 +1,22 @@
 """DoRA's gain: n = |V| for each row of V = W + s B A, and g = m / n (0 where n = 0).
 
 One read of W. A program owns BLOCK_N rows and walks over K: B A of the tile by matrix instructions, V in registers, its
-squares summed. Neither B A nor V is ever in memory. The factored form n^2 = |W|^2 + 2 s rowsum((W A^T) * B) + ... takes
-as many products and loses the rows whose terms cancel; here none do.
+squares summed. Neither B A nor V is ever in memory. With many ranks B A is what takes the time: one pipelined loop over
+the ranks of all tiles, larger tiles, and so columns that programs share, whose sums a second launch adds up.
+
+The factored form n^2 = |W|^2 + 2 s rowsum((W A^T) * B) + ... takes as many products and loses the rows whose terms
+cancel; here none do.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from lora_fast.kernels.common import TL, acc_dtype, load_tile, scalar, wait_for_stream, wide
-from lora_fast.kernels.launch import Plan, as_scaling, plan_for, scaling_kind, sig
-from lora_fast.kernels.tiles import norm_tile
+from lora_fast.kernels.launch import Plan, Steps, as_scaling, launch, plan_for, scaling_kind, sig
+from lora_fast.kernels.tiles import norm_has_parts, norm_parts_tile, norm_tile
 
 
 @triton.jit
@@ -86,18 +91,91 @@ def _norm_kernel(
         tl.store(g_ptr + rows, gain_of(m_ptr, norm, rows, N, ACC), mask=rows < N)
 
 
+@triton.jit(do_not_specialize=["steps"])
+def _norm_parts_kernel(
+    w_ptr, a_ptr, b_ptr, parts_ptr, w_scale_ptr, scaling, N, K, R, steps,
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
+    SCALED: tl.constexpr, SCALING_PTR: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Sums of squares of V's rows, over ``steps`` blocks of columns a program: parts [splits, N]."""
+    wait_for_stream(PDL)
+    row, first = tl.program_id(0) * BLOCK_N, tl.program_id(1) * steps
+    s = scalar(scaling, SCALING_PTR)
+    rows = row + tl.arange(0, BLOCK_N)
+    rank_blocks = tl.cdiv(R, BLOCK_R)
+    squares = tl.zeros([BLOCK_N, SUMS], dtype=ACC)
+    acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
+    for step in range(0, steps * rank_blocks):
+        k, rank = (first + step // rank_blocks) * BLOCK_K, (step % rank_blocks) * BLOCK_R
+        b = load_tile(b_ptr, row, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R)
+        a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K)
+        acc = tl.dot(b, a, acc, out_dtype=ACC)
+        if rank + BLOCK_R >= R:
+            w = load_tile(w_ptr, row, k, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K).to(ACC)
+            if SCALED:
+                w *= tl.load(w_scale_ptr + rows, mask=rows < N, other=0.0).to(ACC)[:, None]
+            v = w + s * acc
+            squares += tl.sum(tl.reshape(v * v, (BLOCK_N, BLOCK_K // SUMS, SUMS)), 1)
+            acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
+    tl.store(parts_ptr + tl.program_id(1) * N + rows, tl.sum(squares, 1), mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _gain_kernel(
+    parts_ptr, m_ptr, n_ptr, g_ptr, splits, N, BLOCK: tl.constexpr, GAIN: tl.constexpr, ROUND: tl.constexpr,
+    ACC: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_stream(PDL)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=ACC)
+    for split in range(0, splits):
+        total += tl.load(parts_ptr + split * N + rows, mask=rows < N, other=0.0)
+    norm = tl.sqrt(total)
+    if ROUND is not None:
+        norm = norm.to(ROUND).to(ACC)
+    tl.store(n_ptr + rows, norm, mask=rows < N)
+    if GAIN:
+        tl.store(g_ptr + rows, gain_of(m_ptr, norm, rows, N, ACC), mask=rows < N)
+
+
+class NormPass(NamedTuple):
+    """The launches for the norms, and how many float32 numbers lie between them where there are two."""
+
+    main: Plan
+    add: Plan | None
+    parts: int
+
+    def steps(self, w, a, b, m, n, g, w_scale, scaling, parts) -> Steps:
+        if self.add is None:
+            return [(self.main, (w, a, b, m, n, g, w_scale, scaling))]
+        return [(self.main, (w, a, b, parts, w_scale, scaling)), (self.add, (parts, m, n, g))]
+
+
 def norm_plan(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor, with_gain: bool,
-              round_norm: bool, scaled: bool = False) -> Plan:  # fmt: skip
-    """The launch for these tensors (see ``norm_fwd``); called with (w, a, b, m, n, g, w_scale, scaling)."""
+              round_norm: bool, scaled: bool = False, room: int = 2**62) -> NormPass:  # fmt: skip
+    """The launches for these tensors (see ``norm_fwd``), whose parts take no more than ``room`` numbers."""
     (n, k), r = w.shape, a.shape[0]
-    kind = torch.promote_types(a.dtype, b.dtype)
+    kind, to = torch.promote_types(a.dtype, b.dtype), TL[w.dtype] if round_norm else None
+    ints = *w.stride(), *a.stride(), *b.stride()
+    constants: dict = {"SCALED": scaled, "SCALING_PTR": isinstance(scaling, torch.Tensor)}
+    if norm_has_parts(r, w.dtype, kind, w.device):
+        tile, options, splits = norm_parts_tile(n, k, w.device)
+        steps = triton.cdiv(triton.cdiv(k, tile["BLOCK_K"]), splits)
+        splits = triton.cdiv(triton.cdiv(k, tile["BLOCK_K"]), steps)
+        if splits * n <= room:
+            grid = triton.cdiv(n, tile["BLOCK_N"]), splits
+            main = Plan(_norm_parts_kernel, grid, {**tile, **constants, "ACC": tl.float32}, options, w,
+                        (n, k, r, steps, *ints))  # fmt: skip
+            constants = {"BLOCK": 128, "GAIN": with_gain, "ROUND": to, "ACC": tl.float32}
+            add = Plan(_gain_kernel, (triton.cdiv(n, 128),), constants, {"num_warps": 4}, w, (splits, n))
+            return NormPass(main, add, splits * n)
     tile, options = norm_tile(n, r, w.dtype, kind, w.device)
-    constants = {**tile, "ONE": r <= tile["BLOCK_R"], "SCALED": scaled,
-                 "SCALING_PTR": isinstance(scaling, torch.Tensor), "GAIN": with_gain,
-                 "ROUND": TL[w.dtype] if round_norm else None, "ACC": acc_dtype(wide(w, a, b)),
-                 "PRECISION": "tf32x3" if kind == torch.float32 else "ieee", "DTYPE": TL[kind]}  # fmt: skip
-    ints = (n, k, r, *w.stride(), *a.stride(), *b.stride())
-    return Plan(_norm_kernel, (triton.cdiv(n, tile["BLOCK_N"]),), constants, options, w, ints)
+    constants = {**tile, "ONE": r <= tile["BLOCK_R"], **constants, "GAIN": with_gain, "ROUND": to,
+                 "ACC": acc_dtype(wide(w, a, b)), "PRECISION": "tf32x3" if kind == torch.float32 else "ieee",
+                 "DTYPE": TL[kind]}  # fmt: skip
+    plan = Plan(_norm_kernel, (triton.cdiv(n, tile["BLOCK_N"]),), constants, options, w, (n, k, r, *ints))
+    return NormPass(plan, None, 0)
 
 
 def norm_fwd(
@@ -112,5 +190,5 @@ def norm_fwd(
         scaling = as_scaling(scaling)
         key = ("norm", sig(w), sig(a), sig(b), sig(m), scaling_kind(scaling), round_norm, w_scale is None)
         plan = plan_for(key, norm_plan, w, a, b, scaling, m is not None, round_norm, w_scale is not None)
-        plan(w, a, b, m, n, g, w_scale, scaling)
+        launch(plan.steps(w, a, b, m, n, g, w_scale, scaling, n.new_empty(plan.parts)))
     return n, g

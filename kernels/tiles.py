@@ -98,6 +98,18 @@ def norm_tile(n: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: tor
     return tile, {"num_warps": warps, "num_stages": 3}
 
 
+def norm_has_parts(r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device) -> bool:
+    """Whether the norms come by way of parts: many ranks, of adapters in 16 bits."""
+    return r > 64 and dtype.itemsize <= 2 and kind.itemsize <= 2 and not is_small(device)
+
+
+def norm_parts_tile(n: int, k: int, device: torch.device) -> tuple[dict, dict, int]:
+    """Row norms of many ranks: BLOCK_N rows of W a program, BLOCK_K columns and BLOCK_R ranks a step, SUMS as in
+    ``norm_tile``; and how many programs share the columns."""
+    splits = max(1, min(2 * n_programs(device) // triton.cdiv(n, 64), triton.cdiv(k, 128)))
+    return {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_R": 64, "SUMS": 64}, {"num_warps": 4, "num_stages": 3}, splits
+
+
 def grad_tile(
     m: int, n: int, r: int, dtype: torch.dtype, device: torch.device, tma: bool, fused: bool, masked: bool, dora: bool,
     scaled: bool = False,

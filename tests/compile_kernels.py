@@ -137,8 +137,8 @@ def compile_for(capability: int, problems) -> list[dict]:
             ds, dz8, dz_scale = down.quantise_fwd(dy, b.t()[:r], 2.0, None, 1.0, gain)
             gemm.gemm(dz8, w8.new_empty(k, n), ds, a, False, None, bits, scales=(dz_scale, torch.empty(k)))
             plan = grad.column_plan(x8, r, torch.empty(r, k).t(), masked=bits is not None, kind=dtype)
-            grad.launch(plan.steps(x8, ds, None, bits, torch.empty(r, k), None, None, 1.0, 1.0, torch.empty(plan.parts),
-                                   None, scale))  # fmt: skip
+            launch.launch(plan.steps(x8, ds, None, bits, torch.empty(r, k), None, None, 1.0, 1.0,
+                                     torch.empty(plan.parts), None, scale))  # fmt: skip
         a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
         for magnitude in (None, torch.empty(n)):
             v, row_norm = weight.weight_fwd(w, a, b, 2.0, magnitude)

@@ -243,6 +243,21 @@ def test_row_norms(device, dtype, shape, scaling):
         assert off(again, *v, scaling) < 1e-5 + torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("r", [80, 200])
+def test_row_norms_of_many_ranks(device, r):
+    """Their columns are shared out among programs."""
+    inputs = draw(1, 330, 70, r, HALF, device)
+    v = inputs.weight, inputs.lora_A, inputs.lora_B
+    m = torch.randn(70, device=device)
+    found, gain = norm.norm_fwd(*v, 0.7, m)
+    plan = norm.norm_plan(*v, 0.7, True, False)
+    assert plan.add is not None and plan.parts > 70
+    assert off(found, *v, 0.7) < 1e-5
+    torch.testing.assert_close(gain, m / found)
+    little = norm.norm_plan(*v, 0.7, True, False, room=plan.parts - 1)
+    assert little.add is None and little.parts == 0
+
+
 @pytest.mark.parametrize("left, bound", [(0.1, 1e-5), (1e-2, 1e-4), (1e-3, 1e-3), (1e-4, 1e-2)])
 def test_row_norms_that_cancel(device, left, bound):
     """W = -B A but for a share: a factored sum would be off by 1e-5 to more than 1. A row of zeros has no gain."""
