@@ -8,7 +8,7 @@ the base product.
 
 Over an fp8 base, X and W are e4m3 with a scale for each row of X and each of W, and W is given with the contraction
 along its rows for dX, too. The accumulator begins with the 16-bit low-rank product over these scales, which are powers
-of two, and the epilogue multiplies by them.
+of two, and the epilogue multiplies by them. Under a mask the low-rank product is made in the epilogue.
 
 Persistent: a program walks over tiles of the result in one flat loop over all their steps, so that the loads of the
 next tile are under way while this one is stored. The accumulator is touched outside the products in one place only
@@ -81,14 +81,34 @@ def _store(out, z, acc, row, col, M, N, x_scale, w_scale_ptr, gain_ptr, bias_ptr
 
 @triton.jit
 def _ranks(p_ptr, q_ptr, row, col, rank, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M: tl.constexpr,
-           BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, Q_T: tl.constexpr):  # fmt: skip
+           BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, Q_T: tl.constexpr, TMA: tl.constexpr = False):  # fmt: skip
     """A tile's rows of P and columns of Q', BLOCK_R ranks of them."""
-    a = load_tile(p_ptr, row, rank, M, R, stride_p, 1, False, BLOCK_M, BLOCK_R)
+    a = load_tile(p_ptr, row, rank, M, R, stride_p, 1, TMA, BLOCK_M, BLOCK_R)
     if Q_T:
-        b = load_tile(q_ptr, col, rank, N, R, stride_qr, stride_qc, False, BLOCK_N, BLOCK_R).T
+        b = load_tile(q_ptr, col, rank, N, R, stride_qr, stride_qc, TMA, BLOCK_N, BLOCK_R).T
     else:
-        b = load_tile(q_ptr, rank, col, R, N, stride_qr, stride_qc, False, BLOCK_R, BLOCK_N)
+        b = load_tile(q_ptr, rank, col, R, N, stride_qr, stride_qc, TMA, BLOCK_R, BLOCK_N)
     return a, b
+
+
+@triton.jit
+def _store_masked(out, acc, p_ptr, q_ptr, bits_ptr, x_scale_ptr, w_scale_ptr, row, col, M, N, R, stride_p, stride_qr,
+                  stride_qc, stride_bits, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, Q_T: tl.constexpr,
+                  ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """The epilogue of an fp8 product under a mask: scales, and the low-rank product of these columns."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    WIDTH: tl.constexpr = acc.shape[1]
+    low = tl.zeros([BLOCK_M, WIDTH], dtype=ACC)
+    for step in tl.static_range(RANK_STEPS):  # at run time it would make ptxas serialise the base product
+        a, b = _ranks(p_ptr, q_ptr, row, col, step * BLOCK_R, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M, WIDTH,
+                      BLOCK_R, Q_T, TMA)  # fmt: skip
+        low = mma(a, b, low, PRECISION)
+    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, WIDTH)
+    words = mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, WIDTH)
+    low = tl.where(unpack_words(words), low, 0.0)
+    x_scale = tl.load(x_scale_ptr + rows, mask=rows < M, other=0.0).to(acc.dtype)
+    w_scale = tl.load(w_scale_ptr + cols, mask=cols < N, other=0.0).to(acc.dtype)
+    store_tile(out, acc * x_scale[:, None] * w_scale[None, :] + low, row, col, M, N, DTYPE, TMA)
 
 
 @triton.jit
@@ -111,10 +131,10 @@ def _over(t, scale, AXIS: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _low_rank(a, b, x_scale, w_scale, words, p_ptr, q_ptr, tile, grid_m, grid_n, M, N, R,
+def _low_rank(a, b, x_scale, w_scale, p_ptr, q_ptr, tile, grid_m, grid_n, M, N, R,
               stride_p, stride_qr, stride_qc, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, Q_T: tl.constexpr,
-              MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
-    """[mask *] P Q' of a tile over its scales: where an fp8 product begins. a, b: what ``_first_ranks`` gave."""
+              ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
+    """P Q' of a tile over its scales: where an fp8 product begins. a, b: what ``_first_ranks`` gave."""
     BLOCK_M: tl.constexpr = a.shape[0]
     BLOCK_N: tl.constexpr = b.shape[1]
     acc = mma(_over(a, x_scale, 1, KIND), _over(b, w_scale, 0, KIND), tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC),
@@ -126,8 +146,6 @@ def _low_rank(a, b, x_scale, w_scale, words, p_ptr, q_ptr, tile, grid_m, grid_n,
             a, b = _ranks(p_ptr, q_ptr, row, col, rank, M, N, R, stride_p, stride_qr, stride_qc,
                           BLOCK_M, BLOCK_N, BLOCK_R, Q_T)  # fmt: skip
             acc = mma(_over(a, x_scale, 1, KIND), _over(b, w_scale, 0, KIND), acc, PRECISION)
-    if MASK:
-        acc = tl.where(unpack_words(words), acc, 0.0)
     return acc
 
 
@@ -136,13 +154,14 @@ def _gemm_kernel(
     x, w, p, q, out, z, gain_ptr, bias_ptr, bits_ptr, x_scale_ptr, w_scale_ptr, M, N, C, R,
     stride_xm, stride_xc, stride_wr, stride_wc, stride_p, stride_qr, stride_qc, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
-    BLOCK_R: tl.constexpr, W_T: tl.constexpr, Q_T: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr,
-    KEEP_Z: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, W_T: tl.constexpr, Q_T: tl.constexpr, FP8: tl.constexpr,
+    TMA: tl.constexpr, KEEP_Z: tl.constexpr,
     GAIN: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KIND: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     HALF: tl.constexpr = BLOCK_N // 2
+    PIECES: tl.constexpr = 4 if BLOCK_N >= 128 else 2  # of a tile, that fit the registers beside a low-rank product
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
     n_rank = 0 if FP8 else tl.cdiv(R, BLOCK_C) * BLOCK_C
@@ -155,16 +174,16 @@ def _gemm_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     words = 0
     x_scale = 1.0
-    if MASK:
+    if MASK and not FP8:
         words = _words_of(bits_ptr, tl.program_id(0), grid_m, grid_n, M, stride_bits, GROUP_M, BLOCK_M, BLOCK_N)
-    if FP8:
+    if FP8 and not MASK:
         p0, q0, next_x, next_w = _first_ranks(
             p, q, x_scale_ptr, w_scale_ptr, tl.program_id(0), grid_m, grid_n, M, N, R, stride_p, stride_qr, stride_qc,
             BLOCK_M, BLOCK_N, BLOCK_R, GROUP_M, Q_T,
         )  # fmt: skip
         x_scale = next_x
-        acc = _low_rank(p0, q0, next_x, next_w, words, p, q, tl.program_id(0), grid_m, grid_n, M, N, R,
-                        stride_p, stride_qr, stride_qc, BLOCK_R, GROUP_M, Q_T, MASK, ACC, PRECISION, KIND)  # fmt: skip
+        acc = _low_rank(p0, q0, next_x, next_w, p, q, tl.program_id(0), grid_m, grid_n, M, N, R,
+                        stride_p, stride_qr, stride_qc, BLOCK_R, GROUP_M, Q_T, ACC, PRECISION, KIND)  # fmt: skip
     for _ in range(0, mine * (end // BLOCK_C)):
         c += BLOCK_C
         if c == end:
@@ -191,23 +210,30 @@ def _gemm_kernel(
             turn = c == end - BLOCK_C
         if turn:
             if c == end - BLOCK_C:
-                if FP8:  # the next tile's, which come in while this one is stored
-                    p0, q0, next_x, next_w = _first_ranks(
-                        p, q, x_scale_ptr, w_scale_ptr, tile + PROGRAMS, grid_m, grid_n, M, N, R,
-                        stride_p, stride_qr, stride_qc, BLOCK_M, BLOCK_N, BLOCK_R, GROUP_M, Q_T,
-                    )  # fmt: skip
-                    if MASK:
-                        words = _words_of(bits_ptr, tile + PROGRAMS, grid_m, grid_n, M, stride_bits,
-                                          GROUP_M, BLOCK_M, BLOCK_N)  # fmt: skip
                 left, right = _halves(acc)
-                _store(out, z, left, row, col, M, N, x_scale, w_scale_ptr, gain_ptr, bias_ptr,
-                       DTYPE, TMA, FP8, GAIN, BIAS, KEEP_Z)  # fmt: skip
-                _store(out, z, right, row, col + HALF, M, N, x_scale, w_scale_ptr, gain_ptr, bias_ptr,
-                       DTYPE, TMA, FP8, GAIN, BIAS, KEEP_Z)  # fmt: skip
-                if FP8:
+                if FP8 and MASK:
+                    for i in tl.static_range(PIECES):
+                        piece = left if i < PIECES // 2 else right
+                        if PIECES == 4:
+                            first, second = _halves(piece)
+                            piece = first if i % 2 == 0 else second
+                        _store_masked(out, piece, p, q, bits_ptr, x_scale_ptr, w_scale_ptr, row,
+                                      col + i * (BLOCK_N // PIECES), M, N, R, stride_p, stride_qr, stride_qc,
+                                      stride_bits, BLOCK_R, RANK_STEPS, Q_T, ACC, PRECISION, DTYPE, TMA)  # fmt: skip
+                else:
+                    if FP8:  # the next tile's, which come in while this one is stored
+                        p0, q0, next_x, next_w = _first_ranks(
+                            p, q, x_scale_ptr, w_scale_ptr, tile + PROGRAMS, grid_m, grid_n, M, N, R,
+                            stride_p, stride_qr, stride_qc, BLOCK_M, BLOCK_N, BLOCK_R, GROUP_M, Q_T,
+                        )  # fmt: skip
+                    _store(out, z, left, row, col, M, N, x_scale, w_scale_ptr, gain_ptr, bias_ptr,
+                           DTYPE, TMA, FP8, GAIN, BIAS, KEEP_Z)  # fmt: skip
+                    _store(out, z, right, row, col + HALF, M, N, x_scale, w_scale_ptr, gain_ptr, bias_ptr,
+                           DTYPE, TMA, FP8, GAIN, BIAS, KEEP_Z)  # fmt: skip
+                if FP8 and not MASK:
                     x_scale = next_x
-                    acc = _low_rank(p0, q0, next_x, next_w, words, p, q, tile + PROGRAMS, grid_m, grid_n, M, N, R,
-                                    stride_p, stride_qr, stride_qc, BLOCK_R, GROUP_M, Q_T, MASK, ACC,
+                    acc = _low_rank(p0, q0, next_x, next_w, p, q, tile + PROGRAMS, grid_m, grid_n, M, N, R,
+                                    stride_p, stride_qr, stride_qc, BLOCK_R, GROUP_M, Q_T, ACC,
                                     PRECISION, KIND)  # fmt: skip
                 else:
                     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
@@ -226,23 +252,27 @@ def gemm_plan(
     (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
     fp8, kind = x.dtype == FP8, out.dtype
     exact, tma = precision(kind, r if fp8 else c), tma_fits(x, w, out, q)
-    tile, options = gemm_tile(x.dtype, kind, x.device, tma, masked, exact, keep_z)
+    tile, options = gemm_tile(x.dtype, kind, x.device, tma, masked, exact, keep_z, r)
     programs = n_programs(x.device)
     bm, bn, bc = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_C"]
     # float16 over a scale leaves its range; beside an fp8 product bfloat16's digits are enough.
     over = torch.float32 if INTERPRETED else torch.bfloat16
-    constants = {**tile, "PROGRAMS": programs, "W_T": transposed or fp8, "Q_T": transposed, "FP8": fp8, "TMA": tma,
-                 "KEEP_Z": keep_z, "GAIN": with_gain, "BIAS": with_bias, "MASK": masked,
+    steps = triton.cdiv(r, tile["BLOCK_R"]) if fp8 and masked else 0
+    constants = {**tile, "PROGRAMS": programs, "RANK_STEPS": steps, "W_T": transposed or fp8, "Q_T": transposed,
+                 "FP8": fp8, "TMA": tma, "KEEP_Z": keep_z, "GAIN": with_gain, "BIAS": with_bias, "MASK": masked,
                  "KIND": TL[over if kind == torch.float16 else kind], "ACC": acc_dtype(kind),
                  "PRECISION": exact, "DTYPE": TL[kind]}  # fmt: skip
     blocks, ranks = None, padded_rank(r)
     if tma:
-        left, right, half = [bm, bc], [bn, bc] if transposed or fp8 else [bc, bn], Block.of(out, [bm, bn // 2])
-        blocks = {0: Block.of(x, left), 1: Block.of(w, right), 4: half}
-        if not fp8:
+        left, right = [bm, bc], [bn, bc] if transposed or fp8 else [bc, bn]
+        stored = Block.of(out, [bm, bn // (4 if steps else 2)])
+        blocks = {0: Block.of(x, left), 1: Block.of(w, right), 4: stored}
+        if steps:
+            left, right = [bm, tile["BLOCK_R"]], [tile["BLOCK_R"], bn // 4]
+        if steps or not fp8:
             blocks |= {2: Block((m, ranks), (ranks, 1), left), 3: Block.of(q, right)}
         if keep_z:
-            blocks[5] = half
+            blocks[5] = stored
     ints = (m, n, c, r, *x.stride(), *w.stride(), ranks, *q.stride(), triton.cdiv(n, 32) if masked else 0)
     grid = (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),)
     return Plan(_gemm_kernel, grid, constants, options, x, ints, blocks)

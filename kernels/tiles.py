@@ -187,7 +187,14 @@ def weight_grad_splits(n: int, k: int, r: int, tile: dict, device: torch.device)
 
 
 def gemm_tile(
-    dtype: torch.dtype, kind: torch.dtype, device: torch.device, tma: bool, masked: bool, exact: str, keep_z: bool
+    dtype: torch.dtype,
+    kind: torch.dtype,
+    device: torch.device,
+    tma: bool,
+    masked: bool,
+    exact: str,
+    keep_z: bool,
+    r: int,
 ) -> tuple[dict, dict]:
     """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together; for e4m3
     operands also the step along the ranks. ``kind`` is the result's dtype."""
@@ -196,6 +203,8 @@ def gemm_tile(
         bm, bn, bc, br = 64, 128 if tma or arch(device) < 120 else 64, 64, 16
         if tma and not is_small(device) and kind.itemsize <= 2:
             bm, bn, bc = 128, 256, 128
+            if masked:
+                br = rank_block(r, 64)
     elif dtype.itemsize > 2:
         bm, bn, bc = (64, 64, 32) if exact == "ieee" or is_small(device) or not tma else (128, 128, 32)
         if exact == "ieee" and masked:

@@ -31,9 +31,7 @@ def faults(chip, kernel):
         # A pass's product, 16 ranks wide, may take the warp's own instruction on a newer chip.
         if name == PRODUCT or not kernel["mma.sync"]:
             yield f"no {INSTRUCTION[chip]}"
-    # A mask on the product that an fp8 one begins with costs it that: benchmarks/NOTES.md has what it takes.
-    fp8_masked = kernel["problem"].endswith("fp8") and "p=0.1" in kernel["problem"]
-    if chip == 90 and name == PRODUCT and sixteen_bit and kernel["run"] < 2 and not fp8_masked:
+    if chip == 90 and name == PRODUCT and sixteen_bit and kernel["run"] < 2:
         yield "its wgmma wait for each other: ptxas has serialised them"
 
 
