@@ -158,5 +158,7 @@ PROBLEMS = [
 ]
 
 if __name__ == "__main__":
-    for row in compile_for(int(sys.argv[1]), PROBLEMS):
+    chip = int(sys.argv[1])
+    some = [PROBLEMS[i] for i in (0, 1, 3, 6)]  # for 86, whose tiles are those of 89
+    for row in compile_for(chip, some if chip == 86 else PROBLEMS):
         print(json.dumps(row))
