@@ -151,21 +151,21 @@ def _forward(x, weight, a, b, scaling, bias, seed, magnitude, round_norm, y, z, 
 
 
 def lora_fwd(
-    x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor,
-    bias: MaybeTensor, seed: torch.Tensor | int | None, p: float,
+    lead: torch.Size, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
+    scaling: float | torch.Tensor, bias: MaybeTensor, seed: torch.Tensor | int | None, p: float,
     magnitude: MaybeTensor = None, round_norm: bool = False, keep_z: bool = False, fp8: Fp8 | None = None,
 ) -> tuple[torch.Tensor, Made, Shared, Callable[[], None]]:  # fmt: skip
-    """y [..., N] = x W^T + S b^T + bias, or g * (x W^T + S b^T) + bias if magnitude [N] is given; what it leaves for
+    """y [*lead, N] = x W^T + S b^T + bias, or g * (x W^T + S b^T) + bias if magnitude [N] is given; what it leaves for
     the backward; and the launch of its last product, which fills y and z, for the caller to call on this device.
 
-    x [..., K], a matrix or contiguous, weight [N, K], both in one dtype; a [R, K], b [N, R], bias and magnitude [N]
-    contiguous, in any; a seed (as ``mask_bits`` takes it) where elements are dropped with p. ``round_norm`` rounds
-    DoRA's norm to weight's dtype. Over an fp8 base (see ``Fp8``) weight is e4m3, and x is quantised likewise for the
-    product.
+    x [*lead, K], contiguous or the matrix of its rows, weight [N, K], both in one dtype; a [R, K], b [N, R], bias and
+    magnitude [N] contiguous, in any; a seed (as ``mask_bits`` takes it) where elements are dropped with p.
+    ``round_norm`` rounds DoRA's norm to weight's dtype. Over an fp8 base (see ``Fp8``) weight is e4m3, and x is
+    quantised likewise for the product.
     """
-    n, shape = weight.shape[0], x.shape
-    m, k = shape if len(shape) == 2 else (shape[:-1].numel(), shape[-1])
-    y = x.new_empty(*shape[:-1], n)
+    n, k = weight.shape
+    m = lead[0] if len(lead) == 1 else lead.numel()
+    y = x.new_empty(*lead, n)
     z = torch.empty_like(y) if keep_z else None
     bits = x8 = w_scale = None
     words, count, keep = 0, 0, 1.0
@@ -179,10 +179,10 @@ def lora_fwd(
         return y, Made(x.new_empty(shared.bytes, dtype=torch.uint8), bits, z, x8), shared, _nothing
     scaling = as_scaling(scaling)
     key = (
-        "lora_fwd", x.dtype, shape, x.stride(), x.device, weight.dtype, n, weight.stride(), a.dtype, a.shape[0],
+        "lora_fwd", x.dtype, x.shape, x.stride(), x.device, weight.dtype, n, weight.stride(), a.dtype, a.shape[0],
         b.dtype, bias if bias is None else bias.dtype, magnitude if magnitude is None else magnitude.dtype,
         seed_kind(seed), scaling_kind(scaling), precision(x.dtype, 256), round_norm, keep_z,
-        _unaligned(x, weight, a, b, bias, magnitude),
+        _unaligned(x, weight, a, b, bias, magnitude, w_scale),
     )  # fmt: skip
     shared, program = plan_for(key, _forward, x, weight, a, b, scaling, bias, seed, magnitude, round_norm, y, z, x8)
     room = x.new_empty(shared.bytes, dtype=torch.uint8)
@@ -267,20 +267,22 @@ def _backward(shared: Shared, needs: Needs, dy, x, weight, a, b, y, made: Made, 
 
 
 def lora_bwd(
-    shared: Shared, needs: Needs, dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor, a: MaybeTensor, b: MaybeTensor,
+    lead: torch.Size, shared: Shared, needs: Needs, dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor,
+    a: MaybeTensor, b: MaybeTensor,
     y: MaybeTensor, made: Made, fp8: Fp8, scaling: float | torch.Tensor, p: float,
     kinds: tuple[torch.dtype | None, torch.dtype | None],
 ) -> tuple[MaybeTensor, ...]:  # fmt: skip
-    """(dX [..., K], dA [R, K], dB [N, R], dbias [N], dm [N]), each None where it is not needed. ``kinds`` are the
+    """(dX [*lead, K], dA [R, K], dB [N, R], dbias [N], dm [N]), each None where it is not needed. ``kinds`` are the
     dtypes of the last two.
 
-    dy [..., N], contiguous or a matrix with contiguous rows; of the rest, as in ``lora_fwd``, what is read: x and bits
-    for dA, S for dB, b for dA and dX, weight (an fp8 base's columns), a and bits for dX, g for all of them, n and z for
-    dm. In place of z the output y can be given where there was no bias; that takes x, weight, S and b, too. Without x,
-    x8 stands for it. dX comes last, and till then its memory holds what the passes leave for their sums.
+    dy [*lead, N], contiguous, or the matrix of its rows, each contiguous; of the rest, as in ``lora_fwd``, what is
+    read: x and bits for dA, S for dB, b for dA and dX, weight (an fp8 base's columns), a and bits for dX, g for all of
+    them, n and z for dm. In place of z the output y can be given where there was no bias; that takes x, weight, S and
+    b, too. Without x, x8 stands for it. dX comes last, and till then its memory holds what the passes leave for their
+    sums.
     """
     m, k, n, r, (_, a_kind, b_kind) = shared.m, shared.k, shared.n, shared.r, shared.kinds
-    dx = dy.new_empty(*dy.shape[:-1], k) if needs.x else None
+    dx = dy.new_empty(*lead, k) if needs.x else None
     grad_a = dy.new_empty(r, k, dtype=a_kind) if needs.a else None
     grad_b = dy.new_empty(n, r, dtype=b_kind) if needs.b else None
     grad_bias = dy.new_empty(n, dtype=kinds[0]) if needs.bias else None
@@ -300,7 +302,8 @@ def lora_bwd(
     key = (
         needs, dy.stride(), x if x is None else x.stride(), weight if weight is None else weight.stride(), y is None,
         z is None, bits is None, room is None, scaling_kind(scaling), precision(shared.kind, 256), kinds,
-        _unaligned(dy, x, weight, a, b, y),
+        fp8.columns if fp8.columns is None else fp8.columns.stride(),
+        _unaligned(dy, x, weight, a, b, y, room, bits, z, x8, *fp8),
     )  # fmt: skip
     plan = shared.backwards.get(key)
     if plan is None:

@@ -99,16 +99,21 @@ def _on(device: torch.device):
     return torch.cuda.device(device)
 
 
+def _addressable(t: torch.Tensor) -> torch.Tensor:
+    """t [..., C], contiguous or as the matrix of its rows, which is a copy only where it must be."""
+    return t if t.dim() == 2 or t.is_contiguous() else t.reshape(-1, t.shape[-1])
+
+
 def _forward(
     x, weight, lora_A, lora_B, bias, magnitude, call: _Call, late: list[Callable[[], None]] | None = None
 ) -> tuple[torch.Tensor, Made, Shared]:
     """y [..., N], and what was made on the way to it. The launch of the product that fills y comes last, by the caller
     if there is a list that takes it."""
-    if x.dim() != 2 and not x.is_contiguous():
-        x = x.contiguous()
+    lead = x.shape[:-1]
+    x = _addressable(x)
     with _on(x.device):
         y, made, shared, launch = lora_fwd(
-            x, weight, lora_A.contiguous(), lora_B.contiguous(), call.scaling,
+            lead, x, weight, lora_A.contiguous(), lora_B.contiguous(), call.scaling,
             bias if bias is None else bias.contiguous(), call.seed, call.p,
             magnitude if magnitude is None else magnitude.contiguous(), call.round_norm, call.keep_z, call.fp8,
         )  # fmt: skip
@@ -123,13 +128,12 @@ def _backward(dy, shared: Shared, needs: Needs, saved, scaling, p, kinds) -> tup
     """(dx, dA, dB, dbias, dm), each None where ``needs`` does not ask for it, from what ``_to_save`` gave; ``kinds``
     are the dtypes of bias and magnitude."""
     x, weight, lora_A, lora_B, y, room, bits, z, x8, *fp8 = saved
-    if not dy.is_contiguous() and (dy.dim() != 2 or dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]):
+    lead, dy = dy.shape[:-1], _addressable(dy)
+    if not dy.is_contiguous() and (dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]):
         dy = dy.contiguous()
-    if x is not None and x.dim() != 2 and not x.is_contiguous():
-        x = x.contiguous()
     with _on(dy.device):
-        return lora_bwd(shared, needs, dy, x, weight, lora_A, lora_B, y, Made(room, bits, z, x8), Fp8(*fp8), scaling, p,
-                        kinds)  # fmt: skip
+        return lora_bwd(lead, shared, needs, dy, x if x is None else _addressable(x), weight, lora_A, lora_B, y,
+                        Made(room, bits, z, x8), Fp8(*fp8), scaling, p, kinds)  # fmt: skip
 
 
 def _to_save(

@@ -107,6 +107,26 @@ def test_error_rule_everywhere(examples):
     run()
 
 
+def test_rows_of_a_wider_tensor_are_read_where_they_lie(device, monkeypatch):
+    given = draw(24, 64, 48, 4, FLOAT, device, bias=False)
+    seen, fwd, bwd = [], ops.lora_fwd, ops.lora_bwd
+    monkeypatch.setattr(ops, "lora_fwd", lambda *args: seen.append(args[1].data_ptr()) or fwd(*args))
+    monkeypatch.setattr(
+        ops, "lora_bwd", lambda *args: seen.extend([args[3].data_ptr(), args[4].data_ptr()]) or bwd(*args)
+    )
+    x = torch.cat([given.x, given.x], 1).view(2, 12, 128)[..., 64:].requires_grad_()
+    dy = torch.cat([given.dy, given.dy], 1).view(2, 12, 96)[..., 48:]
+    a, b = (t.requires_grad_() for t in (given.lora_A, given.lora_B))
+    results = [
+        torch.autograd.grad(lora_linear(x, given.weight, a, b, 2.0, backend=backend), (x, a, b), dy)
+        for backend in ("triton", "reference")
+    ]
+    assert seen == [x.data_ptr(), dy.data_ptr(), x.data_ptr()]
+    assert results[0][0].shape == x.shape
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_adapters_are_cast_with_the_first_pass_or_ahead_of_it(device, first, monkeypatch):
     for module in (down, lora):
