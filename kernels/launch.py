@@ -145,9 +145,10 @@ class Program:
             values[i] = values[i].data_ptr()
         for i, start in self.starts:
             values.append(values[i] + start)
-        values += self.fixed
+        values.append(None)
         for i, maps in self.maps:
             values.append(maps.known.get(values[i]) or maps.encode(values[i]))
+        values += self.fixed
         return Bound(self.direct, values)
 
     def run(self, bound: Bound, first: int = 0, last: int | None = None) -> None:
@@ -164,16 +165,14 @@ class Program:
             self._call_directly(values)
 
     def _call_directly(self, values: list) -> None:
-        """From now on. Values are then the arguments, addresses of views, what never changes, and tensor maps."""
+        """From now on. Values are then the arguments, addresses of views, None, tensor maps, and what never changes."""
         self.stream, self.device = triton.runtime.driver.active.get_current_stream, self.plans[0].device
         self.tensors = [i for i, value in enumerate(values[: self.n]) if isinstance(value, torch.Tensor)]
         self.starts = [(view.arg, view.start) for view in self.views]
-        blocks = [(i, at) for i, plan in enumerate(self.plans) for at in sorted(plan.blocks)]
-        self.fixed: list[int | None] = [None]
         self.maps: list[tuple[int, _Maps]] = []
-        first_map = self.n + len(self.views) + 1 + sum(
-            len(self.plans[i].blocks[at].shape) + len(self.plans[i].blocks[at].strides) for i, at in blocks
-        )  # fmt: skip
+        self.fixed: list[int] = []
+        first_map = self.n + len(self.views) + 1
+        first_fixed = first_map + sum(len(plan.blocks) for plan in self.plans)
         direct = []
         for plan, places, compiled in zip(self.plans, self.places, self.compiled, strict=True):
             start, metas = compiled.run.launch, compiled.metadata.tensordesc_meta or ()
@@ -188,7 +187,7 @@ class Program:
                 picked.append(first_map + len(self.maps))
                 self.maps.append((place, _Maps(next(remaining), block)))
                 for number in (*block.shape, *block.strides):
-                    picked.append(self.n + len(self.views) + len(self.fixed))
+                    picked.append(first_fixed + len(self.fixed))
                     self.fixed.append(number)
             head = (compiled.function, False, compiled.metadata.launch_pdl, None, None, compiled.packed_metadata,
                     None, None, None)  # fmt: skip

@@ -268,8 +268,7 @@ def _backward(shared: Shared, needs: Needs, dy, x, weight, a, b, y, made: Made, 
 
 def lora_bwd(
     lead: torch.Size, shared: Shared, needs: Needs, dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor,
-    a: MaybeTensor, b: MaybeTensor,
-    y: MaybeTensor, made: Made, fp8: Fp8, scaling: float | torch.Tensor, p: float,
+    a: MaybeTensor, b: MaybeTensor, y: MaybeTensor, made: Made, fp8: Fp8, scaling: float | torch.Tensor, p: float,
     kinds: tuple[torch.dtype | None, torch.dtype | None],
 ) -> tuple[MaybeTensor, ...]:  # fmt: skip
     """(dX [*lead, K], dA [R, K], dB [N, R], dbias [N], dm [N]), each None where it is not needed. ``kinds`` are the

@@ -66,6 +66,16 @@ def gain_of(m_ptr, norm, rows, N, ACC: tl.constexpr):
 
 
 @triton.jit
+def _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, GAIN: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr):
+    """The norms of these rows, rounded to a dtype or not, and their gains if wanted."""
+    if ROUND is not None:
+        norm = norm.to(ROUND).to(ACC)
+    tl.store(n_ptr + rows, norm, mask=rows < N)
+    if GAIN:
+        tl.store(g_ptr + rows, gain_of(m_ptr, norm, rows, N, ACC), mask=rows < N)
+
+
+@triton.jit
 def _norm_kernel(
     w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr, scaling, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
@@ -84,11 +94,7 @@ def _norm_kernel(
     norm = row_norm(w_ptr, a_ptr, b_ptr, b, w_scale, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak,
                     stride_bn, stride_br, BLOCK_N, BLOCK_K, BLOCK_R, SUMS, ONE, SCALED, ACC, PRECISION,
                     DTYPE)  # fmt: skip
-    if ROUND is not None:
-        norm = norm.to(ROUND).to(ACC)
-    tl.store(n_ptr + rows, norm, mask=rows < N)
-    if GAIN:
-        tl.store(g_ptr + rows, gain_of(m_ptr, norm, rows, N, ACC), mask=rows < N)
+    _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, GAIN, ROUND, ACC)
 
 
 @triton.jit(do_not_specialize=["steps"])
@@ -132,11 +138,7 @@ def _gain_kernel(
     for split in range(0, splits):
         total += tl.load(parts_ptr + split * N + rows, mask=rows < N, other=0.0)
     norm = tl.sqrt(total)
-    if ROUND is not None:
-        norm = norm.to(ROUND).to(ACC)
-    tl.store(n_ptr + rows, norm, mask=rows < N)
-    if GAIN:
-        tl.store(g_ptr + rows, gain_of(m_ptr, norm, rows, N, ACC), mask=rows < N)
+    _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, GAIN, ROUND, ACC)
 
 
 class NormPass(NamedTuple):

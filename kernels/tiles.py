@@ -187,15 +187,9 @@ def weight_grad_splits(n: int, k: int, r: int, tile: dict, device: torch.device)
 
 
 def gemm_tile(
-    dtype: torch.dtype,
-    kind: torch.dtype,
-    device: torch.device,
-    tma: bool,
-    masked: bool,
-    exact: str,
-    keep_z: bool,
+    dtype: torch.dtype, kind: torch.dtype, device: torch.device, tma: bool, masked: bool, exact: str, keep_z: bool,
     r: int,
-) -> tuple[dict, dict]:
+) -> tuple[dict, dict]:  # fmt: skip
     """The product: tiles of the result, the step along the contraction, GROUP_M row blocks walked together; for e4m3
     operands also the step along the ranks. ``kind`` is the result's dtype."""
     bm, bn, bc, br = 128, 256, 64, 0

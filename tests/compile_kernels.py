@@ -158,7 +158,5 @@ PROBLEMS = [
 ]
 
 if __name__ == "__main__":
-    chip = int(sys.argv[1])
-    some = [PROBLEMS[i] for i in (0, 1, 3, 6)]  # for 86, whose tiles are those of 89
-    for row in compile_for(chip, some if chip == 86 else PROBLEMS):
+    for row in compile_for(int(sys.argv[1]), PROBLEMS):
         print(json.dumps(row))
