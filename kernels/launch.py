@@ -36,6 +36,12 @@ def sig(t: torch.Tensor | None) -> tuple | None:
     return None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16, t.device)
 
 
+def places(args: tuple) -> tuple | None:
+    """Where the tensors among these start if not all do at multiples of 16 bytes: plans depend on that."""
+    found = tuple(arg.data_ptr() % 16 for arg in args if isinstance(arg, torch.Tensor))
+    return found if any(found) else None
+
+
 def as_scaling(scaling: float | torch.Tensor) -> float | torch.Tensor:
     """A tensor as it is, a number as a float: Triton compiles some integers in."""
     return scaling if isinstance(scaling, torch.Tensor) else float(scaling)
@@ -115,6 +121,7 @@ class Bound(NamedTuple):
 
     launches: list[tuple] | None  # None: Triton launches, and the values are tensors and numbers
     values: list
+    own: torch.Tensor | None  # memory among the values
 
 
 class Program:
@@ -123,10 +130,13 @@ class Program:
 
     Once Triton has launched each plan, what is left is to take every tensor's address once and to call Triton's C
     launchers.
+
+    ``aligned``: its plans hold for tensors that all start at multiples of 16 bytes, and for no others. ``own``: so many
+    bytes are the program's last argument, which no caller gives: memory that its launches alone use.
     """
 
-    def __init__(self, n: int, steps: Steps) -> None:
-        self.n, self.plans = n, [plan for plan, _ in steps]
+    def __init__(self, n: int, steps: Steps, aligned: bool = False, own: int | None = None) -> None:
+        self.n, self.plans, self.aligned, self.own = n, [plan for plan, _ in steps], aligned, own
         self.views = list(dict.fromkeys(arg for _, args in steps for arg in args if isinstance(arg, View)))
         place: dict[int | View | None, int] = {view: n + i for i, view in enumerate(self.views)}
         place[None] = n + len(self.views)
@@ -135,25 +145,40 @@ class Program:
         self.direct: list[tuple] | None = None
 
     def __call__(self, *args) -> None:
-        self.run(self.bind(*args))
+        bound = self.bind(*args)
+        assert bound is not None
+        self.run(bound)
 
-    def bind(self, *args) -> Bound:
+    def bind(self, *args) -> Bound | None:
+        """The arguments, of which the first is a tensor, as the launches take them; None where the plans do not hold
+        for where they start."""
+        own = None
+        if self.own is not None:
+            if self.own:
+                own = args[0].new_empty(self.own, dtype=torch.uint8)
+            args = *args, own
         values = list(args)
         if self.direct is None:
-            return Bound(None, [*values, *(view.of(args) for view in self.views), None])
+            if self.aligned and places(args) is not None:
+                return None
+            return Bound(None, [*values, *(view.of(args) for view in self.views), None], own)
+        bits = 0
         for i in self.tensors:
-            values[i] = values[i].data_ptr()
+            values[i] = address = values[i].data_ptr()
+            bits |= address
+        if bits % 16 and self.aligned:
+            return None
         for i, start in self.starts:
             values.append(values[i] + start)
         values.append(None)
         for i, maps in self.maps:
             values.append(maps.known.get(values[i]) or maps.encode(values[i]))
         values += self.fixed
-        return Bound(self.direct, values)
+        return Bound(self.direct, values, own)
 
     def run(self, bound: Bound, first: int = 0, last: int | None = None) -> None:
         """Launch these of the steps, all but the last for ``last=-1``, on the device's current stream."""
-        launches, values = bound
+        launches, values, _ = bound
         if launches is not None:
             stream = self.stream(self.device)
             for start, grid, head, pick, tail in launches[first:last]:

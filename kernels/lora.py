@@ -18,7 +18,7 @@ from lora_fast.kernels.common import FP8, padded_rank, precision, wide
 from lora_fast.kernels.down import cast_plan, cast_space, cast_wanted, down_plan
 from lora_fast.kernels.gemm import gemm_plan
 from lora_fast.kernels.grad import column_plan, dy_plan, needs_dz
-from lora_fast.kernels.launch import Program, Steps, View, as_scaling, plan_for, scaling_kind
+from lora_fast.kernels.launch import Bound, Program, Steps, View, as_scaling, places, scaling_kind
 from lora_fast.kernels.mask import keep_count, keep_scale, mask_plan, mask_space, seed_kind
 from lora_fast.kernels.norm import norm_plan
 from lora_fast.kernels.parts import Dora
@@ -46,6 +46,23 @@ class Made(NamedTuple):
     x8: MaybeTensor = None  # over an fp8 base: x in e4m3 [M, K]
 
 
+class Saved(NamedTuple):
+    """What a backward reads, each None where it does not."""
+
+    x: MaybeTensor  # [..., K]
+    weight: MaybeTensor
+    a: MaybeTensor
+    b: MaybeTensor
+    y: MaybeTensor
+    room: MaybeTensor  # from here on as in ``Made``
+    bits: MaybeTensor
+    z: MaybeTensor
+    x8: MaybeTensor
+    row_scale: MaybeTensor  # from here on as in ``Fp8``
+    columns: MaybeTensor
+    col_scale: MaybeTensor
+
+
 class Needs(NamedTuple):
     """Whose gradients a backward makes."""
 
@@ -63,12 +80,15 @@ def _aligned(size: int) -> int:
 class Shared:
     """What a forward and its backward both know of a problem, and where in the ``room`` that the forward leaves the
     small things lie: a [R, K] and b [N, padded R] in x's dtype where the products cannot read the adapters themselves,
-    DoRA's norm n and gain g [N], the scales of the rows of an e4m3 x [M], and S [M, padded R]."""
+    DoRA's norm n and gain g [N], the scales of the rows of an e4m3 x [M], and S [M, padded R]. It serves calls whose
+    tensors agree in dtype, shape, strides and device, and keeps the programs that were made for them."""
 
-    def __init__(self, m: int, k: int, n: int, r: int, kinds: tuple[torch.dtype, torch.dtype, torch.dtype], dora: bool,
-                 fp8: bool) -> None:  # fmt: skip
-        self.m, self.k, self.n, self.r, self.kinds, self.dora, self.fp8 = m, k, n, r, kinds, dora, fp8
+    def __init__(self, lead: torch.Size, k: int, n: int, r: int, kinds: tuple[torch.dtype, torch.dtype, torch.dtype],
+                 dora: bool, fp8: bool) -> None:  # fmt: skip
+        self.x_shape, self.y_shape, self.m, self.k, self.n, self.r = (*lead, k), (*lead, n), math.prod(lead), k, n, r
+        self.kinds, self.dora, self.fp8, m = kinds, dora, fp8, self.m
         self.kind, self.cast, ranks = kinds[0], cast_wanted(kinds, r), padded_rank(r)  # kinds: of x, lora_A and lora_B
+        self.wide = self.kind.itemsize > 2
         gains = torch.float64 if self.kind == torch.float64 else torch.float32
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "a": ((r, k) if self.cast else (0,), self.kind), "b": ((n, ranks) if self.cast else (0,), self.kind),
@@ -81,7 +101,8 @@ class Shared:
             size = math.prod(shape) * kind.itemsize
             self.parts[name] = self.bytes, size, kind, shape
             self.bytes += _aligned(size)
-        self.backwards: dict[tuple, _Backward] = {}
+        self.forwards: dict[tuple, Program] = {}
+        self.backwards: dict[tuple, Program] = {}
 
     def view(self, room: int, name: str) -> View:
         """A part of the room, which is a program's argument with this number."""
@@ -97,30 +118,16 @@ def _names(names: str) -> SimpleNamespace:
     return SimpleNamespace(**{name: i for i, name in enumerate(names.split())})
 
 
-def _unaligned(*tensors: MaybeTensor) -> tuple | None:
-    """Where tensors start if not all do at multiples of 16 bytes: plans depend on that."""
-    address = 0
-    for t in tensors:
-        if t is not None:
-            address |= t.data_ptr()
-    return tuple([t if t is None else t.data_ptr() % 16 for t in tensors]) if address % 16 else None
-
-
 def _rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.dim() == 2 else t.view(-1, t.shape[-1])
-
-
-class _Forward(NamedTuple):
-    shared: Shared
-    program: Program
 
 
 _F = _names("x weight a b bias magnitude y room bits z x8 w_scale seed count words scaling keep")
 
 
-def _forward(x, weight, a, b, scaling, bias, seed, magnitude, round_norm, y, z, x8) -> _Forward:
-    at, rows, (n, k), quantised = _F, _rows(x), weight.shape, x8 is not None
-    shared = Shared(len(rows), k, n, len(a), (x.dtype, a.dtype, b.dtype), magnitude is not None, quantised)
+def _forward(aligned: bool, shared: Shared, x, weight, a, b, scaling, bias, seed, magnitude, round_norm, y, z,
+             x8) -> Program:  # fmt: skip
+    at, rows, quantised = _F, _rows(x), x8 is not None
     steps: Steps = []
     if seed is not None:
         steps.append((mask_plan(seed, mask_space(rows)), (at.seed, at.bits, at.count, at.words)))
@@ -147,25 +154,24 @@ def _forward(x, weight, a, b, scaling, bias, seed, magnitude, round_norm, y, z, 
                    z is not None)  # fmt: skip
     steps.append((up, (at.x8 if quantised else at.x, at.weight, s, b_at, at.y, at.z, gain, at.bias, None, x_scale,
                        w_scale)))  # fmt: skip
-    return _Forward(shared, Program(len(vars(at)), steps))
+    return Program(len(vars(at)), steps, aligned)
 
 
 def lora_fwd(
-    lead: torch.Size, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
+    shared: Shared, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
     scaling: float | torch.Tensor, bias: MaybeTensor, seed: torch.Tensor | int | None, p: float,
     magnitude: MaybeTensor = None, round_norm: bool = False, keep_z: bool = False, fp8: Fp8 | None = None,
-) -> tuple[torch.Tensor, Made, Shared, Callable[[], None]]:  # fmt: skip
+) -> tuple[torch.Tensor, Made, Callable[[], None]]:  # fmt: skip
     """y [*lead, N] = x W^T + S b^T + bias, or g * (x W^T + S b^T) + bias if magnitude [N] is given; what it leaves for
     the backward; and the launch of its last product, which fills y and z, for the caller to call on this device.
 
-    x [*lead, K], contiguous or the matrix of its rows, weight [N, K], both in one dtype; a [R, K], b [N, R], bias and
+    x [..., K], contiguous or the matrix of its rows, weight [N, K], both in one dtype; a [R, K], b [N, R], bias and
     magnitude [N] contiguous, in any; a seed (as ``mask_bits`` takes it) where elements are dropped with p.
     ``round_norm`` rounds DoRA's norm to weight's dtype. Over an fp8 base (see ``Fp8``) weight is e4m3, and x is
     quantised likewise for the product.
     """
-    n, k = weight.shape
-    m = lead[0] if len(lead) == 1 else lead.numel()
-    y = x.new_empty(*lead, n)
+    m, k = shared.m, shared.k
+    y = x.new_empty(*shared.y_shape)
     z = torch.empty_like(y) if keep_z else None
     bits = x8 = w_scale = None
     words, count, keep = 0, 0, 1.0
@@ -174,41 +180,50 @@ def lora_fwd(
         bits = x.new_empty(m, words, dtype=torch.int32)
     if fp8 is not None:
         x8, w_scale = x.new_empty(m, k, dtype=FP8), fp8.row_scale
-    if m == 0:
-        shared = Shared(m, k, n, len(a), (x.dtype, a.dtype, b.dtype), magnitude is not None, fp8 is not None)
-        return y, Made(x.new_empty(shared.bytes, dtype=torch.uint8), bits, z, x8), shared, _nothing
-    scaling = as_scaling(scaling)
-    key = (
-        "lora_fwd", x.dtype, x.shape, x.stride(), x.device, weight.dtype, n, weight.stride(), a.dtype, a.shape[0],
-        b.dtype, bias if bias is None else bias.dtype, magnitude if magnitude is None else magnitude.dtype,
-        seed_kind(seed), scaling_kind(scaling), precision(x.dtype, 256), round_norm, keep_z,
-        _unaligned(x, weight, a, b, bias, magnitude, w_scale),
-    )  # fmt: skip
-    shared, program = plan_for(key, _forward, x, weight, a, b, scaling, bias, seed, magnitude, round_norm, y, z, x8)
     room = x.new_empty(shared.bytes, dtype=torch.uint8)
-    bound = program.bind(x, weight, a, b, bias, magnitude, y, room, bits, z, x8, w_scale, seed, count, m * words,
-                         scaling, keep)  # fmt: skip
+    made = Made(room, bits, z, x8)
+    if m == 0:
+        return y, made, _nothing
+    scaling = as_scaling(scaling)
+    given = x, weight, a, b, bias, magnitude, y, room, bits, z, x8, w_scale, seed, count, m * words, scaling, keep
+    key = (
+        seed if seed is None else seed_kind(seed), None if type(scaling) is float else scaling_kind(scaling),
+        precision(shared.kind, 256) if shared.wide else None, round_norm, keep_z,
+    )  # fmt: skip
+    program = shared.forwards.get(key)
+    if program is None or (bound := program.bind(*given)) is None:
+        program, bound = _bound(shared.forwards, key, given, _forward, shared, x, weight, a, b, scaling, bias, seed,
+                                magnitude, round_norm, y, z, x8)  # fmt: skip
     program.run(bound, 0, -1)
-    return y, Made(room, bits, z, x8), shared, partial(program.run, bound, -1)
+    return y, made, partial(program.run, bound, -1)
 
 
 def _nothing() -> None:
     pass
 
 
-class _Backward(NamedTuple):
-    program: Program
-    own: int  # bytes of memory for what only it reads
+def _bound(programs: dict[tuple, Program], key: tuple, given: tuple, make: Callable, *args) -> tuple[Program, Bound]:
+    """The program for what is ``given``, bound to it. Programs are kept under their keys for tensors that start at
+    multiples of 16 bytes, and under longer ones for other tensors; new ones are ``make(whether they do, *args)``."""
+    if (starts := places(given)) is not None:
+        key = *key, starts
+    program = programs.get(key)
+    if program is None:
+        program = programs[key] = make(starts is None, *args)
+    bound = program.bind(*given)
+    assert bound is not None
+    return program, bound
 
 
 _B = _names(
-    "dy x weight a b y room bits z x8 row_scale columns col_scale dx grad_a grad_b grad_bias grad_m dz dz8 own scaling "
-    "keep one"
+    "dy x weight a b y room bits z x8 row_scale columns col_scale dx grad_a grad_b grad_bias grad_m dz dz8 scaling "
+    "keep one own"
 )
 
 
-def _backward(shared: Shared, needs: Needs, dy, x, weight, a, b, y, made: Made, fp8, scaling, dx, grad_a, grad_b,
-              grad_bias, grad_m, dz, dz8) -> _Backward:  # fmt: skip
+def _backward(aligned: bool, shared: Shared, needs: Needs, dy, saved, scaling, dx, grad_a, grad_b, grad_bias, grad_m,
+              dz, dz8) -> Program:  # fmt: skip
+    (x, weight, a, b, y), made, fp8 = saved[:5], Made(*saved[5:9]), Fp8(*saved[9:])
     at, own, r, quantised, masked = _B, 0, shared.r, dz8 is not None, made.bits is not None
     dy, x_at, x_scale, need_ds = _rows(dy), at.x, None, needs.x or needs.a
     if x is not None:
@@ -224,7 +239,7 @@ def _backward(shared: Shared, needs: Needs, dy, x, weight, a, b, y, made: Made, 
         gain, norm, again, again_at = shared.view(at.room, "gain"), shared.view(at.room, "norm"), None, None
         kept, kept_at = (y, at.y) if made.z is None else (made.z, at.z)
         if needs.m and made.z is None:
-            again = x, weight, shared.part(made, "s"), b, fp8 and fp8.row_scale
+            again = x, weight, shared.part(made, "s"), b, fp8.row_scale
             again_at = at.x, at.weight, s, b_at, at.row_scale
         dora = Dora(shared.part(made, "gain"), shared.part(made, "norm"), kept, dz, grad_m, again)
         dora_at = Dora(gain, norm, kept_at, dz if dz is None else at.dz, at.grad_m, again_at)  # type: ignore[arg-type]
@@ -263,27 +278,26 @@ def _backward(shared: Shared, needs: Needs, dy, x, weight, a, b, y, made: Made, 
             source, source_at = dz, at.dz
         product = gemm_plan(source, w, a, _rows(dx), False, False, masked)
         steps.append((product, (source_at, w_at, ds, a_at, at.dx, *(None,) * 3, at.bits, dz_scale, w_scale)))
-    return _Backward(Program(len(vars(at)), steps), own)
+    return Program(len(vars(at)), steps, aligned, own)
 
 
 def lora_bwd(
-    lead: torch.Size, shared: Shared, needs: Needs, dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor,
-    a: MaybeTensor, b: MaybeTensor, y: MaybeTensor, made: Made, fp8: Fp8, scaling: float | torch.Tensor, p: float,
+    shared: Shared, needs: Needs, dy: torch.Tensor, saved: Saved | tuple, scaling: float | torch.Tensor, p: float,
     kinds: tuple[torch.dtype | None, torch.dtype | None],
 ) -> tuple[MaybeTensor, ...]:  # fmt: skip
     """(dX [*lead, K], dA [R, K], dB [N, R], dbias [N], dm [N]), each None where it is not needed. ``kinds`` are the
     dtypes of the last two.
 
-    dy [*lead, N], contiguous, or the matrix of its rows, each contiguous; of the rest, as in ``lora_fwd``, what is
+    dy [*lead, N], contiguous, or the matrix of its rows, each contiguous; ``saved``, as in ``lora_fwd``, is what is
     read: x and bits for dA, S for dB, b for dA and dX, weight (an fp8 base's columns), a and bits for dX, g for all of
     them, n and z for dm. In place of z the output y can be given where there was no bias; that takes x, weight, S and
     b, too. Without x, x8 stands for it. dX comes last, and till then its memory holds what the passes leave for their
     sums.
     """
-    m, k, n, r, (_, a_kind, b_kind) = shared.m, shared.k, shared.n, shared.r, shared.kinds
-    dx = dy.new_empty(*lead, k) if needs.x else None
-    grad_a = dy.new_empty(r, k, dtype=a_kind) if needs.a else None
-    grad_b = dy.new_empty(n, r, dtype=b_kind) if needs.b else None
+    m, n, r = shared.m, shared.n, shared.r
+    dx = dy.new_empty(*shared.x_shape) if needs.x else None
+    grad_a = dy.new_empty(r, shared.k, dtype=shared.kinds[1]) if needs.a else None
+    grad_b = dy.new_empty(n, r, dtype=shared.kinds[2]) if needs.b else None
     grad_bias = dy.new_empty(n, dtype=kinds[0]) if needs.bias else None
     grad_m = dy.new_empty(n, dtype=kinds[1]) if needs.m else None
     grads = dx, grad_a, grad_b, grad_bias, grad_m
@@ -297,18 +311,18 @@ def lora_bwd(
         dz8 = dy.new_empty(m, n, dtype=FP8)
     elif shared.dora and (needs.x or needs_dz(r, needs.x or needs.a, needs.b)):
         dz = dy.new_empty(m, n)
-    scaling, (room, bits, z, x8) = as_scaling(scaling), made
+    x, weight, _, _, y, room, bits, z, _, _, columns, _ = saved
+    scaling = as_scaling(scaling)
+    given = dy, *saved, *grads, dz, dz8, scaling, 1.0 if bits is None else keep_scale(p), 1.0
     key = (
         needs, dy.stride(), x if x is None else x.stride(), weight if weight is None else weight.stride(), y is None,
-        z is None, bits is None, room is None, scaling_kind(scaling), precision(shared.kind, 256), kinds,
-        fp8.columns if fp8.columns is None else fp8.columns.stride(),
-        _unaligned(dy, x, weight, a, b, y, room, bits, z, x8, *fp8),
+        z is None, bits is None, room is None, columns if columns is None else columns.stride(), kinds,
+        None if type(scaling) is float else scaling_kind(scaling),
+        precision(shared.kind, 256) if shared.wide else None,
     )  # fmt: skip
-    plan = shared.backwards.get(key)
-    if plan is None:
-        plan = _backward(shared, needs, dy, x, weight, a, b, y, made, fp8, scaling, *grads, dz, dz8)
-        shared.backwards[key] = plan
-    own = dy.new_empty(plan.own, dtype=torch.uint8) if plan.own else None
-    plan.program(dy, x, weight, a, b, y, room, bits, z, x8, *fp8, *grads, dz, dz8, own, scaling,
-                 keep_scale(p) if bits is not None else 1.0, 1.0)  # fmt: skip
+    program = shared.backwards.get(key)
+    if program is None or (bound := program.bind(*given)) is None:
+        program, bound = _bound(shared.backwards, key, given, _backward, shared, needs, dy, saved, scaling, *grads, dz,
+                                dz8)  # fmt: skip
+    program.run(bound)
     return grads

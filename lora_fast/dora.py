@@ -65,10 +65,15 @@ class DoRALinear(LoRALinear):
     def _adapted(self, x: torch.Tensor) -> torch.Tensor:
         if not self._magnitude_is_set:
             self.reset_magnitude()
-        return dora_linear(
-            x, self.weight, self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling, self.bias,
-            self.lora_dropout, self.training, save=self.save, save_x=self.save_x,
-        )  # fmt: skip
+        own: dict[str, Any] = self._parameters
+        try:
+            weight, lora_A, lora_B, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
+            magnitude = own["lora_magnitude_vector"]
+        except KeyError:
+            weight, lora_A, lora_B, bias = self.weight, self.lora_A, self.lora_B, self.bias
+            magnitude = self.lora_magnitude_vector
+        return dora_linear(x, weight, lora_A, lora_B, magnitude, self.scaling, bias, self.lora_dropout, self.training,
+                           save=self.save, save_x=self.save_x)  # fmt: skip
 
     def merged_weight(self, original: torch.Tensor | None = None) -> torch.Tensor:
         """``(m / n) * (W + scaling * B A)`` [out, in], in float32 or better; W, also in n, is the base weight, or

@@ -1,8 +1,11 @@
 """The functional API: checked inputs, one choice of path, then the fused kernels or the plain torch reference."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from lora_fast import dispatch, reference
 from lora_fast.fp8 import Fp8Shard, Fp8Weight
@@ -53,13 +56,18 @@ def lora_linear(
             not if it is a tensor), a weight that requires grad, save_x neither "x" nor "fp8".
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
+    facts, call = _recall(x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, backend, save_x)
+    p = dropout_p if training else 0.0
+    if call is not None:
+        return call(x, weight, lora_A, lora_B, scaling, bias, p)
     dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     _check_save_x(save_x)
-    p = dropout_p if training else 0.0
     if dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight)) == "triton":
         from lora_fast import ops  # needs Triton
 
-        return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, save_x=save_x)
+        call = ops.Fused(x, weight, lora_A, lora_B, bias, save_x=save_x)
+        _know(facts, call)
+        return call(x, weight, lora_A, lora_B, scaling, bias, p)
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
     return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
@@ -106,6 +114,11 @@ def dora_linear(
         TypeError, ValueError, RuntimeError: as :func:`lora_linear`; a magnitude of another shape, dtype or device;
             ``save`` neither "auto" nor "z".
     """
+    facts, call = _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, backend, detach_norm, save,
+                          round_norm, save_x)  # fmt: skip
+    p = dropout_p if training else 0.0
+    if call is not None:
+        return call(x, weight, lora_A, lora_B, scaling, bias, p, magnitude)
     dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     _check_magnitude(magnitude, weight)
     for name, flag in (("detach_norm", detach_norm), ("round_norm", round_norm)):
@@ -113,13 +126,14 @@ def dora_linear(
             raise TypeError(f"{name}: got {flag!r}, expected True or False")
     if save not in ("auto", "z"):
         raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
-    p = dropout_p if training else 0.0
     _check_save_x(save_x)
     fused = dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight)) == "triton"
     if fused and detach_norm:
         from lora_fast import ops  # needs Triton
 
-        return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, magnitude, save, round_norm, save_x)
+        call = ops.Fused(x, weight, lora_A, lora_B, bias, magnitude, save, round_norm, save_x)
+        _know(facts, call)
+        return call(x, weight, lora_A, lora_B, scaling, bias, p, magnitude)
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
     return reference.dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, p, True, detach_norm,
@@ -179,42 +193,48 @@ def _check_save_x(save_x) -> None:
         raise ValueError(f'save_x: got {save_x!r}, expected "x" or "fp8"')
 
 
-def _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bool:
-    """Whether the arguments are what they nearly always are: right, without autocast and with a number for scaling.
-    The host waits for this in every step; where it says no, :func:`_check` takes the time to say why."""
-    if not (
-        isinstance(x, torch.Tensor)
-        and isinstance(weight, torch.Tensor)
-        and isinstance(lora_A, torch.Tensor)
-        and isinstance(lora_B, torch.Tensor)
-        and (bias is None or isinstance(bias, torch.Tensor))
-        and type(scaling) is float
-        and type(dropout_p) is float
+# Calls that passed the checks and that the kernels take, by their facts.
+_known: dict[tuple, Callable[..., torch.Tensor]] = {}
+
+
+def _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, *asked) -> tuple[tuple | None, Any]:
+    """(facts, what is known under them): all that the checks of a call and the choice of its path rest on, but for
+    numbers, which are right here. The host waits for this in every step. No facts where numbers are wrong or something
+    is no tensor, which the checks will say, and under compilation."""
+    number, base, acts_as = type(scaling) is float, weight, None
+    if (
+        is_compiling()
+        or type(dropout_p) is not float
+        or not 0 <= dropout_p < 1
+        or (number and not -math.inf < scaling < math.inf)
     ):
-        return False
-    device, dtype, a_shape, b_shape = x.device, x.dtype, lora_A.shape, lora_B.shape
-    weight_dtype = None
-    if isinstance(weight, Fp8Weight):
-        if isinstance(weight, Fp8Shard):
-            return False
-        weight, weight_dtype = weight.rows, weight.acts_as
-    return (
-        len(a_shape) == len(b_shape) == 2
-        and x.dim() > 0
-        and weight.shape == (b_shape[0], a_shape[1])
-        and x.shape[-1] == a_shape[1]
-        and b_shape[1] == a_shape[0] > 0
-        and (weight_dtype or weight.dtype) == dtype
-        and dtype in FLOATS
-        and lora_A.dtype in FLOATS
-        and lora_B.dtype in FLOATS
-        and weight.device == device == lora_A.device == lora_B.device
-        and (bias is None or (bias.device == device and bias.dtype == dtype and bias.shape == b_shape[:1]))
-        and not weight.requires_grad
-        and 0 <= dropout_p < 1
-        and -math.inf < scaling < math.inf
-        and dispatch.autocast_dtype(device) is None
-    )
+        return None, None
+    try:
+        device = x.device
+        if isinstance(weight, Fp8Weight):
+            base, acts_as = weight.rows, (type(weight), weight.acts_as, weight.requires_grad)
+        facts = (
+            x.dtype, x.shape, x.stride(), device, acts_as,
+            base.dtype, base.shape, base.stride(), base.device, base.requires_grad,
+            lora_A.dtype, lora_A.shape, lora_A.is_contiguous(), lora_A.device,
+            lora_B.dtype, lora_B.shape, lora_B.is_contiguous(), lora_B.device,
+            None if bias is None else (bias.dtype, bias.shape, bias.is_contiguous(), bias.device),
+            None if magnitude is None else
+            (magnitude.dtype, magnitude.shape, magnitude.is_contiguous(), magnitude.device),
+            None if number else (scaling.dtype, scaling.shape, scaling.device),
+            dispatch.autocast_dtype(device) if not x.is_cuda or torch.is_autocast_enabled("cuda") else None,
+            dispatch.get_backend(), *asked,
+        )  # fmt: skip
+        return facts, _known.get(facts)
+    except (AttributeError, RuntimeError, TypeError):
+        return None, None
+
+
+def _know(facts: tuple | None, call: Callable[..., torch.Tensor]) -> None:
+    if facts is not None:
+        if len(_known) >= 4096:  # batch sizes that never repeat
+            _known.clear()
+        _known[facts] = call
 
 
 def check_tensors(tensors: dict) -> None:
@@ -230,8 +250,6 @@ def check_tensors(tensors: dict) -> None:
 
 def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:
     """Raise on arguments that do not fit together; return the dtype that the products are made in."""
-    if _plainly_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
-        return x.dtype
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias

@@ -138,15 +138,18 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] to y [..., out]; raises as :func:`lora_fast.functional.lora_linear`."""
-        if self.enabled and not self.merged:
+        if self.enabled and self._buffers["unmerged_weight"] is None:
             return self._adapted(x)
         return F.linear(x, self.weight if self.enabled else self.base_weight, self.bias)
 
     def _adapted(self, x: torch.Tensor) -> torch.Tensor:
-        return lora_linear(
-            x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, self.lora_dropout, self.training,
-            save_x=self.save_x,
-        )  # fmt: skip
+        own: dict[str, Any] = self._parameters
+        try:  # as attributes each would take the host half a microsecond
+            weight, lora_A, lora_B, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
+        except KeyError:
+            weight, lora_A, lora_B, bias = self.weight, self.lora_A, self.lora_B, self.bias
+        return lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, self.lora_dropout, self.training,
+                           save_x=self.save_x)  # fmt: skip
 
     def enable(self) -> None:
         """Let the adapter act (the default)."""

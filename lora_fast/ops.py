@@ -3,70 +3,82 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.fp8 import Fp8Weight
-from lora_fast.kernels.launch import plan_for
+from lora_fast.kernels.launch import plan_for, sig
 from lora_fast.kernels.lora import Fp8, Made, Needs, Shared, lora_bwd, lora_fwd
 
 MaybeTensor = torch.Tensor | None
 
 
-def lora_linear(
-    x, weight, lora_A, lora_B, scaling, bias, p: float, magnitude=None, save: str = "auto", round_norm: bool = False,
-    save_x: str = "x",
-) -> torch.Tensor:  # fmt: skip
-    """The fused form of ``reference.lora_linear``, for arguments that were checked; p = 0 means no dropout. With a
-    magnitude that of ``reference.dora_linear``."""
-    dtype, fp8 = autocast_dtype(x.device), None
-    if isinstance(weight, Fp8Weight):
-        weight, fp8, round_norm = weight.rows, Fp8(weight.row_scale, weight.columns, weight.col_scale), False
-    if dtype is not None and x.dtype != torch.float64:
-        x, weight = x.to(dtype), weight if fp8 is not None else weight.to(dtype)
-    save_x8 = fp8 is not None and save_x == "fp8"
-    seed = draw_seed(x.device) if p > 0 else None
-    # z is kept where y cannot stand for it: y lacks what the bias drowns, and z again takes all that A and B keep.
-    keep_z = (
-        magnitude is not None and torch.is_grad_enabled() and magnitude.requires_grad
-        and not (save == "auto" and bias is None and lora_A.requires_grad and lora_B.requires_grad and not save_x8)
-    )  # fmt: skip
-    if torch.compiler.is_compiling():
-        if not isinstance(scaling, torch.Tensor):
-            scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
-        return torch.ops.lora_fast.lora_linear(
-            x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, round_norm, keep_z, save_x8, *(fp8 or ())
-        )[0]
-    call = _Call(scaling, seed, p, round_norm, keep_z, save_x8, fp8)
-    if not torch.is_grad_enabled() or not (
-        x.requires_grad
-        or lora_A.requires_grad
-        or lora_B.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (magnitude is not None and magnitude.requires_grad)
-    ):
-        return _forward(x, weight, lora_A, lora_B, bias, magnitude, call)[0]
-    late: list[Callable[[], None]] = []
-    y = _LoRALinear.apply(x, weight, lora_A, lora_B, bias, magnitude, call, late)
-    for launch in late:
-        with _on(x.device):
-            launch()
-    return y
+class Fused:
+    """The fused form of ``reference.lora_linear`` (with a magnitude of ``reference.dora_linear``) for calls, checked
+    before, whose tensors agree in dtype, shape, strides and device, and which ask for the same under one state of
+    autocast: what follows from that is decided once. For a small layer the host's time is the layer's time."""
+
+    def __init__(
+        self, x, weight, lora_A, lora_B, bias, magnitude=None, save: str = "auto", round_norm: bool = False,
+        save_x: str = "x",
+    ) -> None:  # fmt: skip
+        self.compiling, self.fp8 = torch.compiler.is_compiling(), isinstance(weight, Fp8Weight)
+        dtype = autocast_dtype(x.device)
+        self.kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
+        self.casts = self.kind != x.dtype or self.kind != weight.dtype
+        self.contiguous = all(t is None or t.is_contiguous() for t in (lora_A, lora_B, bias, magnitude))
+        self.round_norm, self.save_x8 = round_norm and not self.fp8, self.fp8 and save_x == "fp8"
+        # z is kept where y cannot stand for it: y lacks what the bias drowns, and z again takes all that A and B keep.
+        self.keeps_y = save == "auto" and bias is None and not self.save_x8
+        self.shared: Any = None
+        if not self.compiling:
+            self.shared = _shared_of(x, weight, lora_A, lora_B, magnitude, self.fp8, self.kind)
+
+    def __call__(self, x, weight, lora_A, lora_B, scaling, bias, p: float, magnitude=None) -> torch.Tensor:
+        """y; p = 0 means no dropout."""
+        fp8 = None
+        if self.fp8:
+            weight, fp8 = weight.rows, Fp8(weight.row_scale, weight.columns, weight.col_scale)
+        if self.casts:
+            x, weight = x.to(self.kind), weight if fp8 is not None else weight.to(self.kind)
+        if not self.contiguous:
+            lora_A, lora_B, bias, magnitude = map(_contiguous, (lora_A, lora_B, bias, magnitude))
+        seed = draw_seed(x.device) if p > 0 else None
+        train, keep_z = torch.is_grad_enabled(), False
+        if magnitude is not None and train and magnitude.requires_grad:
+            keep_z = not (self.keeps_y and lora_A.requires_grad and lora_B.requires_grad)
+        if self.compiling:
+            if not isinstance(scaling, torch.Tensor):
+                scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
+            return torch.ops.lora_fast.lora_linear(
+                x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, self.round_norm, keep_z, self.save_x8,
+                *(fp8 or ()),
+            )[0]  # fmt: skip
+        tensors, rest = (x, weight, lora_A, lora_B, bias, magnitude), (scaling, seed, p, self.round_norm, keep_z, fp8)
+        if not train or not (
+            x.requires_grad
+            or lora_A.requires_grad
+            or lora_B.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (magnitude is not None and magnitude.requires_grad)
+        ):
+            return _forward(self.shared, *tensors, *rest)[0]
+        late: list[Callable[[], None]] = []
+        y = _LoRALinear.apply(*tensors, (self.shared, self.save_x8, rest), late)
+        for launch in late:
+            if _is_current(x.device):
+                launch()
+            else:
+                with torch.cuda.device(x.device):
+                    launch()
+        return y
 
 
-class _Call(NamedTuple):
-    """What of a call autograd does not follow."""
-
-    scaling: float | torch.Tensor
-    seed: torch.Tensor | int | None
-    p: float
-    round_norm: bool
-    keep_z: bool
-    save_x8: bool
-    fp8: Fp8 | None
+def _contiguous(t: MaybeTensor) -> MaybeTensor:
+    return t if t is None else t.contiguous()
 
 
 def draw_seed(device: torch.device) -> torch.Tensor | int:
@@ -85,18 +97,17 @@ def draw_seed(device: torch.device) -> torch.Tensor | int:
     return (generator.initial_seed() + offset * 0x9E3779B97F4A7C15) % 2**62 + 2**62
 
 
-_HERE = nullcontext()
-
-
 @cache
 def _one_gpu() -> bool:
-    return torch.cuda.device_count() == 1
+    return torch.cuda.device_count() <= 1
+
+
+def _is_current(device: torch.device) -> bool:
+    return _one_gpu() or device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 def _on(device: torch.device):
-    if device.type != "cuda" or _one_gpu() or device.index == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(device)
+    return nullcontext() if _is_current(device) else torch.cuda.device(device)
 
 
 def _addressable(t: torch.Tensor) -> torch.Tensor:
@@ -105,35 +116,36 @@ def _addressable(t: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(
-    x, weight, lora_A, lora_B, bias, magnitude, call: _Call, late: list[Callable[[], None]] | None = None
-) -> tuple[torch.Tensor, Made, Shared]:
+    shared: Shared, x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, round_norm, keep_z, fp8,
+    late: list[Callable[[], None]] | None = None,
+) -> tuple[torch.Tensor, Made]:  # fmt: skip
     """y [..., N], and what was made on the way to it. The launch of the product that fills y comes last, by the caller
     if there is a list that takes it."""
-    lead = x.shape[:-1]
-    x = _addressable(x)
-    with _on(x.device):
-        y, made, shared, launch = lora_fwd(
-            lead, x, weight, lora_A.contiguous(), lora_B.contiguous(), call.scaling,
-            bias if bias is None else bias.contiguous(), call.seed, call.p,
-            magnitude if magnitude is None else magnitude.contiguous(), call.round_norm, call.keep_z, call.fp8,
-        )  # fmt: skip
-        if late is None:
-            launch()
-        else:
-            late.append(launch)
-    return y, made, shared
+    if not _is_current(x.device):
+        with torch.cuda.device(x.device):
+            return _forward(shared, x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, round_norm, keep_z,
+                            fp8, late)  # fmt: skip
+    y, made, launch = lora_fwd(shared, _addressable(x), weight, lora_A, lora_B, scaling, bias, seed, p, magnitude,
+                               round_norm, keep_z, fp8)  # fmt: skip
+    if late is None:
+        launch()
+    else:
+        late.append(launch)
+    return y, made
 
 
 def _backward(dy, shared: Shared, needs: Needs, saved, scaling, p, kinds) -> tuple[MaybeTensor, ...]:
     """(dx, dA, dB, dbias, dm), each None where ``needs`` does not ask for it, from what ``_to_save`` gave; ``kinds``
     are the dtypes of bias and magnitude."""
-    x, weight, lora_A, lora_B, y, room, bits, z, x8, *fp8 = saved
-    lead, dy = dy.shape[:-1], _addressable(dy)
+    if (x := saved[0]) is not None and x.dim() != 2:
+        saved = _addressable(x), *saved[1:]
+    dy = _addressable(dy)
     if not dy.is_contiguous() and (dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]):
         dy = dy.contiguous()
-    with _on(dy.device):
-        return lora_bwd(lead, shared, needs, dy, x if x is None else _addressable(x), weight, lora_A, lora_B, y,
-                        Made(room, bits, z, x8), Fp8(*fp8), scaling, p, kinds)  # fmt: skip
+    if _is_current(dy.device):
+        return lora_bwd(shared, needs, dy, saved, scaling, p, kinds)
+    with torch.cuda.device(dy.device):
+        return lora_bwd(shared, needs, dy, saved, scaling, p, kinds)
 
 
 def _to_save(
@@ -148,8 +160,8 @@ def _to_save(
     return (
         x if (needs.a and not save_x8) or again else None,
         weight if (needs.x and fp8 is None) or again else None,
-        lora_A.contiguous() if needs.x and not shared.cast else None,
-        lora_B.contiguous() if (need_ds or again) and not shared.cast else None,
+        lora_A if needs.x and not shared.cast else None,
+        lora_B if (need_ds or again) and not shared.cast else None,
         y if again else None,
         made.room if room else None,
         made.bits if need_ds else None,
@@ -177,17 +189,16 @@ class _LoRALinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, magnitude, call: _Call, late):
+    def forward(ctx, x, weight, lora_A, lora_B, bias, magnitude, call, late):
+        shared, save_x8, rest = call
+        scaling, _, p, *_, fp8 = rest
         needs = _needs(ctx)  # the gradient of the magnitude reads y or z
-        y, made, shared = _forward(x, weight, lora_A, lora_B, bias, magnitude, call, None if needs.m else late)
-        saved = _to_save(x, weight, lora_A, lora_B, y, made, shared, call.fp8, needs, call.save_x8)
-        number = None
-        if isinstance(call.scaling, torch.Tensor):
-            saved += (call.scaling,)
-        else:
-            number = call.scaling
+        y, made = _forward(shared, x, weight, lora_A, lora_B, bias, magnitude, *rest, None if needs.m else late)
+        saved = _to_save(x, weight, lora_A, lora_B, y, made, shared, fp8, needs, save_x8)
+        if isinstance(scaling, torch.Tensor):
+            saved, scaling = (*saved, scaling), None
         ctx.save_for_backward(*saved)
-        ctx.rest = number, call.p, shared, (_dtype(bias), _dtype(magnitude))
+        ctx.rest = scaling, p, shared, (_dtype(bias), _dtype(magnitude))
         return y
 
     @staticmethod
@@ -196,9 +207,9 @@ class _LoRALinear(torch.autograd.Function):
         return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward_of(ctx, dy)
 
 
-def _saved(ctx) -> tuple[MaybeTensor, ...]:
+def _backward_of(ctx, dy):
     try:
-        return ctx.saved_tensors
+        saved = ctx.saved_tensors
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
@@ -207,10 +218,6 @@ def _saved(ctx) -> tuple[MaybeTensor, ...]:
             "argument of dora_linear, an attribute of DoRALinear and of patched PEFT layers) it keeps a tensor of its "
             "own, and the output may be changed in place."
         ) from error
-
-
-def _backward_of(ctx, dy):
-    saved = _saved(ctx)
     scaling, p, shared, kinds = ctx.rest
     if scaling is None:
         *saved, scaling = saved
@@ -233,15 +240,18 @@ def _lora_linear_op(
     save_x8: bool, row_scale: MaybeTensor = None, columns: MaybeTensor = None, col_scale: MaybeTensor = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     fp8 = None if row_scale is None else Fp8(row_scale, columns, col_scale)
-    call = _Call(scaling, seed, p, round_norm, keep_z, save_x8, fp8)
-    y, made, _ = _forward(x, weight, lora_A, lora_B, bias, magnitude, call)
+    lora_A, lora_B, bias, magnitude = map(_contiguous, (lora_A, lora_B, bias, magnitude))  # type: ignore[assignment]
+    tensors = x, weight, lora_A, lora_B, bias, magnitude
+    key = "lora_linear", fp8 is None, *map(sig, tensors)
+    shared = plan_for(key, _shared_of, x, weight, lora_A, lora_B, magnitude, fp8 is not None, x.dtype)
+    y, made = _forward(shared, *tensors, scaling, seed, p, round_norm, keep_z, fp8)
     assert made.room is not None
     return y, made.room, _some(made.bits, y), _some(made.z, y), _some(made.x8 if save_x8 else None, y)
 
 
-def _shared_of(x, weight, lora_A, lora_B, magnitude, fp8: bool) -> Shared:
+def _shared_of(x, weight, lora_A, lora_B, magnitude, fp8: bool, kind: torch.dtype) -> Shared:
     (n, k), r = weight.shape, lora_A.shape[0]
-    return Shared(x.numel() // k, k, n, r, (x.dtype, lora_A.dtype, lora_B.dtype), magnitude is not None, fp8)
+    return Shared(x.shape[:-1], k, n, r, (kind, lora_A.dtype, lora_B.dtype), magnitude is not None, fp8)
 
 
 @_lora_linear_op.register_fake
@@ -252,7 +262,7 @@ def _(
     n, k = weight.shape
     m = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
-    room = _shared_of(x, weight, lora_A, lora_B, magnitude, row_scale is not None).bytes
+    room = _shared_of(x, weight, lora_A, lora_B, magnitude, row_scale is not None, x.dtype).bytes
     bits = x.new_empty(0) if seed is None else x.new_empty(m, -(-k // 32), dtype=torch.int32)
     z = torch.empty_like(y) if keep_z else x.new_empty(0)
     x8 = x.new_empty(m, k, dtype=weight.dtype) if save_x8 else x.new_empty(0)
@@ -267,9 +277,8 @@ def _lora_linear_bwd_op(
     a_dtype: torch.dtype, b_dtype: torch.dtype, bias_dtype: torch.dtype, m_dtype: torch.dtype,
 ) -> list[torch.Tensor]:  # fmt: skip
     k, r = shape
-    m, n = dy.shape[:-1].numel(), dy.shape[-1]
-    problem = m, k, n, r, (dy.dtype, a_dtype, b_dtype), dora, fp8
-    shared = plan_for(("shared", dy.device, *problem), Shared, *problem)
+    problem = dy.shape[:-1], k, dy.shape[-1], r, (dy.dtype, a_dtype, b_dtype), dora, fp8
+    shared = plan_for(("lora_linear_bwd", dy.device, *problem), Shared, *problem)
     saved = x, weight, lora_A, lora_B, y, room, bits, z, x8, row_scale, columns, col_scale
     return [_some(g, dy) for g in _backward(dy, shared, Needs(*needs), saved, scaling, p, (bias_dtype, m_dtype))]
 
@@ -291,7 +300,7 @@ def _setup_context(ctx, inputs, output):
     y, room, bits, z, x8 = output
     ctx.needs = _needs(ctx)
     fp8 = None if base[0] is None else Fp8(*base)
-    shared = _shared_of(x, weight, lora_A, lora_B, magnitude, fp8 is not None)
+    shared = _shared_of(x, weight, lora_A, lora_B, magnitude, fp8 is not None, x.dtype)
     made = Made(room, bits if ctx.p > 0 else None, z if keep_z else None, x8)
     saved = _to_save(x, weight, lora_A, lora_B, y, made, shared, fp8, ctx.needs, save_x8)
     ctx.save_for_backward(*saved, scaling)

@@ -15,8 +15,8 @@ if not TRITON:
 
 from fused import fused, masked, seed_drawn
 
-from lora_fast import ops  # noqa: F401 (registers the operator)
-from lora_fast.functional import lora_linear
+from lora_fast import functional, ops
+from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.kernels import down, launch, lora
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -75,7 +75,7 @@ def test_mutant_that_drops_the_lora_term_fails(device, dtype, monkeypatch):
         return plan
 
     monkeypatch.setattr(lora, "gemm_plan", mutant)
-    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(functional, "_known", {})
     with pytest.raises(AssertionError, match="y: .*dx: "):
         check(fused(), [inputs])
 
@@ -112,7 +112,7 @@ def test_rows_of_a_wider_tensor_are_read_where_they_lie(device, monkeypatch):
     seen, fwd, bwd = [], ops.lora_fwd, ops.lora_bwd
     monkeypatch.setattr(ops, "lora_fwd", lambda *args: seen.append(args[1].data_ptr()) or fwd(*args))
     monkeypatch.setattr(
-        ops, "lora_bwd", lambda *args: seen.extend([args[3].data_ptr(), args[4].data_ptr()]) or bwd(*args)
+        ops, "lora_bwd", lambda *args: seen.extend([args[2].data_ptr(), args[3][0].data_ptr()]) or bwd(*args)
     )
     x = torch.cat([given.x, given.x], 1).view(2, 12, 128)[..., 64:].requires_grad_()
     dy = torch.cat([given.dy, given.dy], 1).view(2, 12, 96)[..., 48:]
@@ -132,15 +132,16 @@ def test_adapters_are_cast_with_the_first_pass_or_ahead_of_it(device, first, mon
     for module in (down, lora):
         monkeypatch.setattr(module, "casts_first", lambda m, r, dtype: first)
     monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(functional, "_known", {})
     inputs = draw(33, 64, 45, 19, HALF, device, bias=False, adapter=FLOAT)
     check(fused(0.3), [masked(inputs, 0.3)])
     s, a, b = down.down_cast_fwd(inputs.x, inputs.lora_A, inputs.lora_B, 1.0)
     assert torch.equal(a, inputs.lora_A.half()) and torch.equal(b[:, :19], inputs.lora_B.half()) and not b[:, 19:].any()
     torch.testing.assert_close(s[:, :19], inputs.x @ a.T, rtol=2e-3, atol=2e-3)
-    made = [key[0] for key in launch._plans]
-    assert ("cast" in made) == first and sum(key == "lora_fwd" for key in made) == 1
-    (forward,) = (plan for key, plan in launch._plans.items() if key[0] == "lora_fwd")
-    assert len(forward.program.plans) == 3 + first
+    assert ("cast" in [key[0] for key in launch._plans]) == first
+    (call,) = functional._known.values()
+    (forward,) = call.shared.forwards.values()
+    assert len(forward.plans) == 3 + first
 
 
 def test_two_runs_give_the_same_bits(device):
@@ -252,7 +253,9 @@ def test_a_checkpoint_makes_no_product_that_the_backward_does_not_read(device, m
 
     def layer(x):
         torch.manual_seed(3)
-        return ops.lora_linear(x, given.weight, given.lora_A, given.lora_B, 2.0, None, 0.3, m)
+        if m is None:
+            return lora_linear(x, given.weight, given.lora_A, given.lora_B, 2.0, None, 0.3, backend="triton")
+        return dora_linear(x, given.weight, given.lora_A, given.lora_B, m, 2.0, None, 0.3, backend="triton")
 
     def step(forward):
         ran.clear()
