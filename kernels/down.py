@@ -30,7 +30,7 @@ from lora_fast.kernels.launch import Block, Plan, as_scaling, plan_for, scaling_
 from lora_fast.kernels.tiles import casts_first, down_tile, tma_fits
 
 CAST_BLOCK = 4096
-CAST_STEPS = 4
+CAST_STEPS = 4  # in the launch that makes S, whose own programs come first
 
 
 @triton.jit
@@ -141,15 +141,15 @@ def _cast_kernel(a_ptr, b_ptr, a_cast_ptr, b_cast_ptr, K, N, R, RS, CAST_BLOCK: 
     _cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, tl.program_id(0), K, N, R, RS, CAST_BLOCK, CAST_STEPS)
 
 
-def _cast_blocks(k: int, n: int, r: int) -> int:
-    return sum(triton.cdiv(size, CAST_BLOCK * CAST_STEPS) for size in (r * k, n * padded_rank(r)))
+def _cast_blocks(k: int, n: int, r: int, steps: int) -> int:
+    return sum(triton.cdiv(size, CAST_BLOCK * steps) for size in (r * k, n * padded_rank(r)))
 
 
 def cast_plan(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Plan:
     """The launch that casts contiguous a and b for products with x, called with (a, b, a_cast, b_cast)."""
     (r, k), n = a.shape, b.shape[0]
-    constants = {"CAST_BLOCK": CAST_BLOCK, "CAST_STEPS": CAST_STEPS}
-    return Plan(_cast_kernel, (_cast_blocks(k, n, r),), constants, {"num_warps": 4}, x, (k, n, r, padded_rank(r)))
+    constants = {"CAST_BLOCK": CAST_BLOCK, "CAST_STEPS": 1}
+    return Plan(_cast_kernel, (_cast_blocks(k, n, r, 1),), constants, {"num_warps": 4}, x, (k, n, r, padded_rank(r)))
 
 
 def down_plan(x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, masked: bool,
@@ -162,7 +162,7 @@ def down_plan(x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, m
     blocks, n = triton.cdiv(m, tile["BLOCK_M"]), 0
     if b is not None:
         n = b.shape[0]
-        blocks += _cast_blocks(k, n, r)
+        blocks += _cast_blocks(k, n, r, CAST_STEPS)
     if quantised:
         blocks *= 1 + tile["BLOCK_M"] // tile["QUANT_ROWS"]
     constants = {**tile, "ONE": k <= tile["QUANT_K"], "GAIN": with_gain,
@@ -237,7 +237,7 @@ def down_cast_fwd(
     zeros to [N, padded_rank(R)]. x has rows."""
     s, scaling = x.new_empty(x.shape[0], padded_rank(a.shape[0])), as_scaling(scaling)
     a_cast, b_cast = cast_space(x, a, b)
-    if casts_first(len(x), len(a), x.dtype):
+    if casts_first(len(x), len(a), x.dtype, bits is not None):
         plan_for(("cast", sig(x), sig(a), sig(b)), cast_plan, x, a, b)(a, b, a_cast, b_cast)
         return down_fwd(x, a_cast, scaling, bits, keep_scale), a_cast, b_cast
     key = ("down", sig(x), sig(a), sig(b), bits is None, scaling_kind(scaling), precision(x.dtype, x.shape[1]))

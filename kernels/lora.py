@@ -2,115 +2,25 @@
 which.
 
 Everything that can be decided once per problem (shapes, strides, dtypes) is kept under one key for a whole forward and
-one for a whole backward, and what is small lies in one piece of memory: for small problems the host's time is the
-layer's time.
+one for a whole backward: for small problems the host's time is the layer's time.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 
 from lora_fast.kernels.common import FP8, padded_rank, precision, wide
-from lora_fast.kernels.down import cast_plan, cast_space, cast_wanted, down_plan
+from lora_fast.kernels.down import cast_plan, cast_space, down_plan
 from lora_fast.kernels.gemm import gemm_plan
 from lora_fast.kernels.grad import column_plan, dy_plan, needs_dz
 from lora_fast.kernels.launch import Bound, Program, Steps, View, as_scaling, places, scaling_kind
+from lora_fast.kernels.layout import Fp8, Made, MaybeTensor, Needs, Saved, Shared, rounded
 from lora_fast.kernels.mask import keep_count, keep_scale, mask_plan, mask_space, seed_kind
 from lora_fast.kernels.norm import norm_plan
 from lora_fast.kernels.parts import Dora
 from lora_fast.kernels.tiles import casts_first
-
-MaybeTensor = torch.Tensor | None
-
-
-class Fp8(NamedTuple):
-    """What an fp8 base has beside ``weight``, W's rows in e4m3 [N, K]: row i of W is row_scale[i] * weight[i]; and W
-    once more by its columns, column k of W being col_scale[k] * columns[k]. Scales are float32. A backward has of them
-    what it reads."""
-
-    row_scale: MaybeTensor  # [N]
-    columns: MaybeTensor  # [K, N]
-    col_scale: MaybeTensor  # [K]
-
-
-class Made(NamedTuple):
-    """What a forward leaves for the backward."""
-
-    room: MaybeTensor  # bytes, see ``Shared``
-    bits: MaybeTensor = None  # of the dropout mask
-    z: MaybeTensor = None  # [..., N], the output before gain and bias, if wanted
-    x8: MaybeTensor = None  # over an fp8 base: x in e4m3 [M, K]
-
-
-class Saved(NamedTuple):
-    """What a backward reads, each None where it does not."""
-
-    x: MaybeTensor  # [..., K]
-    weight: MaybeTensor
-    a: MaybeTensor
-    b: MaybeTensor
-    y: MaybeTensor
-    room: MaybeTensor  # from here on as in ``Made``
-    bits: MaybeTensor
-    z: MaybeTensor
-    x8: MaybeTensor
-    row_scale: MaybeTensor  # from here on as in ``Fp8``
-    columns: MaybeTensor
-    col_scale: MaybeTensor
-
-
-class Needs(NamedTuple):
-    """Whose gradients a backward makes."""
-
-    x: bool
-    a: bool
-    b: bool
-    bias: bool
-    m: bool
-
-
-def _aligned(size: int) -> int:
-    return -(-size // 128) * 128
-
-
-class Shared:
-    """What a forward and its backward both know of a problem, and where in the ``room`` that the forward leaves the
-    small things lie: a [R, K] and b [N, padded R] in x's dtype where the products cannot read the adapters themselves,
-    DoRA's norm n and gain g [N], the scales of the rows of an e4m3 x [M], and S [M, padded R]. It serves calls whose
-    tensors agree in dtype, shape, strides and device, and keeps the programs that were made for them."""
-
-    def __init__(self, lead: torch.Size, k: int, n: int, r: int, kinds: tuple[torch.dtype, torch.dtype, torch.dtype],
-                 dora: bool, fp8: bool) -> None:  # fmt: skip
-        self.x_shape, self.y_shape, self.m, self.k, self.n, self.r = (*lead, k), (*lead, n), math.prod(lead), k, n, r
-        self.kinds, self.dora, self.fp8, m = kinds, dora, fp8, self.m
-        self.kind, self.cast, ranks = kinds[0], cast_wanted(kinds, r), padded_rank(r)  # kinds: of x, lora_A and lora_B
-        self.wide = self.kind.itemsize > 2
-        gains = torch.float64 if self.kind == torch.float64 else torch.float32
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "a": ((r, k) if self.cast else (0,), self.kind), "b": ((n, ranks) if self.cast else (0,), self.kind),
-            "norm": ((n if dora else 0,), gains), "gain": ((n if dora else 0,), gains),
-            "x_scale": ((m if fp8 else 0,), torch.float32),
-            "s": ((m, ranks), self.kind),
-        }  # fmt: skip
-        self.bytes, self.parts = 0, {}
-        for name, (shape, kind) in shapes.items():
-            size = math.prod(shape) * kind.itemsize
-            self.parts[name] = self.bytes, size, kind, shape
-            self.bytes += _aligned(size)
-        self.forwards: dict[tuple, Program] = {}
-        self.backwards: dict[tuple, Program] = {}
-
-    def view(self, room: int, name: str) -> View:
-        """A part of the room, which is a program's argument with this number."""
-        return View(room, *self.parts[name][:3])
-
-    def part(self, made: Made, name: str) -> torch.Tensor:
-        """A part of the room as a tensor: where things are decided once per problem."""
-        return self.view(0, name).of(made).view(self.parts[name][3])
 
 
 def _names(names: str) -> SimpleNamespace:
@@ -138,7 +48,7 @@ def _forward(aligned: bool, shared: Shared, x, weight, a, b, scaling, bias, seed
     if shared.cast:
         a_at, b_at, also = shared.view(at.room, "a"), shared.view(at.room, "b"), b
         cast = cast_space(x, a, b)
-        if casts_first(len(rows), len(a), x.dtype):
+        if casts_first(len(rows), len(a), x.dtype, seed is not None):
             steps.append((cast_plan(rows, a, b), (at.a, at.b, a_at, b_at)))
             (read, _), read_at, also = cast, a_at, None
         a, b = cast
@@ -247,7 +157,7 @@ def _backward(aligned: bool, shared: Shared, needs: Needs, dy, saved, scaling, d
     def new(numbers: int, kind: torch.dtype) -> View:
         nonlocal own
         view = View(at.own, own, numbers * kind.itemsize, kind)
-        own += _aligned(view.size)
+        own += rounded(view.size)
         return view
 
     ds = new(shared.m * padded_rank(r), shared.kind) if need_ds else None

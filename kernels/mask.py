@@ -19,14 +19,30 @@ from lora_fast.kernels.launch import Plan, plan_for, sig
 
 @triton.jit
 def _digit(acc, word, count, D: tl.constexpr):
-    return tl.where((count >> D) & 1 == 1, word | acc, word & acc)
+    ones = (0 - ((count >> D) & 1)).to(tl.uint32)  # all of them where the digit is 1
+    return (word & acc) | ((word | acc) & ones)  # one instruction
+
+
+@triton.jit
+def _philox(seed, c0, c1, c2, c3, ROUNDS: tl.constexpr):
+    """The words of ``tl.philox``, from products of 64 bits: one instruction gives both halves."""
+    key = seed.to(tl.uint64)
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        first = c0.to(tl.uint64) * 0xD2511F53
+        second = c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (second >> 32).to(tl.uint32) ^ c1 ^ k0, second.to(tl.uint32)
+        c2, c3 = (first >> 32).to(tl.uint32) ^ c3 ^ k1, first.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit
 def _four_digits(acc, seed, index, call, count, D: tl.constexpr):
     """Take in digits D to D + 3 with one call of Philox."""
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0 + call, low * 0, 7)
+    w0, w1, w2, w3 = _philox(seed, low, high, low * 0 + call, low * 0, 7)
     acc = _digit(acc, w0, count, D)
     acc = _digit(acc, w1, count, D + 1)
     acc = _digit(acc, w2, count, D + 2)

@@ -69,6 +69,8 @@ def down_tile(
     if quantised:  # little shared memory, which all programs of the launch pay for
         block_k, stages = min(block_k, 128), min(stages, 3)
         quant_k = min(triton.next_power_of_2(k), 16384)
+        if masked and warps < 4:  # enough for S, too few for what quantises
+            block_m, warps = 64, 4
         quant_rows = min(block_m, 32 if with_gain or quant_k > 8192 else 16)
         quant_step = min(max(1, 8192 // quant_k), quant_rows)
         if with_gain and quant_k > 8192:  # a row and its gains in registers
@@ -78,10 +80,10 @@ def down_tile(
     return tile, {"num_warps": warps, "num_stages": stages}
 
 
-def casts_first(m: int, r: int, dtype: torch.dtype) -> bool:
-    """Whether adapters are cast by a launch of their own, ahead of S = x A^T: many ranks in the wrong dtype hold that
-    up for longer than the launch takes."""
-    return m > 2048 and r > 32 and dtype.itemsize <= 2
+def casts_first(m: int, r: int, dtype: torch.dtype, masked: bool) -> bool:
+    """Whether adapters are cast by a launch of their own, ahead of S = drop(x) A^T: many ranks in the wrong dtype, or
+    few beside a mask, hold that up for longer than the launch takes."""
+    return m > 2048 and (r > 32 or masked) and dtype.itemsize <= 2
 
 
 def norm_tile(n: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device) -> tuple[dict, dict]:

@@ -11,9 +11,8 @@ from torch.autograd.function import once_differentiable
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.kernels.launch import plan_for, sig
-from lora_fast.kernels.lora import Fp8, Made, Needs, Shared, lora_bwd, lora_fwd
-
-MaybeTensor = torch.Tensor | None
+from lora_fast.kernels.layout import Fp8, Made, MaybeTensor, Needs, Shared
+from lora_fast.kernels.lora import lora_bwd, lora_fwd
 
 
 class Fused:
@@ -135,8 +134,8 @@ def _forward(
 
 
 def _backward(dy, shared: Shared, needs: Needs, saved, scaling, p, kinds) -> tuple[MaybeTensor, ...]:
-    """(dx, dA, dB, dbias, dm), each None where ``needs`` does not ask for it, from what ``_to_save`` gave; ``kinds``
-    are the dtypes of bias and magnitude."""
+    """(dx, dA, dB, dbias, dm), each None where ``needs`` does not ask for it. ``saved``: the fields of ``Saved``;
+    ``kinds``: the dtypes of bias and magnitude."""
     if (x := saved[0]) is not None and x.dim() != 2:
         saved = _addressable(x), *saved[1:]
     dy = _addressable(dy)
@@ -151,8 +150,7 @@ def _backward(dy, shared: Shared, needs: Needs, saved, scaling, p, kinds) -> tup
 def _to_save(
     x, weight, lora_A, lora_B, y, made: Made, shared: Shared, fp8: Fp8 | None, needs: Needs, save_x8: bool
 ) -> tuple[MaybeTensor, ...]:
-    """What the backward will read, and nothing else (but in the room, where all is small): x, weight and the adapters,
-    y, what the forward made, an fp8 base."""
+    """What the backward will read, and nothing else (but in the room, where all is small): the fields of ``Saved``."""
     again = needs.m and made.z is None  # dm from y, which may have to make z again
     need_ds = needs.x or needs.a
     room = needs.b or needs.m or (need_ds and (shared.cast or shared.dora)) or (needs.a and save_x8)
