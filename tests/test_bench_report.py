@@ -80,8 +80,8 @@ def test_plot(tmp_path):
     path = tmp_path / "bench_lora_h100.csv"
     common.write_csv(path, bench_lora.COLUMNS, fake_rows())
     rows = plot.read(path)
-    assert set(plot.extra(rows, "peft", 0.0, "median_us")) == set(plot.SHOWN)
-    assert plot.extra(rows, "lora_fast_lora", 0.1, "median_us")[plot.SHOWN[0]] == pytest.approx(12)
+    assert set(plot.extra(rows, "peft", 0.0, "ratio_to_frozen")) == set(plot.SHOWN)
+    assert plot.extra(rows, "lora_fast_lora", 0.1, "ratio_to_frozen")[plot.SHOWN[0]] == pytest.approx(12)
     figure = plot.draw(rows)
     heights = [bar.get_height() for bar in figure.axes[0].containers[-1]]
     assert heights == pytest.approx([10] * len(plot.SHOWN))
