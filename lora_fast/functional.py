@@ -56,18 +56,22 @@ def lora_linear(
             not if it is a tensor), a weight that requires grad, save_x neither "x" nor "fp8".
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
-    facts, call = _recall(x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, backend, save_x)
+    facts, known = _recall(x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, backend, save_x)
     p = dropout_p if training else 0.0
-    if call is not None:
-        return call(x, weight, lora_A, lora_B, scaling, bias, p)
-    dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-    _check_save_x(save_x)
+    if callable(known):
+        return known(x, weight, lora_A, lora_B, scaling, bias, p)
+    dtype = known
+    if dtype is None:
+        dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+        _check_save_x(save_x)
     if dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight)) == "triton":
         from lora_fast import ops  # needs Triton
 
-        call = ops.Fused(x, weight, lora_A, lora_B, bias, save_x=save_x)
-        _know(facts, call)
-        return call(x, weight, lora_A, lora_B, scaling, bias, p)
+        fused = ops.Fused(x, weight, lora_A, lora_B, bias, save_x=save_x)
+        _know(facts, fused)
+        return fused(x, weight, lora_A, lora_B, scaling, bias, p)
+    if known is None:
+        _know(facts, dtype)
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
     return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
@@ -114,26 +118,30 @@ def dora_linear(
         TypeError, ValueError, RuntimeError: as :func:`lora_linear`; a magnitude of another shape, dtype or device;
             ``save`` neither "auto" nor "z".
     """
-    facts, call = _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, backend, detach_norm, save,
-                          round_norm, save_x)  # fmt: skip
+    # An int would be found under the bool that it equals.
+    facts, known = _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, backend, detach_norm,
+                           type(detach_norm), save, round_norm, type(round_norm), save_x)  # fmt: skip
     p = dropout_p if training else 0.0
-    if call is not None:
-        return call(x, weight, lora_A, lora_B, scaling, bias, p, magnitude)
-    dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-    _check_magnitude(magnitude, weight)
-    for name, flag in (("detach_norm", detach_norm), ("round_norm", round_norm)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: got {flag!r}, expected True or False")
-    if save not in ("auto", "z"):
-        raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
-    _check_save_x(save_x)
-    fused = dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight)) == "triton"
-    if fused and detach_norm:
+    if callable(known):
+        return known(x, weight, lora_A, lora_B, scaling, bias, p, magnitude)
+    dtype = known
+    if dtype is None:
+        dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+        _check_magnitude(magnitude, weight)
+        for name, flag in (("detach_norm", detach_norm), ("round_norm", round_norm)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: got {flag!r}, expected True or False")
+        if save not in ("auto", "z"):
+            raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
+        _check_save_x(save_x)
+    if dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight)) == "triton" and detach_norm:
         from lora_fast import ops  # needs Triton
 
-        call = ops.Fused(x, weight, lora_A, lora_B, bias, magnitude, save, round_norm, save_x)
-        _know(facts, call)
-        return call(x, weight, lora_A, lora_B, scaling, bias, p, magnitude)
+        fused = ops.Fused(x, weight, lora_A, lora_B, bias, magnitude, save, round_norm, save_x)
+        _know(facts, fused)
+        return fused(x, weight, lora_A, lora_B, scaling, bias, p, magnitude)
+    if known is None:
+        _know(facts, dtype)
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
     return reference.dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, p, True, detach_norm,
@@ -193,8 +201,8 @@ def _check_save_x(save_x) -> None:
         raise ValueError(f'save_x: got {save_x!r}, expected "x" or "fp8"')
 
 
-# Calls that passed the checks and that the kernels take, by their facts.
-_known: dict[tuple, Callable[..., torch.Tensor]] = {}
+# Calls that passed the checks, by their facts: what the kernels take them with, else the dtype of their products.
+_known: dict[tuple, Callable[..., torch.Tensor] | torch.dtype] = {}
 
 
 def _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, *asked) -> tuple[tuple | None, Any]:
@@ -230,11 +238,11 @@ def _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, *ask
         return None, None
 
 
-def _know(facts: tuple | None, call: Callable[..., torch.Tensor]) -> None:
+def _know(facts: tuple | None, found: Callable[..., torch.Tensor] | torch.dtype) -> None:
     if facts is not None:
         if len(_known) >= 4096:  # batch sizes that never repeat
             _known.clear()
-        _known[facts] = call
+        _known[facts] = found
 
 
 def check_tensors(tensors: dict) -> None:

@@ -68,11 +68,7 @@ class Fused:
         late: list[Callable[[], None]] = []
         y = _LoRALinear.apply(*tensors, (self.shared, self.save_x8, rest), late)
         for launch in late:
-            if _is_current(x.device):
-                launch()
-            else:
-                with torch.cuda.device(x.device):
-                    launch()
+            _at(x.device, launch)
         return y
 
 
@@ -109,6 +105,14 @@ def _on(device: torch.device):
     return nullcontext() if _is_current(device) else torch.cuda.device(device)
 
 
+def _at(device: torch.device, fn: Callable, *args):
+    """fn(*args) with that device as the current one: what ``with _on(device)`` does, for the host in less time."""
+    if _is_current(device):
+        return fn(*args)
+    with torch.cuda.device(device):
+        return fn(*args)
+
+
 def _addressable(t: torch.Tensor) -> torch.Tensor:
     """t [..., C], contiguous or as the matrix of its rows, which is a copy only where it must be."""
     return t if t.dim() == 2 or t.is_contiguous() else t.reshape(-1, t.shape[-1])
@@ -120,14 +124,10 @@ def _forward(
 ) -> tuple[torch.Tensor, Made]:  # fmt: skip
     """y [..., N], and what was made on the way to it. The launch of the product that fills y comes last, by the caller
     if there is a list that takes it."""
-    if not _is_current(x.device):
-        with torch.cuda.device(x.device):
-            return _forward(shared, x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, round_norm, keep_z,
-                            fp8, late)  # fmt: skip
-    y, made, launch = lora_fwd(shared, _addressable(x), weight, lora_A, lora_B, scaling, bias, seed, p, magnitude,
-                               round_norm, keep_z, fp8)  # fmt: skip
+    y, made, launch = _at(x.device, lora_fwd, shared, _addressable(x), weight, lora_A, lora_B, scaling, bias, seed, p,
+                          magnitude, round_norm, keep_z, fp8)  # fmt: skip
     if late is None:
-        launch()
+        _at(x.device, launch)
     else:
         late.append(launch)
     return y, made
@@ -141,10 +141,7 @@ def _backward(dy, shared: Shared, needs: Needs, saved, scaling, p, kinds) -> tup
     dy = _addressable(dy)
     if not dy.is_contiguous() and (dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]):
         dy = dy.contiguous()
-    if _is_current(dy.device):
-        return lora_bwd(shared, needs, dy, saved, scaling, p, kinds)
-    with torch.cuda.device(dy.device):
-        return lora_bwd(shared, needs, dy, saved, scaling, p, kinds)
+    return _at(dy.device, lora_bwd, shared, needs, dy, saved, scaling, p, kinds)
 
 
 def _to_save(

@@ -298,6 +298,7 @@ BAD = [
     (ValueError, "magnitude", torch.ones(5, device="meta")),
     (ValueError, "save", "y"),
     (TypeError, "detach_norm", 1),
+    (TypeError, "round_norm", 0),
     (ValueError, "scaling", math.nan),
     (TypeError, "weight", None),
     (ValueError, "weight", torch.ones(5)),
@@ -307,14 +308,20 @@ BAD = [
 
 
 @pytest.mark.parametrize("wrong, name, value", BAD)
-def test_bad_input_names_the_argument(wrong, name, value):
-    good = {"weight": torch.ones(5, 6), "lora_A": torch.ones(2, 6), "lora_B": torch.ones(5, 2), "scaling": 1.0}
-    for fn, more in ((dora_norm, {}), (dora_linear, {"x": torch.ones(4, 6), "magnitude": torch.ones(5)})):
-        if name in ("save", "detach_norm", "magnitude") and fn is dora_norm:
+def test_bad_input_names_the_argument(wrong, name, value, path):
+    """Also after a call that was right, and equal to the wrong one."""
+    backend, device = path
+    weights = {"weight": torch.ones(5, 6), "lora_A": torch.ones(2, 6), "lora_B": torch.ones(5, 2)}
+    good = {key: t.to(device) for key, t in weights.items()} | {"scaling": 1.0}
+    dora = {"x": torch.ones(4, 6, device=device), "magnitude": torch.ones(5, device=device)}
+    if isinstance(value, torch.Tensor) and not value.is_meta:
+        value = value.to(device)
+    for fn, more in ((dora_norm, {}), (dora_linear, dora)):
+        if name in ("save", "detach_norm", "round_norm", "magnitude") and fn is dora_norm:
             continue
-        fn(**good, **more, backend="reference")
+        fn(**good, **more, backend=backend)
         with pytest.raises(wrong, match=rf"^{name}: got .*expected"):
-            fn(**{**good, **more, "backend": "reference", name: value})
+            fn(**{**good, **more, "backend": backend, name: value})
 
 
 def test_norm_kernel(device):
