@@ -6,7 +6,6 @@ one for a whole backward: for small problems the host's time is the layer's time
 """
 
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -71,9 +70,11 @@ def lora_fwd(
     shared: Shared, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
     scaling: float | torch.Tensor, bias: MaybeTensor, seed: torch.Tensor | int | None, p: float,
     magnitude: MaybeTensor = None, round_norm: bool = False, keep_z: bool = False, fp8: Fp8 | None = None,
-) -> tuple[torch.Tensor, Made, Callable[[], None]]:  # fmt: skip
-    """y [*lead, N] = x W^T + S b^T + bias, or g * (x W^T + S b^T) + bias if magnitude [N] is given; what it leaves for
-    the backward; and the launch of its last product, which fills y and z, for the caller to call on this device.
+    late: list | None = None,
+) -> tuple[torch.Tensor, Made]:  # fmt: skip
+    """y [*lead, N] = x W^T + S b^T + bias, or g * (x W^T + S b^T) + bias if magnitude [N] is given; and what it leaves
+    for the backward. A list ``late`` takes the program and the bound arguments of the last product, which fills y and
+    z, for the caller to run as ``program.run(bound, -1)``; there is none without rows.
 
     x [..., K], contiguous or the matrix of its rows, weight [N, K], both in one dtype; a [R, K], b [N, R], bias and
     magnitude [N] contiguous, in any; a seed (as ``mask_bits`` takes it) where elements are dropped with p.
@@ -81,7 +82,7 @@ def lora_fwd(
     quantised likewise for the product.
     """
     m, k = shared.m, shared.k
-    y = x.new_empty(*shared.y_shape)
+    y = x.new_empty(shared.y_shape)
     z = torch.empty_like(y) if keep_z else None
     bits = x8 = w_scale = None
     words, count, keep = 0, 0, 1.0
@@ -93,7 +94,7 @@ def lora_fwd(
     room = x.new_empty(shared.bytes, dtype=torch.uint8)
     made = Made(room, bits, z, x8)
     if m == 0:
-        return y, made, _nothing
+        return y, made
     scaling = as_scaling(scaling)
     given = x, weight, a, b, bias, magnitude, y, room, bits, z, x8, w_scale, seed, count, m * words, scaling, keep
     key = (
@@ -104,12 +105,12 @@ def lora_fwd(
     if program is None or (bound := program.bind(*given)) is None:
         program, bound = _bound(shared.forwards, key, given, _forward, shared, x, weight, a, b, scaling, bias, seed,
                                 magnitude, round_norm, y, z, x8)  # fmt: skip
-    program.run(bound, 0, -1)
-    return y, made, partial(program.run, bound, -1)
-
-
-def _nothing() -> None:
-    pass
+    if late is None:
+        program.run(bound)
+    else:
+        program.run(bound, 0, -1)
+        late += program, bound
+    return y, made
 
 
 def _bound(programs: dict[tuple, Program], key: tuple, given: tuple, make: Callable, *args) -> tuple[Program, Bound]:
@@ -205,7 +206,7 @@ def lora_bwd(
     sums.
     """
     m, n, r = shared.m, shared.n, shared.r
-    dx = dy.new_empty(*shared.x_shape) if needs.x else None
+    dx = dy.new_empty(shared.x_shape) if needs.x else None
     grad_a = dy.new_empty(r, shared.k, dtype=shared.kinds[1]) if needs.a else None
     grad_b = dy.new_empty(n, r, dtype=shared.kinds[2]) if needs.b else None
     grad_bias = dy.new_empty(n, dtype=kinds[0]) if needs.bias else None

@@ -120,13 +120,18 @@ def grad_tile(
     in registers for DoRA's dm: as many as warps lie along the rows, so that a thread adds up its own. Scaled: Z in
     e4m3. Also how many programs a processor shall have."""
     block_r, fill, newer = rank_block(r, 128 if dtype.itemsize <= 2 else 64), 1.0, arch(device) >= 100
+    narrow, dm_rows = n <= 1024 and m > 2048, 8  # narrow: many programs share a column
     if not tma or is_small(device) or dtype.itemsize > 2:
         block_n, block_m, warps, stages = 64, 64 if dtype.itemsize <= 2 else 32, 8 if dora else 4, 3
         fill = 512 / block_m
     elif dora and fused:
-        block_n, block_m, warps, stages = 256, 64, 8, 3
+        block_n, block_m, warps, stages = 256, 64, 8, 4
+        if narrow:
+            block_n, warps, dm_rows, fill = 128, 4, 4, 2.0
     elif dora:
         block_n, block_m, warps, stages, fill = 64, 128, 4, 3, 1.5
+    elif fused and narrow and block_r == 16:
+        block_n, block_m, warps, stages = 128, 128, 4, 3
     elif fused and block_r in (16, 64) and m > 2048:
         block_n, block_m, warps, stages = (512, 64, 4, 3) if block_r == 16 else (512, 64, 8, 2)
         if block_r == 64 and newer:
@@ -143,7 +148,7 @@ def grad_tile(
         block_n, block_m, warps, stages = 64, 128, 4, 4
     else:
         block_n, block_m, warps, stages = 128, 64, 8 if newer else 4, 4
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "DM_ROWS": 8}
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "DM_ROWS": dm_rows}
     return tile, {"num_warps": warps, "num_stages": stages}, fill
 
 

@@ -222,15 +222,15 @@ def _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, *ask
         if isinstance(weight, Fp8Weight):
             base, acts_as = weight.rows, (type(weight), weight.acts_as, weight.requires_grad)
         facts = (
-            x.dtype, x.shape, x.stride(), device, acts_as,
+            x.dtype, x.shape, x.stride(), device, x.requires_grad, acts_as,
             base.dtype, base.shape, base.stride(), base.device, base.requires_grad,
-            lora_A.dtype, lora_A.shape, lora_A.is_contiguous(), lora_A.device,
-            lora_B.dtype, lora_B.shape, lora_B.is_contiguous(), lora_B.device,
-            None if bias is None else (bias.dtype, bias.shape, bias.is_contiguous(), bias.device),
+            lora_A.dtype, lora_A.shape, lora_A.is_contiguous(), lora_A.device, lora_A.requires_grad,
+            lora_B.dtype, lora_B.shape, lora_B.is_contiguous(), lora_B.device, lora_B.requires_grad,
+            None if bias is None else (bias.dtype, bias.shape, bias.is_contiguous(), bias.device, bias.requires_grad),
             None if magnitude is None else
-            (magnitude.dtype, magnitude.shape, magnitude.is_contiguous(), magnitude.device),
-            None if number else (scaling.dtype, scaling.shape, scaling.device),
-            dispatch.autocast_dtype(device) if not x.is_cuda or torch.is_autocast_enabled("cuda") else None,
+            (magnitude.dtype, magnitude.shape, magnitude.is_contiguous(), magnitude.device, magnitude.requires_grad),
+            None if number else (scaling.dtype, scaling.shape, scaling.device), torch.is_grad_enabled(),
+            dispatch.autocast_dtype(device) if torch._C._is_any_autocast_enabled() else None,
             dispatch.get_backend(), *asked,
         )  # fmt: skip
         return facts, _known.get(facts)

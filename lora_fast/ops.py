@@ -1,6 +1,5 @@
 """The fused kernels as one differentiable operator: an autograd Function in eager, a custom op under torch.compile."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -17,8 +16,9 @@ from lora_fast.kernels.lora import lora_bwd, lora_fwd
 
 class Fused:
     """The fused form of ``reference.lora_linear`` (with a magnitude of ``reference.dora_linear``) for calls, checked
-    before, whose tensors agree in dtype, shape, strides and device, and which ask for the same under one state of
-    autocast: what follows from that is decided once. For a small layer the host's time is the layer's time."""
+    before, whose tensors agree in dtype, shape, strides, device and in whether they ask for a gradient, and which ask
+    for the same under one state of autocast: what follows from that is decided once. For a small layer the host's time
+    is the layer's time."""
 
     def __init__(
         self, x, weight, lora_A, lora_B, bias, magnitude=None, save: str = "auto", round_norm: bool = False,
@@ -29,47 +29,58 @@ class Fused:
         self.kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
         self.casts = self.kind != x.dtype or self.kind != weight.dtype
         self.contiguous = all(t is None or t.is_contiguous() for t in (lora_A, lora_B, bias, magnitude))
+        self.as_given = not (self.fp8 or self.casts) and self.contiguous
+        self.addressable = x.dim() == 2 or x.is_contiguous()
         self.round_norm, self.save_x8 = round_norm and not self.fp8, self.fp8 and save_x == "fp8"
+        train = torch.is_grad_enabled()
+        self.needs = Needs(*(t is not None and train and t.requires_grad for t in (x, lora_A, lora_B, bias, magnitude)))
+        self.records = any(self.needs)
         # z is kept where y cannot stand for it: y lacks what the bias drowns, and z again takes all that A and B keep.
-        self.keeps_y = save == "auto" and bias is None and not self.save_x8
+        keeps_y = save == "auto" and bias is None and not self.save_x8 and self.needs.a and self.needs.b
+        self.keep_z = self.needs.m and not keeps_y
+        self.kinds = _dtype(bias), _dtype(magnitude)
+        self.elsewhere = x.device if x.device.type == "cuda" and torch.cuda.device_count() > 1 else None
         self.shared: Any = None
         if not self.compiling:
             self.shared = _shared_of(x, weight, lora_A, lora_B, magnitude, self.fp8, self.kind)
 
     def __call__(self, x, weight, lora_A, lora_B, scaling, bias, p: float, magnitude=None) -> torch.Tensor:
         """y; p = 0 means no dropout."""
+        if self.elsewhere is not None and self.elsewhere.index != torch.cuda.current_device():
+            with torch.cuda.device(self.elsewhere):
+                return self(x, weight, lora_A, lora_B, scaling, bias, p, magnitude)
         fp8 = None
-        if self.fp8:
-            weight, fp8 = weight.rows, Fp8(weight.row_scale, weight.columns, weight.col_scale)
-        if self.casts:
-            x, weight = x.to(self.kind), weight if fp8 is not None else weight.to(self.kind)
-        if not self.contiguous:
-            lora_A, lora_B, bias, magnitude = map(_contiguous, (lora_A, lora_B, bias, magnitude))
+        if not self.as_given:
+            if self.fp8:
+                weight, fp8 = weight.rows, Fp8(weight.row_scale, weight.columns, weight.col_scale)
+            if self.casts:
+                x, weight = x.to(self.kind), weight if fp8 is not None else weight.to(self.kind)
+            if not self.contiguous:
+                lora_A, lora_B, bias, magnitude = map(_contiguous, (lora_A, lora_B, bias, magnitude))
         seed = draw_seed(x.device) if p > 0 else None
-        train, keep_z = torch.is_grad_enabled(), False
-        if magnitude is not None and train and magnitude.requires_grad:
-            keep_z = not (self.keeps_y and lora_A.requires_grad and lora_B.requires_grad)
         if self.compiling:
             if not isinstance(scaling, torch.Tensor):
                 scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
             return torch.ops.lora_fast.lora_linear(
-                x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, self.round_norm, keep_z, self.save_x8,
-                *(fp8 or ()),
+                x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, self.round_norm, self.keep_z,
+                self.save_x8, *(fp8 or ()),
             )[0]  # fmt: skip
-        tensors, rest = (x, weight, lora_A, lora_B, bias, magnitude), (scaling, seed, p, self.round_norm, keep_z, fp8)
-        if not train or not (
-            x.requires_grad
-            or lora_A.requires_grad
-            or lora_B.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or (magnitude is not None and magnitude.requires_grad)
-        ):
-            return _forward(self.shared, *tensors, *rest)[0]
-        late: list[Callable[[], None]] = []
-        y = _LoRALinear.apply(*tensors, (self.shared, self.save_x8, rest), late)
-        for launch in late:
-            _at(x.device, launch)
+        call = self, scaling, seed, p, fp8
+        if not self.records:
+            return self.forward(x, weight, lora_A, lora_B, bias, magnitude, call, None)[0]
+        late: list = []
+        apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply
+        y = apply(x, weight, lora_A, lora_B, bias, magnitude, call, late)
+        if late:
+            program, bound = late
+            program.run(bound, -1)
         return y
+
+    def forward(self, x, weight, lora_A, lora_B, bias, magnitude, call, late: list | None) -> tuple[torch.Tensor, Made]:
+        """y and what was made on the way to it; ``late`` as in ``lora_fwd``."""
+        _, scaling, seed, p, fp8 = call
+        return lora_fwd(self.shared, x if self.addressable else _addressable(x), weight, lora_A, lora_B, scaling, bias,
+                        seed, p, magnitude, self.round_norm, self.keep_z, fp8, late)  # fmt: skip
 
 
 def _contiguous(t: MaybeTensor) -> MaybeTensor:
@@ -97,20 +108,10 @@ def _one_gpu() -> bool:
     return torch.cuda.device_count() <= 1
 
 
-def _is_current(device: torch.device) -> bool:
-    return _one_gpu() or device.type != "cuda" or device.index == torch.cuda.current_device()
-
-
 def _on(device: torch.device):
-    return nullcontext() if _is_current(device) else torch.cuda.device(device)
-
-
-def _at(device: torch.device, fn: Callable, *args):
-    """fn(*args) with that device as the current one: what ``with _on(device)`` does, for the host in less time."""
-    if _is_current(device):
-        return fn(*args)
-    with torch.cuda.device(device):
-        return fn(*args)
+    if _one_gpu() or device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _addressable(t: torch.Tensor) -> torch.Tensor:
@@ -118,30 +119,16 @@ def _addressable(t: torch.Tensor) -> torch.Tensor:
     return t if t.dim() == 2 or t.is_contiguous() else t.reshape(-1, t.shape[-1])
 
 
-def _forward(
-    shared: Shared, x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, round_norm, keep_z, fp8,
-    late: list[Callable[[], None]] | None = None,
-) -> tuple[torch.Tensor, Made]:  # fmt: skip
-    """y [..., N], and what was made on the way to it. The launch of the product that fills y comes last, by the caller
-    if there is a list that takes it."""
-    y, made, launch = _at(x.device, lora_fwd, shared, _addressable(x), weight, lora_A, lora_B, scaling, bias, seed, p,
-                          magnitude, round_norm, keep_z, fp8)  # fmt: skip
-    if late is None:
-        _at(x.device, launch)
-    else:
-        late.append(launch)
-    return y, made
-
-
 def _backward(dy, shared: Shared, needs: Needs, saved, scaling, p, kinds) -> tuple[MaybeTensor, ...]:
     """(dx, dA, dB, dbias, dm), each None where ``needs`` does not ask for it. ``saved``: the fields of ``Saved``;
-    ``kinds``: the dtypes of bias and magnitude."""
+    ``kinds``: the dtypes of bias and magnitude. On the current device: autograd makes it dy's."""
     if (x := saved[0]) is not None and x.dim() != 2:
         saved = _addressable(x), *saved[1:]
-    dy = _addressable(dy)
-    if not dy.is_contiguous() and (dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]):
-        dy = dy.contiguous()
-    return _at(dy.device, lora_bwd, shared, needs, dy, saved, scaling, p, kinds)
+    if not dy.is_contiguous():
+        dy = _addressable(dy)
+        if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
+            dy = dy.contiguous()
+    return lora_bwd(shared, needs, dy, saved, scaling, p, kinds)
 
 
 def _to_save(
@@ -172,11 +159,6 @@ def _dtype(t: MaybeTensor) -> torch.dtype | None:
     return None if t is None else t.dtype
 
 
-def _needs(ctx) -> Needs:
-    need_x, _, *rest = ctx.needs_input_grad[:6]
-    return Needs(need_x, *rest)
-
-
 class _LoRALinear(torch.autograd.Function):
     """Where the product makes nothing that the backward reads, its launch goes to the list ``late``, for when ``apply``
     has saved what it does read. A checkpoint's second forward (not reentrant) ends when the last tensor is saved: it
@@ -185,21 +167,24 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, bias, magnitude, call, late):
-        shared, save_x8, rest = call
-        scaling, _, p, *_, fp8 = rest
-        needs = _needs(ctx)  # the gradient of the magnitude reads y or z
-        y, made = _forward(shared, x, weight, lora_A, lora_B, bias, magnitude, *rest, None if needs.m else late)
-        saved = _to_save(x, weight, lora_A, lora_B, y, made, shared, fp8, needs, save_x8)
+        fused, scaling, _, p, fp8 = call
+        needs = fused.needs  # the gradient of the magnitude reads y or z
+        y, made = fused.forward(x, weight, lora_A, lora_B, bias, magnitude, call, None if needs.m else late)
+        saved = _to_save(x, weight, lora_A, lora_B, y, made, fused.shared, fp8, needs, fused.save_x8)
         if isinstance(scaling, torch.Tensor):
             saved, scaling = (*saved, scaling), None
         ctx.save_for_backward(*saved)
-        ctx.rest = scaling, p, shared, (_dtype(bias), _dtype(magnitude))
+        ctx.rest = fused, scaling, p
         return y
 
     @staticmethod
     def backward(ctx, dy):
         # once_differentiable takes its time even where nobody will differentiate again.
         return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward_of(ctx, dy)
+
+
+# What Function.apply comes to where no transform of functorch is at work, and in less time.
+_apply = super(torch.autograd.Function, _LoRALinear).apply
 
 
 def _backward_of(ctx, dy):
@@ -213,10 +198,10 @@ def _backward_of(ctx, dy):
             "argument of dora_linear, an attribute of DoRALinear and of patched PEFT layers) it keeps a tensor of its "
             "own, and the output may be changed in place."
         ) from error
-    scaling, p, shared, kinds = ctx.rest
+    fused, scaling, p = ctx.rest
     if scaling is None:
         *saved, scaling = saved
-    dx, *grads = _backward(dy, shared, _needs(ctx), saved, scaling, p, kinds)
+    dx, *grads = _backward(dy, fused.shared, fused.needs, saved, scaling, p, fused.kinds)
     return dx, None, *grads, None, None
 
 
@@ -239,7 +224,9 @@ def _lora_linear_op(
     tensors = x, weight, lora_A, lora_B, bias, magnitude
     key = "lora_linear", fp8 is None, *map(sig, tensors)
     shared = plan_for(key, _shared_of, x, weight, lora_A, lora_B, magnitude, fp8 is not None, x.dtype)
-    y, made = _forward(shared, *tensors, scaling, seed, p, round_norm, keep_z, fp8)
+    with _on(x.device):
+        y, made = lora_fwd(shared, _addressable(x), weight, lora_A, lora_B, scaling, bias, seed, p, magnitude,
+                           round_norm, keep_z, fp8)  # fmt: skip
     assert made.room is not None
     return y, made.room, _some(made.bits, y), _some(made.z, y), _some(made.x8 if save_x8 else None, y)
 
@@ -275,7 +262,9 @@ def _lora_linear_bwd_op(
     problem = dy.shape[:-1], k, dy.shape[-1], r, (dy.dtype, a_dtype, b_dtype), dora, fp8
     shared = plan_for(("lora_linear_bwd", dy.device, *problem), Shared, *problem)
     saved = x, weight, lora_A, lora_B, y, room, bits, z, x8, row_scale, columns, col_scale
-    return [_some(g, dy) for g in _backward(dy, shared, Needs(*needs), saved, scaling, p, (bias_dtype, m_dtype))]
+    with _on(dy.device):
+        grads = _backward(dy, shared, Needs(*needs), saved, scaling, p, (bias_dtype, m_dtype))
+    return [_some(g, dy) for g in grads]
 
 
 @_lora_linear_bwd_op.register_fake
@@ -293,7 +282,7 @@ def _(
 def _setup_context(ctx, inputs, output):
     x, weight, lora_A, lora_B, bias, magnitude, scaling, _, ctx.p, _, keep_z, save_x8, *base = inputs
     y, room, bits, z, x8 = output
-    ctx.needs = _needs(ctx)
+    ctx.needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
     fp8 = None if base[0] is None else Fp8(*base)
     shared = _shared_of(x, weight, lora_A, lora_B, magnitude, fp8 is not None, x.dtype)
     made = Made(room, bits if ctx.p > 0 else None, z if keep_z else None, x8)

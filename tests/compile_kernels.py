@@ -151,6 +151,7 @@ PROBLEMS = [
     (4096, 4096, 4096, 16, torch.bfloat16, 0.1, torch.float32, True),
     (4096, 4096, 4096, 64, torch.float16, 0.1, torch.float16, False),
     (4096, 4096, 4096, 256, torch.bfloat16, 0.1, torch.float32, True),
+    (4096, 4096, 1024, 16, torch.bfloat16, 0.0, torch.bfloat16, False),
     (1024, 1003, 1001, 16, torch.bfloat16, 0.1, torch.float32, False),
     (4096, 4099, 4097, 16, torch.bfloat16, 0.1, torch.float32, False),
     (4096, 4096, 4096, 16, torch.float32, 0.1, torch.float32, False),
