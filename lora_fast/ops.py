@@ -39,9 +39,10 @@ class Fused:
         keeps_y = save == "auto" and bias is None and not self.save_x8 and self.needs.a and self.needs.b
         self.keep_z = self.needs.m and not keeps_y
         self.kinds = _dtype(bias), _dtype(magnitude)
-        self.elsewhere = x.device if x.device.type == "cuda" and torch.cuda.device_count() > 1 else None
         self.shared: Any = None
+        self.elsewhere = None  # the tensors' device, where there are others
         if not self.compiling:
+            self.elsewhere = None if _one_gpu() or x.device.type != "cuda" else x.device
             self.shared = _shared_of(x, weight, lora_A, lora_B, magnitude, self.fp8, self.kind)
 
     def __call__(self, x, weight, lora_A, lora_B, scaling, bias, p: float, magnitude=None) -> torch.Tensor:
