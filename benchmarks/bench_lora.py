@@ -2,9 +2,9 @@
 
 Run from the repository root, on a machine with an NVIDIA GPU: python -m benchmarks.bench_lora
 
-All candidates of a shape and rank hold equal values (adapters are not zero: zeros draw less power) and run in random
-order each round, those with dropout and those without together, beside one frozen layer: candidates that are bound by
-memory let the chip cool, and frozen runs faster in their company. fwd records for a backward, as in training; a step
+All candidates of a shape and rank hold equal values (adapters are not zero: zeros draw less power). Those of one shape
+run in random order each round, all ranks, with dropout and without, beside one frozen layer: candidates that are bound
+by memory let the chip cool, and frozen runs faster in their company. fwd records for a backward, as in training; a step
 of fwd+bwd drops the gradients, then runs y = layer(x) and y.backward(dy). No bias, no autocast.
 
 frozen          nn.Linear whose weight asks for no gradient; frozen_again is the same once more, to show the noise
@@ -61,12 +61,12 @@ class Case(NamedTuple):
     p: float
 
     def is_main(self) -> bool:
-        """The points that the targets speak of get all rounds, the others a third."""
+        """Most targets speak of these points."""
         return self.r == 16 and self.dtype == "bf16"
 
 
 def all_cases(ranks: tuple[int, ...]) -> list[Case]:
-    cases = [Case("bf16", *shape, r, p) for r in ranks for shape in common.SHAPES for p in common.PS]
+    cases = [Case("bf16", *shape, r, p) for shape in common.SHAPES for r in ranks for p in common.PS]
     return cases + [Case(dtype, *common.SHAPES[0], 16, p) for dtype in ("fp16", "fp32") for p in common.PS]
 
 
@@ -140,30 +140,31 @@ def peft_layer(ours: LoRALinear) -> nn.Module:
 
 
 def measured(built: dict[Case, dict[str, Candidate]], rounds: int, graph: bool, about: common.Row) -> list[common.Row]:
-    """A row for each case, candidate and each of fwd and fwd+bwd, from cases that differ in p alone; under CUDA graphs
-    peak_mib stays empty. The frozen layer of the first case serves them all."""
+    """A row for each case, candidate and each of fwd and fwd+bwd, from cases that differ in r and p alone; under CUDA
+    graphs peak_mib stays empty. The frozen layer of the first case serves them all."""
     first = next(iter(built))
     calls = {
-        (what, impl, case.p): call
+        (what, impl, case.r, case.p): call
         for case, candidates in built.items()
         for impl, candidate in candidates.items()
         if case is first or impl not in FROZEN
         for what, call in candidate.calls().items()
     }
-    peaks: dict[tuple[str, str, float], Any] = {key: "" for key in calls}
+    peaks: dict[tuple[str, str, int, float], Any] = {key: "" for key in calls}
     if graph:
         torch.cuda.synchronize()
         calls = {key: timing.graphed(call) for key, call in calls.items()}
     else:
         peaks = {key: round(timing.peak_mib(call), 2) for key, call in calls.items()}
-    name = "{} {} {}".format
+    name = "{} {} {} {}".format
     times = timing.measure({name(*key): call for key, call in calls.items()}, rounds)
     rows = []
     for case, candidates in built.items():
         for what, impl in ((what, impl) for impl in candidates for what in ("fwd", "fwd+bwd")):
-            key = what, impl, first.p if impl in FROZEN else case.p
+            of = first if impl in FROZEN else case
+            key = what, impl, of.r, of.p
             median, p20, p80 = timing.summary(times[name(*key)])
-            ratio = median / timing.summary(times[name(what, "frozen", first.p)])[0]
+            ratio = median / timing.summary(times[name(what, "frozen", first.r, first.p)])[0]
             rows.append({**about, **case._asdict(), "what": what, "impl": impl, "median_us": round(median, 2),
                          "p20_us": round(p20, 2), "p80_us": round(p80, 2), "ratio_to_frozen": round(ratio, 4),
                          "peak_mib": peaks[key]})  # fmt: skip
@@ -196,7 +197,7 @@ def parse(argv: list[str] | None, suite: Suite) -> tuple[argparse.Namespace, lis
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rounds", type=positive, default=24,
-                        help="at r=16 in bf16 (default 24); a third of it, but 3 at least, elsewhere")  # fmt: skip
+                        help="in bf16 (default 24); a third of it, but 3 at least, in fp16 and fp32")  # fmt: skip
     parser.add_argument("--only", type=only, action="append", default=[], metavar="KEY=VALUE[,VALUE]",
                         help="a part only, for instance --only r=16 --only p=0; KEY is one of "
                         f"{', '.join(KINDS)}; frozen always runs")  # fmt: skip
@@ -231,17 +232,17 @@ def run(argv: list[str] | None, suite: Suite) -> int:
     rows: list[common.Row] = []
     graph_rows: list[common.Row] = []
     save = functools.partial(common.write_csv, columns=COLUMNS)
-    groups = [list(group) for _, group in itertools.groupby(cases, lambda case: case._replace(p=0))]
+    groups = [list(group) for _, group in itertools.groupby(cases, lambda case: case._replace(r=0, p=0))]
     for group in common.progress(groups, suite.name):
-        main = group[0].is_main()
-        rounds = args.rounds if main and not args.quick else fewer
+        rounds = args.rounds if group[0].dtype == "bf16" and not args.quick else fewer
         built = {case: suite.build(case, impls, "cuda") for case in group}
         rows += measured(built, rounds, False, about)
         save(
             args.out / f"{suite.name}_{card}.csv", rows=rows
         )  # after each group, so that a run cut short leaves its part
+        main = {case: candidates for case, candidates in built.items() if case.is_main()}
         if main and group[0].M == 1024:
-            graph_rows += measured(built, rounds, True, about)
+            graph_rows += measured(main, rounds, True, about)
             save(args.out / f"{suite.name}_graph_{card}.csv", rows=graph_rows)
         del built
         torch.compiler.reset()

@@ -190,10 +190,11 @@ def test_card():
 @pytest.mark.parametrize("graph", [False, True])
 def test_rows_of_a_case(graph, monkeypatch):
     """The timing harness replaced: ratios are to frozen of the same kind, columns are complete."""
-    cases = [bench_lora.Case("bf16", 4, 8, 8, 2, p) for p in (0, 0.1)]
+    cases = [bench_lora.Case("bf16", 4, 8, 8, r, p) for r, p in ((2, 0), (2, 0.1), (3, 0))]
     built = {case: bench_lora.build(case, ("frozen", "eager"), "cpu") for case in cases}
-    fake = {"fwd frozen 0": [1.0, 2.0, 3.0], "fwd eager 0": [4.0], "fwd eager 0.1": [5.0],
-            "fwd+bwd frozen 0": [5.0], "fwd+bwd eager 0": [6.0], "fwd+bwd eager 0.1": [7.0]}  # fmt: skip
+    fake = {"fwd frozen 2 0": [1.0, 2.0, 3.0], "fwd eager 2 0": [4.0], "fwd eager 2 0.1": [5.0], "fwd eager 3 0": [6.0],
+            "fwd+bwd frozen 2 0": [5.0], "fwd+bwd eager 2 0": [6.0], "fwd+bwd eager 2 0.1": [7.0],
+            "fwd+bwd eager 3 0": [8.0]}  # fmt: skip
 
     def measure(calls, rounds):
         assert calls.keys() == fake.keys()
@@ -206,7 +207,11 @@ def test_rows_of_a_case(graph, monkeypatch):
     about = {"gpu": "g", "torch": "t", "triton": "t", "commit": "c"}
     rows = bench_lora.measured(built, 3, graph, about)
     assert all(list(row) == bench_lora.COLUMNS for row in rows)
-    found = {(row["p"], row["what"], row["impl"]): (row["median_us"], row["ratio_to_frozen"]) for row in rows}
+    value = {(row["r"], row["p"], row["what"], row["impl"]): (row["median_us"], row["ratio_to_frozen"]) for row in rows}
+    found = {key[1:]: value[key] for key in value if key[0] == 2}
+    assert {key[1:]: value[key] for key in value if key[0] == 3} == {
+        (0, "fwd", "frozen"): (2, 1), (0, "fwd", "eager"): (6, 3),
+        (0, "fwd+bwd", "frozen"): (5, 1), (0, "fwd+bwd", "eager"): (8, 1.6)}  # fmt: skip
     assert found == {(0, "fwd", "frozen"): (2, 1), (0, "fwd", "eager"): (4, 2),
                      (0, "fwd+bwd", "frozen"): (5, 1), (0, "fwd+bwd", "eager"): (6, 1.2),
                      (0.1, "fwd", "frozen"): (2, 1), (0.1, "fwd", "eager"): (5, 2.5),
