@@ -28,6 +28,7 @@ import lora_fast
 QUESTION = "What does the try statement of Python do?"
 HELD_OUT = 8  # every so many topics one is for validation
 BLOCKS = 32  # of validation text
+TOKENS = 60  # of an answer
 HEADER = ("", "trained parameters", "perplexity before", "after", "saved and loaded", "seconds a step (median)")
 
 Blocks = list[dict[str, list[int]]]
@@ -111,7 +112,7 @@ def answer(model: Any, tokenizer: Any) -> str:
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     model.eval()
     with torch.no_grad():
-        tokens = model.generate(**inputs, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        tokens = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 

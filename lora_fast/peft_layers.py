@@ -10,7 +10,7 @@ from torch import nn
 from lora_fast import dispatch
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.functional import dora_linear, lora_linear
-from lora_fast.peft_rules import active, examine, is_dora, why_never_fused, why_not_this_call
+from lora_fast.peft_rules import active, examine, is_dora, parameter, why_never_fused, why_not_this_call
 
 
 class Scalings(dict):
@@ -120,20 +120,21 @@ class FastLinear(Linear):
 
     def _fused(self, x: torch.Tensor, parts: list[tuple]) -> torch.Tensor:
         """The forward with what :func:`examine` found to be plain."""
-        base, scalings = self.base_layer, self.scaling
+        base, scalings = self._modules["base_layer"], self._scalings
+        weight, bias = parameter(base, "weight"), parameter(base, "bias")
         name, a, b, dropout = parts[0]
         p = dropout.p if type(dropout) is nn.Dropout else 0.0
         scaling = scalings.of(name, x.device)
         if is_dora(self, name):
             return dora_linear(
-                x, base.weight, a, b, self.lora_magnitude_vector[name].weight, scaling, base.bias, p, dropout.training,
+                x, weight, a, b, self.lora_magnitude_vector[name].weight, scaling, bias, p, dropout.training,
                 save=self.save, round_norm=True, save_x=self.save_x,
             )  # fmt: skip
         if len(parts) > 1:  # the sum of the adapters is one adapter, stacked along r
             a = torch.cat([a for _, a, _, _ in parts])
             b = torch.cat([b * scalings.of(name, x.device) for name, _, b, _ in parts], 1)
             scaling = 1.0
-        return lora_linear(x, base.weight, a, b, scaling, base.bias, p, dropout.training, save_x=self.save_x)
+        return lora_linear(x, weight, a, b, scaling, bias, p, dropout.training, save_x=self.save_x)
 
     def merge(
         self,

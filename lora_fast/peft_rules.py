@@ -67,7 +67,7 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
         return f"the base layer is a {type(base).__name__}, not an nn.Linear itself"
     if hooked(base):
         return "the base layer has hooks or a replaced forward"
-    weight = base.weight
+    weight = parameter(base, "weight")
     if type(weight) not in (*PLAIN, Fp8Weight) and not gathered:
         return f"the base weight is a {type(weight).__name__}"
     if weight.dtype not in FLOATS:
@@ -81,9 +81,9 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             kind = type(up if type(down) is nn.Linear else down).__name__
             return f"lora_A or lora_B is a {kind}, not an nn.Linear itself"
-        if up.bias is not None or down.bias is not None:
+        if parameter(up, "bias") is not None or parameter(down, "bias") is not None:
             return "lora_bias=True"
-        a, b = down.weight, up.weight
+        a, b = parameter(down, "weight"), parameter(up, "weight")
         if not gathered and (type(a) not in PLAIN or type(b) not in PLAIN):
             return f"an adapter's weight is a {type(b if type(a) in PLAIN else a).__name__}"
         if hooked(down) or hooked(up) or hooked(dropout):
@@ -121,10 +121,16 @@ def why_not_this_call(layer: Any, x: torch.Tensor, args: tuple, kwargs: dict[str
             return f"forward was given more than x: {', '.join(kwargs) or 'positional arguments'}"
     if type(x) not in PLAIN:
         return f"the input is a {type(x).__name__}"
-    dtype = layer._modules["base_layer"].weight.dtype
+    dtype = parameter(layer._modules["base_layer"], "weight").dtype
     if x.dtype != dtype and dispatch.autocast_dtype(x.device) is None:
         return f"the input is {x.dtype} and the base weight {dtype}, without autocast"
     return None
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """``module.name``; by nn.Module's own attribute look-up, which takes its time, only if it is no parameter."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -34,6 +34,7 @@ def test_two_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lora_fast, "patch_peft", spy)
     monkeypatch.setattr(smollm2, "load", lambda n: (copy.deepcopy(base), tokenizer))
     monkeypatch.setattr(smollm2, "BLOCKS", 4)
+    monkeypatch.setattr(smollm2, "TOKENS", 8)
     found = {}
     for kind, more in ("lora", ["--fp8"]), ("dora", ["--dora"]):
         argv = f"--steps 2 --layers {layers} --length 32 --rank 4 --out".split()
