@@ -175,6 +175,15 @@ def test_second_derivatives_raise_a_clear_error(device):
         dx.sum().backward()
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_functorch_is_refused(transform):
+    given = draw(4, 16, 16, 4, FLOAT, "cpu", bias=False)
+    a = given.lora_A.requires_grad_()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        transform(lambda x: lora_linear(x, given.weight, a, given.lora_B, 2.0, backend="triton").sum())(given.x)
+
+
 def test_nothing_but_saved_tensors_is_kept(device):
     """What backward reads lies in saved tensors (which hooks may move), and only what it needs."""
     inputs = draw(40, 64, 48, 16, FLOAT, device, bias=False)
