@@ -120,7 +120,8 @@ class FastLinear(Linear):
 
     def _fused(self, x: torch.Tensor, parts: list[tuple]) -> torch.Tensor:
         """The forward with what :func:`examine` found to be plain."""
-        base, scalings = self._modules["base_layer"], self._scalings
+        base: Any = self._modules["base_layer"]
+        scalings = self._scalings
         weight, bias = parameter(base, "weight"), parameter(base, "bias")
         name, a, b, dropout = parts[0]
         p = dropout.p if type(dropout) is nn.Dropout else 0.0
