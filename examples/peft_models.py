@@ -205,6 +205,7 @@ def bloom(args: argparse.Namespace, seen: dict) -> None:
         torch.manual_seed(args.seed + RANK)  # dropout of its own
         ddp = DistributedDataParallel(model)
         losses = train(args, "BLOOM", ddp, sentences(), parts=16, dtype=torch.float16 if GPU else None)
+        del ddp  # the last to go would take the group along, which can hang: its thread may wait for the interpreter
         told(seen, "BLOOM", losses, model, "Return ")
         seen["alike"] = alike(model), dist.get_world_size()
     if RANK == 0:
