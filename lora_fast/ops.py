@@ -66,20 +66,20 @@ class Fused:
                 x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, self.round_norm, self.keep_z,
                 self.save_x8, *(fp8 or ()),
             )[0]  # fmt: skip
-        call = self, scaling, seed, p, fp8
         if not self.records:
-            return self.forward(x, weight, lora_A, lora_B, bias, magnitude, call, None)[0]
+            return self.forward(x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, fp8)[0]
         late: list = []
         apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply
-        y = apply(x, weight, lora_A, lora_B, bias, magnitude, call, late)
+        y = apply(x, weight, lora_A, lora_B, bias, magnitude, (self, scaling, seed, p, fp8), late)
         if late:
             program, bound = late
             program.run(bound, -1)
         return y
 
-    def forward(self, x, weight, lora_A, lora_B, bias, magnitude, call, late: list | None) -> tuple[torch.Tensor, Made]:
+    def forward(
+        self, x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, fp8, late: list | None = None
+    ) -> tuple[torch.Tensor, Made]:
         """y and what was made on the way to it; ``late`` as in ``lora_fwd``."""
-        _, scaling, seed, p, fp8 = call
         return lora_fwd(self.shared, x if self.addressable else _addressable(x), weight, lora_A, lora_B, scaling, bias,
                         seed, p, magnitude, self.round_norm, self.keep_z, fp8, late)  # fmt: skip
 
@@ -168,9 +168,10 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, bias, magnitude, call, late):
-        fused, scaling, _, p, fp8 = call
+        fused, scaling, seed, p, fp8 = call
         needs = fused.needs  # the gradient of the magnitude reads y or z
-        y, made = fused.forward(x, weight, lora_A, lora_B, bias, magnitude, call, None if needs.m else late)
+        y, made = fused.forward(x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, fp8,
+                                None if needs.m else late)  # fmt: skip
         saved = _to_save(x, weight, lora_A, lora_B, y, made, fused.shared, fp8, needs, fused.save_x8)
         if isinstance(scaling, torch.Tensor):
             saved, scaling = (*saved, scaling), None

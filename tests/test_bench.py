@@ -207,13 +207,11 @@ def test_rows_of_a_case(graph, monkeypatch):
     about = {"gpu": "g", "torch": "t", "triton": "t", "commit": "c"}
     rows = bench_lora.measured(built, 3, graph, about)
     assert all(list(row) == bench_lora.COLUMNS for row in rows)
-    value = {(row["r"], row["p"], row["what"], row["impl"]): (row["median_us"], row["ratio_to_frozen"]) for row in rows}
-    found = {key[1:]: value[key] for key in value if key[0] == 2}
-    assert {key[1:]: value[key] for key in value if key[0] == 3} == {
-        (0, "fwd", "frozen"): (2, 1), (0, "fwd", "eager"): (6, 3),
-        (0, "fwd+bwd", "frozen"): (5, 1), (0, "fwd+bwd", "eager"): (8, 1.6)}  # fmt: skip
-    assert found == {(0, "fwd", "frozen"): (2, 1), (0, "fwd", "eager"): (4, 2),
-                     (0, "fwd+bwd", "frozen"): (5, 1), (0, "fwd+bwd", "eager"): (6, 1.2),
-                     (0.1, "fwd", "frozen"): (2, 1), (0.1, "fwd", "eager"): (5, 2.5),
-                     (0.1, "fwd+bwd", "frozen"): (5, 1), (0.1, "fwd+bwd", "eager"): (7, 1.4)}  # fmt: skip
+    found = {(row["r"], row["p"], row["what"], row["impl"]): (row["median_us"], row["ratio_to_frozen"]) for row in rows}
+    assert found == {(2, 0, "fwd", "frozen"): (2, 1), (2, 0, "fwd", "eager"): (4, 2),
+                     (2, 0, "fwd+bwd", "frozen"): (5, 1), (2, 0, "fwd+bwd", "eager"): (6, 1.2),
+                     (2, 0.1, "fwd", "frozen"): (2, 1), (2, 0.1, "fwd", "eager"): (5, 2.5),
+                     (2, 0.1, "fwd+bwd", "frozen"): (5, 1), (2, 0.1, "fwd+bwd", "eager"): (7, 1.4),
+                     (3, 0, "fwd", "frozen"): (2, 1), (3, 0, "fwd", "eager"): (6, 3),
+                     (3, 0, "fwd+bwd", "frozen"): (5, 1), (3, 0, "fwd+bwd", "eager"): (8, 1.6)}  # fmt: skip
     assert {row["peak_mib"] for row in rows} == {"" if graph else 7.12}
