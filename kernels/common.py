@@ -7,6 +7,7 @@ import triton.language as tl
 TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 FP8 = torch.float8_e4m3fn
 FP8_MAX = tl.constexpr(448.0)  # the largest e4m3 number
+COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 FP8_LEAST = tl.constexpr(2.0**-60)  # rows whose largest element is smaller are scaled as if it were this
 
 
@@ -25,6 +26,16 @@ def scalar(s, POINTER: tl.constexpr):
     if POINTER:
         s = tl.load(s).to(tl.float32)
     return s
+
+
+@triton.jit
+def late(t):
+    """t, and no use of it before this: the compiler puts what first becomes of a loaded tile right behind the load, and
+    so waits there."""
+    if COMPILED:
+        PACK: tl.constexpr = 32 // t.dtype.primitive_bitwidth
+        t = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [t], t.dtype, is_pure=False, pack=PACK)
+    return t
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from lora_fast.kernels.common import (
     FP8,
     TL,
     acc_dtype,
+    late,
     load_tile,
     mask_words,
     mma,
@@ -38,20 +39,13 @@ from lora_fast.kernels.tiles import gemm_tile, n_programs, tma_fits
 
 @triton.jit
 def _tile_of(tile, grid_m, grid_n, GROUP_M: tl.constexpr):
-    """Walk GROUP_M row blocks at a time, so that neighbouring programs share tiles of X and W in the cache."""
+    """Where a tile lies (the last one for those past it). Walk GROUP_M row blocks at a time, so that neighbouring
+    programs share tiles of X and W in the cache."""
+    tile = tl.minimum(tile, grid_m * grid_n - 1)
     group = tile // (GROUP_M * grid_n)
     first = group * GROUP_M
     size = tl.minimum(grid_m - first, GROUP_M)
     return first + (tile % size), (tile % (GROUP_M * grid_n)) // size
-
-
-@triton.jit
-def _words_of(bits_ptr, tile, grid_m, grid_n, M, stride_bits, GROUP_M: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """The mask words of a tile (of the last one for tiles past it)."""
-    pid_m, pid_n = _tile_of(tl.minimum(tile, grid_m * grid_n - 1), grid_m, grid_n, GROUP_M)
-    rows = tl.minimum(pid_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
-    return mask_words(bits_ptr, rows, pid_n * BLOCK_N, stride_bits, BLOCK_N)
 
 
 @triton.jit
@@ -61,15 +55,10 @@ def _halves(tile):
 
 
 @triton.jit
-def _store(out, z, acc, row, col, M, N, x_scale, w_scale_ptr, gain_ptr, bias_ptr, DTYPE: tl.constexpr,
-           TMA: tl.constexpr, FP8: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
-           KEEP_Z: tl.constexpr):  # fmt: skip
-    """The epilogue: scales of an fp8 product; KEEP_Z also stores the tile as it is before gain and bias."""
+def _store(out, z, acc, row, col, M, N, gain_ptr, bias_ptr, DTYPE: tl.constexpr, TMA: tl.constexpr,
+           GAIN: tl.constexpr, BIAS: tl.constexpr, KEEP_Z: tl.constexpr):  # fmt: skip
+    """The epilogue; KEEP_Z also stores the tile as it is before gain and bias."""
     cols = col + tl.arange(0, acc.shape[1])
-    if FP8:
-        scale = tl.load(w_scale_ptr + cols, mask=cols < N, other=0.0)
-        acc *= x_scale.to(acc.dtype)[:, None]
-        acc *= scale.to(acc.dtype)[None, :]
     if KEEP_Z:
         store_tile(z, acc, row, col, M, N, DTYPE, TMA)
     if GAIN:
@@ -77,6 +66,19 @@ def _store(out, z, acc, row, col, M, N, x_scale, w_scale_ptr, gain_ptr, bias_ptr
     if BIAS:
         acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(acc.dtype)[None, :]
     store_tile(out, acc, row, col, M, N, DTYPE, TMA)
+
+
+@triton.jit
+def _part(ptr, first, end, SIZE: tl.constexpr):
+    """SIZE elements of a vector from ``first`` on, ones past its end."""
+    i = first + tl.arange(0, SIZE)
+    return tl.load(ptr + i, mask=i < end, other=1.0)
+
+
+@triton.jit
+def _words(bits_ptr, row, col, M, stride_bits, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+    """The mask words of a tile or a part of its columns."""
+    return mask_words(bits_ptr, tl.minimum(row + tl.arange(0, BLOCK_M), M - 1), col, stride_bits, WIDTH)
 
 
 @triton.jit
@@ -93,35 +95,27 @@ def _ranks(p_ptr, q_ptr, row, col, rank, M, N, R, stride_p, stride_qr, stride_qc
 
 @triton.jit
 def _store_masked(out, acc, p_ptr, q_ptr, bits_ptr, x_scale_ptr, w_scale_ptr, row, col, M, N, R, stride_p, stride_qr,
-                  stride_qc, stride_bits, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, Q_T: tl.constexpr,
-                  ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """The epilogue of an fp8 product under a mask: scales, and the low-rank product of these columns."""
+                  stride_qc, stride_bits, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, PIECES: tl.constexpr,
+                  Q_T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+                  TMA: tl.constexpr):  # fmt: skip
+    """A tile of an fp8 product under a mask, a part of its columns at a time: scales, and their low-rank product."""
     BLOCK_M: tl.constexpr = acc.shape[0]
-    WIDTH: tl.constexpr = acc.shape[1]
-    low = tl.zeros([BLOCK_M, WIDTH], dtype=ACC)
-    for step in tl.static_range(RANK_STEPS):  # at run time it would make ptxas serialise the base product
-        a, b = _ranks(p_ptr, q_ptr, row, col, step * BLOCK_R, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M, WIDTH,
-                      BLOCK_R, Q_T, TMA)  # fmt: skip
-        low = mma(a, b, low, PRECISION)
-    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, WIDTH)
-    words = mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, WIDTH)
-    low = tl.where(unpack_words(words), low, 0.0)
-    x_scale = tl.load(x_scale_ptr + rows, mask=rows < M, other=0.0).to(acc.dtype)
-    w_scale = tl.load(w_scale_ptr + cols, mask=cols < N, other=0.0).to(acc.dtype)
-    store_tile(out, acc * x_scale[:, None] * w_scale[None, :] + low, row, col, M, N, DTYPE, TMA)
-
-
-@triton.jit
-def _first_ranks(p_ptr, q_ptr, x_scale_ptr, w_scale_ptr, tile, grid_m, grid_n, M, N, R, stride_p, stride_qr, stride_qc,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-                 Q_T: tl.constexpr):  # fmt: skip
-    """What the low-rank product of a tile starts with: its first ranks of P and Q', and both scales."""
-    pid_m, pid_n = _tile_of(tl.minimum(tile, grid_m * grid_n - 1), grid_m, grid_n, GROUP_M)
-    row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
-    a, b = _ranks(p_ptr, q_ptr, row, col, 0, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
-    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-    return (a, b, tl.load(x_scale_ptr + rows, mask=rows < M, other=1.0),
-            tl.load(w_scale_ptr + cols, mask=cols < N, other=1.0))  # fmt: skip
+    WIDTH: tl.constexpr = acc.shape[1] // PIECES
+    left, right = _halves(acc)
+    for i in tl.static_range(PIECES):
+        piece = left if i < PIECES // 2 else right
+        if PIECES == 4:
+            first, second = _halves(piece)
+            piece = first if i % 2 == 0 else second
+        low = tl.zeros([BLOCK_M, WIDTH], dtype=ACC)
+        for step in tl.static_range(RANK_STEPS):  # at run time it would make ptxas serialise the base product
+            a, b = _ranks(p_ptr, q_ptr, row, col, step * BLOCK_R, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M,
+                          WIDTH, BLOCK_R, Q_T, TMA)  # fmt: skip
+            low = mma(a, b, low, PRECISION)
+        low = tl.where(unpack_words(_words(bits_ptr, row, col, M, stride_bits, BLOCK_M, WIDTH)), low, 0.0)
+        x_scale, w_scale = _part(x_scale_ptr, row, M, BLOCK_M).to(ACC), _part(w_scale_ptr, col, N, WIDTH).to(ACC)
+        store_tile(out, piece * x_scale[:, None] * w_scale[None, :] + low, row, col, M, N, DTYPE, TMA)
+        col += WIDTH
 
 
 @triton.jit
@@ -131,20 +125,18 @@ def _over(t, scale, AXIS: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _low_rank(a, b, x_scale, w_scale, p_ptr, q_ptr, tile, grid_m, grid_n, M, N, R,
-              stride_p, stride_qr, stride_qc, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, Q_T: tl.constexpr,
-              ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
-    """P Q' of a tile over its scales: where an fp8 product begins. a, b: what ``_first_ranks`` gave."""
+def _low_rank(a, b, x_scale, w_scale, p_ptr, q_ptr, row, col, M, N, R, stride_p, stride_qr, stride_qc,
+              BLOCK_R: tl.constexpr, Q_T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+              KIND: tl.constexpr):  # fmt: skip
+    """P Q' of a tile over its scales: where an fp8 product begins. a, b: the first ranks."""
     BLOCK_M: tl.constexpr = a.shape[0]
     BLOCK_N: tl.constexpr = b.shape[1]
     acc = mma(_over(a, x_scale, 1, KIND), _over(b, w_scale, 0, KIND), tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC),
               PRECISION)  # fmt: skip
     if R > BLOCK_R:
-        pid_m, pid_n = _tile_of(tl.minimum(tile, grid_m * grid_n - 1), grid_m, grid_n, GROUP_M)
-        row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
-        for rank in range(BLOCK_R, R, BLOCK_R):
-            a, b = _ranks(p_ptr, q_ptr, row, col, rank, M, N, R, stride_p, stride_qr, stride_qc,
-                          BLOCK_M, BLOCK_N, BLOCK_R, Q_T)  # fmt: skip
+        for rank in tl.range(BLOCK_R, R, BLOCK_R, num_stages=1):
+            a, b = _ranks(p_ptr, q_ptr, row, col, rank, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M, BLOCK_N,
+                          BLOCK_R, Q_T)  # fmt: skip
             acc = mma(_over(a, x_scale, 1, KIND), _over(b, w_scale, 0, KIND), acc, PRECISION)
     return acc
 
@@ -160,8 +152,8 @@ def _gemm_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
-    HALF: tl.constexpr = BLOCK_N // 2
     PIECES: tl.constexpr = 4 if BLOCK_N >= 128 else 2  # of a tile, that fit the registers beside a low-rank product
+    LOW_FIRST: tl.constexpr = FP8 and not MASK
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
     n_rank = 0 if FP8 else tl.cdiv(R, BLOCK_C) * BLOCK_C
@@ -171,19 +163,19 @@ def _gemm_kernel(
     c = end - BLOCK_C
     row = 0
     col = 0
+    pid_m, pid_n = _tile_of(tl.program_id(0), grid_m, grid_n, GROUP_M)
+    row_next = pid_m * BLOCK_M
+    col_next = pid_n * BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    words = 0
-    x_scale = 1.0
+    words, x_scale, w_scale = 0, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     if MASK and not FP8:
-        words = _words_of(bits_ptr, tl.program_id(0), grid_m, grid_n, M, stride_bits, GROUP_M, BLOCK_M, BLOCK_N)
-    if FP8 and not MASK:
-        p0, q0, next_x, next_w = _first_ranks(
-            p, q, x_scale_ptr, w_scale_ptr, tl.program_id(0), grid_m, grid_n, M, N, R, stride_p, stride_qr, stride_qc,
-            BLOCK_M, BLOCK_N, BLOCK_R, GROUP_M, Q_T,
-        )  # fmt: skip
-        x_scale = next_x
-        acc = _low_rank(p0, q0, next_x, next_w, p, q, tl.program_id(0), grid_m, grid_n, M, N, R,
-                        stride_p, stride_qr, stride_qc, BLOCK_R, GROUP_M, Q_T, ACC, PRECISION, KIND)  # fmt: skip
+        words = _words(bits_ptr, row_next, col_next, M, stride_bits, BLOCK_M, BLOCK_N)
+    if LOW_FIRST:
+        x_scale, w_scale = _part(x_scale_ptr, row_next, M, BLOCK_M), _part(w_scale_ptr, col_next, N, BLOCK_N)
+        p0, q0 = _ranks(p, q, row_next, col_next, 0, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M, BLOCK_N, BLOCK_R,
+                        Q_T)  # fmt: skip
+        acc = _low_rank(p0, q0, x_scale, w_scale, p, q, row_next, col_next, M, N, R, stride_p, stride_qr, stride_qc,
+                        BLOCK_R, Q_T, ACC, PRECISION, KIND)  # fmt: skip
     for _ in range(0, mine * (end // BLOCK_C)):
         c += BLOCK_C
         if c == end:
@@ -209,38 +201,34 @@ def _gemm_kernel(
         else:
             turn = c == end - BLOCK_C
         if turn:
+            pid_m, pid_n = _tile_of(tile + PROGRAMS, grid_m, grid_n, GROUP_M)
+            row_next = pid_m * BLOCK_M
+            col_next = pid_n * BLOCK_N
             if c == end - BLOCK_C:
-                left, right = _halves(acc)
+                if LOW_FIRST:  # comes in while this tile is stored
+                    x_next, w_next = _part(x_scale_ptr, row_next, M, BLOCK_M), _part(w_scale_ptr, col_next, N, BLOCK_N)
+                    p0, q0 = _ranks(p, q, row_next, col_next, 0, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M,
+                                    BLOCK_N, BLOCK_R, Q_T)  # fmt: skip
+                    acc *= x_scale.to(ACC)[:, None]
+                    acc *= late(w_scale).to(ACC)[None, :]
+                    x_scale, w_scale = x_next, w_next
                 if FP8 and MASK:
-                    for i in tl.static_range(PIECES):
-                        piece = left if i < PIECES // 2 else right
-                        if PIECES == 4:
-                            first, second = _halves(piece)
-                            piece = first if i % 2 == 0 else second
-                        _store_masked(out, piece, p, q, bits_ptr, x_scale_ptr, w_scale_ptr, row,
-                                      col + i * (BLOCK_N // PIECES), M, N, R, stride_p, stride_qr, stride_qc,
-                                      stride_bits, BLOCK_R, RANK_STEPS, Q_T, ACC, PRECISION, DTYPE, TMA)  # fmt: skip
+                    _store_masked(out, acc, p, q, bits_ptr, x_scale_ptr, w_scale_ptr, row, col, M, N, R, stride_p,
+                                  stride_qr, stride_qc, stride_bits, BLOCK_R, RANK_STEPS, PIECES, Q_T, ACC, PRECISION,
+                                  DTYPE, TMA)  # fmt: skip
                 else:
-                    if FP8:  # the next tile's, which come in while this one is stored
-                        p0, q0, next_x, next_w = _first_ranks(
-                            p, q, x_scale_ptr, w_scale_ptr, tile + PROGRAMS, grid_m, grid_n, M, N, R,
-                            stride_p, stride_qr, stride_qc, BLOCK_M, BLOCK_N, BLOCK_R, GROUP_M, Q_T,
-                        )  # fmt: skip
-                    _store(out, z, left, row, col, M, N, x_scale, w_scale_ptr, gain_ptr, bias_ptr,
-                           DTYPE, TMA, FP8, GAIN, BIAS, KEEP_Z)  # fmt: skip
-                    _store(out, z, right, row, col + HALF, M, N, x_scale, w_scale_ptr, gain_ptr, bias_ptr,
-                           DTYPE, TMA, FP8, GAIN, BIAS, KEEP_Z)  # fmt: skip
-                if FP8 and not MASK:
-                    x_scale = next_x
-                    acc = _low_rank(p0, q0, next_x, next_w, p, q, tile + PROGRAMS, grid_m, grid_n, M, N, R,
-                                    stride_p, stride_qr, stride_qc, BLOCK_R, GROUP_M, Q_T, ACC,
-                                    PRECISION, KIND)  # fmt: skip
+                    left, right = _halves(acc)
+                    _store(out, z, left, row, col, M, N, gain_ptr, bias_ptr, DTYPE, TMA, GAIN, BIAS, KEEP_Z)
+                    _store(out, z, right, row, col + BLOCK_N // 2, M, N, gain_ptr, bias_ptr, DTYPE, TMA, GAIN, BIAS,
+                           KEEP_Z)  # fmt: skip
+                if LOW_FIRST:
+                    acc = _low_rank(late(p0), late(q0), late(x_scale), late(w_scale), p, q, row_next, col_next, M, N, R,
+                                    stride_p, stride_qr, stride_qc, BLOCK_R, Q_T, ACC, PRECISION, KIND)  # fmt: skip
                 else:
                     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
             elif MASK and not FP8:
                 acc = tl.where(unpack_words(words), acc, 0.0)
-                words = _words_of(bits_ptr, tile + PROGRAMS, grid_m, grid_n, M, stride_bits,
-                                  GROUP_M, BLOCK_M, BLOCK_N)  # the next tile's  # fmt: skip
+                words = _words(bits_ptr, row_next, col_next, M, stride_bits, BLOCK_M, BLOCK_N)
 
 
 def gemm_plan(
