@@ -36,13 +36,11 @@ _F = _names("x weight a b bias magnitude y room bits z x8 w_scale seed count wor
 
 def _forward(aligned: bool, shared: Shared, x, weight, a, b, scaling, bias, seed, magnitude, round_norm, y, z,
              x8) -> Program:  # fmt: skip
-    at, rows, quantised = _F, _rows(x), x8 is not None
+    at, rows, fp8 = _F, _rows(x), shared.fp8
     steps: Steps = []
     if seed is not None:
         steps.append((mask_plan(seed, mask_space(rows)), (at.seed, at.bits, at.count, at.words)))
-    s, x_scale, w_scale = shared.view(at.room, "s"), None, None
-    if quantised:
-        x_scale, w_scale = shared.view(at.room, "x_scale"), at.w_scale
+    s, x_scale = shared.view(at.room, "s"), None if x8 is None else shared.view(at.room, "x_scale")
     a_at, b_at, read, read_at, also = at.a, at.b, a, at.a, None
     if shared.cast:
         a_at, b_at, also = shared.view(at.room, "a"), shared.view(at.room, "b"), b
@@ -51,18 +49,20 @@ def _forward(aligned: bool, shared: Shared, x, weight, a, b, scaling, bias, seed
             steps.append((cast_plan(rows, a, b), (at.a, at.b, a_at, b_at)))
             (read, _), read_at, also = cast, a_at, None
         a, b = cast
-    down = down_plan(rows, read, scaling, seed is not None, also, quantised)
+    down = down_plan(rows, read, scaling, seed is not None, also, x8 is not None)
     steps.append((down, (at.x, read_at, s, at.bits, at.b, a_at, b_at, at.scaling, at.keep, at.x, at.x8, x_scale, None)))
     gain = None
     if magnitude is not None:
         norm, gain = shared.view(at.room, "norm"), shared.view(at.room, "gain")
-        norms = norm_plan(weight, a, b, scaling, True, round_norm, quantised, y.nbytes // 4)
+        norms = norm_plan(weight, a, b, scaling, True, round_norm, fp8, y.nbytes // 4)
         parts = View(at.y, 0, 4 * norms.parts, torch.float32) if norms.parts else None  # until y is there
-        steps += norms.steps(at.weight, a_at, b_at, at.magnitude, norm, gain, w_scale, at.scaling, parts)
-    up = gemm_plan(x8 if quantised else rows, weight, b, _rows(y), True, bias is not None, False, gain is not None,
+        steps += norms.steps(
+            at.weight, a_at, b_at, at.magnitude, norm, gain, at.w_scale if fp8 else None, at.scaling, parts
+        )
+    up = gemm_plan(x8 if fp8 else rows, weight, b, _rows(y), True, bias is not None, False, gain is not None,
                    z is not None)  # fmt: skip
-    steps.append((up, (at.x8 if quantised else at.x, at.weight, s, b_at, at.y, at.z, gain, at.bias, None, x_scale,
-                       w_scale)))  # fmt: skip
+    scales = (x_scale, at.w_scale) if fp8 else (None, None)
+    steps.append((up, (at.x8 if fp8 else at.x, at.weight, s, b_at, at.y, at.z, gain, at.bias, None, *scales)))
     return Program(len(vars(at)), steps, aligned)
 
 
@@ -89,8 +89,10 @@ def lora_fwd(
     if seed is not None:
         words, count, keep = -(-k // 32), keep_count(p), keep_scale(p)
         bits = x.new_empty(m, words, dtype=torch.int32)
+    if shared.quantised:
+        x8 = x.new_empty(m, k, dtype=FP8)
     if fp8 is not None:
-        x8, w_scale = x.new_empty(m, k, dtype=FP8), fp8.row_scale
+        w_scale = fp8.row_scale
     room = x.new_empty(shared.bytes, dtype=torch.uint8)
     made = Made(room, bits, z, x8)
     if m == 0:

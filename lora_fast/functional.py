@@ -43,9 +43,9 @@ def lora_linear(
             round the probability to a multiple of 2^-12, and scale what stays to fit exactly that.
         training: False switches dropout off.
         backend: "auto" (what :func:`lora_fast.set_backend` says), "triton" or "reference".
-        save_x: what the backward of lora_A reads: "x", or over an fp8 weight "fp8": x as it was quantised for the base
-            product, half the memory; lora_A's gradient then has its rounding, up to 2^-4 of each element of x. (The
-            reference keeps x.)
+        save_x: what the backward of lora_A reads: "x", or "fp8": x in e4m3 with a scale for each row, as an fp8
+            weight's product reads it, half a 16-bit x's memory; lora_A's gradient then has its rounding, up to 2^-4 of
+            each element of x. (The reference keeps x.)
 
     Returns:
         [..., N] with the dtype of ``F.linear(x, weight, bias)``, autocast included.
@@ -54,7 +54,8 @@ def lora_linear(
         TypeError: an argument of the wrong type or dtype.
         ValueError: wrong shapes or devices, dropout_p outside [0, 1), scaling not finite (looked at in eager alone, and
             not if it is a tensor), a weight that requires grad, save_x neither "x" nor "fp8".
-        RuntimeError: ``backend="triton"`` where the kernels cannot run.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run; an fp8 weight or save_x="fp8" on a GPU without
+            8-bit matrix units.
     """
     facts, known = _recall(x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, backend, save_x)
     p = dropout_p if training else 0.0
@@ -64,7 +65,7 @@ def lora_linear(
     if dtype is None:
         dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         _check_save_x(save_x)
-    if dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight)) == "triton":
+    if dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight) or save_x == "fp8") == "triton":
         from lora_fast import ops  # needs Triton
 
         fused = ops.Fused(x, weight, lora_A, lora_B, bias, save_x=save_x)
@@ -134,7 +135,10 @@ def dora_linear(
         if save not in ("auto", "z"):
             raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
         _check_save_x(save_x)
-    if dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight)) == "triton" and detach_norm:
+    if (
+        dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight) or save_x == "fp8") == "triton"
+        and detach_norm
+    ):
         from lora_fast import ops  # needs Triton
 
         fused = ops.Fused(x, weight, lora_A, lora_B, bias, magnitude, save, round_norm, save_x)

@@ -31,8 +31,7 @@ class LoRALinear(nn.Linear):
         weight [out, in], bias [out] or None: the frozen base.
         lora_A [r, in], lora_B [out, r]: trainable; float32 on a 16-bit base, else the base's dtype.
         merged, enabled: the layer's state.
-        save_x: "x" or "fp8", what the backward of lora_A reads over an fp8 base (see
-            :func:`lora_fast.functional.lora_linear`).
+        save_x: "x" or "fp8", what the backward of lora_A reads (see :func:`lora_fast.functional.lora_linear`).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range, before anything is allocated.

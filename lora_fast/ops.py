@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lora_fast.dispatch import autocast_dtype
-from lora_fast.fp8 import Fp8Weight
+from lora_fast.fp8 import E4M3, Fp8Weight
 from lora_fast.kernels.launch import plan_for, sig
 from lora_fast.kernels.layout import Fp8, Made, MaybeTensor, Needs, Shared
 from lora_fast.kernels.lora import lora_bwd, lora_fwd
@@ -31,10 +31,11 @@ class Fused:
         self.contiguous = all(t is None or t.is_contiguous() for t in (lora_A, lora_B, bias, magnitude))
         self.as_given = not (self.fp8 or self.casts) and self.contiguous
         self.addressable = x.dim() == 2 or x.is_contiguous()
-        self.round_norm, self.save_x8 = round_norm and not self.fp8, self.fp8 and save_x == "fp8"
+        self.round_norm = round_norm and not self.fp8
         train = torch.is_grad_enabled()
         self.needs = Needs(*(t is not None and train and t.requires_grad for t in (x, lora_A, lora_B, bias, magnitude)))
         self.records = any(self.needs)
+        self.save_x8 = save_x == "fp8" and self.needs.a and self.kind != torch.float64
         # z is kept where y cannot stand for it: y lacks what the bias drowns, and z again takes all that A and B keep.
         keeps_y = save == "auto" and bias is None and not self.save_x8 and self.needs.a and self.needs.b
         self.keep_z = self.needs.m and not keeps_y
@@ -43,7 +44,7 @@ class Fused:
         self.elsewhere = None  # the tensors' device, where there are others
         if not self.compiling:
             self.elsewhere = None if _one_gpu() or x.device.type != "cuda" else x.device
-            self.shared = _shared_of(x, weight, lora_A, lora_B, magnitude, self.fp8, self.kind)
+            self.shared = _shared_of(x, weight, lora_A, lora_B, magnitude, self.fp8, self.save_x8, self.kind)
 
     def __call__(self, x, weight, lora_A, lora_B, scaling, bias, p: float, magnitude=None) -> torch.Tensor:
         """y; p = 0 means no dropout."""
@@ -224,8 +225,8 @@ def _lora_linear_op(
     fp8 = None if row_scale is None else Fp8(row_scale, columns, col_scale)
     lora_A, lora_B, bias, magnitude = map(_contiguous, (lora_A, lora_B, bias, magnitude))  # type: ignore[assignment]
     tensors = x, weight, lora_A, lora_B, bias, magnitude
-    key = "lora_linear", fp8 is None, *map(sig, tensors)
-    shared = plan_for(key, _shared_of, x, weight, lora_A, lora_B, magnitude, fp8 is not None, x.dtype)
+    key = "lora_linear", fp8 is None, save_x8, *map(sig, tensors)
+    shared = plan_for(key, _shared_of, x, weight, lora_A, lora_B, magnitude, fp8 is not None, save_x8, x.dtype)
     with _on(x.device):
         y, made = lora_fwd(shared, _addressable(x), weight, lora_A, lora_B, scaling, bias, seed, p, magnitude,
                            round_norm, keep_z, fp8)  # fmt: skip
@@ -233,9 +234,9 @@ def _lora_linear_op(
     return y, made.room, _some(made.bits, y), _some(made.z, y), _some(made.x8 if save_x8 else None, y)
 
 
-def _shared_of(x, weight, lora_A, lora_B, magnitude, fp8: bool, kind: torch.dtype) -> Shared:
-    (n, k), r = weight.shape, lora_A.shape[0]
-    return Shared(x.shape[:-1], k, n, r, (kind, lora_A.dtype, lora_B.dtype), magnitude is not None, fp8)
+def _shared_of(x, weight, lora_A, lora_B, magnitude, fp8: bool, save_x8: bool, kind: torch.dtype) -> Shared:
+    (n, k), r, kinds = weight.shape, lora_A.shape[0], (kind, lora_A.dtype, lora_B.dtype)
+    return Shared(x.shape[:-1], k, n, r, kinds, magnitude is not None, fp8, fp8 or save_x8)
 
 
 @_lora_linear_op.register_fake
@@ -246,10 +247,10 @@ def _(
     n, k = weight.shape
     m = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
-    room = _shared_of(x, weight, lora_A, lora_B, magnitude, row_scale is not None, x.dtype).bytes
+    room = _shared_of(x, weight, lora_A, lora_B, magnitude, row_scale is not None, save_x8, x.dtype).bytes
     bits = x.new_empty(0) if seed is None else x.new_empty(m, -(-k // 32), dtype=torch.int32)
     z = torch.empty_like(y) if keep_z else x.new_empty(0)
-    x8 = x.new_empty(m, k, dtype=weight.dtype) if save_x8 else x.new_empty(0)
+    x8 = x.new_empty(m, k, dtype=E4M3) if save_x8 else x.new_empty(0)
     return y, x.new_empty(room, dtype=torch.uint8), bits, z, x8
 
 
@@ -258,10 +259,10 @@ def _lora_linear_bwd_op(
     dy: torch.Tensor, x: MaybeTensor, weight: MaybeTensor, lora_A: MaybeTensor, lora_B: MaybeTensor, y: MaybeTensor,
     room: MaybeTensor, bits: MaybeTensor, z: MaybeTensor, x8: MaybeTensor, row_scale: MaybeTensor, columns: MaybeTensor,
     col_scale: MaybeTensor, scaling: torch.Tensor, p: float, needs: list[bool], shape: list[int], dora: bool, fp8: bool,
-    a_dtype: torch.dtype, b_dtype: torch.dtype, bias_dtype: torch.dtype, m_dtype: torch.dtype,
+    quantised: bool, a_dtype: torch.dtype, b_dtype: torch.dtype, bias_dtype: torch.dtype, m_dtype: torch.dtype,
 ) -> list[torch.Tensor]:  # fmt: skip
     k, r = shape
-    problem = dy.shape[:-1], k, dy.shape[-1], r, (dy.dtype, a_dtype, b_dtype), dora, fp8
+    problem = dy.shape[:-1], k, dy.shape[-1], r, (dy.dtype, a_dtype, b_dtype), dora, fp8, quantised
     shared = plan_for(("lora_linear_bwd", dy.device, *problem), Shared, *problem)
     saved = x, weight, lora_A, lora_B, y, room, bits, z, x8, row_scale, columns, col_scale
     with _on(dy.device):
@@ -272,7 +273,7 @@ def _lora_linear_bwd_op(
 @_lora_linear_bwd_op.register_fake
 def _(
     dy, x, weight, lora_A, lora_B, y, room, bits, z, x8, row_scale, columns, col_scale, scaling, p, needs, shape, dora,
-    fp8, *dtypes,
+    fp8, quantised, *dtypes,
 ):  # fmt: skip
     (k, r), n = shape, dy.shape[-1]
     shapes = (*dy.shape[:-1], k), (r, k), (n, r), (n,), (n,)
@@ -286,13 +287,13 @@ def _setup_context(ctx, inputs, output):
     y, room, bits, z, x8 = output
     ctx.needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
     fp8 = None if base[0] is None else Fp8(*base)
-    shared = _shared_of(x, weight, lora_A, lora_B, magnitude, fp8 is not None, x.dtype)
+    shared = _shared_of(x, weight, lora_A, lora_B, magnitude, fp8 is not None, save_x8, x.dtype)
     made = Made(room, bits if ctx.p > 0 else None, z if keep_z else None, x8)
     saved = _to_save(x, weight, lora_A, lora_B, y, made, shared, fp8, ctx.needs, save_x8)
     ctx.save_for_backward(*saved, scaling)
     ctx.rest = (
-        [shared.k, shared.r], shared.dora, shared.fp8, lora_A.dtype, lora_B.dtype, _dtype(bias) or x.dtype,
-        _dtype(magnitude) or x.dtype,
+        [shared.k, shared.r], shared.dora, shared.fp8, shared.quantised, lora_A.dtype, lora_B.dtype,
+        _dtype(bias) or x.dtype, _dtype(magnitude) or x.dtype,
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ class FastLinear(Linear):
     lora_dropout: Any
     lora_magnitude_vector: Any
     save: str = "auto"  # for DoRA, as of lora_fast.DoRALinear
-    save_x: str = "x"  # over an fp8 base, as of lora_fast.LoRALinear
+    save_x: str = "x"  # as of lora_fast.LoRALinear
     _scalings: Scalings
 
     @classmethod

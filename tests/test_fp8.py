@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,14 @@ def results(inputs, weight, magnitude, dy, **options):
             "dbias": None if bias is None else bias.grad}  # fmt: skip
 
 
+@contextmanager
+def saving():
+    """The tensors that are saved for a backward within."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        yield saved
+
+
 def relative(found, truth):
     return {
         name: ((found[name].double() - truth[name]).norm() / truth[name].norm()).item()
@@ -201,6 +210,37 @@ def test_kernels_against_the_emulation(device, dtype, shape, kind, bias):
 
 
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("device, dtype, shape", SHAPES)
+def test_8_bit_x_over_a_plain_base(device, dtype, shape, dora, p):
+    """save_x="fp8" keeps x in 8 bits and nothing else of its size, and changes the gradient of lora_A alone: to what x
+    so rounded gives."""
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 conversions")
+    inputs = draw(*shape, dtype, device, 0, False)
+    magnitude = torch.rand(shape[2], device=device) + 0.5 if dora else None
+    kept, found = {}, {}
+    for save_x in ("x", "fp8"):
+        options = {"save": "z"} if dora else {}
+        torch.manual_seed(3)
+        with saving() as kept[save_x]:
+            found[save_x] = results(inputs, inputs.weight, magnitude, inputs.dy, dropout_p=p, backend="triton",
+                                    save_x=save_x, **options)  # fmt: skip
+    if shape[1] != shape[2]:  # else DoRA's z looks like x
+        of_x = {save_x: [t.dtype for t in ts if t.shape == inputs.x.shape] for save_x, ts in kept.items()}
+        assert of_x == {"x": [dtype], "fp8": [E4M3]}
+    for name, error in relative(found["fp8"], {k: v for k, v in found["x"].items() if k != "dA"}).items():
+        assert error <= 2 * torch.finfo(dtype).eps, name
+    error = relative(found["fp8"], {"dA": found["x"]["dA"].double()})["dA"]
+    assert 1e-3 < error < (0.07 if device == "cpu" else 0.035)
+    if not p and not dora and device == "cuda":
+        ds = inputs.dy.double() @ inputs.lora_B.double() * inputs.scaling
+        plain, exact = ({"dA": ds.t() @ x} for x in (inputs.x.double(), _rounded(inputs.x.double())))
+        assert relative(found["fp8"], exact)["dA"] <= 2 * relative(found["x"], plain)["dA"] + torch.finfo(dtype).eps
+
+
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("shape", [(4096, 4096, 4096), (2048, 14336, 1024)])
 def test_product_is_as_exact_as_torchs(device, shape):
@@ -245,9 +285,10 @@ def test_dropout_and_checkpoint(device, dora):
 
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 @pytest.mark.parametrize("save_x", ["x", "fp8"])
-def test_compiled(save_x):
+@pytest.mark.parametrize("base", ["fp8", "plain"])
+def test_compiled(base, save_x):
     inputs = draw(16, 32, 48, 4, FLOAT, "cpu", 0, True)
-    weight = Fp8Weight.quantise(inputs.weight)
+    weight = Fp8Weight.quantise(inputs.weight) if base == "fp8" else inputs.weight
     leaves = [t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B)]
 
     def call(x, a, b):
