@@ -36,7 +36,7 @@ def test_help_says_how_to_run():
 
 def test_all_cases():
     cases = bench_model.all_cases()
-    assert len(cases) == len(set(map(str, cases))) == 2 * (2 + 6 * 2)
+    assert len(cases) == len(set(map(str, cases))) == 2 * (2 + 7 * 2)
     assert {case.p for case in cases if case.impl in bench_model.FROZEN} == {0}
 
 
@@ -46,7 +46,7 @@ def test_arguments_choose_the_cases():
     args, cases = bench_model.parse("--tiny --only checkpointing=1 --only p=0.1 --only impl=peft_lora".split())
     assert (args.rounds, cases) == (60, [Case(1, "frozen", 0), Case(1, "peft_lora", 0.1)])
     _, cases = bench_model.parse(["--only", "p=0.1"])
-    assert len(cases) == 2 * (2 + 6) and {case.p for case in cases[2:6]} == {0.1}
+    assert len(cases) == 2 * (2 + 7) and {case.p for case in cases[2:6]} == {0.1}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_candidates_compute_the_same():
     found = losses(cases)
     for case, loss in found.items():
         assert loss == pytest.approx(found[case._replace(checkpointing=0)], rel=1e-6)
-        stock = case._replace(impl=case.impl.replace("lora_fast_", "peft_").replace("fp8_", ""))
+        stock = case._replace(impl=bench_model.stock_of(case.impl))
         assert loss == pytest.approx(found[stock], rel=0.02 if "fp8" in case.impl else 1e-6)
         assert "fp8" not in case.impl or loss != found[stock]
         assert (loss == found[Case(case.checkpointing, "frozen", 0)]) == (case.impl in bench_model.FROZEN)
