@@ -95,11 +95,11 @@ def _ranks(p_ptr, q_ptr, row, col, rank, M, N, R, stride_p, stride_qr, stride_qc
 
 @triton.jit
 def _store_masked(out, acc, p_ptr, q_ptr, bits_ptr, x_scale_ptr, w_scale_ptr, row, col, M, N, R, stride_p, stride_qr,
-                  stride_qc, stride_bits, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, PIECES: tl.constexpr,
-                  Q_T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-                  TMA: tl.constexpr):  # fmt: skip
+                  stride_qc, stride_bits, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, Q_T: tl.constexpr,
+                  ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """A tile of an fp8 product under a mask, a part of its columns at a time: scales, and their low-rank product."""
     BLOCK_M: tl.constexpr = acc.shape[0]
+    PIECES: tl.constexpr = 4 if acc.shape[1] >= 128 else 2  # that fit the registers beside a low-rank product
     WIDTH: tl.constexpr = acc.shape[1] // PIECES
     left, right = _halves(acc)
     for i in tl.static_range(PIECES):
@@ -152,7 +152,6 @@ def _gemm_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
-    PIECES: tl.constexpr = 4 if BLOCK_N >= 128 else 2  # of a tile, that fit the registers beside a low-rank product
     LOW_FIRST: tl.constexpr = FP8 and not MASK
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
@@ -214,8 +213,8 @@ def _gemm_kernel(
                     x_scale, w_scale = x_next, w_next
                 if FP8 and MASK:
                     _store_masked(out, acc, p, q, bits_ptr, x_scale_ptr, w_scale_ptr, row, col, M, N, R, stride_p,
-                                  stride_qr, stride_qc, stride_bits, BLOCK_R, RANK_STEPS, PIECES, Q_T, ACC, PRECISION,
-                                  DTYPE, TMA)  # fmt: skip
+                                  stride_qr, stride_qc, stride_bits, BLOCK_R, RANK_STEPS, Q_T, ACC, PRECISION, DTYPE,
+                                  TMA)  # fmt: skip
                 else:
                     left, right = _halves(acc)
                     _store(out, z, left, row, col, M, N, gain_ptr, bias_ptr, DTYPE, TMA, GAIN, BIAS, KEEP_Z)

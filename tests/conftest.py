@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,14 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a GPU and Triton")
     if item.get_closest_marker("interpreted") and (GPU or not TRITON):
         pytest.skip("needs Triton, interpreted")
+
+
+@contextmanager
+def saving():
+    """The tensors that are saved for a backward within."""
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        yield saved
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import draw, error
-from conftest import TRITON
+from conftest import TRITON, saving
 from test_dora import eager, hold, magnitude, op, plain, results
 
 if not TRITON:
@@ -102,13 +102,12 @@ def test_magnitudes_too_small_for_the_output(device, dtype):
 
 def saved(inputs, bias, save="auto", p=0.0, **frozen):
     """Shapes of what the operator keeps for the backward."""
-    shapes = []
     names = {"x": inputs.x, "a": inputs.lora_A, "b": inputs.lora_B, "m": magnitude(inputs)}
     x, a, b, m = (t.detach().requires_grad_(not frozen.get(name, False)) for name, t in names.items())
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+    with saving() as kept:
         y = dora_linear(x, inputs.weight, a, b, m, 2.0, bias, p, save=save, backend="triton")
     assert not [v for v in vars(y.grad_fn).values() if isinstance(v, torch.Tensor)]
-    return y, sorted(shapes)
+    return y, sorted(tuple(t.shape) for t in kept)
 
 
 def pointers(y):

@@ -7,13 +7,12 @@ import pickle
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from accuracy import draw
-from conftest import CPU, CUDA, TRITON
+from conftest import CPU, CUDA, TRITON, saving
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -150,14 +149,6 @@ def results(inputs, weight, magnitude, dy, **options):
     y.backward(dy)
     return {"y": y.detach(), "dx": x.grad, "dA": a.grad, "dB": b.grad, "dm": None if m is None else m.grad,
             "dbias": None if bias is None else bias.grad}  # fmt: skip
-
-
-@contextmanager
-def saving():
-    """The tensors that are saved for a backward within."""
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        yield saved
 
 
 def relative(found, truth):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import check, check_one_mask, draw, eager, gradients
+from conftest import saving
 from torch.utils.checkpoint import checkpoint
 
 from lora_fast.functional import lora_linear
@@ -162,8 +163,7 @@ def test_autocast_keeps_to_the_error_rule(call, path, dtype16):
 
 def test_float_adapters_upcast_nothing(call, path, dtype16):
     inputs = draw(64, 48, 40, 4, dtype16, path[1], adapter=torch.float32)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with saving() as saved:
         y = call(*args(inputs))
     assert y.dtype == dtype16
     assert not [t.shape for t in saved if t.dtype == torch.float32 and t.numel() >= 40 * 48]
