@@ -4,7 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter has no inline assembly
+from lora_fast.kernels.launch import INTERPRETED
+
+COMPILED = tl.constexpr(not INTERPRETED)  # the interpreter has no inline assembly
 TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 FP8 = torch.float8_e4m3fn
 FP8_MAX = tl.constexpr(448.0)  # the largest e4m3 number
