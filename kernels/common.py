@@ -23,10 +23,33 @@ def wait_for_stream(PDL: tl.constexpr):
 
 
 @triton.jit
+def power_above(x):
+    """The least power of two that is x or more, for positive float32 x."""
+    return ((x.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def scalar(s, POINTER: tl.constexpr):
     """A runtime number, or the value behind a pointer to one."""
     if POINTER:
         s = tl.load(s).to(tl.float32)
+    return s
+
+
+@triton.jit
+def lift_of(scaling, POINTER: tl.constexpr):
+    """The power of two that B carries of a scaling above 1 in float16 (``LIFTED``). S with all of it would pass 65504
+    where the layer's output does not; B is small, and a power of two rounds nothing."""
+    one = tl.full((), 1, tl.float32)
+    return power_above(tl.maximum(tl.abs(one * scalar(scaling, POINTER)), one))
+
+
+@triton.jit
+def low_scale(scaling, POINTER: tl.constexpr, LIFTED: tl.constexpr):
+    """The scaling, or what of it B does not carry: what products with B are multiplied by, and S."""
+    s = scalar(scaling, POINTER)
+    if LIFTED:
+        s /= lift_of(scaling, POINTER)
     return s
 
 
@@ -70,8 +93,7 @@ def store_tile(t, tile, row, col, n_rows, n_cols, DTYPE: tl.constexpr, TMA: tl.c
 @triton.jit
 def fp8_scale(peak):
     """The scale of a row with this largest absolute value: the least power of two that brings it into e4m3's range."""
-    bits = tl.maximum(peak, FP8_LEAST).to(tl.float32) / FP8_MAX
-    return ((bits.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return power_above(tl.maximum(peak, FP8_LEAST).to(tl.float32) / FP8_MAX)
 
 
 @triton.jit

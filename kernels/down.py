@@ -1,7 +1,8 @@
 """S = scaling * drop(x) A^T: x [M, K], A [R, K], S [M, padded R] in x's dtype, padding columns zero.
 
 One read of x. The same kernel gives dS = scaling * dY B from A = B^T (strides exchanged) where the pass over dY that
-also makes dB would need too large an accumulator. Adapters kept in float32 on a 16-bit base are cast on the way.
+also makes dB would need too large an accumulator. Adapters kept in float32 on a 16-bit base are cast on the way. In
+float16 (LIFTED) the copy of B carries a power of two of the scaling, and S lacks it: see ``lift_of``.
 
 For an fp8 base the same launch writes x (or x * gain) in e4m3 with a scale for each row: between any two programs that
 make S are those that quantise the same rows, so that one of the two reads comes from the cache.
@@ -16,12 +17,13 @@ from lora_fast.kernels.common import (
     TL,
     acc_dtype,
     fp8_scale,
+    lift_of,
     load_tile,
+    low_scale,
     mask_words,
     mma,
     padded_rank,
     precision,
-    scalar,
     store_tile,
     unpack_words,
     wait_for_stream,
@@ -34,23 +36,29 @@ CAST_STEPS = 4  # in the launch that makes S, whose own programs come first
 
 
 @triton.jit
-def _cast(src, dst, block, rows, cols, dst_cols, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """dst [rows, dst_cols] from src [rows, cols], the columns beyond those of src zero; both contiguous."""
+def _cast(src, dst, block, rows, cols, dst_cols, lift, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """dst [rows, dst_cols] from src [rows, cols], the columns beyond those of src zero; both contiguous. A ``lift``
+    multiplies it."""
     for step in range(STEPS):
         i = (block * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         row, col, inside = i // dst_cols, i % dst_cols, i < rows * dst_cols
         value = tl.load(src + row.to(tl.int64) * cols + col, mask=inside & (col < cols), other=0.0)
+        if lift is not None:
+            value = value.to(tl.float32) * lift
         tl.store(dst + i, value.to(dst.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, block, K, N, R, RS, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def _cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, scaling, block, K, N, R, RS, BLOCK: tl.constexpr,
+               STEPS: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr):  # fmt: skip
     """A [R, K] and then B [N, R], which is padded to [N, RS]."""
     a_blocks = tl.cdiv(R * K, BLOCK * STEPS)
     if block < a_blocks:
-        _cast(a_ptr, a_cast_ptr, block, R, K, K, BLOCK, STEPS)
+        _cast(a_ptr, a_cast_ptr, block, R, K, K, None, BLOCK, STEPS)
+    elif LIFTED:
+        _cast(b_ptr, b_cast_ptr, block - a_blocks, N, R, RS, lift_of(scaling, SCALING_PTR), BLOCK, STEPS)
     else:
-        _cast(b_ptr, b_cast_ptr, block - a_blocks, N, R, RS, BLOCK, STEPS)
+        _cast(b_ptr, b_cast_ptr, block - a_blocks, N, R, RS, None, BLOCK, STEPS)
 
 
 @triton.jit
@@ -96,7 +104,7 @@ def _down_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     QUANT_ROWS: tl.constexpr, QUANT_STEP: tl.constexpr, QUANT_K: tl.constexpr, ONE: tl.constexpr, GAIN: tl.constexpr,
     CAST_BLOCK: tl.constexpr, CAST_STEPS: tl.constexpr,
-    MASK: tl.constexpr, CAST: tl.constexpr, SCALING_PTR: tl.constexpr, TMA: tl.constexpr,
+    MASK: tl.constexpr, CAST: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, TMA: tl.constexpr,
     A_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
@@ -125,35 +133,41 @@ def _down_fwd_kernel(
                 words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
                 tile = tl.where(unpack_words(words), tile, 0.0)
             acc = mma(tile, a.to(DTYPE).T, acc, PRECISION)
-        s = acc * (scalar(scaling, SCALING_PTR) * keep_scale)
+        s = acc * (low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale)
         s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * RS + ranks[None, :]
         tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < RS))
     elif CAST:  # the programs past the last rows, on processors that would idle
         if rank == 0:
-            _cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, program - tl.cdiv(M, BLOCK_M), K, N, R, RS, CAST_BLOCK,
-                       CAST_STEPS)  # fmt: skip
+            _cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, scaling, program - tl.cdiv(M, BLOCK_M), K, N, R, RS,
+                       CAST_BLOCK, CAST_STEPS, LIFTED, SCALING_PTR)  # fmt: skip
 
 
 @triton.jit
-def _cast_kernel(a_ptr, b_ptr, a_cast_ptr, b_cast_ptr, K, N, R, RS, CAST_BLOCK: tl.constexpr, CAST_STEPS: tl.constexpr,
+def _cast_kernel(a_ptr, b_ptr, a_cast_ptr, b_cast_ptr, scaling, K, N, R, RS, CAST_BLOCK: tl.constexpr,
+                 CAST_STEPS: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
     wait_for_stream(PDL)
-    _cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, tl.program_id(0), K, N, R, RS, CAST_BLOCK, CAST_STEPS)
+    _cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, scaling, tl.program_id(0), K, N, R, RS, CAST_BLOCK, CAST_STEPS,
+               LIFTED, SCALING_PTR)  # fmt: skip
 
 
 def _cast_blocks(k: int, n: int, r: int, steps: int) -> int:
     return sum(triton.cdiv(size, CAST_BLOCK * steps) for size in (r * k, n * padded_rank(r)))
 
 
-def cast_plan(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Plan:
-    """The launch that casts contiguous a and b for products with x, called with (a, b, a_cast, b_cast)."""
+def cast_plan(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor = 1.0, lifted: bool = False
+) -> Plan:
+    """The launch that casts contiguous a and b for products with x, called with (a, b, a_cast, b_cast, scaling)."""
     (r, k), n = a.shape, b.shape[0]
-    constants = {"CAST_BLOCK": CAST_BLOCK, "CAST_STEPS": 1}
+    constants = {"CAST_BLOCK": CAST_BLOCK, "CAST_STEPS": 1, "LIFTED": lifted,
+                 "SCALING_PTR": isinstance(scaling, torch.Tensor)}  # fmt: skip
     return Plan(_cast_kernel, (_cast_blocks(k, n, r, 1),), constants, {"num_warps": 4}, x, (k, n, r, padded_rank(r)))
 
 
 def down_plan(x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, masked: bool,
-              b: torch.Tensor | None = None, quantised: bool = False, with_gain: bool = False) -> Plan:  # fmt: skip
+              b: torch.Tensor | None = None, quantised: bool = False, with_gain: bool = False,
+              lifted: bool = False) -> Plan:  # fmt: skip
     """The launch for these tensors (see the functions below); with b it also casts a and b. Called with (x, a, s, bits,
     b, a_cast, b_cast, scaling, keep_scale, and x, x8, row_scale, gain if quantised)."""
     (m, k), r, tma = x.shape, a.shape[0], tma_fits(x)
@@ -167,8 +181,8 @@ def down_plan(x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, m
         blocks *= 1 + tile["BLOCK_M"] // tile["QUANT_ROWS"]
     constants = {**tile, "ONE": k <= tile["QUANT_K"], "GAIN": with_gain,
                  "CAST_BLOCK": CAST_BLOCK, "CAST_STEPS": CAST_STEPS, "MASK": masked,
-                 "CAST": b is not None, "SCALING_PTR": isinstance(scaling, torch.Tensor), "TMA": tma,
-                 "A_TMA": a_tma, "ACC": acc_dtype(x.dtype), "PRECISION": precision(x.dtype, k),
+                 "CAST": b is not None, "LIFTED": lifted, "SCALING_PTR": isinstance(scaling, torch.Tensor),
+                 "TMA": tma, "A_TMA": a_tma, "ACC": acc_dtype(x.dtype), "PRECISION": precision(x.dtype, k),
                  "DTYPE": TL[x.dtype]}  # fmt: skip
     ints = (m, k, r, padded_rank(r), n, *x.stride(), *a.stride(), triton.cdiv(k, 32) if masked else 0)
     descriptors = {0: Block.of(x, [tile["BLOCK_M"], tile["BLOCK_K"]])} if tma else {}
@@ -238,7 +252,7 @@ def down_cast_fwd(
     s, scaling = x.new_empty(x.shape[0], padded_rank(a.shape[0])), as_scaling(scaling)
     a_cast, b_cast = cast_space(x, a, b)
     if casts_first(len(x), len(a), x.dtype, bits is not None):
-        plan_for(("cast", sig(x), sig(a), sig(b)), cast_plan, x, a, b)(a, b, a_cast, b_cast)
+        plan_for(("cast", sig(x), sig(a), sig(b)), cast_plan, x, a, b)(a, b, a_cast, b_cast, 1.0)
         return down_fwd(x, a_cast, scaling, bits, keep_scale), a_cast, b_cast
     key = ("down", sig(x), sig(a), sig(b), bits is None, scaling_kind(scaling), precision(x.dtype, x.shape[1]))
     plan = plan_for(key, down_plan, x, a, scaling, bits is not None, b)

@@ -19,6 +19,7 @@ import triton.language as tl
 from lora_fast.kernels.common import (
     TL,
     acc_dtype,
+    lift_of,
     load_tile,
     mask_words,
     mma,
@@ -41,12 +42,13 @@ WIDE_RANK = 64  # the largest rank at which dB comes from the pass that makes dZ
 
 @triton.jit(do_not_specialize=["M", "rows_each"])
 def _grad_kernel(
-    z, dz, kept_ptr, p_ptr, b_ptr, bits_ptr, gain_ptr, g_ptr, parts_ptr, row_scale_ptr,
+    z, dz, kept_ptr, p_ptr, b_ptr, bits_ptr, gain_ptr, g_ptr, parts_ptr, row_scale_ptr, scaling,
     M, N, R, RS, rows_each, sum_at, dm_at, g_at,
     stride_zm, stride_zn, stride_bn, stride_br, stride_gs, stride_gn, stride_gr, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DM_ROWS: tl.constexpr,
     WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, GAIN: tl.constexpr, WITH_DZ: tl.constexpr,
-    WITH_DM: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
+    WITH_DM: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr,
+    TMA: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
@@ -110,6 +112,8 @@ def _grad_kernel(
     if WITH_G:
         if GAIN:
             g *= gain[:, None]
+        if LIFTED:
+            g *= lift_of(scaling, SCALING_PTR)
         g_ptrs = g_ptr + g_at + split * stride_gs + cols.to(tl.int64)[:, None] * stride_gn + ranks[None, :] * stride_gr
         tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=(cols[:, None] < N) & (ranks[None, :] < R))
 
@@ -123,11 +127,13 @@ class ColumnPass(NamedTuple):
     add: Plan | None
     parts: int  # how many numbers
     summed: bool  # whether G has parts
+    lifted: bool
 
     def steps(self, z, p, b, bits, g, ds, sums, scaling, keep_scale, parts, dora: Dora | None = None,
               row_scale=None) -> Steps:  # fmt: skip
         gain, norm, kept, dz, dm, again = (None,) * 6 if dora is None else dora
-        main = z, dz, kept, p, b, bits, gain, parts if g is None or self.summed else g, parts, row_scale
+        main = (z, dz, kept, p, b, bits, gain, parts if g is None or self.summed else g, parts, row_scale,
+                scaling if self.lifted else None)  # fmt: skip
         if self.add is None:
             return [(self.main, main)]
         add = parts, ds, sums, g, scaling, keep_scale, dm, gain, norm, z, *(again or (None,) * 5)
@@ -137,10 +143,11 @@ class ColumnPass(NamedTuple):
 def column_plan(
     z: torch.Tensor, r: int, g: torch.Tensor | None, b: torch.Tensor | None = None,
     scaling: float | torch.Tensor = 1.0, with_sum: bool = False, masked: bool = False, dora: Dora | None = None,
-    kind: torch.dtype | None = None,
+    kind: torch.dtype | None = None, lifted: bool = False,
 ) -> ColumnPass:  # fmt: skip
     """The launches for Z = z [M, N]: g is the [N, R] view that G goes to, b [N, at least R] what dS is made with.
-    ``kind`` is P's dtype where z is e4m3, with a scale for each row."""
+    ``kind`` is P's dtype where z is e4m3, with a scale for each row. ``lifted``: b carries a part of the scaling that
+    P = S lacks, so G gets it here."""
     (m, n), scaled, kind = z.shape, kind is not None, kind or z.dtype
     rs, ranks = padded_rank(max(r, 1)), r + (with_sum and dora is None)
     dz, dm = (None, None) if dora is None else (dora.dz, dora.dm)
@@ -158,8 +165,9 @@ def column_plan(
     g_at = dm_at + -(-splits * dm_size // 16) * 16
     flags = {"WITH_DS": b is not None, "WITH_SUM": with_sum, "WITH_DM": with_dm}
     constants = {**tile, **flags, "WITH_G": g is not None, "GAIN": dora is not None, "WITH_DZ": with_dz,
-                 "MASK": masked, "SCALED": scaled, "TMA": tma, "ACC": acc_dtype(kind), "PRECISION": exact,
-                 "DTYPE": TL[kind]}  # fmt: skip
+                 "MASK": masked, "SCALED": scaled, "LIFTED": lifted,
+                 "SCALING_PTR": lifted and isinstance(scaling, torch.Tensor), "TMA": tma, "ACC": acc_dtype(kind),
+                 "PRECISION": exact, "DTYPE": TL[kind]}  # fmt: skip
     # Parts of G lie as the gradient does: [N, R], or [R, N] seen from the side.
     g_strides = (n * r, *g.stride()) if g is not None else (0, 0, 0)
     b_strides = b.stride() if b is not None else (0, 0)
@@ -171,8 +179,8 @@ def column_plan(
     main = Plan(_grad_kernel, (col_blocks, splits, rank_blocks), constants, options, z, ints, blocks)
     sizes, add = (ds_size, sum_size, dm_size, g_size), None
     if any(sizes):
-        add = sum_plan(z, kind, scaling, flags, dora, splits, col_blocks, sizes, (sum_at, dm_at, g_at))
-    return ColumnPass(main, add, g_at + splits * g_size, summed)
+        add = sum_plan(z, kind, scaling, flags, dora, splits, col_blocks, sizes, (sum_at, dm_at, g_at), lifted)
+    return ColumnPass(main, add, g_at + splits * g_size, summed, lifted)
 
 
 def new_parts(z: torch.Tensor, size: int) -> torch.Tensor:
@@ -207,29 +215,30 @@ class DyPass(NamedTuple):
         if self.ds is not None:
             found.append((self.ds, (source, b, ds, *(None,) * 4, scaling, keep_scale, *(None,) * 4)))
         if self.over_dz is not None:
-            found += self.over_dz.steps(source, s, None, None, grad_b, None, None, one, one, parts, gain)
+            found += self.over_dz.steps(source, s, None, None, grad_b, None, None, scaling, one, parts, gain)
         return found
 
 
 def dy_plan(
     dy: torch.Tensor, r: int, b: torch.Tensor | None, scaling: float | torch.Tensor, grad_b: torch.Tensor | None,
-    grad_bias: torch.Tensor | None, dora: Dora | None,
+    grad_bias: torch.Tensor | None, dora: Dora | None, lifted: bool = False,
 ) -> DyPass:  # fmt: skip
-    """The launches for these tensors (see ``dy_bwd``; b may have more columns than r)."""
+    """The launches for these tensors (see ``dy_bwd``; b may have more columns than r, and if ``lifted`` it carries a
+    part of the scaling)."""
     most = FUSED_RANK if dora is None else FUSED_RANK_DORA
     source, gain = _source(dy, dora)
     fused = b is not None and grad_b is not None and r <= most
     ds = over_dy = over_dz = None
     if b is not None and not fused:
         assert gain is None
-        ds = down_plan(source, b.t()[:r], scaling, False)
+        ds = down_plan(source, b.t()[:r], scaling, False, lifted=lifted)
     in_it = grad_b
     if dora is not None and grad_b is not None and r > WIDE_RANK:
-        in_it, over_dz = None, column_plan(source, r, grad_b, dora=gain)
+        in_it, over_dz = None, column_plan(source, r, grad_b, None, scaling, dora=gain, lifted=lifted)
     wanted = in_it, grad_bias, dora and dora.dz, dora and dora.dm
     if fused or any(t is not None for t in wanted):
         over_dy = column_plan(dy, 0 if in_it is None else r, in_it, b if fused else None, scaling,
-                              grad_bias is not None, dora=dora)  # fmt: skip
+                              grad_bias is not None, dora=dora, lifted=lifted)  # fmt: skip
     return DyPass(over_dy, ds, over_dz)
 
 

@@ -65,16 +65,19 @@ def rounded(size: int) -> int:
 
 class Shared:
     """What a forward and its backward both know of a problem, and where in the ``room`` that the forward leaves the
-    small things lie: a [R, K] and b [N, padded R] in x's dtype where the products cannot read the adapters themselves,
-    DoRA's norm n and gain g [N], the scales of the rows of an e4m3 x [M] (``quantised``: for an fp8 base's product, or
-    to be kept), and S [M, padded R]. It serves calls whose tensors agree in dtype, shape, strides and device, and keeps
-    the programs that were made for them."""
+    small things lie: a [R, K] and b [N, padded R] in x's dtype where the products cannot read the adapters themselves
+    (in float16 they never do: there b carries a part of the scaling, ``lifted``), DoRA's norm n and gain g [N], the
+    scales of the rows of an e4m3 x [M] (``quantised``: for an fp8 base's product, or to be kept), and S [M, padded R].
+    It serves calls whose tensors agree in dtype, shape, strides and device, and keeps the programs that were made for
+    them."""
 
     def __init__(self, lead: torch.Size, k: int, n: int, r: int, kinds: tuple[torch.dtype, torch.dtype, torch.dtype],
                  dora: bool, fp8: bool, quantised: bool) -> None:  # fmt: skip
         self.x_shape, self.y_shape, self.m, self.k, self.n, self.r = (*lead, k), (*lead, n), math.prod(lead), k, n, r
         self.kinds, self.dora, self.fp8, self.quantised, m = kinds, dora, fp8, quantised, self.m
-        self.kind, self.cast, ranks = kinds[0], cast_wanted(kinds, r), padded_rank(r)  # kinds: of x, lora_A and lora_B
+        self.kind, ranks = kinds[0], padded_rank(r)  # kinds: of x, lora_A and lora_B
+        self.lifted = self.kind == torch.float16
+        self.cast = self.lifted or cast_wanted(kinds, r)
         self.wide = self.kind.itemsize > 2
         gains = torch.float64 if self.kind == torch.float64 else torch.float32
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {

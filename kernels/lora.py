@@ -46,15 +46,15 @@ def _forward(aligned: bool, shared: Shared, x, weight, a, b, scaling, bias, seed
         a_at, b_at, also = shared.view(at.room, "a"), shared.view(at.room, "b"), b
         cast = cast_space(x, a, b)
         if casts_first(len(rows), len(a), x.dtype, seed is not None):
-            steps.append((cast_plan(rows, a, b), (at.a, at.b, a_at, b_at)))
+            steps.append((cast_plan(rows, a, b, scaling, shared.lifted), (at.a, at.b, a_at, b_at, at.scaling)))
             (read, _), read_at, also = cast, a_at, None
         a, b = cast
-    down = down_plan(rows, read, scaling, seed is not None, also, x8 is not None)
+    down = down_plan(rows, read, scaling, seed is not None, also, x8 is not None, lifted=shared.lifted)
     steps.append((down, (at.x, read_at, s, at.bits, at.b, a_at, b_at, at.scaling, at.keep, at.x, at.x8, x_scale, None)))
     gain = None
     if magnitude is not None:
         norm, gain = shared.view(at.room, "norm"), shared.view(at.room, "gain")
-        norms = norm_plan(weight, a, b, scaling, True, round_norm, fp8, y.nbytes // 4)
+        norms = norm_plan(weight, a, b, scaling, True, round_norm, fp8, y.nbytes // 4, shared.lifted)
         parts = View(at.y, 0, 4 * norms.parts, torch.float32) if norms.parts else None  # until y is there
         steps += norms.steps(
             at.weight, a_at, b_at, at.magnitude, norm, gain, at.w_scale if fp8 else None, at.scaling, parts
@@ -166,7 +166,7 @@ def _backward(aligned: bool, shared: Shared, needs: Needs, dy, saved, scaling, d
     ds = new(shared.m * padded_rank(r), shared.kind) if need_ds else None
     dz_scale = new(shared.m, torch.float32) if quantised else None
     b_read = b if need_ds and not quantised else None
-    over_dy, over_x, numbers = dy_plan(dy, r, b_read, scaling, grad_b, grad_bias, dora), None, 0
+    over_dy, over_x, numbers = dy_plan(dy, r, b_read, scaling, grad_b, grad_bias, dora, shared.lifted), None, 0
     if grad_a is not None:
         over_x = column_plan(x, r, grad_a.t(), masked=masked, kind=shared.kind if x.dtype != shared.kind else None)
         numbers = over_x.parts
@@ -177,7 +177,7 @@ def _backward(aligned: bool, shared: Shared, needs: Needs, dy, saved, scaling, d
         parts = new(numbers, kind)
     steps: Steps = []
     if quantised:
-        quantise = down_plan(dy, b.t()[:r], scaling, False, None, True, shared.dora)
+        quantise = down_plan(dy, b.t()[:r], scaling, False, None, True, shared.dora, shared.lifted)
         steps.append((quantise, (at.dy, b_at, ds, *(None,) * 4, at.scaling, at.keep, at.dy, at.dz8, dz_scale, gain)))
     steps += over_dy.steps(at.dy, s, b_read if b_read is None else b_at, grad_b if grad_b is None else at.grad_b, ds,
                            at.grad_bias, at.scaling, at.keep, at.one, parts, dora_at)  # fmt: skip

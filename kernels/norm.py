@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import TL, acc_dtype, load_tile, scalar, wait_for_stream, wide
+from lora_fast.kernels.common import TL, acc_dtype, load_tile, low_scale, wait_for_stream, wide
 from lora_fast.kernels.launch import Plan, Steps, as_scaling, launch, plan_for, scaling_kind, sig
 from lora_fast.kernels.tiles import norm_has_parts, norm_parts_tile, norm_tile
 
@@ -80,12 +80,12 @@ def _norm_kernel(
     w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr, scaling, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr, ONE: tl.constexpr,
-    SCALED: tl.constexpr, SCALING_PTR: tl.constexpr, GAIN: tl.constexpr, ROUND: tl.constexpr,
+    SCALED: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, GAIN: tl.constexpr, ROUND: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     row = tl.program_id(0) * BLOCK_N
-    s = scalar(scaling, SCALING_PTR)
+    s = low_scale(scaling, SCALING_PTR, LIFTED)
     rows = row + tl.arange(0, BLOCK_N)
     w_scale = 1.0
     if SCALED:
@@ -102,12 +102,12 @@ def _norm_parts_kernel(
     w_ptr, a_ptr, b_ptr, parts_ptr, w_scale_ptr, scaling, N, K, R, steps,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
-    SCALED: tl.constexpr, SCALING_PTR: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
+    SCALED: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares of V's rows, over ``steps`` blocks of columns a program: parts [splits, N]."""
     wait_for_stream(PDL)
     row, first = tl.program_id(0) * BLOCK_N, tl.program_id(1) * steps
-    s = scalar(scaling, SCALING_PTR)
+    s = low_scale(scaling, SCALING_PTR, LIFTED)
     rows = row + tl.arange(0, BLOCK_N)
     rank_blocks = tl.cdiv(R, BLOCK_R)
     squares = tl.zeros([BLOCK_N, SUMS], dtype=ACC)
@@ -155,12 +155,12 @@ class NormPass(NamedTuple):
 
 
 def norm_plan(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor, with_gain: bool,
-              round_norm: bool, scaled: bool = False, room: int = 2**62) -> NormPass:  # fmt: skip
+              round_norm: bool, scaled: bool = False, room: int = 2**62, lifted: bool = False) -> NormPass:  # fmt: skip
     """The launches for these tensors (see ``norm_fwd``), whose parts take no more than ``room`` numbers."""
     (n, k), r = w.shape, a.shape[0]
     kind, to = torch.promote_types(a.dtype, b.dtype), TL[w.dtype] if round_norm else None
     ints = *w.stride(), *a.stride(), *b.stride()
-    constants: dict = {"SCALED": scaled, "SCALING_PTR": isinstance(scaling, torch.Tensor)}
+    constants: dict = {"SCALED": scaled, "LIFTED": lifted, "SCALING_PTR": isinstance(scaling, torch.Tensor)}
     if norm_has_parts(r, w.dtype, kind, w.device):
         tile, options, splits = norm_parts_tile(n, k, w.device)
         steps = triton.cdiv(triton.cdiv(k, tile["BLOCK_K"]), splits)

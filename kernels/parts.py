@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import acc_dtype, load_tile, mma, padded_rank, precision, scalar, wait_for_stream
+from lora_fast.kernels.common import acc_dtype, load_tile, low_scale, mma, padded_rank, precision, wait_for_stream
 from lora_fast.kernels.launch import Plan, sig
 
 SUM_BLOCK = 256  # elements that a program adds up
@@ -69,7 +69,7 @@ def _sum_kernel(
     splits, col_blocks, ds_size, sum_size, dm_size, g_size, sum_at, dm_at, g_at, M, N, K, R, RS,
     stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, stride_wk, stride_bn, stride_br,
     WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, WITH_DM: tl.constexpr, WEAK: tl.constexpr,
-    SCALED: tl.constexpr, SCALING_PTR: tl.constexpr, BLOCK: tl.constexpr, DM_BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, BLOCK: tl.constexpr, DM_BLOCK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
@@ -77,7 +77,7 @@ def _sum_kernel(
     if WITH_DS:
         n = tl.cdiv(ds_size, BLOCK)
         if block < n:
-            scale = scalar(scaling, SCALING_PTR) * keep_scale
+            scale = low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale
             _add_parts(parts_ptr, ds_ptr, block, col_blocks, ds_size, scale, BLOCK, ACC)
         block -= n
     if WITH_SUM:
@@ -125,7 +125,7 @@ class Dora(NamedTuple):
 
 def sum_plan(
     z: torch.Tensor, kind: torch.dtype, scaling: float | torch.Tensor, flags: dict, dora: Dora | None, splits: int,
-    col_blocks: int, sizes: tuple[int, int, int, int], places: tuple[int, int, int],
+    col_blocks: int, sizes: tuple[int, int, int, int], places: tuple[int, int, int], lifted: bool,
 ) -> Plan:  # fmt: skip
     """The launch that adds up the parts of dS, of the column sums, of dm and of G, which have these sizes and, but the
     first, start at these places; without G where it has none."""
@@ -138,7 +138,7 @@ def sum_plan(
         k, r, strides = x.shape[1], b.shape[1], (*z.stride(), *x.stride(), *w.stride(), *b.stride())
         weak = 2**-6 if kind == torch.float16 else 1e-30  # below, y = g z loses digits to underflow
     columns = MAGNITUDE_BLOCK // (1 if kind.itemsize <= 2 else 2)
-    constants = {**flags, "WITH_G": sizes[3] > 0, "WEAK": weak, "SCALED": scaled,
+    constants = {**flags, "WITH_G": sizes[3] > 0, "WEAK": weak, "SCALED": scaled, "LIFTED": lifted,
                  "SCALING_PTR": isinstance(scaling, torch.Tensor), "BLOCK": SUM_BLOCK, "DM_BLOCK": columns,
                  "ACC": acc_dtype(kind), "PRECISION": precision(kind, k)}  # fmt: skip
     blocks = SUM_BLOCK, SUM_BLOCK, columns, SUM_BLOCK

@@ -23,7 +23,8 @@ def lora_linear(
     """``y = x W^T + S B^T + bias`` with ``S = scaling * drop(x) A^T`` (Hu et al. 2021, arXiv 2106.09685).
 
     Only the low-rank branch sees dropped inputs; the base product sees x as it is. Adapters of another dtype than x are
-    cast to x's, as autocast does; the products are made in x's dtype (in autocast's where that is on).
+    cast to x's, as autocast does; the products are made in x's dtype (in autocast's where that is on). In float16 the
+    scaling comes last, as in PEFT: ``scaling * drop(x) A^T`` can pass 65504 where y does not.
 
     Args:
         x: [..., K], any strides.
@@ -44,10 +45,11 @@ def lora_linear(
     elif training and dropout_p > 0:
         dropped = F.dropout(x, dropout_p)
     base = F.linear(x, weight, bias)  # [..., N]
-    down = F.linear(dropped, lora_A.to(x.dtype)) * scaling  # [..., R]
+    down, up = F.linear(dropped, lora_A.to(x.dtype)), lora_B.to(x.dtype)  # [..., R], [N, R]
+    if down.dtype == torch.float16:
+        return base + F.linear(down, up) * scaling
     n, r = lora_B.shape
-    y = torch.addmm(base.reshape(-1, n), down.reshape(-1, r), lora_B.to(x.dtype).t())
-    return y.view(base.shape)
+    return torch.addmm(base.reshape(-1, n), (down * scaling).reshape(-1, r), up.t()).view(base.shape)
 
 
 ROWS = 1024  # rows of W + scaling * B A that are in memory at a time

@@ -72,7 +72,7 @@ def longest_run(cubin: bytes) -> int:
 
 
 def compile_for(capability: int, problems) -> list[dict]:
-    from lora_fast.kernels import down, gemm, grad, launch, mask, parts, tiles, weight
+    from lora_fast.kernels import down, gemm, grad, launch, layout, lora, mask, parts, tiles, weight
     from lora_fast.kernels import norm as norm_module
     from lora_fast.kernels.common import FP8
 
@@ -140,6 +140,16 @@ def compile_for(capability: int, problems) -> list[dict]:
             launch.launch(plan.steps(x8, ds, None, bits, torch.empty(r, k), None, None, 1.0, 1.0,
                                      torch.empty(plan.parts), None, scale))  # fmt: skip
         a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
+        if dtype == torch.float16:  # whose B carries a part of the scaling: a whole layer's launches
+            problem += " lifted"
+            for magnitude in (None, torch.empty(n)):
+                with_gain = magnitude is not None
+                shared = layout.Shared(x.shape[:-1], k, n, r, (dtype, adapter, adapter), with_gain, False, False)
+                y, made = lora.lora_fwd(shared, x, w, a, b, 2.0, bias, 1 if p else None, p, magnitude)
+                saved = layout.Saved(x, w, a, b, y if with_gain else None, *made, None, None, None)
+                lora.lora_bwd(
+                    shared, layout.Needs(True, True, True, with_bias, with_gain), dy, saved, 2.0, p, (dtype,) * 2
+                )
         for magnitude in (None, torch.empty(n)):
             v, row_norm = weight.weight_fwd(w, a, b, 2.0, magnitude)
             weight.weight_bwd(v, None if magnitude is None else w, a, b, 2.0, magnitude, row_norm, True)
