@@ -52,10 +52,12 @@ class Settings:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file in the folder; a link may lead out of it only to where Hugging Face's cache keeps its files."""
+    """The file in the folder; a link may lead out of it only to where Hugging Face's cache keeps the files of the same
+    repository: from ``REPOSITORY/snapshots/REVISION/...`` to ``REPOSITORY/blobs``."""
     path = (folder / name).resolve(strict=True)
     home = folder.resolve()
-    if path.parent != home and path.parent != home.parent.parent / "blobs":
+    blobs = [place.parent / "blobs" for place in home.parents if place.name == "snapshots"]
+    if path.parent not in (home, *blobs):
         raise ValueError(f"{name}: is a link to {path}, outside {folder}")
     if not path.is_file():
         raise ValueError(f"{name}: is no file")

@@ -280,6 +280,35 @@ def test_links_that_leave_the_directory(base, name, tmp_path):
         load_adapter(copy.deepcopy(base), tmp_path / "snapshots" / "a")
 
 
+@pytest.mark.parametrize("inside", [".", "checkpoint-500", "unet/adapters/a", "snapshots/b"])
+def test_folders_of_the_hubs_cache(base, inside, tmp_path):
+    """At any depth links lead to the repository's own blobs, and nowhere else."""
+    hub, x = tmp_path / "snapshots" / "hub", torch.randn(5, 8)
+    repository, other = hub / "models--org--name", hub / "models--org--other"
+    folder = repository / "snapshots" / "0a1b" / inside
+    model = converted(base)
+    save_adapter(model, folder)
+    for blobs in (repository / "blobs", other / "blobs", hub / "blobs", repository / "snapshots" / "blobs"):
+        blobs.mkdir(parents=True)
+        (blobs / "0123").write_bytes((folder / TENSORS).read_bytes())
+
+    def link(target):
+        (folder / TENSORS).unlink()
+        (folder / TENSORS).symlink_to(os.path.relpath(target, folder))
+
+    link(repository / "blobs" / "0123")
+    assert torch.equal(load_adapter(copy.deepcopy(base), folder)(x), model(x))
+    (tmp_path / "short").symlink_to(folder)
+    assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path / "short")(x), model(x))
+    elsewhere = [other / "blobs" / "0123", hub / "blobs" / "0123", repository / "snapshots" / "blobs" / "0123"]
+    (repository / "blobs" / "deeper").mkdir()
+    (repository / "blobs" / "deeper" / "0123").write_bytes((other / "blobs" / "0123").read_bytes())
+    for target in (*elsewhere, repository / "blobs" / "deeper" / "0123"):
+        link(target)
+        with pytest.raises(ValueError, match="is a link to .* outside"):
+            load_adapter(copy.deepcopy(base), folder)
+
+
 def test_a_converted_model_must_fit(base, tmp_path):
     save_adapter(converted(base), tmp_path)
     for options, message in [
