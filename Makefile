@@ -25,11 +25,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 demo: $(STAMP)
 	$(BIN)/python -m lora_fast demo $(ARGS)
 
-# Two workers with one thread each. Without ARGS the tests of PEFT models run once more, with the oldest PEFT.
+# Two workers with one thread each. Without ARGS the tests of PEFT models, and of what PEFT reads as patterns, run once
+# more, with the oldest PEFT.
 test: $(STAMP) $(OLD_PEFT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
 ifeq ($(ARGS),)
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_PEFT) $(BIN)/python -m pytest -q -n 2 tests/test_patch_peft*.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_PEFT) $(BIN)/python -m pytest -q -n 2 tests/test_patch_peft*.py tests/test_pattern_keys.py
 endif
 
 $(OLD_PEFT): $(STAMP)

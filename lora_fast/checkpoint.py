@@ -16,6 +16,7 @@ from lora_fast.config import LoRAConfig, some, unwrapped
 from lora_fast.dora import DoRALinear
 from lora_fast.layers import LoRALinear
 from lora_fast.model import _lora_layers, add_lora, load_lora_state_dict, lora_state_dict, remove_lora
+from lora_fast.pattern_keys import pattern_of
 from lora_fast.peft_format import (
     CONFIG,
     PREFIX,
@@ -160,6 +161,7 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
     first = next(iter(layers.values()))
     ranks = {name: layer.r for name, layer in layers.items()}
     alphas = {name: _whole(layer.lora_alpha) for name, layer in layers.items()}
+    r, alpha = _commonest(ranks), _commonest(alphas)
     biases, saved = "none", []
     for name, module in model.named_modules():
         trained = vars(module).get("_trained_with_lora", ())
@@ -171,15 +173,15 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
             biases = "all"
     return {
         "peft_type": "LORA",
-        "r": _commonest(ranks),
-        "lora_alpha": _commonest(alphas),
+        "r": r,
+        "lora_alpha": alpha,
         "lora_dropout": first.lora_dropout,
         "use_rslora": first.use_rslora,
         "use_dora": isinstance(first, DoRALinear),
         "bias": biases,
         "target_modules": _targets(model, set(layers)),
-        "rank_pattern": _pattern(ranks),
-        "alpha_pattern": _pattern(alphas),
+        "rank_pattern": pattern_of(ranks, r),
+        "alpha_pattern": pattern_of(alphas, alpha),
         "modules_to_save": saved or None,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -196,13 +198,6 @@ def _targets(model: nn.Module, converted: set[str]) -> list[str] | str:
         if {n for n in linears if any(f".{n}".endswith(f".{e}") for e in entries)} == converted:
             return sorted(entries)
     return "|".join(re.escape(name) for name in sorted(converted))
-
-
-def _pattern(values: dict[str, Any]) -> dict[str, Any]:
-    """Nothing if all layers agree, else every layer, long names first: one may be the last part of another."""
-    if len(set(values.values())) == 1:
-        return {}
-    return {name: values[name] for name in sorted(values, key=len, reverse=True)}
 
 
 def _commonest(values: dict[str, Any]) -> Any:

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_fast.pattern_keys import Pattern, is_name
+
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of a model's modules
 CONFIG_BYTES = 1 << 20  # more than any config needs
@@ -42,13 +44,20 @@ class Settings:
     use_rslora: bool
     use_dora: bool
     bias: str
-    rank_pattern: dict[str, Any]
-    alpha_pattern: dict[str, Any]
+    rank_pattern: Pattern
+    alpha_pattern: Pattern
     modules_to_save: list[str]
 
-    def of(self, pattern: dict[str, Any], default: Any, name: str) -> Any:
-        """The value for a layer; keys are full names or their last parts, taken literally, the first one wins."""
-        return next((value for key, value in pattern.items() if f".{name}".endswith(f".{key}")), default)
+    def of(self, pattern: Pattern, default: Any, name: str) -> Any:
+        """The value for a layer, by the first key that stands for it to PEFT. ValueError if its own comes later."""
+        keys = pattern.keys_of(name)
+        value = pattern[keys[0]] if keys else default
+        if name in keys and pattern[name] != value:
+            raise ValueError(
+                f"{CONFIG}: the key {keys[0]!r:.200} comes before {name!r:.200} and, a regex to PEFT, stands for that "
+                f"layer too, with another value; write it as {re.escape(keys[0])!r:.200}"
+            )
+        return value
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -102,11 +111,13 @@ def settings_of(config: dict[str, Any]) -> Settings:
     for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
         pattern = get(name, {}, dict, "an object")
         for key, value in pattern.items():
-            if not re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", key):
-                raise ValueError(f"{CONFIG}: {name}: the key {key!r:.100} is no plain module name; regexes are refused")
+            if not is_name(key):
+                raise ValueError(f"{CONFIG}: {name}: the key {key!r:.100} is no plain module name; regexes are refused"
+                                 f" (load the adapter with PEFT, set its config's {name} to the layers' names, each "
+                                 "through re.escape, with their values, and save it again)")  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
                 raise ValueError(f"{CONFIG}: {name}[{key!r}]: got {value!r:.100}, expected a finite number")
-        patterns[name] = pattern
+        patterns[name] = Pattern(pattern)
     r = get("r", 8, int, "an integer")
     bounded = [("r", r), *((f"rank_pattern[{key!r}]", value) for key, value in patterns["rank_pattern"].items())]
     for name, value in bounded:

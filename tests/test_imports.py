@@ -22,7 +22,7 @@ LAYERS = [
     {"parametrize"},
     {"parametrized"},
     {"model", "peft_format", "bottleneck"},
-    {"config"},
+    {"config", "pattern_keys"},
     {"parametrization", "dora", "peft_layers"},
     {"layers"},
     {"peft_rules"},
