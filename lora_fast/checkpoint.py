@@ -192,12 +192,19 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
 
 
 def _targets(model: nn.Module, converted: set[str]) -> list[str] | str:
-    """target_modules that mean these layers and no other: last parts of names, or full names, or a regex."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """target_modules that to PEFT mean these modules and no other, of whatever class: last parts of names, or full
+    names, or a regex."""
+    names = {name for name, _ in model.named_modules() if name}
     for entries in ({name.rpartition(".")[2] for name in converted}, converted):
-        if {n for n in linears if any(f".{n}".endswith(f".{e}") for e in entries)} == converted:
+        if {name for name in names if not entries.isdisjoint(_ends(name))} == converted:
             return sorted(entries)
     return "|".join(re.escape(name) for name in sorted(converted))
+
+
+def _ends(name: str) -> list[str]:
+    """A name and its last parts."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def _commonest(values: dict[str, Any]) -> Any:

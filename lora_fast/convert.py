@@ -90,8 +90,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_permute:
         state = reordered(state, heads, args.to)
     _write(args.dst, config, state, args.to)
-    layers = {key.rpartition(".")[0] for key in state}
-    what = f"{len(layers)} {'DoRA' if config['use_dora'] else 'LoRA'} layers ({', '.join(config['target_modules'])})"
+    layers = config["target_modules"]
+    kinds = sorted({name.rpartition(".")[2] for name in layers})
+    what = f"{len(layers)} {'DoRA' if config['use_dora'] else 'LoRA'} layers ({', '.join(kinds)})"
     print(f"Converted {what} into {args.dst}: r = {config['r']}, lora_alpha = {config['lora_alpha']:g}")
     return 0
 
@@ -207,7 +208,7 @@ def _config(r: int, alpha: float, dropout: float, state: dict[str, Tensor]) -> d
         "lora_dropout": dropout,
         "use_dora": any(key.endswith(".lora_magnitude_vector") for key in state),
         "bias": "none",
-        "target_modules": sorted({key.split(".")[-2] for key in state}),
+        "target_modules": sorted({key.rpartition(".")[0] for key in state}),  # last parts might end other names, too
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
