@@ -11,13 +11,12 @@ from lora_fast.model import (
     LoRAConfig,
     add_lora,
     disable_lora,
-    load_lora_state_dict,
     lora_parameters,
-    lora_state_dict,
     print_trainable_parameters,
     remove_lora,
 )
 from lora_fast.peft import PeftReport, patch_peft, peft_report, unpatch_peft
+from lora_fast.state import load_lora_state_dict, lora_state_dict
 
 __version__ = "0.1.0"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from torch import nn
 
 from lora_fast.config import LoRAConfig, some, unwrapped
 from lora_fast.dora import DoRALinear
+from lora_fast.gather import at_hand, whole
 from lora_fast.layers import LoRALinear
-from lora_fast.model import _lora_layers, add_lora, load_lora_state_dict, lora_state_dict, remove_lora
+from lora_fast.model import _adapter_tensors, _lora_layers, add_lora, remove_lora
 from lora_fast.pattern_keys import pattern_of
 from lora_fast.peft_format import (
     CONFIG,
@@ -28,6 +30,7 @@ from lora_fast.peft_format import (
     read_config,
     settings_of,
 )
+from lora_fast.state import _load, _places, lora_state_dict
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -37,22 +40,30 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     written in full beside the old ones before they take their places, so that a save that is cut short leaves an
     adapter that was there as it was.
 
+    Of a sharded model (FSDP, tensor parallelism) all processes call this together, since the tensors are
+    gathered for it; each of them writes the whole adapter, into the same directory or one of its own. What accelerate
+    has offloaded, to the CPU or to disk, is read from there.
+
     Raises:
-        ValueError: no LoRA layer; layers that differ in use_rslora or in being DoRA, which the format cannot say.
+        ValueError: no LoRA layer; layers that differ in use_rslora or in being DoRA, which the format cannot say;
+            tensors without data (on the meta device).
         ImportError: without safetensors.
     """
     save_file = _safetensors("torch").save_file
-    model = unwrapped(model)
-    layers = _lora_layers(model)
+    layers = _lora_layers(unwrapped(model))
     if len({(isinstance(layer, DoRALinear), layer.use_rslora) for layer in layers.values()}) > 1:
         raise ValueError("model: has layers that differ in use_dora or use_rslora, expected one adapter of one kind")
+    state = lora_state_dict(unwrapped(model))
+    if missing := [key for key, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(f"model: {some(missing)}: on the meta device, without data to save")
+    model = unwrapped(model)
     tensors = {}
-    for key, tensor in lora_state_dict(model).items():
+    for key, tensor in state.items():
         owner, _, name = key.rpartition(".")
         if owner in layers:
             name = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}.get(name, name)
             name = f"base_layer.{name}" if name == "bias" else name
-        tensors[f"{PREFIX}{owner}.{name}" if owner else PREFIX + name] = tensor.contiguous()
+        tensors[f"{PREFIX}{owner}.{name}" if owner else PREFIX + name] = whole(tensor).contiguous()
     config = json.dumps(_config_of(model, layers), indent=2) + "\n"
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,14 +80,18 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     A model without LoRA layers is converted first, exactly where the adapter has tensors; one that has them must have
     them there, of the same rank, and takes lora_alpha and use_rslora over. Returns ``model``.
 
+    A sharded or offloaded model must have LoRA layers already, and takes the adapter as
+    :func:`lora_fast.load_lora_state_dict` does: load first, then shard or offload, where there is a choice.
+
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: they are not what they should be or do not fit the model; the message says what. The model is then
-            as it was.
+        ValueError: they are not what they should be or do not fit the model, or this has no data to load into (it is
+            on the meta device, or offloaded to disk); the message says what. The model is then as it was.
         ImportError: without safetensors.
     """
-    target = unwrapped(model)
-    fit_adapter(target, read_adapter(target, directory))
+    with at_hand(model, write=True):
+        target = unwrapped(model)
+        fit_adapter(target, read_adapter(target, directory), with_data=True)
     return model
 
 
@@ -126,17 +141,22 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike) -> Adapter:
     return Adapter(settings, ranks, alphas, state)
 
 
-def fit_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Put what :func:`read_adapter` gave into the same model, which is converted first if it has no LoRA layers.
+def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> None:
+    """Put what :func:`read_adapter` gave into the same model, which is converted first if it has no LoRA layers. Into
+    one on the meta device go the shapes alone, or it is refused (``with_data``).
 
     Raises:
         ValueError: as :func:`load_adapter`, about the fit. The model is then as it was.
     """
     settings, ranks, alphas, state = adapter
+
+    def load() -> None:
+        _load(model, _places(model) if with_data else _adapter_tensors(model), state)
+
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if layers:
         _check_converted(layers, ranks, settings)
-        load_lora_state_dict(model, state)
+        load()
         for name, layer in layers.items():
             layer.lora_alpha, layer.use_rslora = alphas[name], settings.use_rslora
         return
@@ -151,7 +171,7 @@ def fit_adapter(model: nn.Module, adapter: Adapter) -> None:
         alpha_pattern={re.escape(name): alphas[name] for name in longest_first},
     ))  # fmt: skip
     try:
-        load_lora_state_dict(model, state)
+        load()
     except BaseException:
         remove_lora(model)
         raise
@@ -217,7 +237,8 @@ def _whole(number: float) -> float:
 
 def _replace(folder: Path, files: dict[str, Callable[[Path], Any]]) -> None:
     """Write every file in full under another name, then put them all in place."""
-    written = {folder / name: folder / f".{name}.{os.getpid()}.part" for name in files}
+    token = secrets.token_hex(4)  # processes on several hosts may share the folder, and a number
+    written = {folder / name: folder / f".{name}.{token}.part" for name in files}
     try:
         for (path, part), write in zip(written.items(), files.values(), strict=True):
             write(part)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lora_fast.gather import is_sharded
 from lora_fast.layers import _check_hyperparameters, check_base_dtype, why_not_lora
 
 _SUFFIX = r"(.*\.)?({})$"  # how PEFT reads a key of rank_pattern: it stands for a full name or its last parts
@@ -111,6 +112,10 @@ def find_targets(
 
 def _why_not(module: nn.Module, parents: list[nn.Module]) -> str | None:
     """Why a LoRALinear could not stand in for the module in this place, in words."""
+    if getattr(module, "_is_fsdp_managed_module", False) or is_sharded(getattr(module, "weight", None)):
+        return "is sharded (by FSDP or tensor parallelism): add or load the adapter first, then shard the model"
+    if "_hf_hook" in vars(module):
+        return "is dispatched by accelerate: add or load the adapter first, then dispatch or offload the model"
     if why := why_not_lora(module):
         return why
     if torch.backends.mha.get_fastpath_enabled() and any(isinstance(p, nn.TransformerEncoderLayer) for p in parents):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.checkpoint import load_adapter, open_adapter
+from lora_fast.checkpoint import fit_adapter, open_adapter, read_adapter
 from lora_fast.dora import DoRALinear
 from lora_fast.layers import LoRALinear, why_not_lora
 from lora_fast.machine import devices, versions
@@ -114,7 +114,7 @@ def adapter(folder: Path) -> bool:
         tensors = ", ".join(f"{count} of {dtype}" for dtype, count in sorted(dtypes.items()))
         print(f"  tensors: {tensors}; {size / 2**20:.2f} MiB")
         bare = skeleton_of_adapter(folder)
-        load_adapter(bare, folder)
+        fit_adapter(bare, read_adapter(bare, folder))
     except (OSError, ValueError, ImportError) as error:
         print(f"  load_adapter refuses it: {error}")
         return False

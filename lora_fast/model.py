@@ -1,4 +1,4 @@
-"""Conversion of a whole model: LoRA on its nn.Linear layers in place; save, load, switch off, take out."""
+"""Conversion of a whole model: LoRA on its nn.Linear layers in place; switch off, take out."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -111,49 +111,6 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Iterate over lora_A [r, in], lora_B [out, r] and, of DoRA layers, lora_magnitude_vector [out], layer by layer.
     ValueError without LoRA layers."""
     return iter([getattr(layer, name) for layer in _lora_layers(model).values() for name in layer.adapter_names])
-
-
-def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's part of ``model.state_dict()``, detached but not copied. ValueError without LoRA layers.
-
-    Keys ``<module>.lora_A``, ``<module>.lora_B`` and, of DoRA layers, ``<module>.lora_magnitude_vector``, and the
-    tensors of modules_to_save and of the biases that train.
-    """
-    return {name: tensor.detach() for name, tensor in _adapter_tensors(model).items()}
-
-
-@torch.no_grad()
-def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Copy what :func:`lora_state_dict` gave into ``model``, cast to the dtypes and devices there.
-
-    Raises:
-        TypeError: not a mapping of tensors.
-        ValueError: no LoRA layer; a merged one (its weight would keep the old adapter); missing or unexpected keys,
-            another shape or kind of number. All is checked first: the model is then untouched.
-    """
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict: got {type(state_dict).__name__}, expected a mapping of names to tensors")
-    if merged := [name for name, layer in _lora_layers(model).items() if layer.merged]:
-        raise ValueError(f"model: has merged LoRA layers ({some(merged)}); call unmerge_lora before loading")
-    own = _adapter_tensors(model)
-    problems = [f"missing {name}" for name in own if name not in state_dict]
-    problems += [f"unexpected {name}" for name in state_dict if name not in own]
-    for name, old in own.items():
-        new = state_dict.get(name, old)
-        if not isinstance(new, torch.Tensor):
-            raise TypeError(f"state_dict[{name!r}]: got {type(new).__name__}, expected a tensor")
-        if new.shape != old.shape:
-            problems.append(f"{name} has shape {tuple(new.shape)}, expected {tuple(old.shape)}")
-        if new.is_floating_point() != old.is_floating_point() or new.is_complex():
-            problems.append(f"{name} has dtype {new.dtype}, expected {old.dtype}")
-        if new.is_meta and not old.is_meta:
-            problems.append(f"{name} is on the meta device, without data")
-        elif name.endswith("lora_magnitude_vector") and not torch.isfinite(new).all():
-            problems.append(f"{name} has elements that are not finite")
-    if problems:
-        raise ValueError("state_dict: does not fit the model: " + "; ".join(problems))
-    for name, tensor in own.items():
-        tensor.copy_(state_dict[name])
 
 
 def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:

@@ -20,7 +20,7 @@ LAYERS = [
     {"base_files"},
     {"checkpoint", "peft"},
     {"parametrize"},
-    {"parametrized"},
+    {"parametrized", "state"},
     {"model", "peft_format", "bottleneck"},
     {"config", "pattern_keys"},
     {"parametrization", "dora", "peft_layers"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"ops"},
     {"reference"},
     {"fp8"},
-    {"dispatch", "kernels"},
+    {"dispatch", "kernels", "gather"},
 ]
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
 MODULES = sorted((ROOT / "lora_fast").glob("*.py"))

@@ -1,0 +1,73 @@
+"""Parameters whose values are not where the module holds them: sharded by FSDP or tensor parallelism, or offloaded by
+accelerate, which puts them there for the length of a forward."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def at_hand(model: nn.Module, write: bool = False) -> Iterator[bool]:
+    """Within, FSDP2's parameters are the DTensors that it keeps, also where a forward has left them gathered, and
+    FSDP1's are whole: with ``write``, what is written into them stays. All processes enter together. Gives whether
+    FSDP1 takes the tensors back at the end."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, nobody uses it
+    modules = list(model.modules()) if fsdp is not None else []
+    for module in modules:
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+    if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in modules):
+        with fsdp.FullyShardedDataParallel.summon_full_params(model, writeback=write):
+            yield True
+    else:
+        yield False
+
+
+def is_sharded(tensor: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a DTensor, which all of its processes ask for together; any other tensor as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+
+
+def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a whole value, the same in all processes, into a tensor that may be a DTensor."""
+    if is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        value = distribute_tensor(value, mesh, placements, src_data_rank=None).to_local()
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    tensor.copy_(value)
+
+
+def stored(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a model, by any names; in place of those that accelerate has offloaded what it keeps of them:
+    from memory the tensor itself, from disk a copy."""
+    if not any(t.is_meta for t in tensors.values()):
+        return dict(tensors)
+    kept = {id(tensor): place for tensor, place in _offloaded(model)}
+    found = {name: kept.get(id(t)) if t.is_meta else None for name, t in tensors.items()}
+    return {name: tensors[name] if place is None else place[0][place[1]] for name, place in found.items()}
+
+
+def _offloaded(model: nn.Module) -> Iterator[tuple[torch.Tensor, tuple[Mapping, str]]]:
+    """(tensor without data, (mapping of the values, its name there)) of all that accelerate's hooks bring in."""
+    for module in model.modules():
+        hook: Any = vars(module).get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            values = getattr(one, "weights_map", None)
+            if values is None or not one.offload:
+                continue
+            recurse = one.place_submodules
+            own = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+            yield from ((tensor, (values, name)) for name, tensor in own if tensor.is_meta)

@@ -1,0 +1,84 @@
+"""The adapter's part of a model's state dict, wherever the model keeps it: gather it, put it back."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lora_fast.config import some
+from lora_fast.gather import at_hand, put, stored, whole
+from lora_fast.model import _adapter_tensors, _lora_layers
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's part of ``model.state_dict()``, detached but not copied. ValueError without LoRA layers.
+
+    Keys ``<module>.lora_A``, ``<module>.lora_B`` and, of DoRA layers, ``<module>.lora_magnitude_vector``, and the
+    tensors of modules_to_save and of the biases that train.
+
+    Under FSDP2 and tensor parallelism the tensors are DTensors, as in ``model.state_dict()``: the ``full_tensor()`` of
+    each, called by all processes, is the whole one (:func:`lora_fast.save_adapter` calls it itself). Under FSDP1 they
+    are whole copies, made by all processes together. Of an offloaded model they are accelerate's own from the CPU, and
+    copies from disk.
+    """
+    _lora_layers(model)
+    with at_hand(model) as lent:
+        tensors = {name: tensor.detach() for name, tensor in stored(model, _adapter_tensors(model)).items()}
+        return {name: tensor.clone() for name, tensor in tensors.items()} if lent else tensors
+
+
+def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Copy what :func:`lora_state_dict` gave into ``model``, cast to the dtypes and devices there.
+
+    A sharded model takes whole tensors and DTensors, as does any other, all processes together and the same in each;
+    an offloaded one takes them where accelerate keeps them, if that is the CPU.
+
+    Raises:
+        TypeError: not a mapping of tensors.
+        ValueError: no LoRA layer; a merged one (its weight would keep the old adapter); missing or unexpected keys,
+            another shape or kind of number; a model without data to copy into (on the meta device), or whose data
+            accelerate keeps on disk. All is checked first: the model is then untouched.
+    """
+    _lora_layers(model)
+    with at_hand(model, write=True):
+        _load(model, _places(model), state_dict)
+
+
+def _places(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that :func:`load_lora_state_dict` writes into. ValueError without data, or if they are on disk."""
+    own = _adapter_tensors(model)
+    places, again = stored(model, own), stored(model, own)
+    if missing := [name for name, tensor in places.items() if tensor.is_meta]:
+        raise ValueError(f"model: {some(missing)}: on the meta device, without data; give the model its data "
+                         "first (to_empty and load_state_dict), then load the adapter")  # fmt: skip
+    if on_disk := [name for name, tensor in places.items() if tensor is not again[name]]:
+        raise ValueError(f"model: {some(on_disk)}: offloaded to disk, where accelerate does not let it change; "
+                         "load the adapter first, then offload the model")  # fmt: skip
+    return places
+
+
+@torch.no_grad()
+def _load(model: nn.Module, own: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor]) -> None:
+    """:func:`load_lora_state_dict` into the tensors ``own`` of the model, be they without data."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: got {type(state_dict).__name__}, expected a mapping of names to tensors")
+    if merged := [name for name, layer in _lora_layers(model).items() if layer.merged]:
+        raise ValueError(f"model: has merged LoRA layers ({some(merged)}); call unmerge_lora before loading")
+    problems = [f"missing {name}" for name in own if name not in state_dict]
+    problems += [f"unexpected {name}" for name in state_dict if name not in own]
+    for name, old in own.items():
+        new = state_dict.get(name, old)
+        if not isinstance(new, torch.Tensor):
+            raise TypeError(f"state_dict[{name!r}]: got {type(new).__name__}, expected a tensor")
+        if new.shape != old.shape:
+            problems.append(f"{name} has shape {tuple(new.shape)}, expected {tuple(old.shape)}")
+        if new.is_floating_point() != old.is_floating_point() or new.is_complex():
+            problems.append(f"{name} has dtype {new.dtype}, expected {old.dtype}")
+        if new.is_meta and not old.is_meta:
+            problems.append(f"{name} is on the meta device, without data")
+        elif name.endswith("lora_magnitude_vector") and not torch.isfinite(whole(new)).all():
+            problems.append(f"{name} has elements that are not finite")
+    if problems:
+        raise ValueError("state_dict: does not fit the model: " + "; ".join(problems))
+    for name, tensor in own.items():
+        put(tensor, whole(state_dict[name]))
