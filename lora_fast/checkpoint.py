@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lora_fast.config import LoRAConfig, some, unwrapped
+from lora_fast.config import LoRAConfig, some
 from lora_fast.dora import DoRALinear
 from lora_fast.gather import at_hand, whole
 from lora_fast.layers import LoRALinear
@@ -31,6 +31,7 @@ from lora_fast.peft_format import (
     settings_of,
 )
 from lora_fast.state import _load, _places, lora_state_dict
+from lora_fast.wrappers import plain_modules, unwrapped
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -40,7 +41,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     written in full beside the old ones before they take their places, so that a save that is cut short leaves an
     adapter that was there as it was.
 
-    Of a sharded model (FSDP, tensor parallelism) all processes call this together, since the tensors are
+    Wrappers in the model or around it (torch.compile, DistributedDataParallel, checkpoint_wrapper, ...) leave no trace
+    in the names. Of a sharded model (FSDP, tensor parallelism) all processes call this together, since the tensors are
     gathered for it; each of them writes the whole adapter, into the same directory or one of its own. What accelerate
     has offloaded, to the CPU or to disk, is read from there.
 
@@ -50,10 +52,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         ImportError: without safetensors.
     """
     save_file = _safetensors("torch").save_file
-    layers = _lora_layers(unwrapped(model))
+    layers = _lora_layers(model)
     if len({(isinstance(layer, DoRALinear), layer.use_rslora) for layer in layers.values()}) > 1:
         raise ValueError("model: has layers that differ in use_dora or use_rslora, expected one adapter of one kind")
-    state = lora_state_dict(unwrapped(model))
+    state = lora_state_dict(model)
     if missing := [key for key, tensor in state.items() if tensor.is_meta]:
         raise ValueError(f"model: {some(missing)}: on the meta device, without data to save")
     model = unwrapped(model)
@@ -80,7 +82,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     A model without LoRA layers is converted first, exactly where the adapter has tensors; one that has them must have
     them there, of the same rank, and takes lora_alpha and use_rslora over. Returns ``model``.
 
-    A sharded or offloaded model must have LoRA layers already, and takes the adapter as
+    Wrappers in the model or around it (torch.compile, DistributedDataParallel, checkpoint_wrapper, ...) stand in no
+    name. A sharded or offloaded model must have LoRA layers already, and takes the adapter as
     :func:`lora_fast.load_lora_state_dict` does: load first, then shard or offload, where there is a choice.
 
     Raises:
@@ -90,8 +93,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         ImportError: without safetensors.
     """
     with at_hand(model, write=True):
-        target = unwrapped(model)
-        fit_adapter(target, read_adapter(target, directory), with_data=True)
+        fit_adapter(model, read_adapter(model, directory), with_data=True)
     return model
 
 
@@ -153,7 +155,7 @@ def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> 
     def load() -> None:
         _load(model, _places(model) if with_data else _adapter_tensors(model), state)
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    layers = {name: module for name, module in plain_modules(model) if isinstance(module, LoRALinear)}
     if layers:
         _check_converted(layers, ranks, settings)
         load()
@@ -161,7 +163,7 @@ def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> 
             layer.lora_alpha, layer.use_rslora = alphas[name], settings.use_rslora
         return
     longest_first = sorted(ranks, key=len, reverse=True)  # a name may be the last part of another
-    present = [name for name, _ in model.named_modules()]
+    present = [name for name, _ in plain_modules(model)]
     saved = [e for e in settings.modules_to_save if any(f".{name}".endswith(f".{e}") for name in present)]
     add_lora(model, LoRAConfig(
         r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
@@ -183,7 +185,7 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
     alphas = {name: _whole(layer.lora_alpha) for name, layer in layers.items()}
     r, alpha = _commonest(ranks), _commonest(alphas)
     biases, saved = "none", []
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         trained = vars(module).get("_trained_with_lora", ())
         if any("bias" not in own for own in trained):
             saved.append(name)
@@ -214,7 +216,7 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
 def _targets(model: nn.Module, converted: set[str]) -> list[str] | str:
     """target_modules that to PEFT mean these modules and no other, of whatever class: last parts of names, or full
     names, or a regex."""
-    names = {name for name, _ in model.named_modules() if name}
+    names = {name for name, _ in plain_modules(model) if name}
     for entries in ({name.rpartition(".")[2] for name in converted}, converted):
         if {name for name in names if not entries.isdisjoint(_ends(name))} == converted:
             return sorted(entries)

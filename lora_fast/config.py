@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_fast.gather import is_sharded
 from lora_fast.layers import _check_hyperparameters, check_base_dtype, why_not_lora
+from lora_fast.wrappers import unwrapped
 
 _SUFFIX = r"(.*\.)?({})$"  # how PEFT reads a key of rank_pattern: it stands for a full name or its last parts
 
@@ -93,8 +94,8 @@ def find_targets(
     head: Any = None
     if isinstance(patterns, str) and patterns.lower() == "all-linear":
         found: set[nn.Module] = {module for module in names if isinstance(module, nn.Linear)}
-        if callable(get_output_embeddings := getattr(model, "get_output_embeddings", None)):
-            head = get_output_embeddings()
+        if callable(get_output_embeddings := getattr(unwrapped(model), "get_output_embeddings", None)):
+            head = unwrapped(get_output_embeddings())
     else:
         found = matching("target_modules", patterns, names)
     excluded = matching("exclude_modules", config.exclude_modules, {m: names[m] for m in found})
@@ -118,6 +119,8 @@ def _why_not(module: nn.Module, parents: list[nn.Module]) -> str | None:
         return "is dispatched by accelerate: add or load the adapter first, then dispatch or offload the model"
     if why := why_not_lora(module):
         return why
+    if any(type(parent).__name__ == "OptimizedModule" for parent in parents):
+        return "is compiled by itself: torch.compile's wrapper would go on calling the layer without an adapter"
     if torch.backends.mha.get_fastpath_enabled() and any(isinstance(p, nn.TransformerEncoderLayer) for p in parents):
         return (
             "is in an nn.TransformerEncoderLayer, whose inference fast path reads the weight and would skip the adapter"
@@ -184,15 +187,3 @@ def _check_regex(argument: str, pattern: Any, within: str = "{}") -> None:
 
 def some(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers, whose names no file should hold."""
-    while isinstance(model, nn.Module):
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            break
-        model = inner
-    return model

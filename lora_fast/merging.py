@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast.config import some, unwrapped
+from lora_fast.config import some
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.model import _lora_layers, _noting
 from lora_fast.peft import _lora_layers as _peft_layers
+from lora_fast.wrappers import plain_modules
 
 
 def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.PathLike | None = None) -> nn.Module:
@@ -29,7 +30,7 @@ def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.Pa
         ImportError: an ``original``, without safetensors.
         After any error the layers that this call merged are unmerged again.
     """
-    layers = _lora_layers(unwrapped(model))
+    layers = _lora_layers(model)
     bases = {name: layer.base_weight for name, layer in layers.items()}
     read = _originals(original, bases, layers)
     _merge_all(layers, lambda name, layer: layer.merge(safe_merge, read(name)))
@@ -58,7 +59,8 @@ def merge_peft(
         FileNotFoundError, TypeError, ValueError, ImportError: about ``original``, as :func:`merge_lora`.
         After any error the layers that this call merged are unmerged again.
     """
-    layers = _peft_layers(unwrapped(model))
+    wanted = set(_peft_layers(model).values())
+    layers: dict[str, Any] = {name: module for name, module in plain_modules(model) if module in wanted}
     bases = {
         name: layer._buffers.get("unmerged_weight", getattr(layer.get_base_layer(), "weight", None))
         for name, layer in layers.items()

@@ -10,6 +10,7 @@ from torch import nn
 from lora_fast.config import LoRAConfig, find_targets, holders, matching, resolve_pattern, some
 from lora_fast.dora import DoRALinear
 from lora_fast.layers import LoRALinear, check_quantisable
+from lora_fast.wrappers import compiled_alone, plain_modules, unwrapped
 
 # What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
 _BEFORE = "_before_lora"  # {parameter name: requires_grad before add_lora}, for remove_lora
@@ -20,8 +21,9 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, in place, freeze the rest,
     return ``model``.
 
-    Training flags are kept. A layer found under several names is converted once, in all its places: it is a target if
-    one of its names is, unless one of them is excluded.
+    Training flags are kept. Names are as without the wrappers of torch.compile, checkpointing or parallel training, in
+    the model or around it; patterns may also spell these out. A layer found under several names is converted once, in
+    all its places: it is a target if one of its names is, unless one of them is excluded.
 
     Raises:
         TypeError: not a module, not a LoRAConfig.
@@ -36,9 +38,9 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a LoRAConfig")
     config = replace(config)  # its fields may have been assigned since it was checked
-    if present := [name or "itself" for name, module in model.named_modules() if isinstance(module, LoRALinear)]:
+    if present := [name or "itself" for name, module in plain_modules(model) if isinstance(module, LoRALinear)]:
         raise ValueError(f"model: has LoRA layers already ({some(present)}); call remove_lora first")
-    if isinstance(model, nn.Linear):
+    if isinstance(unwrapped(model), nn.Linear):
         raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")
     for layer in _convert(model, config):
         layer.quantise_base()
@@ -49,9 +51,12 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
     """:func:`add_lora` but for the fp8 bases: the layers that are to get one, each of which can. Nothing holds the old
     layers any more, so that their weights are freed one by one."""
     names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if module is not model:
+    for name, module in plain_modules(model, remove_duplicate=False):
+        if name:
             names.setdefault(module, []).append(name)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name not in names.get(module, name):
+            names[module].append(name)  # as patterns may have spelt it, a wrapper's parts and all
     saved = {m for root in matching("modules_to_save", config.modules_to_save, names) for m in root.modules()}
     targets = find_targets(model, config, names, saved)
     ranks = resolve_pattern("rank_pattern", config.rank_pattern, config.r, targets, names)
@@ -93,11 +98,14 @@ def remove_lora(model: nn.Module) -> nn.Module:
     The weights are the base's, bit for bit, or the merged ones where a layer is merged: merge_lora, then remove_lora.
 
     Raises:
-        ValueError: no LoRA layer, or ``model`` is itself one.
+        ValueError: no LoRA layer, or ``model`` is itself one, or torch.compile was given one by itself.
     """
     layers = _lora_layers(model)
-    if isinstance(model, LoRALinear):
+    if isinstance(unwrapped(model), LoRALinear):
         raise ValueError("model: got a LoRALinear, which cannot be replaced in place; use its to_linear()")
+    if compiled := compiled_alone(model, LoRALinear):
+        raise ValueError(f"model: torch.compile was given {some(compiled)} by itself, so that its wrapper would go on "
+                         "calling the LoRA layer; put the wrapper's _orig_mod in its place first")  # fmt: skip
     linears: dict[nn.Module, nn.Module] = {layer: layer.to_linear() for layer in layers.values()}
     modules = list(model.modules())
     _swap(model, linears)
@@ -142,7 +150,7 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    layers = {name: module for name, module in plain_modules(model) if isinstance(module, LoRALinear)}
     if not layers:
         raise ValueError("model: has no LoRA layers; call add_lora first")
     return layers
@@ -152,10 +160,10 @@ def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Each tensor once, under its first name."""
     _lora_layers(model)
     tensors: dict[torch.Tensor, str] = {}
-    for prefix, module in model.named_modules():
+    for owner, module in plain_modules(model):
         own = module.adapter_names if isinstance(module, LoRALinear) else ()
         for name in (*own, *vars(module).get(_TRAINED, ())):
-            tensors.setdefault(getattr(module, name), f"{prefix}.{name}" if prefix else name)
+            tensors.setdefault(getattr(module, name), f"{owner}.{name}" if owner else name)
     return {name: tensor for tensor, name in tensors.items()}
 
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_fast.pattern_keys import Pattern, is_name
+from lora_fast.wrappers import plain_modules, plain_name
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of a model's modules
@@ -117,7 +119,7 @@ def settings_of(config: dict[str, Any]) -> Settings:
                                  "through re.escape, with their values, and save it again)")  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
                 raise ValueError(f"{CONFIG}: {name}[{key!r}]: got {value!r:.100}, expected a finite number")
-        patterns[name] = Pattern(pattern)
+        patterns[name] = Pattern({plain_name(f"{key}.").removesuffix("."): value for key, value in pattern.items()})
     r = get("r", 8, int, "an integer")
     bounded = [("r", r), *((f"rank_pattern[{key!r}]", value) for key, value in patterns["rank_pattern"].items())]
     for name, value in bounded:
@@ -142,13 +144,13 @@ def settings_of(config: dict[str, Any]) -> Settings:
 
 def check_header(model: nn.Module, settings: Settings, file: Any) -> tuple[dict[str, int], dict[str, str]]:
     """({layer: rank}, {key of lora_state_dict: key in the file}) of a file whose header fits the model."""
-    modules = dict(model.named_modules())
-    own_tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    modules = dict(plain_modules(model))
+    own_tensors = _tensors(modules)
     found: dict[str, dict[str, str]] = {}
     sources: dict[str, str] = {}
     for key in file.keys():  # noqa: SIM118 (not a dict)
-        name = key.removeprefix(PREFIX)
-        if name == key:
+        name = plain_name(key.removeprefix(PREFIX))  # of wrappers that were inside the model that was saved
+        if not key.startswith(PREFIX):
             raise ValueError(f"{TENSORS}: unexpected {key!r:.200}, expected names that begin with {PREFIX!r}")
         if match := _ADAPTER.fullmatch(name):
             part = _OWN.get(match[2], "lora_magnitude_vector")
@@ -188,6 +190,16 @@ def check_header(model: nn.Module, settings: Settings, file: Any) -> tuple[dict[
             if part in parts:
                 _check_shape(file, parts[part], shape)
     return ranks, sources
+
+
+def _tensors(modules: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Each parameter and buffer once, under its first name."""
+    found: dict[torch.Tensor, str] = {}
+    for owner, module in modules.items():
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is not None:
+                found.setdefault(tensor, f"{owner}.{name}".removeprefix("."))
+    return {name: tensor for tensor, name in found.items()}
 
 
 def _check_shape(file: Any, key: str, expected: list[int], floating: bool = True) -> None:

@@ -8,13 +8,15 @@ from torch import nn
 from lora_fast.config import some
 from lora_fast.gather import at_hand, put, stored, whole
 from lora_fast.model import _adapter_tensors, _lora_layers
+from lora_fast.wrappers import plain_name, prefix
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's part of ``model.state_dict()``, detached but not copied. ValueError without LoRA layers.
 
     Keys ``<module>.lora_A``, ``<module>.lora_B`` and, of DoRA layers, ``<module>.lora_magnitude_vector``, and the
-    tensors of modules_to_save and of the biases that train.
+    tensors of modules_to_save and of the biases that train; modules under the names that they have without wrappers
+    (torch.compile's, DistributedDataParallel's, ...), inside the model or around it.
 
     Under FSDP2 and tensor parallelism the tensors are DTensors, as in ``model.state_dict()``: the ``full_tensor()`` of
     each, called by all processes, is the whole one (:func:`lora_fast.save_adapter` calls it itself). Under FSDP1 they
@@ -64,6 +66,8 @@ def _load(model: nn.Module, own: Mapping[str, torch.Tensor], state_dict: Mapping
         raise TypeError(f"state_dict: got {type(state_dict).__name__}, expected a mapping of names to tensors")
     if merged := [name for name, layer in _lora_layers(model).items() if layer.merged]:
         raise ValueError(f"model: has merged LoRA layers ({some(merged)}); call unmerge_lora before loading")
+    around = prefix(model)  # dicts of versions that kept it in the names are taken, too
+    state_dict = {n if n in own else plain_name(n.removeprefix(around)): tensor for n, tensor in state_dict.items()}
     problems = [f"missing {name}" for name in own if name not in state_dict]
     problems += [f"unexpected {name}" for name in state_dict if name not in own]
     for name, old in own.items():

@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lora_fast import (
@@ -72,6 +72,7 @@ SHARDINGS = {
     "fsdp2 after a forward": lambda model: run(fsdp2(model)),  # which leaves the root's parameters gathered
     "fsdp2 on the CPU": lambda model: fsdp2(model, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "by hand": rows,
+    "fsdp1": lambda model: FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")),
 }
 
 

@@ -31,7 +31,7 @@ LAYERS = [
     {"ops"},
     {"reference"},
     {"fp8"},
-    {"dispatch", "kernels", "gather"},
+    {"dispatch", "kernels", "gather", "wrappers"},
 ]
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
 MODULES = sorted((ROOT / "lora_fast").glob("*.py"))
