@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fast.gather import is_sharded
 from lora_fast.layers import _check_hyperparameters, check_base_dtype, why_not_lora
-from lora_fast.wrappers import unwrapped
+from lora_fast.wrappers import is_compiled, unwrapped
 
 _SUFFIX = r"(.*\.)?({})$"  # how PEFT reads a key of rank_pattern: it stands for a full name or its last parts
 
@@ -119,7 +119,7 @@ def _why_not(module: nn.Module, parents: list[nn.Module]) -> str | None:
         return "is dispatched by accelerate: add or load the adapter first, then dispatch or offload the model"
     if why := why_not_lora(module):
         return why
-    if any(type(parent).__name__ == "OptimizedModule" for parent in parents):
+    if any(map(is_compiled, parents)):
         return "is compiled by itself: torch.compile's wrapper would go on calling the layer without an adapter"
     if torch.backends.mha.get_fastpath_enabled() and any(isinstance(p, nn.TransformerEncoderLayer) for p in parents):
         return (

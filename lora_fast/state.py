@@ -6,13 +6,15 @@ import torch
 from torch import nn
 
 from lora_fast.config import some
+from lora_fast.dora import DoRALinear
 from lora_fast.gather import at_hand, put, stored, whole
 from lora_fast.model import _adapter_tensors, _lora_layers
 from lora_fast.wrappers import plain_name, prefix
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's part of ``model.state_dict()``, detached but not copied. ValueError without LoRA layers.
+    """The adapter's part of ``model.state_dict()``, detached but not copied. ValueError without LoRA layers, and of
+    shards that are no DTensors (DeepSpeed's ZeRO-3; FSDP1's without its outermost wrapper).
 
     Keys ``<module>.lora_A``, ``<module>.lora_B`` and, of DoRA layers, ``<module>.lora_magnitude_vector``, and the
     tensors of modules_to_save and of the biases that train; modules under the names that they have without wrappers
@@ -25,7 +27,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     _lora_layers(model)
     with at_hand(model) as lent:
-        tensors = {name: tensor.detach() for name, tensor in stored(model, _adapter_tensors(model)).items()}
+        tensors = {name: tensor.detach() for name, tensor in stored(model, _whole_tensors(model)).items()}
         return {name: tensor.clone() for name, tensor in tensors.items()} if lent else tensors
 
 
@@ -38,8 +40,8 @@ def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor
     Raises:
         TypeError: not a mapping of tensors.
         ValueError: no LoRA layer; a merged one (its weight would keep the old adapter); missing or unexpected keys,
-            another shape or kind of number; a model without data to copy into (on the meta device), or whose data
-            accelerate keeps on disk. All is checked first: the model is then untouched.
+            another shape or kind of number; a model in shards that are no DTensors, or without data to copy into (on
+            the meta device), or whose data accelerate keeps on disk. All is checked first: the model is then untouched.
     """
     _lora_layers(model)
     with at_hand(model, write=True):
@@ -48,7 +50,7 @@ def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor
 
 def _places(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that :func:`load_lora_state_dict` writes into. ValueError without data, or if they are on disk."""
-    own = _adapter_tensors(model)
+    own = _whole_tensors(model)
     places, again = stored(model, own), stored(model, own)
     if missing := [name for name, tensor in places.items() if tensor.is_meta]:
         raise ValueError(f"model: {some(missing)}: on the meta device, without data; give the model its data "
@@ -57,6 +59,19 @@ def _places(model: nn.Module) -> dict[str, torch.Tensor]:
         raise ValueError(f"model: {some(on_disk)}: offloaded to disk, where accelerate does not let it change; "
                          "load the adapter first, then offload the model")  # fmt: skip
     return places
+
+
+def _whole_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors. ValueError for bare shards, of which only what sharded them knows the whole."""
+    for name, layer in _lora_layers(model).items():
+        r, n, k = layer.r, layer.out_features, layer.in_features
+        for part, shape in zip(layer.adapter_names, ((r, k), (n, r), (n,)), strict=False):
+            if (found := getattr(layer, part).shape) != shape:
+                raise ValueError(
+                    f"model: {name or 'itself'}: {part} has shape {tuple(found)}, expected {shape}: something shards it."
+                    " Under FSDP1 give the outermost wrapper; under others gather first (deepspeed's GatheredParameters)"
+                )
+    return _adapter_tensors(model)
 
 
 @torch.no_grad()
@@ -86,3 +101,6 @@ def _load(model: nn.Module, own: Mapping[str, torch.Tensor], state_dict: Mapping
         raise ValueError("state_dict: does not fit the model: " + "; ".join(problems))
     for name, tensor in own.items():
         put(tensor, whole(state_dict[name]))
+    for layer in _lora_layers(model).values():
+        if isinstance(layer, DoRALinear) and not layer.weight.is_meta:
+            layer._magnitude_is_set = True  # if it was put off: the layer was on the meta device

@@ -68,13 +68,18 @@ def plain_name(name: str) -> str:
     return _TELLING.sub("", name)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether this is torch.compile's wrapper, which goes on calling the very module that it was given, whatever is put
+    in that one's place."""
+    return _held_as(module) == "_orig_mod"
+
+
 def compiled_alone(model: nn.Module, kind: type[nn.Module]) -> list[str]:
-    """Names of the modules of a kind that torch.compile was given by themselves: its wrapper goes on calling the very
-    module that it was given, whatever is put in that one's place."""
+    """Names of the modules of a kind that torch.compile was given by themselves."""
     return [
         plain_name(f"{name}.").removesuffix(".") or "itself"
         for name, module in model.named_modules()
-        if type(module).__name__ == "OptimizedModule" and isinstance(inside(module), kind)
+        if is_compiled(module) and isinstance(unwrapped(module), kind)
     ]
 
 

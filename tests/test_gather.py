@@ -141,3 +141,26 @@ def test_models_without_data(kind, tmp_path):
         assert kinds == [type(module) for module in model.modules()] and not (tmp_path / "b").exists()
     model.to_empty(device="cpu").load_state_dict(source.state_dict())
     assert torch.equal(load_adapter(model, tmp_path / "a")(x), source(x))
+
+
+def test_a_dora_magnitude_that_comes_before_the_first_forward():
+    """The layer was on the meta device, so that it put its own magnitude off."""
+    source, x = adapted(KINDS[1]), torch.randn(4, 6)
+    with torch.device("meta"):
+        model = add_lora(Model(), LoRAConfig(r=2, target_modules=["fc", "block.0"], **KINDS[1]))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for own, other in zip(model.parameters(), source.parameters(), strict=True):
+            own.copy_(other)
+    load_lora_state_dict(model, lora_state_dict(source))
+    assert torch.equal(model(x), source(x))
+
+
+def test_shards_that_nothing_here_can_gather(tmp_path):
+    """DeepSpeed leaves empty parameters behind, FSDP1's inner modules pieces in one dimension."""
+    model, state = adapted({}), lora_state_dict(adapted({}))
+    model.fc.lora_B.data = torch.empty(0)
+    for call in (lora_state_dict, lambda m: save_adapter(m, tmp_path / "a"), lambda m: load_lora_state_dict(m, state)):
+        with pytest.raises(ValueError, match=r"fc: lora_B has shape \(0,\), expected \(5, 2\): something shards it"):
+            call(model)
+    assert not (tmp_path / "a").exists()
