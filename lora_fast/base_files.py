@@ -19,6 +19,7 @@ from lora_fast.peft_format import PREFIX, inside
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 INDEX_BYTES = 1 << 26
+CHUNK = 1 << 24  # bytes that are compared at once
 # Files that hold weights in another way: beside merged ones they would be the unmerged ones.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -39,12 +40,35 @@ class Base:
 
     shards: dict[str, Path]
     tensors: dict[str, Place] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)  # {name without a tensor: that of the tied one}: save_model's
     others: dict[str, Path] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
 
     def read(self, name: str) -> torch.Tensor:
         with safe_open(self.shards[self.tensors[name].shard], "pt") as file:
             return file.get_tensor(name)
+
+    def same_bytes(self, name: str, other: str) -> bool:
+        """Whether two tensors are equal, without either in memory."""
+        a, b = self.tensors[name], self.tensors[other]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        with open(self.shards[a.shard], "rb") as one, open(self.shards[b.shard], "rb") as two:
+            one.seek(a.start)
+            two.seek(b.start)
+            parts = range(0, a.size, CHUNK)
+            return all(one.read(n) == two.read(n) for n in (min(CHUNK, a.size - start) for start in parts))
+
+    def config(self) -> dict[str, Any]:
+        """What config.json says, of a single file that beside it; empty without one. ValueError if it is no JSON."""
+        path = self.others.get("config.json") or next(iter(self.shards.values())).parent / "config.json"
+        if not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"config.json: is no JSON: {error}") from None
+        return found if isinstance(found, dict) else {}
 
 
 def open_base(base: Path) -> Base:
@@ -107,16 +131,20 @@ def open_originals(original: str | os.PathLike, bases: Mapping[str, Fp8Weight]) 
 def _with_tensors(base: Base) -> Base:
     for shard, path in base.shards.items():
         start, header = _header(path, shard)
+        base.aliases.update(header.pop("__metadata__", {}))
         for name, entry in header.items():
             if name in base.tensors:
                 raise ValueError(f"{shard} has {name!r:.200}, which {base.tensors[name].shard} has too")
             begin, end = entry["data_offsets"]
             base.tensors[name] = Place(shard, entry["dtype"], entry["shape"], start + begin, end - begin)
+    known = base.tensors.keys()  # the other entries of metadata say other things
+    base.aliases = {name: other for name, other in base.aliases.items() if other in known and name not in known}
     return base
 
 
 def _header(path: Path, shard: str) -> tuple[int, dict[str, Any]]:
-    """(where the data begins, {name: dtype, shape, data_offsets}), after safetensors has found nothing wrong."""
+    """(where the data begins, {name: dtype, shape, data_offsets}, metadata among them), after safetensors has found
+    nothing wrong."""
     try:
         with safe_open(path, "pt"), open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -125,7 +153,6 @@ def _header(path: Path, shard: str) -> tuple[int, dict[str, Any]]:
         raise
     except Exception as error:  # safetensors has an error class of its own for each version
         raise ValueError(f"{shard}: is no safetensors file: {error}") from None
-    header.pop("__metadata__", None)
     return 8 + length, header
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from lora_fast.config import LoRAConfig, some
 from lora_fast.dora import DoRALinear
 from lora_fast.gather import at_hand, whole
 from lora_fast.layers import LoRALinear
-from lora_fast.model import _adapter_tensors, _lora_layers, add_lora, remove_lora
+from lora_fast.model import _SAVED, _TRAINED, _adapter_tensors, _lora_layers, add_lora, remove_lora
 from lora_fast.pattern_keys import pattern_of
 from lora_fast.peft_format import (
     CONFIG,
@@ -31,13 +32,15 @@ from lora_fast.peft_format import (
     settings_of,
 )
 from lora_fast.state import _load, _places, lora_state_dict
+from lora_fast.ties import cut, places, saved_places, ties_to_cut, under_every_name, under_first_names
 from lora_fast.wrappers import plain_modules, unwrapped
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write the adapters of ``model`` into ``directory`` in PEFT's format, which PEFT, transformers and vLLM read.
 
-    Saved is what :func:`lora_state_dict` gives: adapters, and the biases and modules_to_save that train. Both files are
+    Saved is what :func:`lora_state_dict` gives: adapters, and the biases and modules_to_save that train; where these
+    are tied to other modules, these modules too, so that PEFT, which trains copies, computes the same. Both files are
     written in full beside the old ones before they take their places, so that a save that is cut short leaves an
     adapter that was there as it was.
 
@@ -47,15 +50,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     has offloaded, to the CPU or to disk, is read from there.
 
     Raises:
-        ValueError: no LoRA layer; layers that differ in use_rslora or in being DoRA, which the format cannot say;
-            tensors without data (on the meta device).
+        ValueError: no LoRA layer; layers that differ in use_rslora or in being DoRA, or modules_to_save tied to the
+            model itself or to a module with adapters inside, which the format cannot say; tensors without data (on the
+            meta device).
         ImportError: without safetensors.
     """
     save_file = _safetensors("torch").save_file
     layers = _lora_layers(model)
     if len({(isinstance(layer, DoRALinear), layer.use_rslora) for layer in layers.values()}) > 1:
         raise ValueError("model: has layers that differ in use_dora or use_rslora, expected one adapter of one kind")
-    state = lora_state_dict(model)
+    saved = saved_places(model)
+    state = under_every_name(model, saved, lora_state_dict(model))
     if missing := [key for key, tensor in state.items() if tensor.is_meta]:
         raise ValueError(f"model: {some(missing)}: on the meta device, without data to save")
     model = unwrapped(model)
@@ -66,7 +71,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             name = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}.get(name, name)
             name = f"base_layer.{name}" if name == "bias" else name
         tensors[f"{PREFIX}{owner}.{name}" if owner else PREFIX + name] = whole(tensor).contiguous()
-    config = json.dumps(_config_of(model, layers), indent=2) + "\n"
+    config = json.dumps(_config_of(model, layers, saved), indent=2) + "\n"
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "adapter_config": config}  # the config again, so that a mixture of two saves is seen
@@ -85,6 +90,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     Wrappers in the model or around it (torch.compile, DistributedDataParallel, checkpoint_wrapper, ...) stand in no
     name. A sharded or offloaded model must have LoRA layers already, and takes the adapter as
     :func:`lora_fast.load_lora_state_dict` does: load first, then shard or offload, where there is a choice.
+
+    A module of modules_to_save that is tied to something for which the adapter holds other values or none (PEFT trains
+    an untied copy) is no longer tied afterwards, which a warning says; in a model that has LoRA layers already that is
+    an error.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -151,48 +160,58 @@ def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> 
         ValueError: as :func:`load_adapter`, about the fit. The model is then as it was.
     """
     settings, ranks, alphas, state = adapter
+    full = [name for name in state if name.rpartition(".")[0] not in ranks]
+    saved = places(model, settings.modules_to_save, full)
+    if settings.ensure_weight_tying:  # PEFT ties the copies again; modules_to_save names one of them
+        saved = places(model, [*saved, *(name.removesuffix(".weight") for name in full)])
+    ties = ties_to_cut(model, saved, state)
 
     def load() -> None:
-        _load(model, _places(model) if with_data else _adapter_tensors(model), state)
+        _load(model, _places(model) if with_data else _adapter_tensors(model), under_first_names(model, state))
 
     layers = {name: module for name, module in plain_modules(model) if isinstance(module, LoRALinear)}
     if layers:
         _check_converted(layers, ranks, settings)
+        if ties:
+            raise ValueError(f"{TENSORS}: {ties[0]} in the model, but not in the adapter, which holds its values "
+                             "alone; load it into a model without LoRA layers, where that unties it")  # fmt: skip
         load()
         for name, layer in layers.items():
             layer.lora_alpha, layer.use_rslora = alphas[name], settings.use_rslora
         return
     longest_first = sorted(ranks, key=len, reverse=True)  # a name may be the last part of another
-    present = [name for name, _ in plain_modules(model)]
-    saved = [e for e in settings.modules_to_save if any(f".{name}".endswith(f".{e}") for name in present)]
-    add_lora(model, LoRAConfig(
+    config = LoRAConfig(
         r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
         use_rslora=settings.use_rslora, use_dora=settings.use_dora, bias=settings.bias,  # type: ignore[arg-type]
         target_modules="|".join(re.escape(name) for name in ranks), modules_to_save=saved or None,
         rank_pattern={re.escape(name): ranks[name] for name in longest_first},
         alpha_pattern={re.escape(name): alphas[name] for name in longest_first},
-    ))  # fmt: skip
+    )  # fmt: skip
+    replaced = [entry for tie in ties for entry in cut(model, tie.place)]
     try:
-        load()
+        add_lora(model, config)
+        try:
+            load()
+        except BaseException:
+            remove_lora(model)
+            raise
     except BaseException:
-        remove_lora(model)
+        for entries, name, old in reversed(replaced):
+            entries[name] = old
         raise
+    if ties:
+        warnings.warn(f"load_adapter: {some(list(map(str, ties)))}, but no longer: the adapter holds its values alone. "
+                      "Where a reader of the model's files ties by config.tie_word_embeddings, set that to False.",
+                      stacklevel=3)  # fmt: skip
 
 
-def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+def _config_of(model: nn.Module, layers: dict[str, LoRALinear], saved: list[str]) -> dict[str, Any]:
     first = next(iter(layers.values()))
     ranks = {name: layer.r for name, layer in layers.items()}
     alphas = {name: _whole(layer.lora_alpha) for name, layer in layers.items()}
     r, alpha = _commonest(ranks), _commonest(alphas)
-    biases, saved = "none", []
-    for name, module in plain_modules(model):
-        trained = vars(module).get("_trained_with_lora", ())
-        if any("bias" not in own for own in trained):
-            saved.append(name)
-        elif trained and isinstance(module, LoRALinear):
-            biases = "lora_only" if biases == "none" else biases
-        elif trained:
-            biases = "all"
+    with_biases = [module for module in model.modules() if vars(module).get(_TRAINED) and _SAVED not in vars(module)]
+    biases = "lora_only" if all(isinstance(module, LoRALinear) for module in with_biases) else "all"
     return {
         "peft_type": "LORA",
         "r": r,
@@ -200,7 +219,7 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
         "lora_dropout": first.lora_dropout,
         "use_rslora": first.use_rslora,
         "use_dora": isinstance(first, DoRALinear),
-        "bias": biases,
+        "bias": biases if with_biases else "none",
         "target_modules": _targets(model, set(layers)),
         "rank_pattern": pattern_of(ranks, r),
         "alpha_pattern": pattern_of(alphas, alpha),

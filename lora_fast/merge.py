@@ -6,7 +6,6 @@ over their old bytes: dtypes, shapes, order and metadata stay.
 """
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from lora_fast.base_files import Base, open_base
+from lora_fast.base_ties import check_tied, twins
 from lora_fast.checkpoint import fit_adapter, read_adapter
 from lora_fast.layers import LoRALinear
 from lora_fast.model import _lora_layers
@@ -85,9 +85,10 @@ def merge(
     """
     files = open_base(base)
     out = _checked_out(base, adapter, out, force)
-    layers, state, replaced = _fitted(files, adapter)
-    _check_tied(files, [*layers, *replaced])
+    tied, config = twins(files, adapter), files.config()
+    layers, state, replaced = _fitted(files, adapter, tied)
     changed = {f"{name}.weight": layer for name, layer in layers.items()}
+    check_tied(files, config, [*changed, *replaced], tied)
     total = sum(path.stat().st_size for path in files.shards.values())
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
@@ -119,14 +120,17 @@ def merge(
     return _summary(files, out, changed, replaced)
 
 
-def _fitted(files: Base, adapter: Path) -> tuple[dict[str, LoRALinear], dict[str, torch.Tensor], list[str]]:
+def _fitted(
+    files: Base, adapter: Path, tied: dict[str, str]
+) -> tuple[dict[str, LoRALinear], dict[str, torch.Tensor], list[str]]:
     """(the adapter's layers in a skeleton of the base, its tensors, names of those that replace the base's)"""
-    model = skeleton({name: like(place.shape, place.dtype) for name, place in files.tensors.items()})
+    places = files.tensors | {name: files.tensors[other] for name, other in tied.items()}
+    model = skeleton({name: like(place.shape, place.dtype) for name, place in places.items()})
     found = read_adapter(model, adapter)
     fit_adapter(model, found)
     layers = _lora_layers(model)
     own = {f"{name}.{part}" for name, layer in layers.items() for part in layer.adapter_names}
-    replaced = [name for name in found.state if name not in own]
+    replaced = [name for name in found.state if name not in own and name not in tied]
     for name in (*(f"{layer}.weight" for layer in layers), *replaced):
         dtype = files.tensors[name].dtype
         if dtype not in FLOATS and found.state.get(name, torch.empty(0)).is_floating_point():
@@ -142,22 +146,6 @@ def _merged(layer: LoRALinear, weight: torch.Tensor, state: dict[str, torch.Tens
         return layer.merged_weight().to(weight.dtype)
     finally:
         layer.to("meta")  # gives the memory back
-
-
-def _check_tied(files: Base, changed: list[str]) -> None:
-    """Refuse to change an embedding that serves twice: the model would take the change in both places."""
-    path = files.others.get("config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"config.json: is no JSON: {error}") from None
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    vocabularies = {part.get("vocab_size") for part in parts if part.get("tie_word_embeddings")}
-    for name in changed:
-        place = files.tensors.get(f"{name}.weight") or files.tensors[name]
-        if len(place.shape) == 2 and place.shape[0] in vocabularies:
-            raise ValueError(f"{name}: config.json ties the embeddings (tie_word_embeddings), "
-                             "so that a merged checkpoint cannot change one of them alone")  # fmt: skip
 
 
 def _checked_out(base: Path, adapter: Path, out: Path, force: bool) -> Path:

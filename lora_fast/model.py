@@ -15,6 +15,7 @@ from lora_fast.wrappers import compiled_alone, plain_modules, unwrapped
 # What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
 _BEFORE = "_before_lora"  # {parameter name: requires_grad before add_lora}, for remove_lora
 _TRAINED = "_trained_with_lora"  # names of own tensors that train and are saved beside lora_A and lora_B
+_SAVED = "_saved_with_lora"  # present where modules_to_save trains a module that has tensors of its own
 
 
 def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
@@ -88,7 +89,8 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
     # From here on nothing can fail.
     _swap(model, layers)
     for module, flags in before.items():
-        vars(layers.get(module, module)).update({_BEFORE: flags, _TRAINED: trained[module]})
+        note = {_SAVED: True} if module in saved and trained[module] else {}
+        vars(layers.get(module, module)).update({_BEFORE: flags, _TRAINED: trained[module], **note})
     return [layers[linear] for linear in eight]
 
 
@@ -110,7 +112,8 @@ def remove_lora(model: nn.Module) -> nn.Module:
     modules = list(model.modules())
     _swap(model, linears)
     for module in modules:
-        vars(module).pop(_TRAINED, None)
+        for note in (_TRAINED, _SAVED):
+            vars(module).pop(note, None)
         _set_flags(linears.get(module, module), vars(module).pop(_BEFORE, {}))
     return model
 

@@ -49,6 +49,7 @@ class Settings:
     rank_pattern: Pattern
     alpha_pattern: Pattern
     modules_to_save: list[str]
+    ensure_weight_tying: bool
 
     def of(self, pattern: Pattern, default: Any, name: str) -> Any:
         """The value for a layer, by the first key that stands for it to PEFT. ValueError if its own comes later."""
@@ -132,6 +133,7 @@ def settings_of(config: dict[str, Any]) -> Settings:
         r, get("lora_alpha", 8, (int, float), "a number"), get("lora_dropout", 0.0, (int, float), "a number"),
         get("use_rslora", False, bool, "true or false"), get("use_dora", False, bool, "true or false"),
         get("bias", "none", str, "a string"), patterns["rank_pattern"], patterns["alpha_pattern"], saved,
+        get("ensure_weight_tying", False, bool, "true or false"),
     )  # fmt: skip
     if not math.isfinite(settings.lora_alpha):
         raise ValueError(f"{CONFIG}: lora_alpha: got {settings.lora_alpha}, expected a finite number")
@@ -145,7 +147,7 @@ def settings_of(config: dict[str, Any]) -> Settings:
 def check_header(model: nn.Module, settings: Settings, file: Any) -> tuple[dict[str, int], dict[str, str]]:
     """({layer: rank}, {key of lora_state_dict: key in the file}) of a file whose header fits the model."""
     modules = dict(plain_modules(model))
-    own_tensors = _tensors(modules)
+    own_tensors = _tensors(model)
     found: dict[str, dict[str, str]] = {}
     sources: dict[str, str] = {}
     for key in file.keys():  # noqa: SIM118 (not a dict)
@@ -192,14 +194,14 @@ def check_header(model: nn.Module, settings: Settings, file: Any) -> tuple[dict[
     return ranks, sources
 
 
-def _tensors(modules: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """Each parameter and buffer once, under its first name."""
-    found: dict[torch.Tensor, str] = {}
-    for owner, module in modules.items():
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            if tensor is not None:
-                found.setdefault(tensor, f"{owner}.{name}".removeprefix("."))
-    return {name: tensor for tensor, name in found.items()}
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Each parameter and buffer under all its names."""
+    return {
+        f"{owner}.{name}".removeprefix("."): tensor
+        for owner, module in plain_modules(model, remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
 
 
 def _check_shape(file: Any, key: str, expected: list[int], floating: bool = True) -> None:

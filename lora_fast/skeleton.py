@@ -69,7 +69,8 @@ def skeleton_of_adapter(directory: str | os.PathLike) -> nn.Module:
         if owner.endswith((".modules_to_save", ".original_module")):
             continue  # copies of a bias that PEFT also writes
         owner = owner.removesuffix(".base_layer") if last == "bias" else owner
-        saved = any(f".{entry}." in f".{owner}." for entry in settings.modules_to_save)
+        tied = settings.ensure_weight_tying and last == "weight"  # beside what modules_to_save names
+        saved = tied or any(f"{entry}." in f"{owner}." for entry in settings.modules_to_save)
         if owner and (saved or (last == "bias" and settings.bias != "none")):
             tensors[f"{owner}.{last}"] = tensor
     return skeleton(tensors)

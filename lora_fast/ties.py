@@ -1,0 +1,163 @@
+"""Tensors that a model holds under several names, as embeddings tied to an output head, and modules_to_save.
+
+PEFT trains a copy of a module that is to be saved, so that the other holders of its tensors keep the old ones, and
+reads every tensor of the module from the adapter's file. In add_lora's models they train together; so a file must hold
+what trained under every name, and a file that holds a value for some names only means a model without the tie.
+"""
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lora_fast.layers import LoRALinear
+from lora_fast.model import _SAVED, _adapter_tensors
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Tie(NamedTuple):
+    """A tensor of the module at ``place`` that something elsewhere holds too."""
+
+    place: str
+    name: str
+    other: str
+
+    def __str__(self) -> str:
+        return f"{self.name} is tied to {self.other}"
+
+
+class Undo(NamedTuple):
+    """An entry of a module's __dict__ that was replaced."""
+
+    entries: dict[str, Any]
+    name: str
+    old: Any
+
+
+def all_tensors(model: nn.Module) -> Tensors:
+    """What a state dict holds, each tensor under every name of its own."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in _own(module)
+    }
+
+
+def places(model: nn.Module, entries: Collection[str], trained: Collection[str] = ()) -> list[str]:
+    """Where PEFT would put its copies: names of modules, none inside another, that end in one of the entries; in the
+    middle of a word only where that has tensors which ``trained`` names, as PEFT's files then have."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    ends = [name for name in names if name and any(name.endswith(entry) for entry in entries)]
+    exact = [name for name in ends if any(f".{name}".endswith(f".{entry}") for entry in entries)]
+    return _outermost([name for name in ends if name in exact or any(_within(each, [name]) for each in trained)])
+
+
+def saved_places(model: nn.Module) -> list[str]:
+    """Modules whose tensors, each under every name, are what trains in full, and those that PEFT takes for one of them
+    because its name ends in theirs (``lm_head`` in ``head``): PEFT's modules_to_save for the model.
+
+    Raises:
+        ValueError: such a tensor belongs to the model itself too, or to a module with adapters inside: the format
+            cannot say that.
+    """
+    modules = list(model.named_modules(remove_duplicate=False))
+    trained = {id(t): name for name, m in modules if _SAVED in vars(m) for _, t in _own(m)}
+    found = _outermost([name for name, module in modules if any(id(t) in trained for _, t in _own(module))])
+    for place in found:
+        inside = list(model.get_submodule(place).modules())
+        if not place or any(isinstance(module, LoRALinear) for module in inside):
+            owner = next(trained[id(t)] for m in inside for _, t in _own(m) if id(t) in trained)
+            what = f"{place}, which has an adapter" if place else "the model itself"
+            raise ValueError(f"modules_to_save: {owner} has a tensor that is tied to one of {what}: PEFT's format "
+                             "cannot hold that; torch.save(lora_state_dict(model), ...) does")  # fmt: skip
+    plain = [name for name, module in modules if not any(isinstance(m, LoRALinear) for m in module.modules())]
+    while more := [name for name in plain if name.endswith(tuple(found)) and not _within(name, found)]:
+        found = _outermost([*found, *more])
+    return found
+
+
+def under_every_name(model: nn.Module, saved: list[str], state: Mapping[str, torch.Tensor]) -> Tensors:
+    """``state`` of :func:`lora_fast.lora_state_dict`, and all tensors of the modules ``saved``; no two share memory."""
+    first = {id(tensor): name for name, tensor in _adapter_tensors(model).items()}
+    result = dict(state)
+    for name, tensor in all_tensors(model).items():
+        if name not in result and _within(name, saved):
+            result[name] = (state[first[id(tensor)]] if id(tensor) in first else tensor).detach().clone()
+    return result
+
+
+def ties_to_cut(model: nn.Module, saved: list[str], state: Mapping[str, torch.Tensor]) -> list[Tie]:
+    """The ties of the modules ``saved`` that a model in which ``state`` is right has not: to a tensor that the state
+    has not or has with another value."""
+    tensors, names = all_tensors(model), _names(model)
+    return [
+        Tie(place, name, other)
+        for place in saved
+        for name, tensor in tensors.items()
+        if _within(name, [place])
+        for other in names[id(tensor)]
+        if not _within(other, [place]) and not (name in state and other in state and _same(state[name], state[other]))
+    ]
+
+
+def cut(model: nn.Module, place: str) -> list[Undo]:
+    """Give the module at ``place`` copies of its own of what is held elsewhere too; what to put back to undo that."""
+    module = model.get_submodule(place)
+    inside = set(module.modules())
+    elsewhere = {m for name, m in model.named_modules(remove_duplicate=False) if not _within(name, [place])}
+    if inside & elsewhere:
+        parent, _, last = place.rpartition(".")
+        undo = [Undo(model.get_submodule(parent)._modules, last, module)]
+    else:
+        held = {id(t) for m in elsewhere for _, t in _own(m)}
+        tables: list[dict[str, Any]] = [table for m in inside for table in (m._parameters, m._buffers)]
+        undo = [Undo(table, name, old) for table in tables for name, old in table.items() if id(old) in held]
+    memo: dict[int, Any] = {}  # what is held twice in here stays one
+    for entries, name, old in undo:
+        entries[name] = copy.deepcopy(old, memo)
+    return undo
+
+
+def under_first_names(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Tensors:
+    """The reverse of :func:`under_every_name`, for a converted model.
+
+    Raises:
+        ValueError: different values for what is one tensor in the model.
+    """
+    tensors = all_tensors(model)
+    first = {id(tensor): name for name, tensor in _adapter_tensors(model).items()}
+    result: Tensors = {}
+    for name, new in state.items():
+        own = first.get(id(tensors[name]), name) if name in tensors else name
+        if not _same(new, result.setdefault(own, new)):
+            raise ValueError(f"{name}: is tied to {own} in the model, but the adapter holds other values for it")
+    frozen = [name for name in result if name in tensors and id(tensors[name]) not in first]
+    return {name: t for name, t in result.items() if name not in frozen or not _same(t, tensors[name])}
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            yield name, tensor
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, tensor in all_tensors(model).items():
+        names.setdefault(id(tensor), []).append(name)
+    return names
+
+
+def _outermost(names: list[str]) -> list[str]:
+    return [name for name in names if not any(name != other and _within(name, [other]) for other in names)]
+
+
+def _within(name: str, places: Collection[str]) -> bool:
+    return any(not place or name == place or name.startswith(f"{place}.") for place in places)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or (a.dtype == b.dtype and not a.is_meta and torch.equal(a, b.to(a.device)))
