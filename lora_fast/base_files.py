@@ -105,6 +105,39 @@ def open_base(base: Path) -> Base:
     return result
 
 
+def folders_beside(base: Path) -> tuple[dict[str, Path], list[str]]:
+    """({name: path} of files in the base's subfolders that go with it, the subfolders that do not).
+
+    Those go whose files hold no weights, and those of which sentence-transformers' modules.json makes the model
+    (``1_Pooling``, ``2_Dense``). Weights anywhere else (``onnx``, ``original``, ``checkpoint-500``) would be unmerged
+    copies; hidden folders and links to folders stay too.
+
+    Raises:
+        ValueError: modules.json is no JSON; a file is a link that leads out.
+    """
+    parts = {path.partition("/")[0] for path in _module_paths(base / "modules.json")}
+    files: dict[str, Path] = {}
+    left = []
+    for folder in sorted(path for path in base.iterdir() if path.is_dir()):
+        found = [] if folder.is_symlink() else sorted(path for path in folder.rglob("*") if not path.is_dir())
+        stale = folder.name not in parts and any(path.name.endswith(WEIGHTS) for path in found)
+        if folder.name.startswith(".") or folder.is_symlink() or stale:
+            left.append(f"{folder.name}/")
+        else:
+            files |= {str(path.relative_to(base)): inside(path.parent, path.name) for path in found}
+    return files, left
+
+
+def _module_paths(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    try:
+        return [part["path"] for part in json.loads(path.read_text(encoding="utf-8")) if part["path"]]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        raise ValueError("modules.json: expected a list of modules, each with its path, as sentence-transformers "
+                         "writes it") from None  # fmt: skip
+
+
 def open_originals(original: str | os.PathLike, bases: Mapping[str, Fp8Weight]) -> Callable[[str], torch.Tensor]:
     """A reader of the weights, by name of layer, that the fp8 ``bases`` were made from, once a look at each in the
     checkpoint ``original`` has found that they were. A layer's name may have PEFT's prefix, a weight's has not.

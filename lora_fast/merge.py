@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lora_fast.base_files import Base, open_base
+from lora_fast.base_files import Base, folders_beside, open_base
 from lora_fast.base_ties import check_tied, twins
 from lora_fast.checkpoint import fit_adapter, read_adapter
 from lora_fast.layers import LoRALinear
@@ -84,6 +84,10 @@ def merge(
             left at ``out``, or what was there.
     """
     files = open_base(base)
+    if base.is_dir():
+        others, left = folders_beside(base)
+        files.others |= others
+        files.left += left
     out = _checked_out(base, adapter, out, force)
     tied, config = twins(files, adapter), files.config()
     layers, state, replaced = _fitted(files, adapter, tied)
@@ -95,6 +99,7 @@ def merge(
         if base.is_dir():
             part.mkdir()
             for name, path in files.others.items():
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, part / name)
         for shard, path in files.shards.items():
             here = [name for name in (*changed, *replaced) if files.tensors[name].shard == shard]

@@ -41,7 +41,7 @@ def all_tensors(model: nn.Module) -> Tensors:
     """What a state dict holds, each tensor under every name of its own."""
     return {
         f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, module in model.named_modules(remove_duplicate=False)
+        for prefix, module in _modules(model)
         for name, tensor in _own(module)
     }
 
@@ -49,7 +49,7 @@ def all_tensors(model: nn.Module) -> Tensors:
 def places(model: nn.Module, entries: Collection[str], trained: Collection[str] = ()) -> list[str]:
     """Where PEFT would put its copies: names of modules, none inside another, that end in one of the entries; in the
     middle of a word only where that has tensors which ``trained`` names, as PEFT's files then have."""
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    names = [name for name, _ in _modules(model)]
     ends = [name for name in names if name and any(name.endswith(entry) for entry in entries)]
     exact = [name for name in ends if any(f".{name}".endswith(f".{entry}") for entry in entries)]
     return _outermost([name for name in ends if name in exact or any(_within(each, [name]) for each in trained)])
@@ -63,11 +63,11 @@ def saved_places(model: nn.Module) -> list[str]:
         ValueError: such a tensor belongs to the model itself too, or to a module with adapters inside: the format
             cannot say that.
     """
-    modules = list(model.named_modules(remove_duplicate=False))
+    modules = _modules(model)
     trained = {id(t): name for name, m in modules if _SAVED in vars(m) for _, t in _own(m)}
     found = _outermost([name for name, module in modules if any(id(t) in trained for _, t in _own(module))])
     for place in found:
-        inside = list(model.get_submodule(place).modules())
+        inside = list(dict(modules)[place].modules())
         if not place or any(isinstance(module, LoRALinear) for module in inside):
             owner = next(trained[id(t)] for m in inside for _, t in _own(m) if id(t) in trained)
             what = f"{place}, which has an adapter" if place else "the model itself"
@@ -105,12 +105,13 @@ def ties_to_cut(model: nn.Module, saved: list[str], state: Mapping[str, torch.Te
 
 def cut(model: nn.Module, place: str) -> list[Undo]:
     """Give the module at ``place`` copies of its own of what is held elsewhere too; what to put back to undo that."""
-    module = model.get_submodule(place)
-    inside = set(module.modules())
-    elsewhere = {m for name, m in model.named_modules(remove_duplicate=False) if not _within(name, [place])}
+    modules = dict(_modules(model))
+    inside = set(modules[place].modules())
+    elsewhere = {m for name, m in modules.items() if not _within(name, [place])}
     if inside & elsewhere:
         parent, _, last = place.rpartition(".")
-        undo = [Undo(model.get_submodule(parent)._modules, last, module)]
+        children = modules[parent]._modules
+        undo = [Undo(children, last, children[last])]
     else:
         held = {id(t) for m in elsewhere for _, t in _own(m)}
         tables: list[dict[str, Any]] = [table for m in inside for table in (m._parameters, m._buffers)]
@@ -136,6 +137,10 @@ def under_first_names(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Te
             raise ValueError(f"{name}: is tied to {own} in the model, but the adapter holds other values for it")
     frozen = [name for name in result if name in tensors and id(tensors[name]) not in first]
     return {name: t for name, t in result.items() if name not in frozen or not _same(t, tensors[name])}
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(model.named_modules(remove_duplicate=False))
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -133,6 +133,42 @@ def test_gives_what_merge_lora_gives(options, dtype, sharded, tmp_path, capsys):
     assert ("head.weight" in said) == ("head" in options.get("modules_to_save", []))
 
 
+FOLDERS = {
+    "1_Pooling/config.json": b"{}",
+    "2_Dense/model.safetensors": b"a module's own",
+    "2_Dense/config.json": b"{}",
+    "2_Dense/deeper/vocab.txt": b"a",
+    "assets/plot.png": b"",
+    "checkpoint-500/pytorch_model.bin": b"old",
+    "checkpoint-500/config.json": b"{}",
+    "onnx/model.onnx": b"old",
+    "original/deep/consolidated.00.pth": b"old",
+    ".cache/x.metadata": b"",
+}
+
+
+def test_subfolders(files, capsys):
+    _, folder, adapter, out = files
+    modules = [{"idx": i, "path": path} for i, path in enumerate(["", "1_Pooling", "2_Dense"])]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for name, content in FOLDERS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / "linked").symlink_to(folder / "assets")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert merged_by(folder, adapter, out) == 0
+    said = capsys.readouterr().out
+    left = ["pytorch_model.bin", ".cache/", "checkpoint-500/", "linked/", "onnx/", "original/"]
+    assert f"left out: {', '.join(left)}" in said
+    went = {name for name in FOLDERS if f"{name.partition('/')[0]}/" not in left}
+    assert all((out / name).read_bytes() == FOLDERS[name] and name in said for name in went) and len(went) == 5
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"1_Pooling", "2_Dense", "assets"}
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    merged = load_file(out / "model.safetensors")
+    assert merged_by(folder, adapter, out, "--force") == 0 and (out / "2_Dense/deeper/vocab.txt").exists()
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in tensors_in(out).items())
+
+
 def test_a_file(files, capsys):
     base, folder, adapter, out = files
     out = out.with_suffix(".safetensors")
@@ -221,6 +257,9 @@ BREAKS = {
     "odd name": (lambda f, a: save_file({"a..weight": torch.zeros(2, 2)}, f / "model.safetensors"), "no name of a"),
     "deep name": (lambda f, a: save_file({"a." * 99 + "b": torch.zeros(2)}, f / "model.safetensors"), "no name of a"),
     "impossible shape": (impossible, "is no shape of a tensor"),
+    "modules.json no list": (lambda f, a: (f / "modules.json").write_text('{"path": 1}'), "modules.json: expected"),
+    "link in a folder": (lambda f, a: [(f / "1_Pooling").mkdir(), (f / "1_Pooling/x").symlink_to(a / CONFIG)],
+                         "is a link to"),
     "config no JSON": (lambda f, a: (f / "config.json").write_text("{"), "config.json: is no JSON"),
 }  # fmt: skip
 
