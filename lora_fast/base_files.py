@@ -43,10 +43,18 @@ class Base:
     aliases: dict[str, str] = field(default_factory=dict)  # {name without a tensor: that of the tied one}: save_model's
     others: dict[str, Path] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
+    written: dict[str, str] = field(default_factory=dict)  # {name of a tensor: that in the files}, where they differ
 
     def read(self, name: str) -> torch.Tensor:
         with safe_open(self.shards[self.tensors[name].shard], "pt") as file:
-            return file.get_tensor(name)
+            return file.get_tensor(self.written.get(name, name))
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call tensors otherwise: {name in the files: name from now on}, if no two then have one name."""
+        new = {names.get(name, name): place for name, place in self.tensors.items()}
+        if len(new) == len(self.tensors):
+            self.tensors, self.written = new, {name: old for old, name in names.items()}
+            self.aliases = {name: names.get(other, other) for name, other in self.aliases.items()}
 
     def same_bytes(self, name: str, other: str) -> bool:
         """Whether two tensors are equal, without either in memory."""

@@ -14,13 +14,11 @@ import torch
 
 from lora_fast.base_files import Base
 from lora_fast.checkpoint import open_adapter
-from lora_fast.peft_format import PREFIX
+from lora_fast.peft_format import PREFIX, VOCABULARY
 
 CUT = "so that a merged checkpoint cannot change one of them alone"
 WAY_OUT = ("in memory it can: load_adapter (or PEFT), then merge and save the whole model, "
            "remove_lora(merge_lora(model)).save_pretrained(OUT)")  # fmt: skip
-# What input embeddings and output heads are called, where no config says how many rows they have.
-VOCABULARY = {"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings", "shared", "lm_head", "embed_out"}
 _HAS_HEAD = re.compile(r"(LM|LMHead\w*|DoubleHeadsModel|MTModel|ForConditionalGeneration|ForPreTraining)$")
 
 

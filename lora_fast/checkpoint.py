@@ -144,11 +144,10 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike) -> Adapter:
         FileNotFoundError, ValueError, ImportError: as :func:`load_adapter`, about the files and their fit.
     """
     with open_adapter(directory) as (settings, file):
-        ranks, sources = check_header(model, settings, file)
+        ranks, alphas, sources = check_header(model, settings, file)
         state = {own: file.get_tensor(key) for own, key in sources.items()}
     if bad := [sources[own] for own, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
         raise ValueError(f"{TENSORS}: {some(bad)}: elements that are not finite")
-    alphas = {name: settings.of(settings.alpha_pattern, settings.lora_alpha, name) for name in ranks}
     return Adapter(settings, ranks, alphas, state)
 
 

@@ -15,9 +15,11 @@ import torch
 
 from lora_fast.base_files import Base, folders_beside, open_base
 from lora_fast.base_ties import check_tied, twins
-from lora_fast.checkpoint import fit_adapter, read_adapter
+from lora_fast.checkpoint import fit_adapter, open_adapter, read_adapter
+from lora_fast.hub_names import in_memory_of
 from lora_fast.layers import LoRALinear
 from lora_fast.model import _lora_layers
+from lora_fast.peft_format import PREFIX
 from lora_fast.skeleton import like, skeleton
 
 EPILOG = """\
@@ -89,6 +91,7 @@ def merge(
         files.others |= others
         files.left += left
     out = _checked_out(base, adapter, out, force)
+    _name_as_in_memory(files, adapter)
     tied, config = twins(files, adapter), files.config()
     layers, state, replaced = _fitted(files, adapter, tied)
     changed = {f"{name}.weight": layer for name, layer in layers.items()}
@@ -123,6 +126,17 @@ def merge(
     finally:
         _remove(part)
     return _summary(files, out, changed, replaced)
+
+
+def _name_as_in_memory(files: Base, adapter: Path) -> None:
+    """Give the base's tensors the names that they have in transformers' model, if the adapter needs some of these."""
+    with open_adapter(adapter) as (_, file):
+        keys = [key.removeprefix(PREFIX) for key in file.keys()]  # noqa: SIM118 (not a dict)
+    layers = {f"{key.removesuffix('.lora_A.weight')}.weight" for key in keys if key.endswith(".lora_A.weight")}
+    if layers - files.tensors.keys():
+        names = in_memory_of(next(iter(files.shards.values())).parent, files.tensors)
+        if layers & set(names.values()):
+            files.rename(names)
 
 
 def _fitted(

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fast.hub_names import in_memory
 from lora_fast.pattern_keys import Pattern, is_name
 from lora_fast.wrappers import plain_modules, plain_name
+from lora_fast.ways_out import BASE_WEIGHTS, RENAMED, RESIZED, UNSUPPORTED
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of a model's modules
 CONFIG_BYTES = 1 << 20  # more than any config needs
 MAX_RANK = 1 << 16
 _ADAPTER = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
+# What input embeddings and output heads are called.
+VOCABULARY = {"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings", "shared", "lm_head", "embed_out"}
 _OWN = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 # Settings of PEFT's under which the same tensors mean something else, with the values that are harmless.
 _PLAIN: dict[str, tuple] = {
@@ -109,7 +113,7 @@ def settings_of(config: dict[str, Any]) -> Settings:
     for name, harmless in _PLAIN.items():
         value = config.get(name)
         if value not in (None, [], {}, *harmless):
-            raise ValueError(f"{CONFIG}: {name}: got {value!r:.100}, which is not supported")
+            raise ValueError(f"{CONFIG}: {name}: got {value!r:.100}, which is not supported{UNSUPPORTED.get(name, '')}")
     patterns = {}
     for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
         pattern = get(name, {}, dict, "an object")
@@ -144,10 +148,18 @@ def settings_of(config: dict[str, Any]) -> Settings:
     return settings
 
 
-def check_header(model: nn.Module, settings: Settings, file: Any) -> tuple[dict[str, int], dict[str, str]]:
-    """({layer: rank}, {key of lora_state_dict: key in the file}) of a file whose header fits the model."""
+def check_header(
+    model: nn.Module, settings: Settings, file: Any
+) -> tuple[dict[str, int], dict[str, float], dict[str, str]]:
+    """({layer: rank}, {layer: alpha}, {key of lora_state_dict: key in the file}) of a file whose header fits the model,
+    whose layers may have names of transformers' before it renamed them."""
     modules = dict(plain_modules(model))
     own_tensors = _tensors(model)
+    keys = [plain_name(key.removeprefix(PREFIX)) for key in file.keys()]  # noqa: SIM118 (not a dict)
+    in_file = {match[1] for key in keys if (match := _ADAPTER.fullmatch(key))}
+    renamed = in_memory(model, [f"{name}.weight" for name in in_file - modules.keys()])
+    layers = {name: renamed.get(f"{name}.weight", name).removesuffix(".weight") for name in in_file}
+    written = {layer: name for name, layer in layers.items()}
     found: dict[str, dict[str, str]] = {}
     sources: dict[str, str] = {}
     for key in file.keys():  # noqa: SIM118 (not a dict)
@@ -155,21 +167,23 @@ def check_header(model: nn.Module, settings: Settings, file: Any) -> tuple[dict[
         if not key.startswith(PREFIX):
             raise ValueError(f"{TENSORS}: unexpected {key!r:.200}, expected names that begin with {PREFIX!r}")
         if match := _ADAPTER.fullmatch(name):
-            part = _OWN.get(match[2], "lora_magnitude_vector")
-            if part in found.setdefault(match[1], {}):
-                raise ValueError(f"{TENSORS}: has the {part} of {match[1]!r:.200} twice")
-            found[match[1]][part] = sources[f"{match[1]}.{part}"] = key
+            part, own_name = _OWN.get(match[2], "lora_magnitude_vector"), layers[match[1]]
+            if part in found.setdefault(own_name, {}):
+                raise ValueError(f"{TENSORS}: has the {part} of {own_name!r:.200} twice")
+            found[own_name][part] = sources[f"{own_name}.{part}"] = key
             continue
         owner, _, last = name.rpartition(".")
         if settings.bias == "all" and re.fullmatch(r".+\.(modules_to_save|original_module)\.bias", name):
             continue  # PEFT also writes these beside the bias that counts
-        name = f"{owner.removesuffix('.base_layer')}.{last}" if owner.endswith(".base_layer") else name
+        if owner.endswith(".base_layer"):
+            owner = owner.removesuffix(".base_layer")
+            name = f"{layers.get(owner, owner)}.{last}"
         allowed = settings.bias != "none" and last == "bias" or settings.modules_to_save
         if not allowed or name not in own_tensors or name in sources:
-            hint = " (PEFT leaves base weights out with save_pretrained(..., save_embedding_layers=False))"
+            base = key.endswith(".base_layer.weight") or name in own_tensors and last == "weight"
             raise ValueError(
                 f"{TENSORS}: unexpected {key!r:.200}, expected adapters and what the config says trains"
-                + (hint if key.endswith(".base_layer.weight") else "")
+                + (BASE_WEIGHTS if base else "" if name in own_tensors else RENAMED)
             )
         own = own_tensors[name]
         _check_shape(file, key, list(own.shape), own.is_floating_point())
@@ -177,7 +191,7 @@ def check_header(model: nn.Module, settings: Settings, file: Any) -> tuple[dict[
     if not found:
         raise ValueError(f"{TENSORS}: holds no adapter")
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if settings.use_dora else set())
-    ranks = {}
+    ranks, alphas = {}, {}
     for name, parts in found.items():
         if parts.keys() != wanted:
             raise ValueError(f"{TENSORS}: {name!r:.200} has {', '.join(sorted(parts))}, "
@@ -185,13 +199,15 @@ def check_header(model: nn.Module, settings: Settings, file: Any) -> tuple[dict[
         layer = modules.get(name)
         if not isinstance(layer, nn.Linear):
             what = "the model has no such module" if layer is None else f"it is a {type(layer).__name__}"
-            raise ValueError(f"{TENSORS}: has an adapter for {name!r:.200}, but {what}; expected an nn.Linear")
-        r = ranks[name] = settings.of(settings.rank_pattern, settings.r, name)
+            raise ValueError(f"{TENSORS}: has an adapter for {name!r:.200}, but {what}; expected an nn.Linear"
+                             + (RENAMED if layer is None else ""))  # fmt: skip
+        r = ranks[name] = settings.of(settings.rank_pattern, settings.r, written[name])
+        alphas[name] = settings.of(settings.alpha_pattern, settings.lora_alpha, written[name])
         n, k = layer.out_features, layer.in_features
         for part, shape in (("lora_A", [r, k]), ("lora_B", [n, r]), ("lora_magnitude_vector", [n])):
             if part in parts:
                 _check_shape(file, parts[part], shape)
-    return ranks, sources
+    return ranks, alphas, sources
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -208,7 +224,8 @@ def _check_shape(file: Any, key: str, expected: list[int], floating: bool = True
     header = file.get_slice(key)
     shape, dtype = list(header.get_shape()), header.get_dtype()
     if shape != expected:
-        raise ValueError(f"{TENSORS}: {key} has shape {shape}, expected {expected}")
+        resized = shape[1:] == expected[1:] and not VOCABULARY.isdisjoint(key.split("."))
+        raise ValueError(f"{TENSORS}: {key} has shape {shape}, expected {expected}" + (RESIZED if resized else ""))
     if (dtype in ("F64", "F32", "F16", "BF16")) != floating:
         raise ValueError(
             f"{TENSORS}: {key} has dtype {dtype}, expected {'a floating' if floating else 'an integer'} one"

@@ -26,7 +26,7 @@ LAYERS = [
     {"config", "pattern_keys"},
     {"parametrization", "dora", "peft_layers"},
     {"layers"},
-    {"peft_rules"},
+    {"peft_rules", "hub_names", "ways_out"},
     {"functional"},
     {"weight_ops", "bottleneck_ops"},
     {"ops"},
