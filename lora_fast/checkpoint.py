@@ -32,7 +32,7 @@ from lora_fast.peft_format import (
     settings_of,
 )
 from lora_fast.state import _load, _places, lora_state_dict
-from lora_fast.ties import cut, places, saved_places, ties_to_cut, under_every_name, under_first_names
+from lora_fast.ties import cut, places, refuse_shared, saved_places, ties_to_cut, under_every_name, under_first_names
 from lora_fast.wrappers import plain_modules, unwrapped
 
 
@@ -51,14 +51,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     Raises:
         ValueError: no LoRA layer; layers that differ in use_rslora or in being DoRA, or modules_to_save tied to the
-            model itself or to a module with adapters inside, which the format cannot say; tensors without data (on the
-            meta device).
+            model itself or to a module with adapters inside, or a layer in several places, which the format cannot say;
+            tensors without data (on the meta device).
         ImportError: without safetensors.
     """
     save_file = _safetensors("torch").save_file
     layers = _lora_layers(model)
     if len({(isinstance(layer, DoRALinear), layer.use_rslora) for layer in layers.values()}) > 1:
         raise ValueError("model: has layers that differ in use_dora or use_rslora, expected one adapter of one kind")
+    refuse_shared(model, layers)
     saved = saved_places(model)
     state = under_every_name(model, saved, lora_state_dict(model))
     if missing := [key for key, tensor in state.items() if tensor.is_meta]:
@@ -159,6 +160,7 @@ def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> 
         ValueError: as :func:`load_adapter`, about the fit. The model is then as it was.
     """
     settings, ranks, alphas, state = adapter
+    refuse_shared(model, ranks)
     full = [name for name in state if name.rpartition(".")[0] not in ranks]
     saved = places(model, settings.modules_to_save, full)
     if settings.ensure_weight_tying:  # PEFT ties the copies again; modules_to_save names one of them

@@ -35,7 +35,8 @@ class LoRAConfig:
         rank_pattern, alpha_pattern: {regex of a full name or its last parts: r or lora_alpha}; the first match wins.
         bias: the existing biases that train: "none", "lora_only" (those of the converted layers) or "all".
         modules_to_save: names or last parts of modules that train in full: in place, never converted, and saved with
-            the adapter. (PEFT trains a copy; here disabling or removing LoRA does not bring the original back.)
+            the adapter; so does what is tied to them. (PEFT trains a copy, untied without its
+            ensure_weight_tying; here disabling or removing LoRA does not bring the original back.)
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range.

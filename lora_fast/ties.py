@@ -6,14 +6,17 @@ what trained under every name, and a file that holds a value for some names only
 """
 
 import copy
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from lora_fast.config import some
 from lora_fast.layers import LoRALinear
 from lora_fast.model import _SAVED, _adapter_tensors
+from lora_fast.wrappers import plain_modules
 
 Tensors = dict[str, torch.Tensor]
 
@@ -79,6 +82,19 @@ def saved_places(model: nn.Module) -> list[str]:
     return found
 
 
+def refuse_shared(model: nn.Module, layers: Collection[str]) -> None:
+    """Refuse a file for layers that are in several places: PEFT gives an adapter to the first, add_lora to all.
+
+    Raises:
+        ValueError: there is one.
+    """
+    held = Counter(child for module in model.modules() for child in module._modules.values())
+    if shared := [name for name, module in plain_modules(model) if name in layers and held[module] > 1]:
+        raise ValueError(f"model: {some(shared)}: one layer in several places, of which PEFT adapts the first and "
+                         "add_lora all, so that no file means the same to both; give each place a layer of its own ("
+                         "their weights may be tied), or keep torch.save(lora_state_dict(model), ...)")  # fmt: skip
+
+
 def under_every_name(model: nn.Module, saved: list[str], state: Mapping[str, torch.Tensor]) -> Tensors:
     """``state`` of :func:`lora_fast.lora_state_dict`, and all tensors of the modules ``saved``; no two share memory."""
     first = {id(tensor): name for name, tensor in _adapter_tensors(model).items()}
@@ -140,7 +156,7 @@ def under_first_names(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Te
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return list(model.named_modules(remove_duplicate=False))
+    return list(plain_modules(model, remove_duplicate=False))
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -147,3 +147,16 @@ def test_a_load_that_fails_leaves_the_ties(saved, tmp_path):
         load_adapter(model, tmp_path)
     assert before == {name: id(t) for name, t in model.named_parameters(remove_duplicate=False)}
     assert model.right[0] is model.left[0] and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_in_several_places_has_no_file(tmp_path):
+    ours = add_lora(Tied(), LoRAConfig(r=2, target_modules=["left.0"]))
+    with pytest.raises(ValueError, match=r"left.0: one layer in several places, of which PEFT adapts the first"):
+        save_adapter(ours, tmp_path)
+    assert not list(tmp_path.iterdir())
+    by_peft(Tied, tmp_path, target_modules=["left.0"])
+    model = Tied()
+    for each in (model, ours):
+        with pytest.raises(ValueError, match=r"left.0: one layer in several places"):
+            load_adapter(each, tmp_path)
+    assert model.right[0] is model.left[0] and type(model.left[0]) is nn.Linear
