@@ -16,8 +16,8 @@ from torch import nn
 
 from lora_fast.hub_names import in_memory
 from lora_fast.pattern_keys import Pattern, is_name
-from lora_fast.wrappers import plain_modules, plain_name
 from lora_fast.ways_out import BASE_WEIGHTS, RENAMED, RESIZED, UNSUPPORTED
+from lora_fast.wrappers import plain_modules, plain_name
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of a model's modules
