@@ -17,6 +17,9 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLD_PEFT := $(VENV)/peft/0.13.0
+OLD_TRITON := $(VENV)/triton/3.6.0
+NEW_TRITON := $(VENV)/triton/3.9.0
+KERNEL_TESTS := tests/test_launch.py tests/test_kernels.py tests/test_float16.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .PHONY: demo test lint examples clean
@@ -26,15 +29,26 @@ demo: $(STAMP)
 	$(BIN)/python -m lora_fast demo $(ARGS)
 
 # Two workers with one thread each. Without ARGS the tests of PEFT models, and of what PEFT reads as patterns, run once
-# more, with the oldest PEFT.
-test: $(STAMP) $(OLD_PEFT)
+# more, with the oldest PEFT, and those of the kernels with the oldest Triton and with the newest that is known.
+test: $(STAMP) $(OLD_PEFT) $(OLD_TRITON) $(NEW_TRITON)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
 ifeq ($(ARGS),)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_PEFT) $(BIN)/python -m pytest -q -n 2 tests/test_patch_peft*.py tests/test_pattern_keys.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q -n 2 $(KERNEL_TESTS)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(NEW_TRITON) $(BIN)/python -m pytest -q -n 2 $(KERNEL_TESTS)
 endif
 
 $(OLD_PEFT): $(STAMP)
 	$(PIP) install --no-deps --upgrade --target $@ peft==$(notdir $@)
+	@touch $@
+
+# Triton 3.6's interpreter fails with newer numpy.
+$(OLD_TRITON): $(STAMP)
+	$(PIP) install --no-deps --upgrade --target $@ triton==$(notdir $@) "numpy<2.4"
+	@touch $@
+
+$(NEW_TRITON): $(STAMP)
+	$(PIP) install --no-deps --upgrade --target $@ triton==$(notdir $@)
 	@touch $@
 
 lint: $(STAMP)

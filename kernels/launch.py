@@ -1,12 +1,12 @@
 """How kernels are started: choices made once per problem, and a launch that costs the host microseconds.
 
-Triton's own launch looks the kernel up, re-encodes every tensor descriptor and walks over every constant in Python: 80
-to 130 us a kernel on a slow host, more than small problems take on the GPU. A :class:`Program` of :class:`Plan` s
-remembers the compiled kernels and their arguments; later launches put addresses among them and call Triton's launchers,
-which are C.
+Triton's own launch looks the kernel up, re-encodes every tensor descriptor and walks over every constant in Python: 40
+to 130 us a kernel, more than small problems take on the GPU. A :class:`Program` of :class:`Plan` s remembers the
+compiled kernels and their arguments; later launches put addresses among them and call Triton's C function
+(``launchers.py``), or where that is not known the compiled kernel, which still need not be looked up.
 """
 
-import inspect
+import copy
 from collections.abc import Callable
 from operator import itemgetter
 from typing import NamedTuple, Self
@@ -15,11 +15,9 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import lora_fast.kernels.launchers as launchers
+from lora_fast.kernels.launchers import INTERPRETED
 from lora_fast.kernels.tiles import arch
-
-INTERPRETED = triton.knobs.runtime.interpret
-# The Triton whose launcher takes its arguments as written below, checked on a GPU. With others Triton launches.
-DIRECT = not INTERPRETED and triton.__version__.startswith("3.6.")
 
 
 def pdl(device: torch.device, rows: int) -> int:
@@ -76,10 +74,12 @@ class Plan:
     def __init__(self, kernel, grid, constants: dict, options: dict, like: torch.Tensor, ints=(), blocks=None):
         device, early = like.device, pdl(like.device, like.shape[0])
         self.kernel, self.grid, self.constants = kernel, (*grid, 1, 1)[:3], {**constants, "PDL": early}
-        self.options = {**options, "launch_pdl": True} if early else options
+        # Fused multiply-adds are Triton's default, which it says will change; no exact result rests on them.
+        self.options = {**options, "enable_fp_fusion": True, **({"launch_pdl": True} if early else {})}
         self.device, self.ints = device.index, tuple(ints)
         self.blocks: dict[int, Block] = blocks or {}
         self.alone: Program | None = None
+        self.descriptors: dict[int, TensorDescriptor] = {}
 
     def __call__(self, *args) -> None:
         if self.alone is None:
@@ -88,12 +88,26 @@ class Plan:
 
     def launch(self, args: list):
         """Through Triton, which compiles the kernel if it must; returns what it compiled."""
-        full = [self._descriptor(a, self.blocks[i]) if i in self.blocks else a for i, a in enumerate(args)]
-        return self.kernel[self.grid](*full, *self.ints, **self.constants, **self.options)
+        return self.kernel[self.grid](*map(self._given, range(len(args)), args), *self.ints, **self.constants,
+                                      **self.options)  # fmt: skip
 
-    @staticmethod
-    def _descriptor(t: torch.Tensor, block: Block) -> TensorDescriptor:
-        return TensorDescriptor(t, list(block.shape), list(block.strides), block.tile)
+    def launch_again(self, compiled, args: list) -> None:
+        """What :meth:`launch` returned, past the look-up of the kernel; constants keep the others' places alone."""
+        compiled[self.grid](*map(self._given, range(len(args)), args), *self.ints, *self.constants.values())
+
+    def _given(self, at: int, arg):
+        """An argument as Triton takes it."""
+        block = self.blocks.get(at)
+        if block is None:
+            return arg
+        if (checked := self.descriptors.get(at)) is None:
+            checked = TensorDescriptor(arg, list(block.shape), list(block.strides), block.tile)
+            self.descriptors[at] = copy.copy(checked)
+            self.descriptors[at].base = None  # holds no tensor
+            return checked
+        descriptor = copy.copy(checked)
+        descriptor.base = arg
+        return descriptor
 
 
 Steps = list[tuple[Plan, tuple]]  # each plan with its arguments, or with what they are in a program
@@ -142,7 +156,7 @@ class Program:
         place[None] = n + len(self.views)
         self.places = [[arg if isinstance(arg, int) else place[arg] for arg in args] for _, args in steps]
         self.compiled: list = [None] * len(steps)
-        self.direct: list[tuple] | None = None
+        self.direct: list[launchers.Launch] | None = None
 
     def __call__(self, *args) -> None:
         bound = self.bind(*args)
@@ -180,18 +194,21 @@ class Program:
         """Launch these of the steps, all but the last for ``last=-1``, on the device's current stream."""
         launches, values, _ = bound
         if launches is not None:
-            stream = self.stream(self.device)
-            for start, grid, head, pick, tail in launches[first:last]:
-                start(*grid, stream, *head, *pick(values), *tail)
+            self.start(launches[first:last], values, self.stream(self.device))
             return
         for i in range(len(self.plans))[first:last]:
-            self.compiled[i] = self.plans[i].launch([values[place] for place in self.places[i]])
-        if DIRECT and None not in self.compiled and self.direct is None:
-            self._call_directly(values)
+            plan, args = self.plans[i], [values[place] for place in self.places[i]]
+            if self.compiled[i] is None:
+                self.compiled[i] = plan.launch(args)
+            else:
+                plan.launch_again(self.compiled[i], args)
+        if self.direct is None and None not in self.compiled and (form := launchers.known()) is not None:
+            self._call_directly(form, values)
 
-    def _call_directly(self, values: list) -> None:
+    def _call_directly(self, form: launchers.Form, values: list) -> None:
         """From now on. Values are then the arguments, addresses of views, None, tensor maps, and what never changes."""
-        self.stream, self.device = triton.runtime.driver.active.get_current_stream, self.plans[0].device
+        self.start, self.stream = form.start, triton.runtime.driver.active.get_current_stream
+        self.device = self.plans[0].device
         self.tensors = [i for i, value in enumerate(values[: self.n]) if isinstance(value, torch.Tensor)]
         self.starts = [(view.arg, view.start) for view in self.views]
         self.maps: list[tuple[int, _Maps]] = []
@@ -200,33 +217,29 @@ class Program:
         first_fixed = first_map + sum(len(plan.blocks) for plan in self.plans)
         direct = []
         for plan, places, compiled in zip(self.plans, self.places, self.compiled, strict=True):
-            start, metas = compiled.run.launch, compiled.metadata.tensordesc_meta or ()
-            if metas:  # without the wrapper that encodes every descriptor again
-                start = inspect.getclosurevars(start).nonlocals["launcher"]
-            remaining, picked = iter(metas), []
+            remaining, picked = iter(compiled.metadata.tensordesc_meta or ()), []
             for at, place in enumerate(places):
                 if at not in plan.blocks:
                     picked.append(place)
                     continue
                 block = plan.blocks[at]
                 picked.append(first_map + len(self.maps))
-                self.maps.append((place, _Maps(next(remaining), block)))
+                self.maps.append((place, _Maps(form.encode, next(remaining), block)))
                 for number in (*block.shape, *block.strides):
                     picked.append(first_fixed + len(self.fixed))
                     self.fixed.append(number)
-            head = (compiled.function, False, compiled.metadata.launch_pdl, None, None, compiled.packed_metadata,
-                    None, None, None)  # fmt: skip
-            tail = (*plan.ints, *(None for _ in plan.constants))
-            direct.append((start, plan.grid, head, itemgetter(*picked), tail))
+            start, head, tail = form.prepare(compiled, len(plan.constants))
+            direct.append((start, plan.grid, head, itemgetter(*picked), (*plan.ints, *tail)))
         self.direct = direct
 
 
 class _Maps:
     """Tensor maps of one descriptor, encoded once per address that it was seen at."""
 
-    def __init__(self, meta: dict, block: Block) -> None:
+    def __init__(self, encode: str, meta: dict, block: Block) -> None:
         from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
+        self.encoder = encode
         kind = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
         self.before = meta["swizzle"], meta["elem_size"], kind, meta["block_size"]
         self.after = list(block.shape), list(block.strides), 0
@@ -236,7 +249,7 @@ class _Maps:
         """The map of a new address."""
         if len(self.known) >= 1024:
             self.known.clear()
-        encode = triton.runtime.driver.active.utils.fill_tma_descriptor
+        encode = getattr(triton.runtime.driver.active.utils, self.encoder)
         found = self.known[address] = encode(address, *self.before, *self.after)
         return found
 

@@ -1,28 +1,35 @@
-"""What a machine has: Python packages, GPUs, and whether the fused kernels can run on them."""
+"""What a machine has: Python packages, GPUs, whether the fused kernels can run on them, and what starting one takes."""
 
 import importlib.metadata
 import platform
 import re
+import statistics
+import time
 
 import torch
 
 from lora_fast import __version__, dispatch
 
-OLDEST = {"torch": "2.11", "triton": "3.6", "numpy": "", "safetensors": "", "peft": "0.13", "transformers": ""}
+# The oldest version that lora_fast works with, and the newest that it was tried with.
+TRIED = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.9"), "numpy": ("", ""), "safetensors": ("", ""),
+         "peft": ("0.13", "0.21"), "transformers": ("", "")}  # fmt: skip
 
 
 def versions() -> bool:
     """Print them; whether all that are installed are new enough."""
     print(f"lora_fast {__version__}, Python {platform.python_version()}, {platform.platform()}")
     good = True
-    for name, oldest in OLDEST.items():
+    for name, (oldest, newest) in TRIED.items():
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             print(f"  {name:13}not installed")
             continue
         too_old = _numbers(found) < _numbers(oldest)
-        print(f"  {name:13}{found}" + (f"  (too old: lora_fast needs {oldest} or newer)" if too_old else ""))
+        note = f"  (too old: lora_fast needs {oldest} or newer)" if too_old else ""
+        if newest and _numbers(found) > _numbers(newest):
+            note = f"  (newer than {newest}, the newest that lora_fast was tried with)"
+        print(f"  {name:13}{found}{note}")
         good &= not too_old
     return good
 
@@ -36,11 +43,34 @@ def devices() -> None:
               f"{properties.total_memory / 2**30:.0f} GiB, {built}")  # fmt: skip
         why = dispatch.why_not_triton(torch.device("cuda", i), torch.bfloat16)
         print(f"  fused kernels: {f'cannot run: {why}' if why else 'can run'}")
+        if not why:
+            print(f"  launches: {launches()}; one costs the host {launch_us(torch.device('cuda', i)):.1f} us here")
     if not torch.cuda.is_available():
         has = torch.version.cuda or torch.version.hip
         print(f"no GPU: torch is a build {f'for {built} but sees none' if has else 'without CUDA'}")
         other = torch.accelerator.current_accelerator() or torch.device("cpu")
         print(f"  fused kernels: cannot run: {dispatch.why_not_triton(other, torch.bfloat16)}")
+
+
+def launches() -> str:
+    """How kernels are started here, in words."""
+    from lora_fast.kernels import launchers  # needs Triton
+
+    return launchers.why_not_direct() or "direct, without Triton's own path"
+
+
+def launch_us(device: torch.device, rounds: int = 200) -> float:
+    """What starting a small kernel of ours takes the host, in microseconds: the median."""
+    from lora_fast.kernels.down import down_plan
+
+    with torch.cuda.device(device):
+        x, a, s = (torch.zeros(16, k, device=device, dtype=torch.bfloat16) for k in (64, 64, 16))
+        plan, times = down_plan(x, a, 1.0, False), []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            plan(x, a, s, *(None,) * 4, 1.0, 1.0, *(None,) * 4)
+            times.append(time.perf_counter() - began)
+    return 1e6 * statistics.median(times)
 
 
 def _numbers(version: str) -> list[int]:

@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_fast.dispatch import autocast_dtype
+from lora_fast.dispatch import autocast_dtype, tell
 from lora_fast.fp8 import E4M3, Fp8Weight
+from lora_fast.kernels import launchers
 from lora_fast.kernels.launch import plan_for, sig
 from lora_fast.kernels.layout import Fp8, Made, MaybeTensor, Needs, Shared
 from lora_fast.kernels.lora import lora_bwd, lora_fwd
+
+if (_why := launchers.why_not_direct()) is not None:
+    tell("starts its kernels slowly", _why)
 
 
 class Fused:

@@ -72,7 +72,7 @@ def longest_run(cubin: bytes) -> int:
 
 
 def compile_for(capability: int, problems) -> list[dict]:
-    from lora_fast.kernels import down, gemm, grad, launch, layout, lora, mask, parts, tiles, weight
+    from lora_fast.kernels import down, gemm, grad, launch, launchers, layout, lora, mask, parts, tiles, weight
     from lora_fast.kernels import norm as norm_module
     from lora_fast.kernels.common import FP8
 
@@ -80,7 +80,8 @@ def compile_for(capability: int, problems) -> list[dict]:
     for module, name, value in (
         (tiles, "arch", lambda device: capability),
         (launch, "pdl", lambda device, rows: int(capability >= 90)),
-        (launch, "DIRECT", False),
+        (launchers, "known", lambda: None),
+        (launch.Plan, "launch_again", lambda plan, compiled, args: None),
         (tiles, "n_programs", lambda device: 132),
         (gemm, "n_programs", lambda device: 132),
     ):

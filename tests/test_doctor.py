@@ -75,6 +75,7 @@ def test_reference_alone(capsys, monkeypatch):
 @pytest.mark.gpu
 def test_on_a_gpu(capsys):
     test_machine(capsys)
+    assert 1 < machine.launch_us(torch.device("cuda")) < 1000
 
 
 def test_versions(quick, monkeypatch, capsys):
@@ -91,8 +92,10 @@ def test_versions(quick, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "triton       3.5.1  (too old: lora_fast needs 3.6 or newer)\n" in said
     assert "torch        2.11.0+cu130\n" in said and "safetensors  not installed" in said and said.count("too old") == 1
+    assert "peft         1.2  (newer than 0.21, the newest that lora_fast was tried with)\n" in said
     found["triton"] = "3.10.0"
     assert main(["doctor"]) == 0
+    assert "triton       3.10.0  (newer than 3.9, the" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("capability, words", [((9, 0), "can run"), ((7, 5), "cannot run: GTX 1 is older than")])
@@ -104,11 +107,18 @@ def test_gpus(capability, words, quick, monkeypatch, capsys):
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(machine, "launch_us", lambda device: 7)
     pytest.importorskip("triton")
+    from lora_fast.kernels import launchers
+
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert f"cuda:0: GTX 1, compute capability {capability[0]}.{capability[1]}, 80 GiB" in said
     assert f"  fused kernels: {words}" in said
+    launches = "  launches: direct, without Triton's own path; one costs the host 7.0 us here\n"
+    assert (launches in said) == (words == "can run")
+    monkeypatch.setattr(launchers, "why_not_direct", lambda: "not known")
+    assert machine.launches() == "not known"
 
 
 FAULTS = {

@@ -1,5 +1,8 @@
 """What a program hands to Triton's C launchers, which a GPU alone has: here stand-ins note their arguments."""
 
+import re
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +12,17 @@ from conftest import TRITON
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from lora_fast.kernels import launch
+import triton
+
+from lora_fast.kernels import launch, launchers
 from lora_fast.kernels.launch import Block, Plan, Program, View
 
 
 class Maps:
     """Names instead of tensor maps."""
 
-    def __init__(self, meta, block):
+    def __init__(self, encode, meta, block):
+        assert encode.startswith("fill_tma_descriptor")
         self.meta, self.block, self.known = meta, block, {}
 
     def encode(self, address):
@@ -24,24 +30,52 @@ class Maps:
         return self.known[address]
 
 
+HEAD = {
+    "flat": ("function", False, False, None, None, "packed", None, None, None),
+    "packed": ("function", False, False, "packed", None, None, None, None, None),
+}
+
+
+@pytest.fixture(params=HEAD)
+def form(request):
+    return request.param
+
+
 @pytest.fixture
-def seen(monkeypatch):
-    """What was launched: through Triton ("triton", name, arguments), or by its launchers (name, *arguments)."""
-    found = []
+def seen(form, monkeypatch):
+    """What was launched: through Triton ("triton" or "again", name, arguments), or by a launcher of this form (name,
+    grid and stream, head, arguments but for what stands for constants)."""
+    found, known = [], launchers.FLAT if form == "flat" else launchers.PACKED
 
     def through_triton(plan, args):
         found.append(("triton", plan.kernel, args))
-        run = SimpleNamespace(launch=lambda *args: found.append((plan.kernel, *args)))
+
+        def launch(*given):
+            size = 4 + len(HEAD[form])
+            args = given[size:]
+            assert args[-len(plan.constants) :] == (None,) * len(plan.constants)
+            found.append((plan.kernel, given[:4], given[4:size], args[: -len(plan.constants)]))
+
+        run = SimpleNamespace(
+            launch=launch, kernel_signature=plan.kernel, arg_annotations=[plan.kernel, "BLOCK", "PDL"]
+        )
         metadata = SimpleNamespace(launch_pdl=False, tensordesc_meta=[plan.kernel] * len(plan.blocks))
         return SimpleNamespace(run=run, function="function", packed_metadata="packed", metadata=metadata)
 
+    def one_for_all(*given):
+        *given, (name,), signature, args = given
+        assert name == signature  # without the constants' annotations
+        found.append((name, tuple(given[:4]), tuple(given[4:]), args))
+
     monkeypatch.setattr(Plan, "launch", through_triton)
-    monkeypatch.setattr(launch, "DIRECT", True)
+    monkeypatch.setattr(Plan, "launch_again", lambda plan, _, args: found.append(("again", plan.kernel, args)))
+    monkeypatch.setattr(launchers, "known", lambda: known)
     monkeypatch.setattr(launch, "_Maps", Maps)
     closure = lambda start: SimpleNamespace(nonlocals={"launcher": start})  # noqa: E731
-    monkeypatch.setattr(launch, "inspect", SimpleNamespace(getclosurevars=closure))
-    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: "stream"))
-    monkeypatch.setattr(launch.triton.runtime, "driver", driver)
+    monkeypatch.setattr(launchers, "inspect", SimpleNamespace(getclosurevars=closure))
+    utils = SimpleNamespace(launch=one_for_all)
+    active = SimpleNamespace(get_current_stream=lambda device: "stream", utils=utils)
+    monkeypatch.setattr(launch.triton.runtime, "driver", SimpleNamespace(active=active))
     return found
 
 
@@ -49,10 +83,7 @@ def plan(name, ints=(), blocks=None):
     return Plan(name, (2, 3), {"BLOCK": 16}, {}, torch.empty(4, 4), ints, blocks)
 
 
-HEAD = "function", False, False, None, None, "packed", None, None, None
-
-
-def test_later_launches_take_addresses(seen):
+def test_later_launches_take_addresses(seen, form):
     first, second = plan("first", (7, 8)), plan("second", (), {1: Block((4, 4), (4, 1), [2, 2])})
     part = View(1, 8, 16, torch.float32)
     program = Program(4, [(first, (0, part, None, 2)), (second, (part, 0, 3))])
@@ -64,10 +95,10 @@ def test_later_launches_take_addresses(seen):
     for again in (x, x.clone()):
         seen.clear()
         program(again, room, 0.25, None)
-        address, places = again.data_ptr(), (2, 3, 1, "stream", *HEAD)
-        assert seen[0] == ("first", *places, address, room.data_ptr() + 8, None, 0.25, 7, 8, None, None)
+        address, places = again.data_ptr(), ((2, 3, 1, "stream"), HEAD[form])
+        assert seen[0] == ("first", *places, (address, room.data_ptr() + 8, None, 0.25, 7, 8))
         mapped = "map", "second", [2, 2], address
-        assert seen[1] == ("second", *places, room.data_ptr() + 8, mapped, 4, 4, 4, 1, None, None, None)
+        assert seen[1] == ("second", *places, (room.data_ptr() + 8, mapped, 4, 4, 4, 1, None))
 
 
 def test_a_part_of_a_program(seen):
@@ -79,7 +110,9 @@ def test_a_part_of_a_program(seen):
     program.run(late, 0, -1)
     program.run(late, -1)
     program.run(early, -1)  # bound before, and so as tensors
-    assert [launched[:2] for launched in seen] == [("triton", name) for name in ("first", "first", "second", "second")]
+    assert [launched[:2] for launched in seen] == [
+        ("triton", "first"), ("again", "first"), ("triton", "second"), ("again", "second")
+    ]  # fmt: skip
     program(x)
     assert [launched[0] for launched in seen[4:]] == ["first", "second"]
 
@@ -89,4 +122,57 @@ def test_a_plan_alone(seen):
     x = torch.zeros(2)
     alone(x, None, 3)
     alone(x, None, 4)
-    assert seen[1][-6:] == (x.data_ptr(), None, 4, 5, None, None)
+    assert seen[1][-1] == (x.data_ptr(), None, 4, 5)
+
+
+def test_an_unknown_launcher_goes_through_triton(seen, monkeypatch):
+    """Each time, past the look-up of the kernel after the first."""
+    monkeypatch.setattr(launchers, "known", lambda: None)
+    alone = plan("alone", (5,))
+    for _ in range(3):
+        alone(torch.zeros(2), 1.5)
+    assert [how for how, *_ in seen] == ["triton", "again", "again"]
+
+
+def test_descriptors_hold_no_tensor():
+    """Of a plan that Triton launches, whose descriptors are checked once."""
+    mapped = plan("mapped", (), {0: Block((4, 4), (4, 1), [2, 4])})
+    for _ in range(2):
+        x = torch.empty(4, 4)
+        given = mapped._given(0, x)
+        assert given.base is x and given.block_shape == [2, 4] and mapped.descriptors[0].base is None
+
+
+def test_the_pinned_triton_is_known():
+    """A new pin in constraints.txt first needs the GPU tests, then a line in kernels/launchers.py."""
+    pins = (Path(__file__).parent.parent / "constraints.txt").read_text(encoding="utf-8")
+    pinned = re.search(r"^triton==(.*)$", pins, re.MULTILINE)
+    assert pinned is not None
+    if triton.__version__ != pinned[1]:
+        pytest.skip(f"Triton {triton.__version__} is installed, not the pinned {pinned[1]}")
+    assert launchers.digest() in launchers.KNOWN
+
+
+def test_a_digest_sees_what_a_launch_rests_on(tmp_path):
+    """Another launcher has another digest, another comment elsewhere has not."""
+    installed = Path(triton.__file__).parent / "backends"
+    shutil.copytree(installed, tmp_path / "same", ignore=lambda _, names: [n for n in names if n in ("lib", "bin")])
+    found = launchers.digest(tmp_path / "same")
+    assert found == launchers.digest()
+    driver = tmp_path / "same" / "nvidia" / "driver.c"
+    driver.write_text(driver.read_text() + "\n/* new */\n")
+    assert launchers.digest(tmp_path / "same") == found
+    for path, old in ((driver, "CUtensorMap"), (driver.with_suffix(".py"), "launch_metadata")):
+        text = path.read_text()
+        path.write_text(text.replace(old, "changed"))
+        assert launchers.digest(tmp_path / "same") != found
+        path.write_text(text)
+
+
+def test_why_not_direct(monkeypatch):
+    assert launchers.why_not_direct() is None  # known, or the interpreter
+    monkeypatch.setattr(launchers, "INTERPRETED", False)
+    monkeypatch.setattr(launchers, "known", lambda: None)
+    monkeypatch.setattr(launchers.triton, "__version__", "9.9")
+    why = launchers.why_not_direct()
+    assert "Triton 9.9" in why and "3.6, 3.7, 3.8, 3.9" in why
