@@ -15,7 +15,7 @@ from lora_fast.kernels.common import padded_rank, wide
 from lora_fast.kernels.down import cast_wanted, down_cast_fwd, down_fwd
 from lora_fast.kernels.grad import a_bwd, dy_bwd
 from lora_fast.kernels.weight import weight_fwd
-from lora_fast.ops import _dtype, _on, _some
+from lora_fast.op_parts import dtype_of, on, some
 from lora_fast.reference import ACTIVATIONS
 
 MaybeTensor = torch.Tensor | None
@@ -49,7 +49,7 @@ def _bottleneck_op(
     dtype: torch.dtype, activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """y, and x D^T [M, padded R]; products are made in ``dtype``."""
-    with _on(x.device):
+    with on(x.device):
         r, rows = len(down), x.reshape(-1, x.shape[-1])
         h = rows.to(dtype)
         if len(rows) and cast_wanted((h.dtype, down.dtype, up.dtype), r):
@@ -75,7 +75,7 @@ def _bottleneck_bwd_op(
     need_x, need_down, need_up, need_down_bias, need_up_bias = needs
     (r, n), dtype = down.shape, s.dtype
     dx = grad_down = grad_down_bias = None
-    with _on(dy.device):
+    with on(dy.device):
         rows = dy.reshape(-1, n)
         if rows.stride(1) != 1 or rows.stride(0) < n:
             rows = rows.contiguous()
@@ -95,12 +95,12 @@ def _bottleneck_bwd_op(
                 a_bwd(x.reshape(-1, n).to(dtype), dh, grad_down)
             if need_x:
                 dx = weight_fwd(rows, down.to(dtype), dh, 1.0)[0].view(dy.shape)
-    return [_some(t, dy) for t in (dx, grad_down, grad_up, grad_down_bias, grad_up_bias)]
+    return [some(t, dy) for t in (dx, grad_down, grad_up, grad_down_bias, grad_up_bias)]
 
 
 @_bottleneck_bwd_op.register_fake
 def _(dy, x, s, down, up, down_bias, up_bias_dtype, activation, needs):
-    (r, n), bias_dtype = down.shape, _dtype(down_bias) or dy.dtype
+    (r, n), bias_dtype = down.shape, dtype_of(down_bias) or dy.dtype
     shapes = dy.shape, (r, n), (n, r), (r,), (n,)
     kinds = dy.dtype, down.dtype, up.dtype, bias_dtype, up_bias_dtype
     return [dy.new_empty(sh if need else 0, dtype=kind if need else None)
@@ -110,7 +110,7 @@ def _(dy, x, s, down, up, down_bias, up_bias_dtype, activation, needs):
 def _setup_context(ctx, inputs, output):
     x, down, up, down_bias, up_bias, _, ctx.activation = inputs
     ctx.save_for_backward(x, output[1], down, up, down_bias)
-    ctx.up_bias_dtype, ctx.needs = _dtype(up_bias) or x.dtype, list(ctx.needs_input_grad[:5])
+    ctx.up_bias_dtype, ctx.needs = dtype_of(up_bias) or x.dtype, list(ctx.needs_input_grad[:5])
 
 
 def _backward(ctx, dy, _):

@@ -4,7 +4,7 @@ import torch
 
 from lora_fast.kernels.common import wide
 from lora_fast.kernels.weight import weight_bwd, weight_fwd
-from lora_fast.ops import _on, _some
+from lora_fast.op_parts import on, some
 
 MaybeTensor = torch.Tensor | None
 
@@ -21,10 +21,10 @@ def lora_weight(
 def _lora_weight_op(
     weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, magnitude: MaybeTensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with _on(weight.device):
+    with on(weight.device):
         m = None if magnitude is None else magnitude.contiguous()
         v, norm = weight_fwd(weight, lora_A, lora_B, scaling, m)
-    return v, _some(norm, v)
+    return v, some(norm, v)
 
 
 @_lora_weight_op.register_fake
@@ -40,11 +40,11 @@ def _lora_weight_bwd_op(
     magnitude: MaybeTensor, norm: MaybeTensor, need_w: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     """dA, dB and for DoRA (weight, magnitude and norm are then given) dm and, if asked for, dW."""
-    with _on(grad.device):
+    with on(grad.device):
         m = None if magnitude is None else magnitude.contiguous()
         da, db, dm, dw = weight_bwd(grad, weight, lora_A, lora_B, scaling, m, norm, need_w and weight is not None)
     kind = da.dtype if magnitude is None else magnitude.dtype
-    return [da.to(lora_A.dtype), db.to(lora_B.dtype), _some(dm, da).to(kind), _some(dw, grad)]
+    return [da.to(lora_A.dtype), db.to(lora_B.dtype), some(dm, da).to(kind), some(dw, grad)]
 
 
 @_lora_weight_bwd_op.register_fake

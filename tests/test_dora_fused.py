@@ -15,7 +15,7 @@ if not TRITON:
 from fused import masked, peak
 
 import lora_fast
-from lora_fast import demo
+from lora_fast import custom_op, demo
 from lora_fast.dispatch import interpreted
 from lora_fast.functional import dora_linear
 from lora_fast.timing import graphed
@@ -155,7 +155,7 @@ def test_opcheck(device, bias):
     leaves = [inputs.x.requires_grad_(), inputs.weight, inputs.lora_A.requires_grad_(), inputs.lora_B.requires_grad_(),
               inputs.bias.requires_grad_() if bias else None, magnitude(inputs).requires_grad_(),
               torch.tensor(2.0, device=device), None, 0.0, False, bias, False]  # fmt: skip
-    torch.library.opcheck(torch.ops.lora_fast.lora_linear, leaves, atol=1e-4, rtol=1e-4)
+    torch.library.opcheck(custom_op.lora_linear, leaves, atol=1e-4, rtol=1e-4)
 
 
 def test_autocast(device):

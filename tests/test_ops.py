@@ -15,7 +15,7 @@ if not TRITON:
 
 from fused import fused, masked, seed_drawn
 
-from lora_fast import functional, ops
+from lora_fast import custom_op, functional, op_parts, ops
 from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.kernels import down, launch, lora
 
@@ -109,10 +109,10 @@ def test_error_rule_everywhere(examples):
 
 def test_rows_of_a_wider_tensor_are_read_where_they_lie(device, monkeypatch):
     given = draw(24, 64, 48, 4, FLOAT, device, bias=False)
-    seen, fwd, bwd = [], ops.lora_fwd, ops.lora_bwd
+    seen, fwd, bwd = [], ops.lora_fwd, op_parts.lora_bwd
     monkeypatch.setattr(ops, "lora_fwd", lambda *args: seen.append(args[1].data_ptr()) or fwd(*args))
     monkeypatch.setattr(
-        ops, "lora_bwd", lambda *args: seen.extend([args[2].data_ptr(), args[3][0].data_ptr()]) or bwd(*args)
+        op_parts, "lora_bwd", lambda *args: seen.extend([args[2].data_ptr(), args[3][0].data_ptr()]) or bwd(*args)
     )
     x = torch.cat([given.x, given.x], 1).view(2, 12, 128)[..., 64:].requires_grad_()
     dy = torch.cat([given.dy, given.dy], 1).view(2, 12, 96)[..., 48:]
@@ -214,7 +214,7 @@ def test_opcheck(device):
                   inputs.lora_A.detach().requires_grad_(), inputs.lora_B.detach().requires_grad_(),
                   bias if bias is None else bias.detach().requires_grad_(), None, scaling, seed if p else None, p,
                   False, False, False]  # fmt: skip
-        torch.library.opcheck(torch.ops.lora_fast.lora_linear, leaves, atol=1e-4, rtol=1e-4)
+        torch.library.opcheck(custom_op.lora_linear, leaves, atol=1e-4, rtol=1e-4)
 
 
 def test_compiled_op_keeps_to_the_error_rule(device):
@@ -226,7 +226,7 @@ def test_compiled_op_keeps_to_the_error_rule(device):
             drawn = drawn if isinstance(drawn, torch.Tensor) else torch.tensor([drawn], device=x.device)
             scaling = torch.tensor(inputs.scaling, device=x.device)
             rest = scaling, drawn, 0.25, False, False, False
-            return torch.ops.lora_fast.lora_linear(x, weight, a, b, bias, None, *rest)[0]
+            return custom_op.lora_linear(x, weight, a, b, bias, None, *rest)
 
         return fn
 
