@@ -31,7 +31,7 @@ from lora_fast.peft_format import (
     read_config,
     settings_of,
 )
-from lora_fast.state import _load, _places, lora_state_dict
+from lora_fast.state import _load, _places, _state
 from lora_fast.ties import cut, places, refuse_shared, saved_places, ties_to_cut, under_every_name, under_first_names
 from lora_fast.wrappers import plain_modules, unwrapped
 
@@ -60,19 +60,20 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     if len({(isinstance(layer, DoRALinear), layer.use_rslora) for layer in layers.values()}) > 1:
         raise ValueError("model: has layers that differ in use_dora or use_rslora, expected one adapter of one kind")
     refuse_shared(model, layers)
-    saved = saved_places(model)
-    state = under_every_name(model, saved, lora_state_dict(model))
-    if missing := [key for key, tensor in state.items() if tensor.is_meta]:
-        raise ValueError(f"model: {some(missing)}: on the meta device, without data to save")
-    model = unwrapped(model)
+    with at_hand(model) as lent:
+        saved = saved_places(model)
+        state = under_every_name(model, saved, _state(model))
+        if missing := [key for key, tensor in state.items() if tensor.is_meta]:
+            raise ValueError(f"model: {some(missing)}: on the meta device, without data to save")
+        state = {key: whole(tensor).clone() if lent else whole(tensor) for key, tensor in state.items()}
     tensors = {}
     for key, tensor in state.items():
         owner, _, name = key.rpartition(".")
         if owner in layers:
             name = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}.get(name, name)
             name = f"base_layer.{name}" if name == "bias" else name
-        tensors[f"{PREFIX}{owner}.{name}" if owner else PREFIX + name] = whole(tensor).contiguous()
-    config = json.dumps(_config_of(model, layers, saved), indent=2) + "\n"
+        tensors[f"{PREFIX}{owner}.{name}" if owner else PREFIX + name] = tensor.contiguous()
+    config = json.dumps(_config_of(unwrapped(model), layers, saved), indent=2) + "\n"
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "adapter_config": config}  # the config again, so that a mixture of two saves is seen

@@ -27,8 +27,12 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     _lora_layers(model)
     with at_hand(model) as lent:
-        tensors = {name: tensor.detach() for name, tensor in stored(model, _whole_tensors(model)).items()}
-        return {name: tensor.clone() for name, tensor in tensors.items()} if lent else tensors
+        return {name: tensor.clone() if lent else tensor for name, tensor in _state(model).items()}
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """:func:`lora_state_dict` where the tensors are :func:`at_hand`."""
+    return {name: tensor.detach() for name, tensor in stored(model, _whole_tensors(model)).items()}
 
 
 def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -68,8 +72,9 @@ def _whole_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         for part, shape in zip(layer.adapter_names, ((r, k), (n, r), (n,)), strict=False):
             if (found := getattr(layer, part).shape) != shape:
                 raise ValueError(
-                    f"model: {name or 'itself'}: {part} has shape {tuple(found)}, expected {shape}: something shards it."
-                    " Under FSDP1 give the outermost wrapper; under others gather first (deepspeed's GatheredParameters)"
+                    f"model: {name or 'itself'}: {part} has shape {tuple(found)}, expected {shape}: something shards "
+                    "it. Under FSDP1 give the outermost wrapper; under others gather first (GatheredParameters of "
+                    "DeepSpeed's)"
                 )
     return _adapter_tensors(model)
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lora_fast.config import some
+from lora_fast.gather import stored, whole
 from lora_fast.layers import LoRALinear
 from lora_fast.model import _SAVED, _adapter_tensors
 from lora_fast.wrappers import plain_modules
@@ -98,11 +99,10 @@ def refuse_shared(model: nn.Module, layers: Collection[str]) -> None:
 def under_every_name(model: nn.Module, saved: list[str], state: Mapping[str, torch.Tensor]) -> Tensors:
     """``state`` of :func:`lora_fast.lora_state_dict`, and all tensors of the modules ``saved``; no two share memory."""
     first = {id(tensor): name for name, tensor in _adapter_tensors(model).items()}
-    result = dict(state)
-    for name, tensor in all_tensors(model).items():
-        if name not in result and _within(name, saved):
-            result[name] = (state[first[id(tensor)]] if id(tensor) in first else tensor).detach().clone()
-    return result
+    more = {name: t for name, t in all_tensors(model).items() if name not in state and _within(name, saved)}
+    values = stored(model, more)
+    copied = {name: state[first[id(t)]] if id(t) in first else values[name] for name, t in more.items()}
+    return {**state, **{name: tensor.detach().clone() for name, tensor in copied.items()}}
 
 
 def ties_to_cut(model: nn.Module, saved: list[str], state: Mapping[str, torch.Tensor]) -> list[Tie]:
@@ -151,8 +151,9 @@ def under_first_names(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Te
         own = first.get(id(tensors[name]), name) if name in tensors else name
         if not _same(new, result.setdefault(own, new)):
             raise ValueError(f"{name}: is tied to {own} in the model, but the adapter holds other values for it")
-    frozen = [name for name in result if name in tensors and id(tensors[name]) not in first]
-    return {name: t for name, t in result.items() if name not in frozen or not _same(t, tensors[name])}
+    frozen = {name: t for name in result if (t := tensors.get(name)) is not None and id(t) not in first}
+    frozen = stored(model, frozen)
+    return {name: t for name, t in result.items() if name not in frozen or not _same(t, whole(frozen[name]))}
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -30,7 +30,7 @@ _TELLING = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_modul
 
 def inside(module: nn.Module) -> nn.Module | None:
     """The module that a wrapper stands for; None of a module that is no wrapper."""
-    return module._modules.get(_held_as(module))
+    return module._modules.get(_held_as(type(module)))
 
 
 def unwrapped(model: Any) -> Any:
@@ -43,12 +43,15 @@ def unwrapped(model: Any) -> Any:
 def prefix(model: nn.Module) -> str:
     """What the wrappers around a model put before the names of its modules."""
     inner = inside(model)
-    return "" if inner is None else f"{_held_as(model)}.{prefix(inner)}"
+    return "" if inner is None else f"{_held_as(type(model))}.{prefix(inner)}"
 
 
-def plain_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+def plain_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
     """``named_modules()`` as without wrappers: these are left out, and their parts of the names."""
-    return _walk(model, "", set() if remove_duplicate else None)
+    found = list(model.named_modules(remove_duplicate=remove_duplicate))
+    if not any(map(_held_as, {type(module) for _, module in found})):
+        return found
+    return list(_walk(model, "", set() if remove_duplicate else None))
 
 
 def _walk(module: nn.Module, name: str, seen: set[nn.Module] | None) -> Iterator[tuple[str, nn.Module]]:
@@ -71,7 +74,7 @@ def plain_name(name: str) -> str:
 def is_compiled(module: nn.Module) -> bool:
     """Whether this is torch.compile's wrapper, which goes on calling the very module that it was given, whatever is put
     in that one's place."""
-    return _held_as(module) == "_orig_mod"
+    return _held_as(type(module)) == "_orig_mod"
 
 
 def compiled_alone(model: nn.Module, kind: type[nn.Module]) -> list[str]:
@@ -83,5 +86,5 @@ def compiled_alone(model: nn.Module, kind: type[nn.Module]) -> list[str]:
     ]
 
 
-def _held_as(module: nn.Module) -> str:
-    return next((_WRAPPERS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), "")
+def _held_as(kind: type) -> str:
+    return next((_WRAPPERS[base.__name__] for base in kind.__mro__ if base.__name__ in _WRAPPERS), "")

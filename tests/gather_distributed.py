@@ -26,6 +26,7 @@ from lora_fast import (
 )
 
 KINDS = {
+    "tied": {"target_modules": ["0.0", "1.0"], "modules_to_save": ["2"]},
     "lora": {"target_modules": "all-linear"},
     "dora": {"target_modules": ["0.0", "1.0"], "use_dora": True, "bias": "all", "modules_to_save": ["2"]},
 }
@@ -34,9 +35,12 @@ KINDS = {
 def plain():
     """Sizes that two processes cannot halve, and a layer that one of them may not hold at all."""
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Sequential(nn.Linear(8, 7), nn.ReLU()), nn.Sequential(nn.Linear(7, 9), nn.ReLU()), nn.Linear(9, 1)
-    )
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(8, 7), nn.ReLU()), nn.Sequential(nn.Linear(7, 9), nn.ReLU()), nn.Linear(9, 9),
+        nn.ReLU(), nn.Linear(9, 9), nn.Linear(9, 1),
+    )  # fmt: skip
+    model[4].weight = model[2].weight
+    return model
 
 
 def adapted(kind, seed=1):
@@ -50,7 +54,7 @@ def adapted(kind, seed=1):
 
 
 def fsdp2(model, **options):
-    for block in model:
+    for block in (model[0], model[1], model[5]):
         fully_shard(block, **options)
     return fully_shard(model, **options)
 
