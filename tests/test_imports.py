@@ -19,6 +19,7 @@ LAYERS = [
     {"merging", "base_ties"},
     {"base_files"},
     {"checkpoint", "peft"},
+    {"fitting"},
     {"ties"},
     {"parametrize"},
     {"parametrized", "state"},
