@@ -52,13 +52,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     Raises:
         ValueError: no LoRA layer; layers that differ in use_rslora or in being DoRA, or modules_to_save tied to the
             model itself or to a module with adapters inside, or a layer in several places, which the format cannot say;
-            tensors without data (on the meta device).
+            a model that is itself a LoRA layer; tensors without data (on the meta device).
         ImportError: without safetensors.
     """
     save_file = _safetensors("torch").save_file
     layers = _lora_layers(model)
     if len({(isinstance(layer, DoRALinear), layer.use_rslora) for layer in layers.values()}) > 1:
         raise ValueError("model: has layers that differ in use_dora or use_rslora, expected one adapter of one kind")
+    if "" in layers:
+        raise ValueError("model: is itself a LoRA layer, for which the format has no name; put it into a module first")
     refuse_shared(model, layers)
     with at_hand(model) as lent:
         saved = saved_places(model)

@@ -133,6 +133,9 @@ def test_what_a_save_refuses(base, tmp_path):
     mixed.head = LoRALinear.from_linear(mixed.head, use_rslora=True)
     with pytest.raises(ValueError, match="differ in use_dora or use_rslora"):
         save_adapter(mixed, tmp_path / "a")
+    for layer in (LoRALinear(2, 2), torch.compile(LoRALinear(2, 2), backend="eager")):
+        with pytest.raises(ValueError, match="is itself a LoRA layer"):
+            save_adapter(layer, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
