@@ -14,7 +14,7 @@ import torch
 
 from lora_fast.base_files import Base
 from lora_fast.checkpoint import open_adapter
-from lora_fast.peft_format import PREFIX, VOCABULARY
+from lora_fast.peft_format import HEADS, PREFIX, VOCABULARY
 
 CUT = "so that a merged checkpoint cannot change one of them alone"
 WAY_OUT = ("in memory it can: load_adapter (or PEFT), then merge and save the whole model, "
@@ -104,8 +104,9 @@ def _tied_head(files: Base, layer: str) -> str | None:
     name = f"{layer}.weight"
     if name in files.aliases:
         return files.aliases[name]
-    embeddings = [n for n in files.tensors if _last(n) in VOCABULARY and _rows(files, n)]
-    return embeddings[0] if embeddings and _last(name) in VOCABULARY else None
+    known = [n for n in files.tensors if _last(n) in VOCABULARY and _rows(files, n)]
+    absent = _last(name) in HEADS and not any(_last(n) in HEADS for n in known)  # else it is there by another name
+    return known[0] if absent and known else None
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

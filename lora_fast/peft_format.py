@@ -25,7 +25,8 @@ CONFIG_BYTES = 1 << 20  # more than any config needs
 MAX_RANK = 1 << 16
 _ADAPTER = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
 # What input embeddings and output heads are called.
-VOCABULARY = {"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings", "shared", "lm_head", "embed_out"}
+HEADS = {"lm_head", "embed_out"}
+VOCABULARY = {"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings", "shared", *HEADS}
 _OWN = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 # Settings of PEFT's under which the same tensors mean something else, with the values that are harmless.
 _PLAIN: dict[str, tuple] = {

@@ -169,6 +169,22 @@ def test_subfolders(files, capsys):
     assert all(torch.equal(tensor, merged[name]) for name, tensor in tensors_in(out).items())
 
 
+def test_subfolders_of_the_hubs_cache(files, tmp_path):
+    """Links into the blobs of the same repository."""
+    _, folder, adapter, out = files
+    (blobs := tmp_path / "repo/blobs").mkdir(parents=True)
+    snapshot = tmp_path / "repo/snapshots/1234"
+    (snapshot / "1_Pooling").mkdir(parents=True)
+    for name in (path.name for path in folder.iterdir()):
+        (folder / name).rename(blobs / name)
+        (snapshot / name).symlink_to(Path("../../blobs") / name)
+    (blobs / "pooling").write_bytes(b"{}")
+    (snapshot / "1_Pooling/config.json").symlink_to("../../../blobs/pooling")
+    assert merged_by(snapshot, adapter, out) == 0
+    copied = out / "1_Pooling/config.json"
+    assert copied.read_bytes() == b"{}" and not copied.is_symlink()
+
+
 def test_a_file(files, capsys):
     base, folder, adapter, out = files
     out = out.with_suffix(".safetensors")
