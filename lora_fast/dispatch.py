@@ -7,6 +7,7 @@ exception, and whoever gets the slow path is told once, with the reason.
 import importlib.util
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -115,6 +116,17 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast switched off on this device; the meta device has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def has_data(t: torch.Tensor) -> bool:
+    """Whether the tensor has elements that one can look at: none on the meta device, none under FakeTensorMode."""
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # where nobody imported it, nobody uses it
+    return not t.is_meta and not (fakes is not None and isinstance(t, fakes.FakeTensor))
 
 
 def tell(what: str, reason: str) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fast import fsdp1
+from lora_fast.dispatch import has_data
 from lora_fast.functional import dora_linear, dora_norm
 from lora_fast.layers import LoRALinear
 from lora_fast.reference import dora_gain
@@ -50,12 +52,12 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
-        """Set the magnitude to the row norms of ``W + scaling * B A``, later if the weight is on the meta device.
+        """Set the magnitude to the row norms of ``W + scaling * B A``, later if the weight has no data (meta device).
 
         Raises:
             ValueError: a norm is not finite; the magnitude is then as it was.
         """
-        self._magnitude_is_set = not self.weight.is_meta
+        self._magnitude_is_set = has_data(self.weight)
         if self._magnitude_is_set:
             norm = self._norm()
             if not torch.isfinite(norm).all():
@@ -72,6 +74,8 @@ class DoRALinear(LoRALinear):
         except KeyError:
             weight, lora_A, lora_B, bias = self.weight, self.lora_A, self.lora_B, self.bias
             magnitude = self.lora_magnitude_vector
+        if type(weight) is torch.Tensor:
+            weight = fsdp1.as_asked(weight, self)
         return dora_linear(x, weight, lora_A, lora_B, magnitude, self.scaling, bias, self.lora_dropout, self.training,
                            save=self.save, save_x=self.save_x)  # fmt: skip
 
@@ -86,13 +90,13 @@ class DoRALinear(LoRALinear):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         error_msgs, merged = args[-1], self.merged
         magnitude = state_dict.get(prefix + "lora_magnitude_vector")
-        if isinstance(magnitude, torch.Tensor) and not magnitude.is_meta and not torch.isfinite(magnitude).all():
+        if isinstance(magnitude, torch.Tensor) and has_data(magnitude) and not torch.isfinite(magnitude).all():
             error_msgs.append(f"{prefix}lora_magnitude_vector: has elements that are not finite")
             return
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if magnitude is not None:
-            self._magnitude_is_set = not self.lora_magnitude_vector.is_meta
+            self._magnitude_is_set = has_data(self.lora_magnitude_vector)
         elif prefix + "weight" in state_dict:
             try:
                 self.reset_magnitude()

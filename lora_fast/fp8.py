@@ -78,7 +78,7 @@ class Fp8Weight(torch.Tensor):
             raise TypeError(f"weight: got {weight.dtype}, expected float16, bfloat16 or float32 to quantise")
         if weight.dim() != 2 or not weight.numel():
             raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, K], not empty")
-        if not weight.is_meta and not torch.isfinite(weight.detach()).all():
+        if dispatch.has_data(weight) and not torch.isfinite(weight.detach()).all():
             raise ValueError("weight: has elements that are not finite, expected finite ones to quantise")
 
     def check_original(self, weight: torch.Tensor) -> None:
@@ -260,7 +260,7 @@ def fp8_linear(
     dtype = dispatch.autocast_dtype(x.device)
     if dtype is not None and x.dtype != torch.float64:
         x = x.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with dispatch.no_autocast(x.device):
         inner = weight.rows, weight.row_scale, weight.columns, weight.col_scale
         y = _Fp8Product.apply(product or emulated_product, x, *inner)
         return y if bias is None else y + bias.to(y.dtype)

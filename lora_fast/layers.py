@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fast import dispatch
+from lora_fast import dispatch, fsdp1
 from lora_fast.fp8 import Fp8Weight, is_fp8
 from lora_fast.functional import FLOATS, lora_linear
 
@@ -147,6 +147,8 @@ class LoRALinear(nn.Linear):
             weight, lora_A, lora_B, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
         except KeyError:
             weight, lora_A, lora_B, bias = self.weight, self.lora_A, self.lora_B, self.bias
+        if type(weight) is torch.Tensor:
+            weight = fsdp1.as_asked(weight, self)
         return lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, self.lora_dropout, self.training,
                            save_x=self.save_x)  # fmt: skip
 

@@ -12,6 +12,7 @@ from lora_fast.functional import FLOATS, dora_norm
 from lora_fast.layers import _check_hyperparameters, _init_adapter
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding)
+SPARSE = "has sparse=True, whose sparse gradient goes through no computed weight (set its sparse to False)"
 
 
 class LoRAParametrization(nn.Module):
@@ -76,9 +77,12 @@ class LoRAParametrization(nn.Module):
 
         Raises:
             TypeError: another kind of layer.
+            ValueError: an Embedding with sparse=True.
         """
         if not isinstance(layer, LAYERS):
             raise TypeError(f"layer: got {type(layer).__name__}, expected an nn.Linear, nn.Conv2d or nn.Embedding")
+        if has_sparse_gradient(layer):
+            raise ValueError(f"layer: {SPARSE}")
         return cls(layer.weight, *args, **kwargs)
 
     from_linear = from_conv2d = from_embedding = from_layer
@@ -129,9 +133,13 @@ class DoRAParametrization(LoRAParametrization):
             raise ValueError("weight: is on the meta device, expected one with values to start DoRA from")
         with torch.no_grad():
             norm = dora_norm(weight.detach().flatten(1), self.lora_A.detach(), self.lora_B.detach(), self.scaling)
-        if not torch.isfinite(norm).all():
+        if dispatch.has_data(norm) and not torch.isfinite(norm).all():
             raise ValueError("weight: has rows whose norm is not finite, expected finite ones to start DoRA from")
         self.lora_magnitude_vector = nn.Parameter(norm)
+
+
+def has_sparse_gradient(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Embedding) and layer.sparse
 
 
 def check_name(name: Any) -> None:

@@ -40,7 +40,8 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, bias or modules_to_save in the config, a pattern
-            that matches nothing; a target that has an adapter of this name, is a LoRALinear or has no weight of floats.
+            that matches nothing; a target that has an adapter of this name, is a LoRALinear, an Embedding with
+            sparse=True or has no weight of floats.
     """
     check_model(model)
     check_name(name)

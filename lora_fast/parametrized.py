@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from lora_fast.config import LoRAConfig, matching, some
 from lora_fast.functional import FLOATS
 from lora_fast.layers import LoRALinear
-from lora_fast.parametrization import LAYERS, LoRAParametrization
+from lora_fast.parametrization import LAYERS, SPARSE, LoRAParametrization, has_sparse_gradient
 
 KEY = re.compile(r"(?:(.*)\.)?parametrizations\.weight\.\d+\.(lora_A|lora_B|lora_magnitude_vector)")
 _REQUIRED_GRAD = "_required_grad"  # noted on a layer's ParametrizationList: whether the weight below did before
@@ -105,6 +105,8 @@ def _why_not(layer: Any) -> str | None:
         return "is a LoRALinear"
     if not is_parametrized(layer, "weight") and not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return "has no parameter as its weight"
+    if has_sparse_gradient(layer):
+        return SPARSE
     if isinstance(below(layer)[0], nn.parameter.UninitializedParameter):
         return "has no weight yet (run the model once)"
     if below(layer)[0].dtype not in FLOATS:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from lora_fast.dispatch import has_data, no_autocast
 from lora_fast.fp8 import Fp8Weight
 
 
@@ -77,7 +78,7 @@ def dora_norm(
     dtype = torch.float32
     for t in (weight, lora_A, lora_B):
         dtype = torch.promote_types(dtype, t.dtype)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.no_grad(), no_autocast(weight.device):
         a, sb = lora_A.to(dtype), lora_B.to(dtype) * scaling
         if len(weight) <= ROWS:
             return _rows_norm(weight.to(dtype), sb, a)
@@ -97,13 +98,37 @@ def dora_gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
 
 
 def dora_scale(
-    z: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, bias: torch.Tensor | None = None
+    z: torch.Tensor,
+    magnitude: torch.Tensor,
+    norm: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    base: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """``y = (magnitude / norm) * z + bias`` in z's dtype, computed in float32 or better and rounded once; a row of zero
-    norm counts as 0. z [..., N], the others [N]."""
+    norm counts as 0. z [..., N], the others [N].
+
+    ``base``: the x and the weight of z. Where the gain is 1, y is then the adapter's part added to ``F.linear(x,
+    weight, bias)`` bit for bit, so that a fresh layer equals its base. On the CPU alone: elsewhere it is off by the one
+    rounding that z is made with, as the host would have to wait for a look at the gains.
+    """
     gain = dora_gain(magnitude, norm)
     y = z * gain.to(torch.promote_types(gain.dtype, torch.float32))
-    return (y if bias is None else y + bias).to(z.dtype)
+    if bias is not None:
+        y = y + bias
+        rest = None if base is None else _rest_of_base(*base, bias, gain)
+        y = y if rest is None else y + rest
+    return y.to(z.dtype)
+
+
+def _rest_of_base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gain: torch.Tensor) -> torch.Tensor | None:
+    """What ``x W^T + bias`` as one product has more than as a product and a sum, where the gain is 1."""
+    seen = gain.device.type == "cpu" and has_data(gain) and not torch.compiler.is_compiling()
+    if not seen or torch._C._are_functorch_transforms_active() or not (gain == 1).any():
+        return None
+    with torch.no_grad():
+        one, two = F.linear(x, weight, bias), F.linear(x, weight)
+        wide = torch.promote_types(two.dtype, torch.float32)
+        return torch.where(gain == 1, one.to(wide) - (two.to(wide) + bias.to(wide)), 0)
 
 
 def dora_linear(
@@ -131,14 +156,14 @@ def dora_linear(
     norm = (dora_norm if detach_norm else dense_norm)(weight, lora_A, lora_B, scaling)
     if round_norm and not isinstance(weight, Fp8Weight):
         norm = norm.to(weight.dtype).to(norm.dtype)
-    return dora_scale(z, magnitude, norm, bias)
+    return dora_scale(z, magnitude, norm, bias, (x, weight))
 
 
 def dense_norm(
     weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float | torch.Tensor
 ) -> torch.Tensor:
     """As :func:`dora_norm`, with gradients to the adapters, from V in memory."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with no_autocast(weight.device):
         dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
         v = weight.to(dtype) + (lora_B.to(dtype) * scaling) @ lora_A.to(dtype)
         return torch.linalg.vector_norm(v, dim=1)
@@ -164,7 +189,7 @@ def lora_weight(
     Returns:
         The shape and dtype of weight; made in float32 or better and rounded once.
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with no_autocast(weight.device):
         dtype = torch.float32
         for t in (weight, lora_A, lora_B):
             dtype = torch.promote_types(dtype, t.dtype)

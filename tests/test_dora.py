@@ -623,3 +623,43 @@ def test_weights_that_are_not_finite_fail_the_conversion():
 def test_use_dora_is_a_bool(value):
     with pytest.raises(TypeError, match=r"^use_dora: got .*expected True or False"):
         LoRAConfig(use_dora=value)
+
+
+@pytest.mark.parametrize("kind", [lora_fast.LoRALinear, DoRALinear])
+@pytest.mark.parametrize("dtype", [FLOAT, BF16])
+def test_layers_run_without_data(kind, dtype):
+    """On the meta device and under FakeTensorMode, built there or elsewhere: shapes come out, gradients too."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def run(layer, x):
+        y = layer(x)
+        y.sum().backward()
+        assert y.shape == (3, 6) and all(p.grad is not None for n, p in layer.named_parameters() if "lora_" in n)
+        layer.merge()
+        assert layer(x).shape == (3, 6)
+        layer.unmerge()
+
+    run(kind(8, 6, device="meta", dtype=dtype), torch.empty(3, 8, device="meta", dtype=dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(3, 8, dtype=dtype)
+        run(kind(8, 6, dtype=dtype), x)
+        model = nn.Sequential(nn.Linear(8, 6, dtype=dtype))
+        add_lora(model, LoRAConfig(r=2, target_modules=["0"], use_dora=kind is DoRALinear))
+        model.load_state_dict(model.state_dict())
+        run(model[0], x)
+    run(kind(8, 6, dtype=dtype).to("meta"), torch.empty(3, 8, device="meta", dtype=dtype))
+    layer, mode = kind(8, 6, dtype=dtype), FakeTensorMode()
+    with mode:
+        fakes = {name: mode.from_tensor(p) for name, p in layer.named_parameters()}
+        assert torch.func.functional_call(layer, fakes, torch.empty(3, 8, dtype=dtype)).shape == (3, 6)
+
+
+def test_a_layer_without_data_gets_its_magnitude_with_the_data():
+    layer = DoRALinear(8, 6, device="meta")
+    layer(torch.empty(3, 8, device="meta"))
+    layer.to_empty(device="cpu")
+    for p in (layer.weight, layer.bias, layer.lora_A):
+        nn.init.normal_(p.data)
+    layer.lora_B.data.zero_()
+    x = torch.randn(3, 8)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))

@@ -402,3 +402,17 @@ def test_two_adapters_in_one_state_dict(model):
     parametrize.add_lora(parametrize.add_lora(model), name="other")
     with pytest.raises(ValueError, match="is of a second adapter"):
         parametrize.load_lora_state_dict(model, parametrize.get_lora_state_dict(model))
+
+
+def test_sparse_embeddings_are_refused_before_anything_changes():
+    """Their gradient is a sparse tensor, which the weight's formula cannot take: it would fail in the backward."""
+    model = nn.Sequential(nn.Embedding(10, 6, sparse=True), nn.Linear(6, 4))
+    with pytest.raises(ValueError, match=r"cannot adapt 0 has sparse=True.*set its sparse to False"):
+        parametrize.add_lora(model, LoRAConfig(r=2, target_modules=["0", "1"]))
+    assert not any(torch.nn.utils.parametrize.is_parametrized(layer) for layer in model)
+    for kind in (LoRAParametrization, DoRAParametrization):
+        with pytest.raises(ValueError, match="layer: has sparse=True"):
+            kind.from_layer(model[0], 2)
+    model[0].sparse = False
+    parametrize.add_lora(model, LoRAConfig(r=2, target_modules=["0", "1"]))
+    model(torch.tensor([1, 2])).sum().backward()
