@@ -11,6 +11,8 @@ from torch import nn
 
 from lora_fast.gather import is_sharded
 from lora_fast.layers import _check_hyperparameters, check_base_dtype, why_not_lora
+from lora_fast.projections import patterns as name_patterns
+from lora_fast.projections import projections
 from lora_fast.wrappers import is_compiled, unwrapped
 
 _SUFFIX = r"(.*\.)?({})$"  # how PEFT reads a key of rank_pattern: it stands for a full name or its last parts
@@ -29,7 +31,8 @@ class LoRAConfig:
             None: all are quantised ("all-linear" leaves the output head out by itself).
         use_dora: convert to :class:`lora_fast.DoRALinear`, which also trains the lengths of the weight's rows.
         target_modules: a list of full module names or their last parts ("q_proj", "attn.q_proj"), a regex that must
-            match the full name, or "all-linear": every ``nn.Linear`` but the model's ``get_output_embeddings()``.
+            match the full name, or "all-linear": every ``nn.Linear`` but the model's ``get_output_embeddings()``. What
+            projects and is no ``nn.Linear`` (fused experts) gets no adapter, and add_lora a warning that names it.
             A layer among them that no adapter can stand in for (of an ``nn.MultiheadAttention``, say) is an error.
         exclude_modules: a list or a regex, likewise: targets to leave alone.
         rank_pattern, alpha_pattern: {regex of a full name or its last parts: r or lora_alpha}; the first match wins.
@@ -102,7 +105,9 @@ def find_targets(
     excluded = matching("exclude_modules", config.exclude_modules, {m: names[m] for m in found})
     targets = [m for m in names if m in found and m not in excluded and m not in saved and m is not head]
     if not targets:
-        raise ValueError(f"target_modules: {patterns!r} leaves no layer to convert")
+        others = some(name_patterns(projections(model)))
+        hint = f" (it has projections that are no nn.Linear, which LoRA does not reach: {others})" if others else ""
+        raise ValueError(f"target_modules: {patterns!r} leaves no layer to convert{hint}")
     parents: dict[nn.Module, list[nn.Module]] = {}
     for parent in model.modules():
         for child in parent.children():

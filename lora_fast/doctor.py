@@ -20,6 +20,7 @@ from lora_fast.machine import devices, versions
 from lora_fast.model import _lora_layers
 from lora_fast.peft import peft_report
 from lora_fast.peft_format import TENSORS
+from lora_fast.projections import projections
 from lora_fast.selfcheck import Shape, check
 from lora_fast.skeleton import skeleton_of_adapter
 
@@ -148,11 +149,14 @@ def model(target: str, require_fused: bool) -> bool:
 
 
 def examine(model: nn.Module) -> Iterator[Layer]:
-    """Every layer that has an adapter of ours or of PEFT's, or is linear and could have one, under its first name."""
+    """Every layer that has an adapter of ours or of PEFT's, or is linear and could have one, under its first name; and
+    the parameters that project as well and cannot have one."""
     tuner = _peft_layers()
     verdicts = _peft_verdicts(model) if any(isinstance(module, tuner) for module in model.modules()) else {}
     inside: set[nn.Module] = set()  # of PEFT's layers: told with them
+    others = projections(model)
     for name, module in model.named_modules():
+        own = [f"{name}.{key}" if name else key for key in module._parameters]
         name = name or "(itself)"
         if isinstance(module, LoRALinear):
             kind = "DoRALinear" if isinstance(module, DoRALinear) else "LoRALinear"
@@ -166,6 +170,10 @@ def examine(model: nn.Module) -> Iterator[Layer]:
             why = why_not_lora(module)
             yield Layer(name, f"{type(module).__name__} {_shape(module)}", None,
                         f"cannot be converted: it {why}" if why else "add_lora can convert it")  # fmt: skip
+        elif module not in inside:
+            for key in filter(others.__contains__, own):
+                shape, dtype = list(others[key].shape), str(others[key].dtype).removeprefix("torch.")
+                yield Layer(key, f"parameter {shape}, {dtype}", None, "not adapted: it is no nn.Linear's")
 
 
 def _shape(linear: nn.Linear) -> str:

@@ -1,5 +1,6 @@
 """Conversion of a whole model: LoRA on its nn.Linear layers in place; switch off, take out."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -7,9 +8,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lora_fast import fsdp1
 from lora_fast.config import LoRAConfig, find_targets, holders, matching, resolve_pattern, some
 from lora_fast.dora import DoRALinear
 from lora_fast.layers import LoRALinear, check_quantisable
+from lora_fast.projections import missed_by, patterns, projections
 from lora_fast.wrappers import compiled_alone, plain_modules, unwrapped
 
 # What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
@@ -22,15 +25,18 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, in place, freeze the rest,
     return ``model``.
 
+    Parameters that ``target_modules`` also means and that are no ``nn.Linear``'s get no adapter, and a warning names
+    them: fused experts, routers, transformers' ``Conv1D``. "all-linear" means all of these.
+
     Training flags are kept. Names are as without the wrappers of torch.compile, checkpointing or parallel training, in
     the model or around it; patterns may also spell these out. A layer found under several names is converted once, in
     all its places: it is a target if one of its names is, unless one of them is excluded.
 
     Raises:
         TypeError: not a module, not a LoRAConfig.
-        ValueError: the model has LoRA layers already or is itself an ``nn.Linear``; a target is no plain ``nn.Linear``
-            or its forward would not be called; a name or pattern of the config matches nothing; a weight to quantise
-            that is not finite.
+        ValueError: the model has LoRA layers already, is itself an ``nn.Linear`` or wrapped by FSDP1; a target is no
+            plain ``nn.Linear`` or its forward would not be called; a name or pattern of the config matches nothing; a
+            weight to quantise that is not finite.
         RuntimeError: an fp8 base on a GPU that has no units for it.
         After any error the model, its modules and its requires_grad flags are as they were.
     """
@@ -41,10 +47,18 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     config = replace(config)  # its fields may have been assigned since it was checked
     if present := [name or "itself" for name, module in plain_modules(model) if isinstance(module, LoRALinear)]:
         raise ValueError(f"model: has LoRA layers already ({some(present)}); call remove_lora first")
+    if fsdp1.is_wrapped(model):
+        raise ValueError("model: is wrapped by FSDP1 (FullyShardedDataParallel); call add_lora first, then wrap it")
     if isinstance(unwrapped(model), nn.Linear):
         raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")
     for layer in _convert(model, config):
         layer.quantise_base()
+    if missed := missed_by(model, config.target_modules):
+        warnings.warn(
+            f"add_lora: target_modules={config.target_modules!r} also means parameters that are no nn.Linear's, which "
+            f"get no adapter and stay frozen: {some(patterns(missed))}",
+            stacklevel=2,
+        )
     return model
 
 
@@ -125,12 +139,16 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Print how many parameters train, in PEFT's format; return (trainable, all). ValueError without LoRA layers."""
+    """Print how many parameters train, in PEFT's format, and which projections no adapter reaches (fused experts), if
+    there are any; return (trainable, all). ValueError without LoRA layers."""
     _lora_layers(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     share = 100 * trainable / total
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+    if others := {name: p for name, p in projections(model).items() if not p.requires_grad}:
+        count = sum(p.numel() for p in others.values())
+        print(f"without an adapter, for they are no nn.Linear's: {', '.join(patterns(others))}: {count:,d} params")
     return trainable, total
 
 

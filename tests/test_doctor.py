@@ -402,3 +402,23 @@ def test_help(capsys):
     assert stop.value.code == 0 and all(
         word in said for word in ("TARGET", "examples:", "Exit codes", "--require-fused")
     )
+
+
+def test_parameters_that_no_adapter_reaches_are_listed(package, quick, capsys):
+    package("""
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(4, 8, 16))
+        self.down_proj_bias = nn.Parameter(torch.zeros(4, 8))
+
+def build():
+    block = nn.Sequential(nn.Linear(16, 16), Experts())
+    return lora_fast.add_lora(block, lora_fast.LoRAConfig(r=2, target_modules=["0"]))
+""")
+    assert main(["doctor", "my_model:build"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"1\.gate_up_proj +plain +parameter \[4, 8, 16\], float32: not adapted: it is no nn.Linear's", said
+    )
+    assert "down_proj_bias" not in said and "0 fused, 1 not fused, 1 without an adapter" in said
