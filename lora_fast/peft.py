@@ -1,57 +1,17 @@
-"""Fused LoRA and DoRA in models that PEFT made: :func:`patch_peft`, and back, and what runs how."""
+"""Fused LoRA and DoRA in models that PEFT made: :func:`patch_peft`, and back."""
 
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-from lora_fast import dispatch
 from lora_fast.config import holders, matching
-from lora_fast.fp8 import Fp8Weight, is_fp8
+from lora_fast.fp8 import Fp8Weight
 from lora_fast.layers import check_base_dtype, check_quantisable
-
-
-@dataclass(frozen=True)
-class PeftLayer:
-    """One of PEFT's LoRA layers: its name, whether the fused kernels run it, and the reason or a remark."""
-
-    name: str
-    fused: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class PeftReport:
-    """Which of a model's LoRA layers the fused kernels run, as things stood when it was made; prints as a table."""
-
-    layers: tuple[PeftLayer, ...]
-
-    @property
-    def fused(self) -> int:
-        return sum(layer.fused for layer in self.layers)
-
-    @property
-    def not_fused(self) -> int:
-        return len(self.layers) - self.fused
-
-    def __str__(self) -> str:
-        """A line for all layers whose names differ in numbers alone and that share the rest."""
-        groups: dict[tuple[str, str, str], int] = {}
-        for layer in self.layers:
-            name = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
-            key = name, "fused" if layer.fused else "not fused", layer.reason
-            groups[key] = groups.get(key, 0) + 1
-        rows = [(name, str(count), *rest) for (name, *rest), count in groups.items()]
-        table = [("layer", "count", "", "reason"), *rows]
-        widths = [max(len(row[i]) for row in table) for i in range(3)]
-        lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
-            for row in table
-        ]
-        return "\n".join([*lines, f"{self.fused} fused, {self.not_fused} not fused"])
+from lora_fast.peft_report import PeftLayer as PeftLayer
+from lora_fast.peft_report import PeftReport, peft_report
+from lora_fast.peft_report import lora_layers as _lora_layers
 
 
 def patch_peft(
@@ -64,7 +24,8 @@ def patch_peft(
 
     Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear`` becomes an instance of a subclass of it; parameters, state
     dict keys and all else that PEFT does with the model stay. Layers of adapters that are added later follow by
-    themselves in a ``PeftModel``; in a model with PEFT's layers alone, patch it again then.
+    themselves in a ``PeftModel``, with the same ``save`` and ``base_dtype``; in a model with PEFT's layers alone, patch
+    it again then.
 
     What changes after the patch (device, dtype, hooks, active adapters, merging) is looked at in every call: a layer is
     patched on the CPU too, runs in plain torch there and fused once the model is on a GPU. Calls that only stock PEFT
@@ -103,9 +64,10 @@ def patch_peft(
     from lora_fast.peft_layers import FastLinear, FastLoraModel, LoraModel
     from lora_fast.peft_rules import why_never_fused
 
+    asked = Asked(save, base_dtype, base_dtype_exclude)
     kept = matching("base_dtype_exclude", base_dtype_exclude, {layer: [name] for name, layer in layers.items()})
     done: list[Any] = []
-    eight: list[Any] = []
+    eight: dict[str, Any] = {}
     try:
         for layer in layers.values():
             if why_never_fused(layer) is None:
@@ -113,37 +75,96 @@ def patch_peft(
                 done.append(layer)
         if base_dtype is not None:
             eight = _quantisable(model, {name: layer for name, layer in layers.items() if layer not in kept})
+            for name, layer in eight.items():
+                _check_base(name, layer)
     except BaseException:
         for layer in done:
             layer.release()
         raise
-    for layer in eight:
-        layer.base_layer.weight = nn.Parameter(Fp8Weight.quantise(layer.base_layer.weight), requires_grad=False)
-    for module in model.modules():
+    _quantise(model, eight.values())
+    for name, module in model.named_modules():
         if isinstance(module, FastLinear):
             module.save = save
-        elif type(module) is LoraModel:
+        elif type(module) in (LoraModel, FastLoraModel):
             module.__class__ = FastLoraModel
+            module.patch_later = asked._replace(prefix=f"{name}." if name else "")  # type: ignore[assignment]
     return peft_report(model)
 
 
-def _quantisable(model: nn.Module, layers: dict[str, Any]) -> list[Any]:
-    """Those of the layers whose base weight becomes an fp8 one; raises where one of them cannot."""
+class Asked(NamedTuple):
+    """What :func:`patch_peft` was asked for. A tuner keeps it, and calls it when an adapter came later."""
+
+    save: str
+    base_dtype: str | None
+    base_dtype_exclude: str | list[str] | None
+    prefix: str = ""  # of the tuner's layers, in the names that base_dtype_exclude speaks of
+
+    def __call__(self, tuner: nn.Module) -> None:
+        """Patch the layers that are stock yet. A weight that cannot be quantised stays as it is, with a warning."""
+        from lora_fast.peft_layers import FastLinear
+        from lora_fast.peft_rules import why_never_fused
+
+        layers = {self.prefix + name: layer for name, layer in _lora_layers(tuner).items()}
+        new = {name: layer for name, layer in layers.items() if why_never_fused(layer) is None}
+        for layer in new.values():
+            FastLinear.adopt(layer)
+            layer.save = self.save
+        if self.base_dtype is None:
+            return
+        names = {layer: [name] for name, layer in layers.items()}
+        kept = matching("base_dtype_exclude", self.base_dtype_exclude, names)
+        fit = _quantisable(tuner, {name: layer for name, layer in new.items() if layer not in kept})
+        for name in list(fit):
+            try:
+                _check_base(name, fit[name])
+            except (TypeError, ValueError, RuntimeError) as error:
+                warnings.warn(
+                    f"base_dtype: a layer that came later keeps its base weight as it is: {error}", stacklevel=2
+                )
+                del fit[name]
+        _quantise(tuner, fit.values())
+
+
+def _quantisable(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
+    """Those of the layers whose base weight is to become an fp8 one."""
     from lora_fast.peft_layers import FastLinear
     from lora_fast.peft_rules import PLAIN
 
-    found, held = [], holders(model)
+    found, held = {}, holders(model)
     for name, layer in layers.items():
         weight: Any = getattr(layer.base_layer, "weight", None)
         if not isinstance(layer, FastLinear) or type(weight) not in PLAIN or weight.requires_grad:
             continue
         if not layer.merged and held[id(weight)] == 1:
-            try:
-                check_quantisable(weight)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from None
-            found.append(layer)
+            found[name] = layer
     return found
+
+
+def _check_base(name: str, layer: Any) -> None:
+    try:
+        check_quantisable(layer.base_layer.weight)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _quantise(model: nn.Module, layers: Iterable[Any]) -> None:
+    embeddings = set(_embeddings(model))
+    for layer in layers:
+        layer.base_layer.weight = nn.Parameter(Fp8Weight.quantise(layer.base_layer.weight), requires_grad=False)
+        layer.is_embedding = layer in embeddings
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    """What transformers' models say their embeddings and heads are: PEFT may save them with the adapter."""
+    for module in model.modules():
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            if callable(get := getattr(module, name, None)):
+                try:
+                    found = get()
+                except (AttributeError, NotImplementedError):  # transformers' way to say that it has none
+                    continue
+                if isinstance(found, nn.Module):
+                    yield found
 
 
 def unpatch_peft(model: nn.Module) -> None:
@@ -160,70 +181,5 @@ def unpatch_peft(model: nn.Module) -> None:
             layer.release()
     for module in model.modules():
         if type(module) is FastLoraModel:
+            vars(module).pop("patch_later", None)
             module.__class__ = LoraModel  # type: ignore[assignment]
-
-
-def peft_report(model: nn.Module) -> PeftReport:
-    """Which of the model's LoRA layers the fused kernels would run if it were called now, and why not the others.
-
-    Raises:
-        TypeError, ValueError, ImportError: as :func:`patch_peft`.
-    """
-    layers = _lora_layers(model)
-    gathered = set(_under_fsdp(model))
-    return PeftReport(tuple(PeftLayer(name, *_judge(layer, layer in gathered)) for name, layer in layers.items()))
-
-
-def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
-    from lora_fast.peft_layers import FastLinear
-    from lora_fast.peft_rules import active, examine, is_dora, why_never_fused
-
-    if not isinstance(layer, FastLinear):
-        return False, why_never_fused(layer) or "not patched"
-    old_forward = vars(layer).get("_old_forward")  # what an accelerate hook calls
-    if "forward" in vars(layer) and getattr(old_forward, "__func__", None) is not FastLinear.forward:
-        return False, "its forward was replaced on the instance (if by an accelerate hook: patch before it)"
-    if layer.disable_adapters or layer.merged:
-        return False, "nothing to fuse: " + ("adapters are disabled" if layer.disable_adapters else "merged")
-    if not (names := active(layer)):
-        return False, "nothing to fuse: none of its adapters is active"
-    parts = examine(layer, names, gathered)
-    if isinstance(parts, str):
-        return False, parts
-    weight = layer.base_layer.weight
-    mesh = getattr(weight, "device_mesh", None)  # FSDP2 may keep on the CPU what it gathers on the mesh's devices
-    device = weight.device if mesh is None else torch.device(mesh.device_type)
-    slow = dispatch.why_slow(device, dispatch.autocast_dtype(device) or weight.dtype)
-    if slow is None and is_fp8(weight):
-        slow = dispatch.why_not_fp8(device)
-    remarks = [] if slow is None else [slow]
-    if is_fp8(weight):
-        remarks.append("fp8 base")
-    if is_dora(layer, names[0]):
-        drops = isinstance(layer.lora_dropout[names[0]], nn.Dropout)
-        remarks.append("DoRA, dropout in the low-rank branch alone" if drops else "DoRA")
-    if len(names) > 1:
-        remarks.append(f"{len(names)} adapters as one")
-    return slow is None, "; ".join(remarks)
-
-
-def _lora_layers(model: nn.Module) -> dict[str, Any]:
-    """{name: layer} of all of PEFT's LoRA layers."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected a PEFT model (a torch.nn.Module)")
-    try:
-        from peft.tuners.lora import LoraLayer
-    except ImportError as error:
-        raise ImportError("patch_peft needs PEFT: pip install 'lora_fast[peft]'") from error
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    if not layers:
-        raise ValueError(f"model: got a {type(model).__name__} without LoRA layers of PEFT's, expected some")
-    return layers
-
-
-def _under_fsdp(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose parameters FSDP2 gathers before they run."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, nobody uses it
-    for module in model.modules():
-        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-            yield from module.modules()

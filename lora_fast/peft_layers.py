@@ -1,16 +1,24 @@
 """PEFT's LoRA linear layer, and its tuner, with a fused forward: what ``patch_peft`` makes of instances of theirs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear, LoraModel
 from torch import nn
 
-from lora_fast import dispatch
+from lora_fast import dispatch, peft_norms
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.functional import dora_linear, lora_linear
-from lora_fast.peft_rules import active, examine, is_dora, parameter, why_never_fused, why_not_this_call
+from lora_fast.peft_rules import (
+    active,
+    base_weight,
+    examine,
+    is_dora,
+    parameter,
+    why_not_this_call,
+)
+from lora_fast.reference import dora_scale
 
 
 class Scalings(dict):
@@ -74,6 +82,7 @@ class FastLinear(Linear):
     lora_magnitude_vector: Any
     save: str = "auto"  # for DoRA, as of lora_fast.DoRALinear
     save_x: str = "x"  # as of lora_fast.LoRALinear
+    is_embedding: bool = False  # the model's head: PEFT saves its base weight, too, and in files fp8 is plain
     _scalings: Scalings
 
     @classmethod
@@ -89,12 +98,15 @@ class FastLinear(Linear):
         self._forget_base()
         scalings = dict(self.scaling)
         del self._scalings
-        for name in ("save", "save_x"):
+        for name in ("save", "save_x", "is_embedding"):
             vars(self).pop(name, None)
         if isinstance(self.base_layer.weight, Fp8Weight):
             self.base_layer.weight = nn.Parameter(self.base_layer.weight.dequantise(), requires_grad=False)
         self.__class__ = Linear  # type: ignore[assignment]
         self.scaling = scalings
+
+    def _get_name(self) -> str:
+        return type(self).__name__.replace("Fast", "", 1)  # as stock's, which tools compare
 
     @property
     def scaling(self) -> Scalings:
@@ -116,19 +128,25 @@ class FastLinear(Linear):
             if not isinstance(parts, str):
                 return self._fused(x, parts)
             dispatch.tell("leaves a layer to stock PEFT", parts)
+            peft_norms.drop_stale_of(self, names)
         return super().forward(x, *args, **kwargs)
 
     def _fused(self, x: torch.Tensor, parts: list[tuple]) -> torch.Tensor:
         """The forward with what :func:`examine` found to be plain."""
         base: Any = self._modules["base_layer"]
         scalings = self._scalings
-        weight, bias = parameter(base, "weight"), parameter(base, "bias")
+        weight, bias = base_weight(base), parameter(base, "bias")
         name, a, b, dropout = parts[0]
         p = dropout.p if type(dropout) is nn.Dropout else 0.0
         scaling = scalings.of(name, x.device)
         if is_dora(self, name):
+            magnitude = self.lora_magnitude_vector[name]
+            if peft_norms.wanted(magnitude):
+                norm = peft_norms.norm_of(magnitude, name, weight, a, b, scaling)
+                z = lora_linear(x, weight, a, b, scaling, None, p, dropout.training, save_x=self.save_x)
+                return dora_scale(z, magnitude.weight, norm, bias, (x, weight))
             return dora_linear(
-                x, weight, a, b, self.lora_magnitude_vector[name].weight, scaling, bias, p, dropout.training,
+                x, weight, a, b, magnitude.weight, scaling, bias, p, dropout.training,
                 save=self.save, round_norm=True, save_x=self.save_x,
             )  # fmt: skip
         if len(parts) > 1:  # the sum of the adapters is one adapter, stacked along r
@@ -211,6 +229,9 @@ class FastLinear(Linear):
         for name in self._base():
             if (kept := self._buffers.get(f"unmerged_{name}")) is not None:
                 destination[f"{prefix}base_layer.{name}"] = kept
+        key = f"{prefix}base_layer.weight"
+        if self.is_embedding and isinstance(destination.get(key), Fp8Weight):
+            destination[key] = destination[key].dequantise()
         return destination
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -231,10 +252,14 @@ class FastLinear(Linear):
 
 
 class FastLoraModel(LoraModel):
-    """PEFT's tuner that also makes the layers of adapters fast that come later."""
+    """PEFT's tuner that also makes the layers of adapters fast that come later, as ``patch_later`` does."""
+
+    patch_later: Callable[[LoraModel], None] | None = None
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(*args, **kwargs)
-        for module in self.modules():
-            if why_never_fused(module) is None:
-                FastLinear.adopt(module)
+        if self.patch_later is not None:
+            self.patch_later(self)
+
+
+FastLoraModel.__name__ = LoraModel.__name__  # which tools compare; a pickle finds the class by __qualname__

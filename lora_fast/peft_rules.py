@@ -7,7 +7,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
-from lora_fast import dispatch
+from lora_fast import dispatch, fsdp1
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.functional import FLOATS
 
@@ -33,13 +33,20 @@ def why_never_fused(module: Any) -> str | None:
         if type(module).__module__.rpartition(".")[2] in QUANTISED:
             return f"PEFT's {kind}, on a quantised base"
         hint = " (if FSDP made it: patch before fully_shard)" if isinstance(module, Linear) else ""
-        return f"PEFT's {kind}, not its LoRA Linear{hint}"
+        return f"PEFT's {kind if kind != 'Linear' else kind_of(module)}, not its LoRA Linear{hint}"
     base = module.base_layer
     if not isinstance(base, nn.Linear) or isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return f"the base layer is a {type(base).__name__}, not an nn.Linear"
+        return f"the base layer is a {kind_of(base)}, not an nn.Linear"
     if module.fan_in_fan_out:
         return "fan_in_fan_out=True: the base weight is stored transposed"
     return None
+
+
+def kind_of(module: nn.Module) -> str:
+    """The name of its class; with that of whoever has it, where torch.nn has another one of that name."""
+    kind = type(module)
+    whose = "" if getattr(nn, kind.__name__, kind) is kind else f"{kind.__module__}."
+    return whose + kind.__name__
 
 
 def active(layer: Any) -> list[str]:
@@ -64,10 +71,10 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
     modules = layer._modules  # nn.Module's own attribute look-up takes its time
     base = modules["base_layer"]
     if type(base) is not nn.Linear:
-        return f"the base layer is a {type(base).__name__}, not an nn.Linear itself"
+        return f"the base layer is a {kind_of(base)}, not an nn.Linear itself"
     if hooked(base):
         return "the base layer has hooks or a replaced forward"
-    weight = parameter(base, "weight")
+    weight = base_weight(base)
     if type(weight) not in (*PLAIN, Fp8Weight) and not gathered:
         return f"the base weight is a {type(weight).__name__}"
     if weight.dtype not in FLOATS:
@@ -79,7 +86,7 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
     for name in names:
         down, up, dropout = downs[name], ups[name], dropouts[name]
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
-            kind = type(up if type(down) is nn.Linear else down).__name__
+            kind = kind_of(up if type(down) is nn.Linear else down)
             return f"lora_A or lora_B is a {kind}, not an nn.Linear itself"
         if parameter(up, "bias") is not None or parameter(down, "bias") is not None:
             return "lora_bias=True"
@@ -131,6 +138,12 @@ def parameter(module: nn.Module, name: str) -> Any:
     """``module.name``; by nn.Module's own attribute look-up, which takes its time, only if it is no parameter."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)
+
+
+def base_weight(base: nn.Module) -> Any:
+    """The base layer's weight, as the kernels may take it."""
+    weight = parameter(base, "weight")
+    return weight if type(weight) is not torch.Tensor else fsdp1.as_asked(weight, base)
 
 
 def hooked(module: nn.Module) -> bool:
