@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast import dispatch
+from lora_fast import dispatch, fsdp1
 from lora_fast.fp8 import is_fp8
 
 
@@ -59,11 +59,12 @@ def peft_report(model: nn.Module) -> PeftReport:
         TypeError, ValueError, ImportError: as :func:`patch_peft`.
     """
     layers = lora_layers(model)
-    gathered = set(_under_fsdp(model))
-    return PeftReport(tuple(PeftLayer(name, *_judge(layer, layer in gathered)) for name, layer in layers.items()))
+    gathered, flat = set(_under_fsdp(model)), set(fsdp1.wrapped(model))
+    verdicts = {name: _judge(layer, layer in gathered, layer in flat) for name, layer in layers.items()}
+    return PeftReport(tuple(PeftLayer(name, *verdict) for name, verdict in verdicts.items()))
 
 
-def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
+def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[bool, str]:
     from lora_fast.peft_layers import FastLinear
     from lora_fast.peft_rules import active, examine, is_dora, why_never_fused
 
@@ -76,6 +77,8 @@ def _judge(layer: Any, gathered: bool) -> tuple[bool, str]:
         return False, "nothing to fuse: " + ("adapters are disabled" if layer.disable_adapters else "merged")
     if not (names := active(layer)):
         return False, "nothing to fuse: none of its adapters is active"
+    if flat and is_fp8(layer.base_layer.weight):
+        return False, fsdp1.NO_FP8
     parts = examine(layer, names, gathered)
     if isinstance(parts, str):
         return False, parts

@@ -128,7 +128,8 @@ def _rest_of_base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gai
     with torch.no_grad():
         one, two = F.linear(x, weight, bias), F.linear(x, weight)
         wide = torch.promote_types(two.dtype, torch.float32)
-        return torch.where(gain == 1, one.to(wide) - (two.to(wide) + bias.to(wide)), 0)
+        rest = one.to(wide) - (two.to(wide) + bias.to(wide))
+        return torch.where((gain == 1) & torch.isfinite(rest), rest, 0)
 
 
 def dora_linear(

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from loops import LR, STEPS, tiny_llama, token_ids, trainable, trained
 from torch import distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_fast import patch_peft, set_backend
@@ -32,10 +33,18 @@ def fsdp2(model, *, layers=False, checkpointing=False):
     return fully_shard(model)
 
 
+def fsdp1(model):
+    """Each block is a unit, and the rest another."""
+    policy = ModuleWrapPolicy({type(block) for block in model.base_model.model.model.layers})
+    device = next(model.parameters()).device
+    return FullyShardedDataParallel(model, use_orig_params=True, auto_wrap_policy=policy, device_id=device)
+
+
 MODES: dict[str, tuple[Callable, int, dict]] = {
     "ddp": (DistributedDataParallel, 1, {}),
     "fsdp2": (fsdp2, 1, {"use_dora": True}),
     "fsdp2, checkpointing, accumulation": (partial(fsdp2, checkpointing=True), 2, {}),
+    "fsdp1": (fsdp1, 1, {"use_dora": True}),
     "fsdp2 by layers, patched too late": (partial(fsdp2, layers=True), 1, {}),
 }
 

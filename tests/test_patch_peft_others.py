@@ -10,6 +10,7 @@ from test_patch_peft import Net, config, fresh, inputs, patched, results, same, 
 from torch import nn
 
 from lora_fast import DoRALinear, LoRAConfig, SlowPathWarning, add_lora, patch_peft, peft_report, set_backend
+from lora_fast.fsdp1 import NO_FP8
 
 peft = pytest.importorskip("peft")
 KINDS = {"lora": {}, "dora": {"use_dora": True}}
@@ -318,6 +319,20 @@ def test_a_base_that_trains_under_fsdp1_runs_stock(alone):
     ours = fsdp1(patched(copy.deepcopy(stock)))
     assert "requires grad" in peft_report(ours).layers[0].reason
     same(trained(ours, x), expected)
+
+
+@BOTH
+def test_an_fp8_base_under_fsdp1_is_refused(alone, kind):
+    """FSDP1 would hold it in full precision, without a word."""
+    ours = stock_model(**KINDS[kind])
+    patch_peft(ours, base_dtype="float8_e4m3")
+    dora = kind == "dora"
+    own = add_lora(Net(), LoRAConfig(r=4, target_modules=["up"], use_dora=dora, base_dtype="float8_e4m3"))
+    wrapped = fsdp1(ours)
+    assert {layer.reason for layer in peft_report(wrapped).layers} == {NO_FP8}
+    for model in (wrapped, fsdp1(own)):
+        with torch.no_grad(), pytest.raises(TypeError, match="weight: FSDP1 makes a plain weight of an fp8 one"):
+            model(inputs())
 
 
 def test_add_lora_after_fsdp1_is_refused(alone):
