@@ -9,10 +9,12 @@ from torch import nn
 
 OTHERS = ("embed", "norm", "bias", "token", "position")  # in the name of a class or parameter that does not project
 
+PLAIN = (nn.Module, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
+
 
 def projections(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: parameter} of fused experts [E, N, K], routers, transformers' ``Conv1D``, the q, k and v of an
-    ``nn.MultiheadAttention``, as far as names and shapes tell."""
+    """{name: parameter} of fused experts [E, N, K], routers and transformers' ``Conv1D``, as far as names and shapes
+    tell."""
     return {
         f"{prefix}.{name}" if prefix else name: parameter
         for prefix, module in model.named_modules()
@@ -22,17 +24,15 @@ def projections(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _projects(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
-    kind, shape = type(module), parameter.shape
-    words = f"{kind.__name__} {name}".lower()
-    if (
-        isinstance(module, (nn.Linear, nn.Embedding))
-        or any(word in words for word in OTHERS)
-        or min(shape, default=0) < 2
-    ):
+    if any(kind.__module__.startswith("torch.nn.") and kind not in PLAIN for kind in type(module).__mro__):
+        return False  # a Linear, which can have an adapter, or one of torch's other layers
+    words = f"{type(module).__name__} {name}".lower()
+    if any(word in words for word in OTHERS) or isinstance(parameter, nn.UninitializedParameter):
         return False
-    if kind.__module__.startswith("torch.nn."):  # convolutions, recurrent layers...
-        return len(shape) == 2 and "proj" in name
-    return len(shape) == 3 or (len(shape) == 2 and (name == "weight" or "proj" in name))
+    shape = parameter.shape
+    if len(shape) not in (2, 3) or min(shape) < 2:
+        return False
+    return len(shape) == 3 or name == "weight" or "proj" in name
 
 
 def missed_by(model: nn.Module, target_modules: str | Collection[str] | None) -> list[str]:

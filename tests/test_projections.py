@@ -81,10 +81,15 @@ def test_nothing_left_to_convert_says_why():
         add_lora(model, LoRAConfig(r=2, target_modules="all-linear"))
 
 
+class OwnConv(nn.Conv1d):
+    """As of Mamba's, say."""
+
+
 def test_torchs_own_modules_are_known():
-    """Convolutions, norms, embeddings and recurrent layers do not project; the joint q, k and v do."""
+    """Convolutions, norms, embeddings, recurrent layers; and what is there once the model has run."""
     model = nn.ModuleDict({
         "conv": nn.Conv1d(4, 4, 3), "norm": nn.LayerNorm([4, 4]), "embed": nn.Embedding(4, 4), "lstm": nn.LSTM(4, 4),
         "attention": nn.MultiheadAttention(4, 2), "positions": nn.ParameterList([torch.zeros(1, 4, 4)]),
+        "lazy": nn.LazyLinear(4), "own conv": OwnConv(4, 4, 3),
     })  # fmt: skip
-    assert list(projections(model)) == ["attention.in_proj_weight"]
+    assert not projections(model)
