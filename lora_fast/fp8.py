@@ -242,6 +242,21 @@ def is_fp8(weight: torch.Tensor) -> bool:
     return isinstance(getattr(weight, "_local_tensor", weight), Fp8Weight)
 
 
+def as_plain(weight: torch.Tensor) -> torch.Tensor:
+    """An fp8 weight, or FSDP2's tensor of its shards, dequantised; another as it is."""
+    if isinstance(weight, Fp8Weight):
+        return weight.dequantise()
+    if not is_fp8(weight):
+        return weight
+    from torch.distributed.tensor import DTensor
+
+    shard: Any = weight
+    return DTensor.from_local(
+        shard._local_tensor.dequantise(), shard.device_mesh, shard.placements, run_check=False, shape=shard.shape,
+        stride=shard.stride(),
+    )  # fmt: skip
+
+
 def _unpickled(rows, row_scale, columns, col_scale, dtype, parameter, shard=False) -> torch.Tensor:
     kind = Fp8Shard if shard else Fp8Weight
     weight = kind(rows.view(E4M3), row_scale, columns.view(E4M3), col_scale, dtype)

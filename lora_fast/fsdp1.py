@@ -30,6 +30,11 @@ def as_asked(weight: torch.Tensor, module: nn.Module) -> torch.Tensor:
     return weight
 
 
+def holds(model: nn.Module) -> bool:
+    """Whether parameters of the model are FSDP1's already, from outside of its units or from within one."""
+    return any(getattr(p, "_fsdp_flattened", False) for p in model.parameters()) or any(True for _ in wrapped(model))
+
+
 def wrapped(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of the model that are in units of FSDP1's."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, nobody uses it

@@ -47,7 +47,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     config = replace(config)  # its fields may have been assigned since it was checked
     if present := [name or "itself" for name, module in plain_modules(model) if isinstance(module, LoRALinear)]:
         raise ValueError(f"model: has LoRA layers already ({some(present)}); call remove_lora first")
-    if any(fsdp1.wrapped(model)):
+    if fsdp1.holds(model):
         raise ValueError("model: is wrapped by FSDP1 (FullyShardedDataParallel); call add_lora first, then wrap it")
     if isinstance(unwrapped(model), nn.Linear):
         raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")

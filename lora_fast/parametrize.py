@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast import parametrized
+from lora_fast import fsdp1, parametrized
 from lora_fast.config import LoRAConfig, resolve_pattern
 from lora_fast.parametrization import DoRAParametrization, LoRAParametrization, check_name
 from lora_fast.parametrized import KEY, adapted, below, check_model, own, parametrizations, register, restore, tie
@@ -40,8 +40,8 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, bias or modules_to_save in the config, a pattern
-            that matches nothing; a target that has an adapter of this name, is a LoRALinear, an Embedding with
-            sparse=True or has no weight of floats.
+            that matches nothing; a model that FSDP1 wraps; a target that has an adapter of this name, is a LoRALinear,
+            an Embedding with sparse=True or has no weight of floats.
     """
     check_model(model)
     check_name(name)
@@ -51,6 +51,8 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
     for field, value in (("bias", config.bias != "none"), ("modules_to_save", config.modules_to_save)):
         if value:
             raise ValueError(f"config: got {field}={getattr(config, field)!r}, which only lora_fast.add_lora knows")
+    if fsdp1.holds(model):
+        raise ValueError("model: is wrapped by FSDP1 (FullyShardedDataParallel); call add_lora first, then wrap it")
     names = parametrized.targets(model, config, name)
     ranks = resolve_pattern("rank_pattern", config.rank_pattern, config.r, names, names)
     alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, config.lora_alpha, names, names)

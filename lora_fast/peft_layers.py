@@ -7,12 +7,11 @@ import torch
 from peft.tuners.lora import Linear, LoraModel
 from torch import nn
 
-from lora_fast import dispatch, peft_norms
-from lora_fast.fp8 import Fp8Weight
+from lora_fast import dispatch, fsdp1, peft_norms
+from lora_fast.fp8 import Fp8Weight, as_plain
 from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.peft_rules import (
     active,
-    base_weight,
     examine,
     is_dora,
     parameter,
@@ -135,7 +134,9 @@ class FastLinear(Linear):
         """The forward with what :func:`examine` found to be plain."""
         base: Any = self._modules["base_layer"]
         scalings = self._scalings
-        weight, bias = base_weight(base), parameter(base, "bias")
+        weight, bias = parameter(base, "weight"), parameter(base, "bias")
+        if type(weight) is torch.Tensor:
+            weight = fsdp1.as_asked(weight, base)
         name, a, b, dropout = parts[0]
         p = dropout.p if type(dropout) is nn.Dropout else 0.0
         scaling = scalings.of(name, x.device)
@@ -229,9 +230,8 @@ class FastLinear(Linear):
         for name in self._base():
             if (kept := self._buffers.get(f"unmerged_{name}")) is not None:
                 destination[f"{prefix}base_layer.{name}"] = kept
-        key = f"{prefix}base_layer.weight"
-        if self.is_embedding and isinstance(destination.get(key), Fp8Weight):
-            destination[key] = destination[key].dequantise()
+        if self.is_embedding:
+            destination[f"{prefix}base_layer.weight"] = as_plain(destination[f"{prefix}base_layer.weight"])
         return destination
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

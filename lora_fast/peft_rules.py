@@ -74,7 +74,9 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
         return f"the base layer is a {kind_of(base)}, not an nn.Linear itself"
     if hooked(base):
         return "the base layer has hooks or a replaced forward"
-    weight = base_weight(base)
+    weight = parameter(base, "weight")
+    if type(weight) is torch.Tensor:
+        weight = fsdp1.as_asked(weight, base)
     if type(weight) not in (*PLAIN, Fp8Weight) and not gathered:
         return f"the base weight is a {type(weight).__name__}"
     if weight.dtype not in FLOATS:
@@ -138,12 +140,6 @@ def parameter(module: nn.Module, name: str) -> Any:
     """``module.name``; by nn.Module's own attribute look-up, which takes its time, only if it is no parameter."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)
-
-
-def base_weight(base: nn.Module) -> Any:
-    """The base layer's weight, as the kernels may take it."""
-    weight = parameter(base, "weight")
-    return weight if type(weight) is not torch.Tensor else fsdp1.as_asked(weight, base)
 
 
 def hooked(module: nn.Module) -> bool:

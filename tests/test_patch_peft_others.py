@@ -9,7 +9,16 @@ import torch
 from test_patch_peft import Net, config, fresh, inputs, patched, results, same, stir, stock_model  # noqa: F401
 from torch import nn
 
-from lora_fast import DoRALinear, LoRAConfig, SlowPathWarning, add_lora, patch_peft, peft_report, set_backend
+from lora_fast import (
+    DoRALinear,
+    LoRAConfig,
+    SlowPathWarning,
+    add_lora,
+    parametrize,
+    patch_peft,
+    peft_report,
+    set_backend,
+)
 from lora_fast.fsdp1 import NO_FP8
 
 peft = pytest.importorskip("peft")
@@ -257,6 +266,28 @@ def test_an_fp8_head_is_saved_plain(tmp_path, kind):
     assert (tmp_path / "later" / "again" / "adapter_model.safetensors").exists()
 
 
+def test_an_fp8_head_under_fsdp2_is_saved_plain(alone, tmp_path):
+    """Whether the state dict was gathered by torch or tensor by tensor, as accelerate does."""
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+    from torch import distributed as dist
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    made = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False)
+    ours = peft.get_peft_model(transformers.LlamaForCausalLM(made), peft.LoraConfig(target_modules=["lm_head"]))
+    patch_peft(ours, base_dtype="float8_e4m3")
+    held = ours.base_model.model.lm_head.base_layer.weight.dequantise()
+    fully_shard(ours, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    whole = get_model_state_dict(ours, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    gathered = {name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in ours.state_dict().items()}
+    for state_dict in (whole, gathered):
+        ours.save_pretrained(tmp_path, state_dict=state_dict)
+        saved = load_file(tmp_path / "adapter_model.safetensors")
+        assert torch.equal(saved["base_model.model.lm_head.base_layer.weight"], held)
+
+
 # FSDP1
 
 
@@ -336,9 +367,11 @@ def test_an_fp8_base_under_fsdp1_is_refused(alone, kind):
 
 
 def test_add_lora_after_fsdp1_is_refused(alone):
-    model = fsdp1(Net())
-    with pytest.raises(ValueError, match="model: is wrapped by FSDP1 .*add_lora first"):
-        add_lora(model, LoRAConfig(target_modules=["up"]))
+    wrapped = fsdp1(Net())
+    for model in (wrapped, wrapped.module):
+        for convert in (add_lora, parametrize.add_lora):
+            with pytest.raises(ValueError, match="model: is wrapped by FSDP1 .*add_lora first"):
+                convert(model, LoRAConfig(target_modules=["up"]))
 
 
 @BOTH
