@@ -17,6 +17,7 @@ PEFT, HF, TRL = "peft-internal-testing/", "hf-internal-testing/", "trl-internal-
 # Of every model. With weights as large as these the layers decide the output, not the token embedding alone.
 SIZES: dict[str, Any] = {
     "vocab_size": 1024, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 256, "initializer_range": 0.2, "init_std": 0.2,
     "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 3,
 }  # fmt: skip
