@@ -154,10 +154,9 @@ def examine(model: nn.Module) -> Iterator[Layer]:
     tuner = _peft_layers()
     verdicts = _peft_verdicts(model) if any(isinstance(module, tuner) for module in model.modules()) else {}
     inside: set[nn.Module] = set()  # of PEFT's layers: told with them
-    others = projections(model)
+    others = set(projections(model).values())
     for name, module in model.named_modules():
-        own = [f"{name}.{key}" if name else key for key in module._parameters]
-        name = name or "(itself)"
+        start, name = f"{name}." if name else "", name or "(itself)"
         if isinstance(module, LoRALinear):
             kind = "DoRALinear" if isinstance(module, DoRALinear) else "LoRALinear"
             why = _why_not_fused(module)
@@ -171,9 +170,10 @@ def examine(model: nn.Module) -> Iterator[Layer]:
             yield Layer(name, f"{type(module).__name__} {_shape(module)}", None,
                         f"cannot be converted: it {why}" if why else "add_lora can convert it")  # fmt: skip
         elif module not in inside:
-            for key in filter(others.__contains__, own):
-                shape, dtype = list(others[key].shape), str(others[key].dtype).removeprefix("torch.")
-                yield Layer(key, f"parameter {shape}, {dtype}", None, "not adapted: it is no nn.Linear's")
+            for key, parameter in module._parameters.items():
+                if parameter in others:
+                    what = f"parameter {list(parameter.shape)}, {str(parameter.dtype).removeprefix('torch.')}"
+                    yield Layer(start + key, what, None, "not adapted: it is no nn.Linear's")
 
 
 def _shape(linear: nn.Linear) -> str:

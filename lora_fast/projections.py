@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
+from lora_fast.wrappers import plain_modules
+
 OTHERS = ("embed", "norm", "bias", "token", "position")  # in the name of a class or parameter that does not project
 
 PLAIN = (nn.Module, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
@@ -17,7 +19,7 @@ def projections(model: nn.Module) -> dict[str, nn.Parameter]:
     tell."""
     return {
         f"{prefix}.{name}" if prefix else name: parameter
-        for prefix, module in model.named_modules()
+        for prefix, module in plain_modules(model)
         for name, parameter in module._parameters.items()
         if parameter is not None and _projects(module, name, parameter)
     }
