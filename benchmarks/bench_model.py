@@ -2,6 +2,7 @@
 
 Run from the repository root, on a machine with an NVIDIA GPU: python -m benchmarks.bench_model
 or on any machine, a tiny model on the CPU:                    python -m benchmarks.bench_model --tiny
+or under torch.compile, where the host decides:                python -m benchmarks.bench_model --compiled
 
 A Llama with the widths of Llama-3-8B and a quarter of its layers (8), and of its vocabulary, so that the head has the
 share that it has there. Random weights in bf16, 2 x 4096 tokens, LoRA at r=16 on all seven linears of a layer, adapters
@@ -19,6 +20,9 @@ lora_fast_fp8_lora, lora_fast_fp8_dora  ours over an fp8 base (patch_peft with b
 
 Our peak memory must not exceed stock's, and be 0.75 of it at most with DoRA and, without checkpointing, with dropout:
 there with the 8-bit x, for stock's own without dropout is at 0.77.
+
+--compiled: Llama-3.2-1B's widths, 4 layers, 512 tokens, each model compiled as a whole in the default mode, LoRA and
+DoRA without dropout; a step of ours must not take longer than stock's.
 """
 
 import argparse
@@ -65,6 +69,7 @@ class Size(NamedTuple):
 
 
 LARGE = Size(4096, 14336, 32, 8, 32064, 8, 2, 4096, "bf16", "cuda")
+ONE_B = Size(2048, 8192, 32, 8, 32064, 4, 1, 512, "bf16", "cuda")  # for --compiled
 TINY = Size(256, 688, 8, 4, 1024, 4, 2, 64, "fp32", "cpu")
 
 
@@ -137,11 +142,14 @@ def step_of(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
     return step
 
 
-def build(cases: list[Case], size: Size) -> dict[str, Callable[[], Any]]:
+def build(cases: list[Case], size: Size, compiled: bool = False) -> dict[str, Callable[[], Any]]:
     """Every case's step by its name, all on one base and one batch."""
     base = base_model(size)
     ids = torch.randint(size.vocabulary, (size.batch, size.length), device=size.device)
-    return {str(case): step_of(model_of(case, base), ids) for case in cases}
+    models = {str(case): model_of(case, base) for case in cases}
+    if compiled:
+        models = {name: torch.compile(model) for name, model in models.items()}  # type: ignore[misc]
+    return {name: step_of(model, ids) for name, model in models.items()}
 
 
 def measure(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
@@ -173,9 +181,9 @@ def measure(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> di
     return times
 
 
-def measured(cases: list[Case], size: Size, rounds: int, about: common.Row) -> list[common.Row]:
+def measured(cases: list[Case], size: Size, rounds: int, about: common.Row, compiled: bool = False) -> list[common.Row]:
     """A row for each case; they share their checkpointing, and frozen is among them."""
-    steps = build(cases, size)
+    steps = build(cases, size, compiled)
     peaks: dict[str, Any] = dict.fromkeys(steps, "")
     if size.device != "cpu":
         peaks = {name: round(timing.peak_mib(step), 1) for name, step in steps.items()}
@@ -185,7 +193,8 @@ def measured(cases: list[Case], size: Size, rounds: int, about: common.Row) -> l
     for case in cases:
         median, p20, p80 = timing.summary(times[str(case)])
         rows.append({**about, "dtype": size.dtype, "layers": size.layers, "tokens": size.batch * size.length, "r": R,
-                     "p": case.p, "checkpointing": case.checkpointing, "what": "fwd+bwd", "impl": case.impl,
+                     "p": case.p, "checkpointing": case.checkpointing,
+                     "what": "fwd+bwd compiled" if compiled else "fwd+bwd", "impl": case.impl,
                      "median_us": round(median), "p20_us": round(p20), "p80_us": round(p80),
                      "ratio_to_frozen": round(median / frozen, 4), "peak_mib": peaks[str(case)]})  # fmt: skip
     return rows
@@ -213,8 +222,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     )
     parser.add_argument("--tiny", action="store_true", help="a tiny model in fp32 on one core of the CPU, where "
                         "patched steps may cost at most 1.05 of stock's; the file is bench_model_cpu.csv")  # fmt: skip
-    parser.add_argument("--rounds", type=positive, help="default 8; 60 with --tiny")
-    parser.add_argument("--layers", type=positive, help=f"default {LARGE.layers}; {TINY.layers} with --tiny")
+    parser.add_argument("--compiled", action="store_true", help="a small model under torch.compile; the file is "
+                        "bench_compiled_CARD.csv")  # fmt: skip
+    parser.add_argument("--rounds", type=positive, help="default 8; 60 with --tiny or --compiled")
+    parser.add_argument("--layers", type=positive,
+                        help=f"default {LARGE.layers}; {TINY.layers} with --tiny or --compiled")  # fmt: skip
     parser.add_argument("--only", type=functools.partial(only, kinds=KINDS), action="append", default=[],
                         metavar="KEY=VALUE[,VALUE]", help="a part only, for instance --only p=0 --only impl=peft_lora; "
                         f"KEY is one of {', '.join(KINDS)}; frozen always runs")  # fmt: skip
@@ -222,7 +234,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
                         help="where bench_model_CARD.csv is rewritten (default benchmarks/results)")  # fmt: skip
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
-    args.rounds = args.rounds or (60 if args.tiny else 8)
+    args.rounds = args.rounds or (60 if args.tiny or args.compiled else 8)
     unknown = {impl for key, values in args.only if key == "impl" for impl in values - set(IMPLS)}
     if unknown:
         parser.error(f"--only impl: got {', '.join(sorted(unknown))}, expected impls among {', '.join(IMPLS)}")
@@ -232,6 +244,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
         return all(getattr(case, key) in values for key, values in args.only if key not in skipped)
 
     cases = [case for case in all_cases() if wanted(case)]
+    if args.compiled:
+        plain = (*FROZEN, "peft_lora", "lora_fast_lora", "peft_dora", "lora_fast_dora")
+        cases = [case for case in cases if case.impl in plain and not (case.p or case.checkpointing)]
     if not cases:
         parser.error("--only leaves nothing to measure")
     return args, cases
@@ -239,7 +254,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
 
 def main(argv: list[str] | None = None) -> int:
     args, cases = parse(argv)
-    size = TINY if args.tiny else LARGE
+    size = TINY if args.tiny else ONE_B if args.compiled else LARGE
     size = size._replace(layers=args.layers or size.layers)
     reason = None if args.tiny else common.why_no_gpu()
     if reason is not None:
@@ -252,8 +267,9 @@ def main(argv: list[str] | None = None) -> int:
     about, start = common.run_columns(args.commit, size.device), time.monotonic()
     rows: list[common.Row] = []
     for on in common.progress(sorted({case.checkpointing for case in cases}), "bench_model, checkpointing off and on"):
-        rows += measured([case for case in cases if case.checkpointing == on], size, args.rounds, about)
-        common.write_csv(args.out / f"bench_model_{common.card(about['gpu'])}.csv", COLUMNS, rows)
+        rows += measured([case for case in cases if case.checkpointing == on], size, args.rounds, about, args.compiled)
+        name = "bench_compiled" if args.compiled else "bench_model"
+        common.write_csv(args.out / f"{name}_{common.card(about['gpu'])}.csv", COLUMNS, rows)
     print(f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}, "
           f"{time.monotonic() - start:.0f} s\n")  # fmt: skip
     print(summarise(rows))

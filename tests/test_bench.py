@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_dora, bench_kernels, bench_lora, common, plot
+from benchmarks import bench_dora, bench_host, bench_kernels, bench_lora, common, plot
 from lora_fast import DoRALinear, LoRALinear
 
 ROOT = Path(__file__).parent.parent
@@ -18,13 +18,13 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
 
 
 @NO_GPU
-@pytest.mark.parametrize("script", ["bench_lora", "bench_dora", "bench_kernels"])
+@pytest.mark.parametrize("script", ["bench_lora", "bench_dora", "bench_kernels", "bench_host"])
 def test_says_that_there_is_no_gpu(script):
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{script}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "NVIDIA GPU" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("main", [bench_lora.main, bench_dora.main, bench_kernels.main, plot.main])
+@pytest.mark.parametrize("main", [bench_lora.main, bench_dora.main, bench_kernels.main, bench_host.main, plot.main])
 def test_help_says_how_to_run(main, capsys):
     with pytest.raises(SystemExit) as done:
         main(["--help"])
@@ -215,3 +215,30 @@ def test_rows_of_a_case(graph, monkeypatch):
                      (3, 0, "fwd", "frozen"): (2, 1), (3, 0, "fwd", "eager"): (6, 3),
                      (3, 0, "fwd+bwd", "frozen"): (5, 1), (3, 0, "fwd+bwd", "eager"): (8, 1.6)}  # fmt: skip
     assert {row["peak_mib"] for row in rows} == {"" if graph else 7.12}
+
+
+def test_host_candidates_and_rows(monkeypatch, tmp_path):
+    """Candidates step; a run whose frozen layers differ is measured again; rows of other Tritons stay in the file."""
+    pytest.importorskip("peft")
+    case = bench_lora.Case("fp32", 8, 32, 24, 4, 0)
+    built = bench_host.build(case, "cpu")
+    assert tuple(built) == bench_host.IMPLS
+    for candidate in built.values():
+        candidate.step()
+        assert all(leaf.grad is not None for leaf in candidate.leaves)
+    assert "Fast" in type(built["lora_fast_patched"].layer).__qualname__
+
+    runs = iter([1.2, 1.04])
+
+    def measure(steps, rounds, device):
+        return {**dict.fromkeys(steps, [4.0]), "frozen": [1.0], "frozen_again": [next(runs)]}
+
+    monkeypatch.setattr(bench_host.timing, "measure", measure)
+    rows, apart = bench_host.measured(case, 3, {"gpu": "g", "torch": "t", "triton": "3.7.1", "commit": "c"}, "cpu")
+    assert apart == pytest.approx(1 - 1 / 1.04) and [row["impl"] for row in rows] == list(built)
+    assert rows[-1]["ratio_to_frozen"] == pytest.approx(4 / 1.02, rel=1e-3) and list(rows[0]) == bench_lora.COLUMNS
+    path = tmp_path / "rows.csv"
+    assert bench_host.of_other_versions(path, "3.6.0") == []
+    common.write_csv(path, bench_lora.COLUMNS, rows)
+    assert len(bench_host.of_other_versions(path, "3.6.0")) == len(rows)
+    assert bench_host.of_other_versions(path, "3.7.1") == []

@@ -130,7 +130,7 @@ def test_rows_and_table(monkeypatch):
     cases = [Case(1, "frozen", 0), Case(1, "peft_lora", 0.1), Case(1, "lora_fast_lora", 0.1)]
     times = dict(zip(map(str, cases), ([1e5, 2e5, 3e5], [4e5], [3e5]), strict=True))
     peaks = iter([100.04, 300, 150])
-    monkeypatch.setattr(bench_model, "build", lambda cases, size: {str(case): str for case in cases})
+    monkeypatch.setattr(bench_model, "build", lambda cases, size, compiled: {str(case): str for case in cases})
     monkeypatch.setattr(bench_model, "measure", lambda steps, rounds, device: times)
     monkeypatch.setattr(bench_model.timing, "peak_mib", lambda step: next(peaks))
     about = {"gpu": "g", "torch": "t", "triton": "t", "commit": "c"}
@@ -144,6 +144,15 @@ def test_rows_and_table(monkeypatch):
         "| peft_lora | 0.1 | yes | 400.0 | 2.000 |  | 300 |  |  |",
         "| lora_fast_lora | 0.1 | yes | 300.0 | 1.500 | 0.03 more than p=0 | 150 | 0.750 | 0.500 |",
     ]
+
+
+def test_compiled_models(monkeypatch):
+    """Each candidate is compiled, and only those without dropout and checkpointing are."""
+    _, cases = bench_model.parse(["--compiled", "--only", "impl=frozen,peft_lora,lora_fast_lora"])
+    assert cases == [Case(0, impl, 0) for impl in ("frozen", "peft_lora", "lora_fast_lora")]
+    compiled = []
+    monkeypatch.setattr(bench_model.torch, "compile", lambda model: compiled.append(model) or model)
+    assert list(bench_model.build(cases[:1], SIZE, True)) == [str(cases[0])] and len(compiled) == 1
 
 
 class Event:
