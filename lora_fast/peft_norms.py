@@ -65,7 +65,7 @@ def drop_stale_of(layer: Any, names: list[str]) -> None:
 
 def drop_stale(magnitude: Any, weight: Any, a: Any, b: Any, scaling: Any) -> None:
     """Drop what is kept, unless it was made of these tensors as they are now."""
-    marks = _steps, scaling, *map(_mark, (weight, a, b))
+    marks = _steps, *map(_mark, (scaling, weight, a, b))
     counted, known = None not in marks, _sources.get(magnitude)
     adapter = (a.detach(), b.detach()) if counted and a.device.type == b.device.type == "cpu" else ()
     if known is None or not counted or not known.are(marks, adapter):
@@ -74,12 +74,16 @@ def drop_stale(magnitude: Any, weight: Any, a: Any, b: Any, scaling: Any) -> Non
 
 
 def _mark(t: Any) -> tuple | None:
-    """Another one once the tensor has other elements, as far as torch counts; None where it does not count."""
+    """Another one for another number, or once the tensor has other elements, as far as torch counts; None where it
+    does not count."""
+    if isinstance(t, float | int):
+        return "number", t
     if isinstance(t, Fp8Weight):
         t = t.rows
     if type(t) not in (torch.Tensor, nn.Parameter) or t.is_inference():
         return None
-    return StorageWeakRef(t.untyped_storage()), t._version, t.dtype, t.shape, t.stride(), t.storage_offset()
+    where = StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.stride()
+    return "tensor", t._version, t.dtype, t.shape, *where
 
 
 def _count(*_: Any) -> None:

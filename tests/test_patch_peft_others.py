@@ -124,6 +124,15 @@ def rescale(model):
     model.base_model.model.up.scaling["default"] *= 3
 
 
+def rescale_by_a_tensor(model):
+    """As peft.utils.hotswap's models have it: the layer is stock PEFT's then."""
+    scaling = model.base_model.model.up.scaling
+    if isinstance(scaling["default"], torch.Tensor):
+        scaling["default"].mul_(3)
+    else:
+        scaling["default"] = torch.tensor(float(scaling["default"]))
+
+
 def new_data(model):
     for _ in range(2):
         weight = model.base_model.model.up.base_layer.weight
@@ -140,7 +149,18 @@ def to_double(model):
     model.float()
 
 
-CHANGES = [scale_b, write_data, load, load_base, step, rescale, new_data, merge_and_back, to_double]
+CHANGES = [
+    scale_b,
+    write_data,
+    load,
+    load_base,
+    step,
+    rescale,
+    rescale_by_a_tensor,
+    new_data,
+    merge_and_back,
+    to_double,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
