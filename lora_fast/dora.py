@@ -8,8 +8,13 @@ from torch import nn
 from lora_fast import fsdp1
 from lora_fast.dispatch import has_data
 from lora_fast.functional import dora_linear, dora_norm
+from lora_fast.gather import whole
 from lora_fast.layers import LoRALinear
+from lora_fast.placement import keeper, offloading, present, settle, stored, write
 from lora_fast.reference import dora_gain
+
+PARTS = frozenset(("weight", "lora_A", "lora_B"))  # what the norm is made of
+_TO_COME = "_parts_to_come"  # in a layer's __dict__: those that a later part of a state dict will bring
 
 
 class DoRALinear(LoRALinear):
@@ -21,8 +26,9 @@ class DoRALinear(LoRALinear):
     Attributes:
         lora_magnitude_vector [out]: m, trainable, in float32 (float64 on such a base), the row norms of
             ``W + scaling * B A`` at the start: the layer then equals the one that it stands for. Made from the weights
-            when they are there: on the meta device only by the first forward after it, and anew where a state dict
-            brings a weight and no magnitude.
+            when they are there: on the meta device only by the first forward after it. A state dict without a
+            magnitude has it made anew if it was that norm until then; one that was trained, or that an earlier part of
+            the dict brought, stays.
         save: "auto" or "z", what the backward of the magnitude reads (see :func:`lora_fast.functional.dora_linear`).
 
     Raises:
@@ -48,24 +54,44 @@ class DoRALinear(LoRALinear):
             self.reset_magnitude()
 
     def _norm(self) -> torch.Tensor:
-        return dora_norm(self.base_weight, self.lora_A, self.lora_B, self.scaling)
+        return dora_norm(whole(self.base_weight), self.lora_A, self.lora_B, self.scaling)
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
-        """Set the magnitude to the row norms of ``W + scaling * B A``, later if the weight has no data (meta device).
+        """Set the magnitude to the row norms of ``W + scaling * B A``, later if one of them has no data (meta device).
 
         Raises:
             ValueError: a norm is not finite; the magnitude is then as it was.
         """
-        self._magnitude_is_set = has_data(self.weight)
+        parts = [getattr(self, name) for name in (*PARTS, "lora_magnitude_vector")]
+        self._magnitude_is_set = all(map(has_data, parts)) or offloading(self) is not None
         if self._magnitude_is_set:
-            norm = self._norm()
+            settle(self)
+            with present(self):
+                norm = self._norm()
             if not torch.isfinite(norm).all():
                 raise ValueError("weight: has rows whose norm is not finite, expected finite ones to start DoRA from")
-            self.lora_magnitude_vector.copy_(norm)
+            write(stored(self, "lora_magnitude_vector"), norm)
+
+    @torch.no_grad()
+    def _magnitude_is_norm(self) -> bool:
+        """Whether it is what :meth:`reset_magnitude` made it, but for roundings."""
+        if not self._magnitude_is_set:
+            return True
+        with present(self):
+            m, norm = self.lora_magnitude_vector, self._norm()
+            if not (has_data(m) and has_data(norm)):
+                return not has_data(m)
+            rtol = {torch.float64: 1e-10, torch.float32: 1e-5}.get(m.dtype, torch.finfo(m.dtype).eps)
+            return torch.allclose(m.to(norm.dtype), norm, rtol=rtol, atol=0)
 
     def _adapted(self, x: torch.Tensor) -> torch.Tensor:
         if not self._magnitude_is_set:
+            if who := keeper(self):
+                raise RuntimeError(
+                    f"lora_magnitude_vector: is not made yet, and would be lost in the keeping of {who}; call "
+                    "reset_magnitude() once the weights are there"
+                )
             self.reset_magnitude()
         own: dict[str, Any] = self._parameters
         try:
@@ -87,20 +113,32 @@ class DoRALinear(LoRALinear):
         v = super().merged_weight(original)
         return v * dora_gain(self.lora_magnitude_vector.detach(), torch.linalg.vector_norm(v, dim=1))[:, None]
 
+    def merge(self, safe_merge: bool = False, original: torch.Tensor | None = None) -> None:
+        """As :meth:`lora_fast.LoRALinear.merge`."""
+        if not self._magnitude_is_set:
+            self.reset_magnitude()
+        super().merge(safe_merge, original)
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        error_msgs, merged = args[-1], self.merged
         magnitude = state_dict.get(prefix + "lora_magnitude_vector")
-        if isinstance(magnitude, torch.Tensor) and has_data(magnitude) and not torch.isfinite(magnitude).all():
-            error_msgs.append(f"{prefix}lora_magnitude_vector: has elements that are not finite")
+        if isinstance(magnitude, torch.Tensor) and has_data(magnitude) and not torch.isfinite(whole(magnitude)).all():
+            args[-1].append(f"{prefix}lora_magnitude_vector: has elements that are not finite")
             return
-        self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if magnitude is not None:
-            self._magnitude_is_set = has_data(self.lora_magnitude_vector)
-        elif prefix + "weight" in state_dict:
+
+    def _load_unmerged(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        own = self._parameters  # with which torch's set_model_state_dict fills what a dict lacks
+        found = {name for name in own if state_dict.get(prefix + name) is not own[name] and prefix + name in state_dict}
+        given, brought = PARTS & found, "lora_magnitude_vector" in found
+        to_come = vars(self).pop(_TO_COME, frozenset())
+        follows = not brought and bool(given) and not given & to_come and self._magnitude_is_norm()
+        super()._load_unmerged(state_dict, prefix, *args)
+        if rest := (PARTS if brought else to_come) - given:
+            vars(self)[_TO_COME] = rest
+        if brought:
+            self._magnitude_is_set = has_data(stored(self, "lora_magnitude_vector"))
+        elif follows:
             try:
                 self.reset_magnitude()
             except ValueError as error:
-                error_msgs.append(f"{prefix}{error}")
-        if merged:
-            self.merge()
+                args[-1].append(f"{prefix}{error}")

@@ -7,9 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fast import dispatch, fsdp1
+from lora_fast import fsdp1
 from lora_fast.fp8 import Fp8Weight, is_fp8
 from lora_fast.functional import FLOATS, lora_linear
+from lora_fast.gather import whole
+from lora_fast.layer_rules import (
+    BASE_DTYPES,
+    _check_hyperparameters,
+    _check_init,
+    _init_adapter,
+    check_base_dtype,
+    check_quantisable,
+    why_not_lora,
+)  # fmt: skip
+from lora_fast.merged_state import add_kept, read_base
+from lora_fast.placement import place_of_weight, present, write
 
 
 class LoRALinear(nn.Linear):
@@ -39,6 +51,7 @@ class LoRALinear(nn.Linear):
 
     adapter_names: tuple[str, ...] = ("lora_A", "lora_B")  # the parameters that make up the adapter
     save_x: str = "x"
+    base_is_tied = False  # as add_lora saw it: other modules have the base weight, too
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     unmerged_weight: torch.Tensor | None
@@ -63,7 +76,7 @@ class LoRALinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, float(lora_dropout), use_rslora
         self.enabled = True
-        self.register_buffer("unmerged_weight", None, persistent=False)
+        self.register_buffer("unmerged_weight", None)  # not persistent while it is there (accelerate moves those)
         self._add_adapter(init_lora_weights)
 
     @classmethod
@@ -139,7 +152,8 @@ class LoRALinear(nn.Linear):
         """x [..., in] to y [..., out]; raises as :func:`lora_fast.functional.lora_linear`."""
         if self.enabled and self._buffers["unmerged_weight"] is None:
             return self._adapted(x)
-        return F.linear(x, self.weight if self.enabled else self.base_weight, self.bias)
+        weight = self.weight if self.enabled else whole(self.base_weight).to(x.device)  # kept in shards, or offloaded
+        return F.linear(x, weight, self.bias)
 
     def _adapted(self, x: torch.Tensor) -> torch.Tensor:
         own: dict[str, Any] = self._parameters
@@ -184,7 +198,11 @@ class LoRALinear(nn.Linear):
 
         The base weight is kept for :meth:`unmerge`, so a merged layer holds two weights; layers that share the base
         weight with this one do not change. Moving or casting the model while merged can part them (the values stay
-        right).
+        right). A weight that FSDP2 shards, or accelerate keeps on the CPU, is changed in place, in all layers that
+        share it; under FSDP2 all processes merge together.
+
+        A state dict of a merged layer holds the merged ``weight``, and the base as ``lora_unmerged_weight``; loaded
+        into any such layer, merged or not, it makes that the base again.
 
         ``original`` [out, in], in the base's dtype, is the weight that an fp8 base was made from: W is then this one,
         without the base's rounding, and so is it in DoRA's norm. Unmerging gives the fp8 base back. A state dict that
@@ -192,8 +210,9 @@ class LoRALinear(nn.Linear):
 
         Raises:
             TypeError, ValueError: an ``original`` of another dtype or shape, or that an fp8 base was not made from; a
-                base that is not fp8; with ``safe_merge``, a merged weight that is not finite. The layer is then as it
-                was.
+                base that is not fp8; with ``safe_merge``, a merged weight that is not finite; a weight that cannot be
+                written to (fp8 in shards or offloaded, on disk, FSDP1's outside summon_full_params). The layer is then
+                as it was.
         """
         if self.merged:
             return
@@ -203,18 +222,30 @@ class LoRALinear(nn.Linear):
                     f"original: got a tensor, expected None over a base that is not fp8 ({self.weight.dtype})"
                 )
             self.weight.check_original(original)
-        merged = self.merged_weight(original).to(self.weight.dtype)
+        place = place_of_weight(self)
+        with present(self):
+            merged = self.merged_weight(original).to(self.weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError("safe_merge: the merged weight has NaN or infinite elements; the layer stays unmerged")
-        self._buffers["unmerged_weight"] = self.weight  # plain assignment would register a second parameter
-        self.weight = nn.Parameter(merged, requires_grad=False)
+        if place is None:
+            self.register_buffer("unmerged_weight", self.weight, persistent=False)
+            self.weight = nn.Parameter(merged, requires_grad=False)
+        else:
+            self.register_buffer("unmerged_weight", place.detach().clone(), persistent=False)
+            write(place, merged)
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit; nothing if not merged."""
-        if self.unmerged_weight is None:
+        """Put the base weight back, bit for bit; nothing if not merged. Raises ValueError as :meth:`merge` does of a
+        weight that cannot be written to; the layer stays merged then."""
+        if (base := self.unmerged_weight) is None:
             return
-        base, self.unmerged_weight = self.unmerged_weight, None
-        self.weight = base if isinstance(base, nn.Parameter) else nn.Parameter(base, requires_grad=False)
+        if (place := place_of_weight(self)) is None:
+            self.weight = base if isinstance(base, nn.Parameter) else nn.Parameter(base, requires_grad=False)
+        elif is_fp8(base):
+            raise ValueError("weight: is sharded or offloaded, expected it as it was merged to put the fp8 base back")
+        else:
+            write(place, base)
+        self.register_buffer("unmerged_weight", None)
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` that shares this layer's present weight (merged, if it is) and bias."""
@@ -222,16 +253,29 @@ class LoRALinear(nn.Linear):
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
 
+    @property
+    def lora_unmerged_weight(self) -> torch.Tensor | None:
+        """What a merge kept, by its name in a state dict, by which torch's distributed checkpoints ask for it."""
+        return self.unmerged_weight
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.base_weight if keep_vars else self.base_weight.detach()
+        kept = self.unmerged_weight
+        if kept is not None and self.base_is_tied and not keep_vars:
+            kept = kept.clone()  # safetensors and transformers take no two names for one memory
+        add_kept({"weight": kept}, destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        merged = self.merged
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        merged, live = self.merged, {"weight": self.weight}
         self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
+        own = {key: t for key, t in state_dict.items() if key.startswith(prefix)}
+        read_base(self, self, live if merged else {}, own, prefix, prefix)
+        self._load_unmerged(own, prefix, *args)
         if merged:
             self.merge()
+
+    def _load_unmerged(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
@@ -239,68 +283,3 @@ class LoRALinear(nn.Linear):
             text += f", base_dtype={BASE_DTYPES[0]!r}"
         flags = {"use_rslora=True": self.use_rslora, "merged": self.merged, "disabled": not self.enabled}
         return ", ".join([text, *(name for name, on in flags.items() if on)])
-
-
-BASE_DTYPES = ("float8_e4m3",)
-
-
-def check_base_dtype(base_dtype: Any) -> None:
-    if base_dtype is not None and base_dtype not in BASE_DTYPES:
-        raise ValueError(f"base_dtype: got {base_dtype!r}, expected None or {BASE_DTYPES[0]!r}")
-
-
-def check_quantisable(weight: torch.Tensor) -> None:
-    """Raise as :meth:`LoRALinear.from_linear` with a ``base_dtype`` where this weight cannot become an fp8 one."""
-    if dispatch.get_backend() != "reference" and (why := dispatch.why_not_fp8(weight.device)):
-        raise RuntimeError(f"base_dtype: {why}")
-    if not isinstance(weight, Fp8Weight):
-        Fp8Weight.check(weight)
-
-
-def why_not_lora(module: nn.Module) -> str | None:
-    """Why a :class:`LoRALinear` could not stand in for the module, in words; None where it can."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "is the output projection of nn.MultiheadAttention, which reads its weight and would skip the adapter"
-    if type(module) is not nn.Linear:
-        return f"is a {type(module).__name__}, not a plain nn.Linear"
-    if "forward" in vars(module) or any(value for key, value in vars(module).items() if key.endswith("_hooks")):
-        return "has hooks or a replaced forward, which would be lost (register hooks after the conversion)"
-    if module.weight.dtype not in FLOATS:
-        return f"has a quantised weight ({module.weight.dtype})"
-    return None
-
-
-def _check_hyperparameters(
-    r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, init_lora_weights: bool | str
-) -> None:
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r: got {r!r}, expected an integer >= 1")
-    if r < 1:
-        raise ValueError(f"r: got {r}, expected an integer >= 1")
-    for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: got {value!r}, expected a number")
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha: got {lora_alpha}, expected a finite number")
-    if not 0 <= lora_dropout < 1:
-        raise ValueError(f"lora_dropout: got {lora_dropout}, expected a probability in [0, 1)")
-    if not isinstance(use_rslora, bool):
-        raise TypeError(f"use_rslora: got {use_rslora!r}, expected True or False")
-    _check_init(init_lora_weights)
-
-
-def _check_init(init_lora_weights: bool | str) -> None:
-    if not isinstance(init_lora_weights, bool) and init_lora_weights != "gaussian":
-        raise ValueError(f"init_lora_weights: got {init_lora_weights!r}, expected True, False or 'gaussian'")
-
-
-@torch.no_grad()
-def _init_adapter(lora_A: torch.Tensor, lora_B: torch.Tensor, init_lora_weights: bool | str) -> None:
-    if init_lora_weights == "gaussian":
-        nn.init.normal_(lora_A, std=1 / len(lora_A))
-    else:
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-    if init_lora_weights is False:
-        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
-    else:
-        nn.init.zeros_(lora_B)

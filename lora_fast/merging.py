@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast.config import some
+from lora_fast.config import holders, some
 from lora_fast.fp8 import Fp8Weight
+from lora_fast.gather import at_hand
 from lora_fast.model import _lora_layers, _noting
 from lora_fast.peft import _lora_layers as _peft_layers
+from lora_fast.placement import AWAY, offloading, place_of_weight
 from lora_fast.wrappers import plain_modules
+
+TIED = "weight: is sharded and tied to another layer's, which would change; merge before that"
 
 
 def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.PathLike | None = None) -> nn.Module:
@@ -22,8 +26,12 @@ def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.Pa
     base's rounding, as ``lora-fast merge`` does; DoRA's gain becomes ``m / |W + scaling * B A|`` with that W. Sums in
     float32, rounded once to the checkpoint's dtype, which is the base's. Unmerging gives the fp8 bases back.
 
+    Weights that FSDP shards or accelerate keeps on the CPU are changed where they are; under FSDP every process must
+    merge, and ``model`` be the outermost wrapper.
+
     Raises:
-        ValueError: no LoRA layer; with ``safe_merge``, a merged weight that is not finite.
+        ValueError: no LoRA layer; with ``safe_merge``, a merged weight that is not finite; one that cannot be changed
+            where it is (an fp8 base in shards or offloaded; on disk; tied to another layer's, which would change too).
         FileNotFoundError, TypeError, ValueError: ``original`` is no checkpoint, or its weight of a layer is missing,
             has another dtype or shape, or is not what the base was made from; the model has no fp8 base, or one that
             is merged already. All weights are read and compared before the first layer changes.
@@ -31,16 +39,26 @@ def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.Pa
         After any error the layers that this call merged are unmerged again.
     """
     layers = _lora_layers(model)
-    bases = {name: layer.base_weight for name, layer in layers.items()}
-    read = _originals(original, bases, layers)
-    _merge_all(layers, lambda name, layer: layer.merge(safe_merge, read(name)))
+    with at_hand(model, write=True):
+        held, offloaded = holders(model), any(map(offloading, model.modules()))
+        for name, layer in layers.items():
+            with _noting(f"while merging {name!r}"):
+                if offloaded and layer.weight.is_meta and offloading(layer) is None:
+                    raise ValueError(AWAY)
+                if not layer.merged and place_of_weight(layer) is not None and held[id(layer.weight)] > 1:
+                    raise ValueError(TIED)
+        bases = {name: layer.base_weight for name, layer in layers.items()}
+        read = _originals(original, bases, layers)
+        _merge_all(layers, lambda name, layer: layer.merge(safe_merge, read(name)))
     return model
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
     """Put every base weight back, bit for bit; return ``model``. ValueError without LoRA layers."""
-    for layer in _lora_layers(model).values():
-        layer.unmerge()
+    layers = _lora_layers(model)
+    with at_hand(model, write=True):
+        for layer in layers.values():
+            layer.unmerge()
     return model
 
 

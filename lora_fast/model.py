@@ -12,6 +12,7 @@ from lora_fast import fsdp1
 from lora_fast.config import LoRAConfig, find_targets, holders, matching, resolve_pattern, some
 from lora_fast.dora import DoRALinear
 from lora_fast.layers import LoRALinear, check_quantisable
+from lora_fast.placement import keeper
 from lora_fast.projections import missed_by, patterns, projections
 from lora_fast.wrappers import compiled_alone, plain_modules, unwrapped
 
@@ -102,6 +103,8 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
         raise
     # From here on nothing can fail.
     _swap(model, layers)
+    for layer in layers.values():
+        layer.base_is_tied = owners[id(layer.weight)] > 1
     for module, flags in before.items():
         note = {_SAVED: True} if module in saved and trained[module] else {}
         vars(layers.get(module, module)).update({_BEFORE: flags, _TRAINED: trained[module], **note})
@@ -114,9 +117,12 @@ def remove_lora(model: nn.Module) -> nn.Module:
     The weights are the base's, bit for bit, or the merged ones where a layer is merged: merge_lora, then remove_lora.
 
     Raises:
-        ValueError: no LoRA layer, or ``model`` is itself one, or torch.compile was given one by itself.
+        ValueError: no LoRA layer, or ``model`` is itself one, or torch.compile was given one by itself, or the weights
+            are in the keeping of FSDP or accelerate.
     """
     layers = _lora_layers(model)
+    if kept := [f"{name} (by {who})" for name, layer in layers.items() if (who := keeper(layer))]:
+        raise ValueError(f"model: has weights that a wrapper keeps: {some(kept)}; remove_lora before wrapping it")
     if isinstance(unwrapped(model), LoRALinear):
         raise ValueError("model: got a LoRALinear, which cannot be replaced in place; use its to_linear()")
     if compiled := compiled_alone(model, LoRALinear):

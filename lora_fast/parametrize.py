@@ -19,6 +19,7 @@ from lora_fast import fsdp1, parametrized
 from lora_fast.config import LoRAConfig, resolve_pattern
 from lora_fast.parametrization import DoRAParametrization, LoRAParametrization, check_name
 from lora_fast.parametrized import KEY, adapted, below, check_model, own, parametrizations, register, restore, tie
+from lora_fast.placement import keeper
 
 __all__ = ["DoRAParametrization", "LoRAParametrization", "add_lora", "disable_lora", "enable_lora", "get_bias_params",
            "get_lora_params", "get_lora_state_dict", "get_params_by_name", "load_lora_state_dict", "merge_lora",
@@ -86,12 +87,15 @@ def merge_lora(model: nn.Module) -> nn.Module:
     """Put what the enabled adapters make of each weight in its place, without dropout, and take all adapters out.
 
     For good: :func:`lora_fast.merge_lora` keeps the base. Tied layers stay tied. A weight that another layer shares
-    without the adapters stays as it is there. ValueError without adapters, or with parametrizations of another kind.
+    without the adapters stays as it is there. ValueError without adapters, with parametrizations of another kind, or
+    with weights in the keeping of FSDP or accelerate, which would put the old ones back.
     """
     layers, done = adapted(model), dict[tuple, nn.Parameter]()
     for at, layer in layers.items():
         if len(own(layer)) < len(parametrizations(layer)):
             raise ValueError(f"model: {at or 'it'} has other parametrizations too, expected LoRA and DoRA alone")
+        if who := keeper(layer):
+            raise ValueError(f"model: {at or 'it'} has its weight in the keeping of {who}; merge before wrapping it")
         if tie(layer) not in done:
             [original] = below(layer)
             weight: torch.Tensor = original

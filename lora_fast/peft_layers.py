@@ -4,19 +4,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear, LoraModel
 from torch import nn
 
 from lora_fast import dispatch, fsdp1, peft_norms
 from lora_fast.fp8 import Fp8Weight, as_plain
 from lora_fast.functional import dora_linear, lora_linear
-from lora_fast.peft_rules import (
-    active,
-    examine,
-    is_dora,
-    parameter,
-    why_not_this_call,
-)
+from lora_fast.gather import whole
+from lora_fast.merged_state import TO_COME
+from lora_fast.peft_merging import KeepingLinear
+from lora_fast.peft_rules import active, examine, is_dora, parameter, why_not_this_call
 from lora_fast.reference import dora_scale
 
 
@@ -63,15 +61,12 @@ class Scalings(dict):
         return type(self), (dict(self), torch.device("cpu"))  # a pickle may be read where there is no such device
 
 
-class FastLinear(Linear):
+class FastLinear(KeepingLinear):
     """``peft.tuners.lora.Linear`` that runs plain LoRA and DoRA adapters through :mod:`lora_fast.functional`.
 
     Not constructed, but put in place of an instance's class (:meth:`adopt`). Parameters are PEFT's own, read in each
     call; where anything is out of the ordinary (:func:`lora_fast.peft_rules.examine`) the call is stock PEFT's, with
     one warning for each reason.
-
-    A merge keeps the base weight, so that :meth:`unmerge` gives it back bit for bit; a state dict of a merged layer
-    holds the base weight, and loading one unmerges it first.
     """
 
     base_layer: Any
@@ -97,7 +92,7 @@ class FastLinear(Linear):
         self._forget_base()
         scalings = dict(self.scaling)
         del self._scalings
-        for name in ("save", "save_x", "is_embedding"):
+        for name in ("save", "save_x", "is_embedding", TO_COME):
             vars(self).pop(name, None)
         if isinstance(self.base_layer.weight, Fp8Weight):
             self.base_layer.weight = nn.Parameter(self.base_layer.weight.dequantise(), requires_grad=False)
@@ -128,6 +123,10 @@ class FastLinear(Linear):
                 return self._fused(x, parts)
             dispatch.tell("leaves a layer to stock PEFT", parts)
             peft_norms.drop_stale_of(self, names)
+        elif self.disable_adapters and self.merged and getattr(self.base_layer, "_is_fsdp_managed_module", False):
+            # Stock unmerges here, which is lost in a weight that FSDP has gathered.
+            weight, bias = (None if kept is None else whole(kept) for kept in self._both_kept().values())
+            return F.linear(x, weight, bias)  # type: ignore[arg-type]
         return super().forward(x, *args, **kwargs)
 
     def _fused(self, x: torch.Tensor, parts: list[tuple]) -> torch.Tensor:
@@ -156,88 +155,13 @@ class FastLinear(Linear):
             scaling = 1.0
         return lora_linear(x, weight, a, b, scaling, bias, p, dropout.training, save_x=self.save_x)
 
-    def merge(
-        self,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        original: torch.Tensor | None = None,
-    ) -> None:
-        """As in PEFT; the base weight and bias are kept for :meth:`unmerge`, and so is their dtype (DoRA in PEFT 0.13
-        loses it).
-
-        ``original`` [N, K], in the base's dtype, is what an fp8 base was made from: it is merged into instead, summed
-        in float32 and rounded once.
-
-        Raises:
-            TypeError, ValueError: an ``original`` of another dtype or shape, or that the base was not made from; a
-                layer that is merged or whose base is not fp8. The layer is then as it was.
-        """
-        weight = self.base_layer.weight
-        if original is not None:
-            if self.merged or not isinstance(weight, Fp8Weight):
-                what = "a merged layer" if self.merged else f"a base that is not fp8 ({weight.dtype})"
-                raise ValueError(f"original: got a tensor, expected None for {what}")
-            weight.check_original(original)
-        if not self.merged:
-            for name, tensor in self._base().items():
-                self.register_buffer(f"unmerged_{name}", tensor.detach().clone(), persistent=False)
-            if isinstance(weight, Fp8Weight):
-                plain = (
-                    weight.dequantise() if original is None else original.to(weight.device, torch.float32, copy=True)
-                )
-                self.base_layer.weight = nn.Parameter(plain, requires_grad=False)
-        try:
-            super().merge(safe_merge, adapter_names)
-        finally:
-            if not self.merged:
-                self._put_back()
-                self._forget_base()
-            for kept, tensor in self._kept():
-                tensor.data = tensor.data.to(kept.dtype)
-
-    def unmerge(self) -> None:
-        """As in PEFT, but bit for bit: what was there before the merge is put back."""
-        super().unmerge()
-        self._put_back()
-        self._forget_base()
-
-    def _put_back(self) -> None:
-        for kept, tensor in self._kept():
-            if isinstance(kept, Fp8Weight):
-                self.base_layer.weight = nn.Parameter(kept, requires_grad=False)
-            else:
-                tensor.data = kept
-
-    def _base(self) -> dict[str, torch.Tensor]:
-        base = self.base_layer
-        return {"weight": base.weight} | ({} if base.bias is None else {"bias": base.bias})
-
-    def _kept(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What was kept at the merge, each beside what it was before."""
-        pairs = [(self._buffers.get(f"unmerged_{name}"), tensor) for name, tensor in self._base().items()]
-        return [(kept, tensor) for kept, tensor in pairs if kept is not None]
-
-    def _forget_base(self) -> None:
-        for name in ("unmerged_weight", "unmerged_bias"):
-            if name in self._buffers:
-                delattr(self, name)
-                self._non_persistent_buffers_set.discard(name)
-
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """With the base weight and bias as they are without the adapter, merged or not."""
+        """As in PEFT, but for the fp8 weight of a head, which PEFT's files take along: that is plain there."""
         destination = super().state_dict(*args, **kwargs)
-        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
-        for name in self._base():
-            if (kept := self._buffers.get(f"unmerged_{name}")) is not None:
-                destination[f"{prefix}base_layer.{name}"] = kept
         if self.is_embedding:
+            prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
             destination[f"{prefix}base_layer.weight"] = as_plain(destination[f"{prefix}base_layer.weight"])
         return destination
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.merged:
-            self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FastLinear":
         super()._apply(*args, **kwargs)

@@ -451,7 +451,9 @@ def test_merge_disable_and_back(dtype):
     layer.merge(safe_merge=True)
     torch.testing.assert_close(layer.weight.detach(), weight.to(dtype), rtol=2 * eps, atol=1e-7)
     torch.testing.assert_close(layer(x), y, rtol=0, atol=4 * eps * y.abs().max().item())
-    close(values(layer), before, 0)
+    kept = values(layer)
+    assert torch.equal(kept.pop("weight"), layer.weight)
+    close({"weight": kept.pop("lora_unmerged_weight"), **kept}, before, 0)
     assert layer.extra_repr().endswith("merged")
     for _ in range(2):
         layer.disable()
@@ -477,9 +479,10 @@ def test_loading(merged):
         bad["lora_magnitude_vector"][3] = value
         with pytest.raises(RuntimeError, match="lora_magnitude_vector: has elements that are not finite"):
             layer.load_state_dict(bad)
-    close(values(layer), values(source), 0)
     close(layer(x), source(x))
     assert layer.merged == merged
+    layer.unmerge()
+    close(values(layer), values(source), 0)
 
 
 def emptied():

@@ -82,13 +82,18 @@ def test_unmerge_is_exact_after_moving_to_a_gpu(layer):
     layer(torch.ones(2, 7, device="cuda")).sum().backward()
 
 
-def test_state_dict_is_the_same_merged_or_not(layer):
+def test_state_dict_of_a_merged_layer_holds_what_it_computes_with(layer):
     before = {name: bits(t) for name, t in layer.state_dict().items()}
     layer.merge()
     after = layer.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
-    assert layer.state_dict(keep_vars=True)["weight"] is layer.base_weight
+    assert torch.equal(after["weight"], layer.weight) and not torch.equal(after["weight"], before["weight"])
+    assert torch.equal(after.pop("lora_unmerged_weight"), before["weight"])
+    assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before if n != "weight")
+    kept = layer.state_dict(keep_vars=True)
+    assert kept["weight"] is layer.weight and kept["lora_unmerged_weight"] is layer.base_weight
     assert after["weight"].requires_grad is False
+    layer.unmerge()
+    assert list(layer.state_dict()) == list(before) == ["weight", "bias", "lora_A", "lora_B"]
 
 
 @pytest.mark.parametrize("merged", [False, True])

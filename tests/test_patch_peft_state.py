@@ -219,18 +219,29 @@ def test_merge_and_unload(kind):
 
 @BOTH
 def test_a_state_dict_taken_while_merged_loads_rightly(kind):
-    """Also into a merged model, which it unmerges."""
+    """It holds the live weights, as stock's, and what was kept of the base; also into a merged model, which it
+    unmerges."""
     stock, x = stock_model(dtype=torch.bfloat16, **KINDS[kind]), inputs(dtype=torch.bfloat16)
     ours = patched(stock)
     expected, before = ours(x), copy.deepcopy(ours.state_dict())
     ours.merge_adapter()
-    taken = copy.deepcopy(ours.state_dict())
-    assert taken.keys() == before.keys() and all(torch.equal(taken[name], before[name]) for name in before)
+    taken, merged = copy.deepcopy(ours.state_dict()), copy.deepcopy(stock)
+    merged.merge_adapter()
+    same(
+        {n: t for n, t in taken.items() if "unmerged" not in n},
+        {n: t.bfloat16() if "base_layer" in n else t for n, t in merged.state_dict().items()},
+        0,
+    )
+    kept = {n: t for n, t in taken.items() if n not in before}
+    assert len(kept) == 3 and all("lora_" in name and "bias" not in name for name in kept)
     for target in (patched(stir(copy.deepcopy(stock), 7)), stir(ours, 8)):
         for p in target.parameters():
             p.data.add_(1)
         target.load_state_dict(taken)
         assert not target.base_model.model.up.merged and torch.equal(target(x), expected)
+        assert all(torch.equal(t, before[name]) for name, t in target.state_dict().items())
+    with pytest.raises(RuntimeError, match="Unexpected key.*lora_unmerged_weight"):
+        copy.deepcopy(stock).load_state_dict(taken)
 
 
 def test_merged_copies_and_casts_unmerge():
@@ -333,7 +344,8 @@ def test_lora_bias_runs_stock_audibly():
         same(results(ours, inputs()), results(stock, inputs()))
     before = copy.deepcopy(ours.state_dict())
     ours.merge_adapter()
-    assert all(torch.equal(t, before[name]) for name, t in ours.state_dict().items())
+    assert torch.equal(ours.state_dict()["base_model.model.up.lora_unmerged_offset"],
+                       before["base_model.model.up.base_layer.bias"])  # fmt: skip
     ours.unmerge_adapter()
     assert all(torch.equal(t, before[name]) for name, t in ours.state_dict().items())
 
