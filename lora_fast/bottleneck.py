@@ -67,6 +67,8 @@ class BottleneckAdapter(nn.Module):
         TypeError, ValueError: an argument of the wrong type or outside its range, before anything is allocated.
     """
 
+    keeps_adapter = True  # see lora_fast.replacing
+
     def __init__(
         self,
         in_features: int,

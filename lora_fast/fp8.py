@@ -257,6 +257,15 @@ def as_plain(weight: torch.Tensor) -> torch.Tensor:
     )  # fmt: skip
 
 
+def is_opaque(weight: torch.Tensor) -> bool:
+    """Whether it is a tensor of some other library's that has no memory of its own for kernels to read (torchao's
+    quantised ones)."""
+    kind = type(weight)
+    if kind in (torch.Tensor, nn.Parameter) or isinstance(weight, Fp8Weight) or kind.__module__.startswith("torch."):
+        return False
+    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
 def _unpickled(rows, row_scale, columns, col_scale, dtype, parameter, shard=False) -> torch.Tensor:
     kind = Fp8Shard if shard else Fp8Weight
     weight = kind(rows.view(E4M3), row_scale, columns.view(E4M3), col_scale, dtype)

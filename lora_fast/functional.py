@@ -8,7 +8,7 @@ import torch
 from torch.compiler import is_compiling
 
 from lora_fast import dispatch, reference
-from lora_fast.fp8 import Fp8Shard, Fp8Weight
+from lora_fast.fp8 import Fp8Shard, Fp8Weight, is_opaque
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -269,6 +269,8 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:
     check_tensors(tensors)
     if isinstance(weight, Fp8Shard):
         raise TypeError("weight: got an Fp8Shard, expected the whole weight, as FSDP2 gathers it for a layer's forward")
+    if is_opaque(weight):
+        raise TypeError(f"weight: got a {type(weight).__name__}, expected a plain tensor or an Fp8Weight")
     if x.dim() < 1:
         raise ValueError("x: got a tensor without dimensions, expected [..., K]")
     k = x.shape[-1]

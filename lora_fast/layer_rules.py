@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.fp8 import Fp8Weight
+from lora_fast.fp8 import Fp8Weight, is_opaque
 from lora_fast.functional import FLOATS
 
 BASE_DTYPES = ("float8_e4m3",)
@@ -36,6 +36,8 @@ def why_not_lora(module: nn.Module) -> str | None:
         return "has hooks or a replaced forward, which would be lost (register hooks after the conversion)"
     if module.weight.dtype not in FLOATS:
         return f"has a quantised weight ({module.weight.dtype})"
+    if is_opaque(module.weight):
+        return f"has a quantised weight (a {type(module.weight).__name__})"
     return None
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fast import fsdp1
-from lora_fast.fp8 import Fp8Weight, is_fp8
+from lora_fast.fp8 import Fp8Weight, is_fp8, is_opaque
 from lora_fast.functional import FLOATS, lora_linear
 from lora_fast.gather import whole
 from lora_fast.layer_rules import (
@@ -22,6 +22,7 @@ from lora_fast.layer_rules import (
 )  # fmt: skip
 from lora_fast.merged_state import add_kept, read_base
 from lora_fast.placement import place_of_weight, present, write
+from lora_fast.replacing import cleared, tell_of_freezing
 
 
 class LoRALinear(nn.Linear):
@@ -50,6 +51,7 @@ class LoRALinear(nn.Linear):
     """
 
     adapter_names: tuple[str, ...] = ("lora_A", "lora_B")  # the parameters that make up the adapter
+    keeps_adapter = True  # see lora_fast.replacing
     save_x: str = "x"
     base_is_tied = False  # as add_lora saw it: other modules have the base weight, too
     lora_A: nn.Parameter
@@ -114,6 +116,21 @@ class LoRALinear(nn.Linear):
         if base_dtype is not None:
             layer.quantise_base()
         return layer.train(linear.training)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in ``nn.Module``. Raises TypeError for a weight that the layer could not compute with (torchao's)."""
+        if name == "weight" and param is not None and is_opaque(param):
+            raise TypeError(
+                f"weight: got a {type(param).__name__}, which a {type(self).__name__} cannot compute with; quantise "
+                f"all but the LoRA layers, or remove_lora first (add_lora's base_dtype keeps bases in 8 bits)"
+            )
+        super().register_parameter(name, param)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As in ``nn.Module``; a warning where a call for this layer by itself ends the training of its adapter."""
+        if not requires_grad:
+            tell_of_freezing(self, [self._parameters.get(name) for name in self.adapter_names])
+        return super().requires_grad_(requires_grad)
 
     def _add_adapter(self, init_lora_weights: bool | str) -> None:
         self.weight.requires_grad_(False)
@@ -248,7 +265,11 @@ class LoRALinear(nn.Linear):
         self.register_buffer("unmerged_weight", None)
 
     def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` that shares this layer's present weight (merged, if it is) and bias."""
+        """A plain ``nn.Linear`` that shares this layer's present weight (merged, if it is) and bias, and may be put in
+        this layer's place: any other layer that is assigned there, which would drop the adapter, is refused."""
+        return cleared(self._to_linear())
+
+    def _to_linear(self) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)

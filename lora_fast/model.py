@@ -14,6 +14,7 @@ from lora_fast.dora import DoRALinear
 from lora_fast.layers import LoRALinear, check_quantisable
 from lora_fast.placement import keeper
 from lora_fast.projections import missed_by, patterns, projections
+from lora_fast.replacing import forget_adapted, lost, note_adapted
 from lora_fast.wrappers import compiled_alone, plain_modules, unwrapped
 
 # What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
@@ -31,7 +32,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
     Training flags are kept. Names are as without the wrappers of torch.compile, checkpointing or parallel training, in
     the model or around it; patterns may also spell these out. A layer found under several names is converted once, in
-    all its places: it is a target if one of its names is, unless one of them is excluded.
+    all its places: it is a target if one of its names is, unless one of them is excluded. From then on
+    a tool that would put another layer in the place of one of these, and so drop its adapter, gets a RuntimeError.
 
     Raises:
         TypeError: not a module, not a LoRAConfig.
@@ -103,6 +105,7 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
         raise
     # From here on nothing can fail.
     _swap(model, layers)
+    note_adapted(model)
     for layer in layers.values():
         layer.base_is_tied = owners[id(layer.weight)] > 1
     for module, flags in before.items():
@@ -120,7 +123,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
         ValueError: no LoRA layer, or ``model`` is itself one, or torch.compile was given one by itself, or the weights
             are in the keeping of FSDP or accelerate.
     """
-    layers = _lora_layers(model)
+    layers = _lora_layers(model, complete=False)
     if kept := [f"{name} (by {who})" for name, layer in layers.items() if (who := keeper(layer))]:
         raise ValueError(f"model: has weights that a wrapper keeps: {some(kept)}; remove_lora before wrapping it")
     if isinstance(unwrapped(model), LoRALinear):
@@ -128,10 +131,11 @@ def remove_lora(model: nn.Module) -> nn.Module:
     if compiled := compiled_alone(model, LoRALinear):
         raise ValueError(f"model: torch.compile was given {some(compiled)} by itself, so that its wrapper would go on "
                          "calling the LoRA layer; put the wrapper's _orig_mod in its place first")  # fmt: skip
-    linears: dict[nn.Module, nn.Module] = {layer: layer.to_linear() for layer in layers.values()}
+    linears: dict[nn.Module, nn.Module] = {layer: layer._to_linear() for layer in layers.values()}
     modules = list(model.modules())
     _swap(model, linears)
     for module in modules:
+        forget_adapted(module)
         for note in (_TRAINED, _SAVED):
             vars(module).pop(note, None)
         _set_flags(linears.get(module, module), vars(module).pop(_BEFORE, {}))
@@ -174,10 +178,14 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
             layer.enable()
 
 
-def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def _lora_layers(model: nn.Module, complete: bool = True) -> dict[str, LoRALinear]:
+    """{name: layer}; raises TypeError, ValueError: no module, none of them, or (``complete``) some were replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     layers = {name: module for name, module in plain_modules(model) if isinstance(module, LoRALinear)}
+    if complete and (gone := lost(model)):
+        raise ValueError(f"model: has lost adapters: other layers took the places of LoRA layers ({some(gone)}); "
+                         "convert or quantise the model before add_lora")  # fmt: skip
     if not layers:
         raise ValueError("model: has no LoRA layers; call add_lora first")
     return layers

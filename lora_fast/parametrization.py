@@ -39,6 +39,7 @@ class LoRAParametrization(nn.Module):
     """
 
     adapter_names: tuple[str, ...] = ("lora_A", "lora_B")
+    keeps_adapter = True  # see lora_fast.replacing
 
     def __init__(
         self,

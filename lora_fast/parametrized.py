@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from lora_fast.config import LoRAConfig, matching, some
+from lora_fast.fp8 import is_opaque
 from lora_fast.functional import FLOATS
 from lora_fast.layers import LoRALinear
 from lora_fast.parametrization import LAYERS, SPARSE, LoRAParametrization, has_sparse_gradient
@@ -111,6 +112,8 @@ def _why_not(layer: Any) -> str | None:
         return "has no weight yet (run the model once)"
     if below(layer)[0].dtype not in FLOATS:
         return f"has a quantised weight ({below(layer)[0].dtype})"
+    if is_opaque(below(layer)[0]):
+        return f"has a quantised weight (a {type(below(layer)[0]).__name__})"
     return None
 
 

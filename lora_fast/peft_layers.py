@@ -16,6 +16,7 @@ from lora_fast.merged_state import TO_COME
 from lora_fast.peft_merging import KeepingLinear
 from lora_fast.peft_rules import active, examine, is_dora, parameter, why_not_this_call
 from lora_fast.reference import dora_scale
+from lora_fast.replacing import tell_of_freezing
 
 
 class Scalings(dict):
@@ -69,6 +70,7 @@ class FastLinear(KeepingLinear):
     one warning for each reason.
     """
 
+    keeps_adapter = True  # see lora_fast.replacing
     base_layer: Any
     lora_A: Any
     lora_B: Any
@@ -162,6 +164,12 @@ class FastLinear(KeepingLinear):
             prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
             destination[f"{prefix}base_layer.weight"] = as_plain(destination[f"{prefix}base_layer.weight"])
         return destination
+
+    def requires_grad_(self, requires_grad: bool = True) -> "FastLinear":
+        """As in ``nn.Module``; a warning where a call for this layer by itself ends the training of its adapters."""
+        if not requires_grad:
+            tell_of_freezing(self, [p for name, p in self.named_parameters() if "lora_" in name])
+        return super().requires_grad_(requires_grad)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FastLinear":
         super()._apply(*args, **kwargs)

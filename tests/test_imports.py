@@ -36,7 +36,7 @@ LAYERS = [
     {"op_parts"},
     {"reference"},
     {"fp8"},
-    {"dispatch", "kernels", "gather", "wrappers", "fsdp1"},
+    {"dispatch", "kernels", "gather", "wrappers", "fsdp1", "replacing"},
 ]
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
 MODULES = sorted((ROOT / "lora_fast").glob("*.py"))
