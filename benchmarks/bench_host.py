@@ -14,6 +14,7 @@ lora_fast_patched  the PEFT layer under patch_peft
 import argparse
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def build(case: Case, device: str) -> dict[str, Candidate]:
 
 def measured(case: Case, rounds: int, about: common.Row, device: str = "cuda") -> tuple[list[common.Row], float]:
     """A row for each candidate, and how far the two frozen ones are apart."""
-    steps = {impl: candidate.step for impl, candidate in build(case, device).items()}
+    steps: dict[str, Callable[[], object]] = {name: made.step for name, made in build(case, device).items()}
     for again in (True, True, False):
         times = timing.measure(steps, rounds, device=device)
         one, other = (timing.summary(times[impl])[0] for impl in FROZEN)
@@ -83,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     path = args.out / f"bench_host_{common.card(about['gpu'])}.csv"
     rows = of_other_versions(path, about["triton"])
     for shape in common.progress(SHAPES, "bench_host"):
-        found, apart = measured(Case("bf16", *shape, 16, 0), args.rounds, about)
+        m, k, n = shape
+        found, apart = measured(Case("bf16", m, k, n, 16, 0), args.rounds, about)
         rows += found
         common.write_csv(path, COLUMNS, rows)
         print(f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, {shape}: the frozen layers differ "
