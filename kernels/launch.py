@@ -203,7 +203,8 @@ class Program:
             else:
                 plan.launch_again(self.compiled[i], args)
         if self.direct is None and None not in self.compiled and (form := launchers.known()) is not None:
-            self._call_directly(form, values)
+            if all(map(launchers.is_plain, self.compiled)):
+                self._call_directly(form, values)
 
     def _call_directly(self, form: launchers.Form, values: list) -> None:
         """From now on. Values are then the arguments, addresses of views, None, tensor maps, and what never changes."""

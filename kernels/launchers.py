@@ -106,6 +106,11 @@ def known() -> Form | None:
     return None if INTERPRETED else KNOWN.get(digest(), (None, None))[1]
 
 
+def is_plain(kernel: Any) -> bool:
+    """Whether a launch of the compiled kernel needs no memory of its own, as one with a sanitizer compiled in does."""
+    return not any(getattr(kernel.metadata, name, 0) for name in ("global_scratch_size", "profile_scratch_size"))
+
+
 def why_not_direct() -> str | None:
     """Why kernels are launched through Triton's own path, in words; None where they are not, and in the interpreter."""
     if INTERPRETED or known() is not None:

@@ -134,6 +134,22 @@ def test_an_unknown_launcher_goes_through_triton(seen, monkeypatch):
     assert [how for how, *_ in seen] == ["triton", "again", "again"]
 
 
+def test_a_kernel_with_scratch_memory_goes_through_triton(seen, monkeypatch):
+    """That its own launcher allocates: of a profiler, say."""
+    through_triton = Plan.launch
+
+    def with_scratch(plan, args):
+        kernel = through_triton(plan, args)
+        kernel.metadata.profile_scratch_size = 128
+        return kernel
+
+    monkeypatch.setattr(Plan, "launch", with_scratch)
+    alone = plan("alone", (5,))
+    for _ in range(2):
+        alone(torch.zeros(2), 1.5)
+    assert [how for how, *_ in seen] == ["triton", "again"]
+
+
 def test_descriptors_hold_no_tensor():
     """Of a plan that Triton launches, whose descriptors are checked once."""
     mapped = plan("mapped", (), {0: Block((4, 4), (4, 1), [2, 4])})
