@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from accuracy import check, draw, gradients
 from conftest import CPU, CUDA, TRITON
 
+import lora_fast
 from lora_fast import functional, reference
 from lora_fast.fp8 import Fp8Weight
 
@@ -116,3 +117,33 @@ def test_huge_and_tiny_scalings(device, backend):
             return lambda x, w, a, b, bias: functional.lora_linear(x, w, a, b, given.scaling, bias, backend=backend)
 
         check(fn, [inputs])
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("device, backend", WAYS[:2])
+def test_models_that_peft_made(device, backend, use_dora):
+    """Patched, they give what stock PEFT gives, which is finite; so do layers of ours with the same adapters."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(64, 48)).to(device, HALF)
+    config = peft.LoraConfig(r=4, lora_alpha=128, target_modules=["0"], use_dora=use_dora)
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    x = torch.randn(6, 64, device=device, dtype=HALF)
+    x[::2, 5] = 30000
+    layer = model.base_model.model[0]
+    layer.base_layer.weight.data[:, 5] *= 2**-6
+    layer.lora_A["default"].weight.data[:, 5] = 0.2
+    own = (lora_fast.DoRALinear if use_dora else lora_fast.LoRALinear).from_linear(layer.base_layer, 4, 128)
+    own.lora_A.data.copy_(layer.lora_A["default"].weight)
+    if use_dora:
+        layer.lora_magnitude_vector["default"].weight.data.copy_(layer.base_layer.weight.float().norm(dim=1))
+        own.reset_magnitude()
+    expected = model(x)
+    assert expected.isfinite().all() and not (32 * layer.lora_A["default"](x)).isfinite().all()
+    lora_fast.set_backend(backend)
+    try:
+        lora_fast.patch_peft(model)
+        for y in (model(x), own(x)):
+            torch.testing.assert_close(y, expected, rtol=4e-3, atol=4e-2)
+    finally:
+        lora_fast.set_backend("auto")
