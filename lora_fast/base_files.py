@@ -21,7 +21,9 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 INDEX_BYTES = 1 << 26
 CHUNK = 1 << 24  # bytes that are compared at once
 # Files that hold weights in another way: beside merged ones they would be the unmerged ones.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pte", ".ckpt", ".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".msgpack",
+           ".onnx", ".onnx_data", ".onnx.data", ".index.json", ".ot", ".npz", ".npy", ".tflite", ".mlmodel", ".pkl",
+           ".pickle", ".nemo", ".params", ".pdparams", ".engine", ".llamafile", ".tar", ".zip")  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -103,7 +105,7 @@ def open_base(base: Path) -> Base:
     else:
         raise FileNotFoundError(f"{base} has no safetensors file")
     used = {*shards, INDEX} if wanted else set(shards)
-    stale = {name for name in names if name.endswith(WEIGHTS) or name.startswith("adapter_")} - used
+    stale = {name for name in names if holds_weights(name) or name.startswith("adapter_")} - used
     result = _with_tensors(Base({name: inside(base, name) for name in shards}))
     result.others = {name: inside(base, name) for name in names if name not in stale | set(shards)}
     result.left = sorted(stale)
@@ -111,6 +113,11 @@ def open_base(base: Path) -> Base:
         if name not in result.tensors or result.tensors[name].shard != shard:
             raise ValueError(f"{INDEX}: says that {shard} has {name!r:.200}, which it has not")
     return result
+
+
+def holds_weights(name: str) -> bool:
+    """Whether a file so called holds weights in some way; TensorFlow's checkpoints have more behind their ending."""
+    return name.lower().endswith(WEIGHTS) or ".ckpt." in name.lower()
 
 
 def folders_beside(base: Path) -> tuple[dict[str, Path], list[str]]:
@@ -127,9 +134,13 @@ def folders_beside(base: Path) -> tuple[dict[str, Path], list[str]]:
     files: dict[str, Path] = {}
     left = []
     for folder in sorted(path for path in base.iterdir() if path.is_dir()):
-        found = [] if folder.is_symlink() else sorted(path for path in folder.rglob("*") if not path.is_dir())
-        stale = folder.name not in parts and any(path.name.endswith(WEIGHTS) for path in found)
-        if folder.name.startswith(".") or folder.is_symlink() or stale:
+        inside_it = [] if folder.is_symlink() else sorted(folder.rglob("*"))
+        found, linked = (
+            [path for path in inside_it if not path.is_dir()],
+            any(path.is_dir() and path.is_symlink() for path in inside_it),
+        )
+        stale = folder.name not in parts and any(holds_weights(path.name) for path in inside_it)
+        if folder.name.startswith(".") or folder.is_symlink() or linked or stale:
             left.append(f"{folder.name}/")
         else:
             files |= {str(path.relative_to(base)): inside(path.parent, path.name) for path in found}

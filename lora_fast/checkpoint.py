@@ -4,6 +4,8 @@ import json
 import os
 import re
 import secrets
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,6 +77,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             name = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}.get(name, name)
             name = f"base_layer.{name}" if name == "bias" else name
         tensors[f"{PREFIX}{owner}.{name}" if owner else PREFIX + name] = tensor.contiguous()
+    if misread := _taken_for_experts(unwrapped(model), list(layers)):
+        warnings.warn(
+            f"save_adapter: {some(misread)}: beside transformers 5, PEFT takes adapters of layers so named for ones of "
+            "the model's fused experts, and gives these layers none. load_adapter and lora-fast merge read the file "
+            "rightly; for PEFT leave these layers out (exclude_modules)",
+            stacklevel=2,
+        )
     config = json.dumps(_config_of(unwrapped(model), layers, saved), indent=2) + "\n"
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,6 +190,21 @@ def _targets(model: nn.Module, converted: set[str]) -> list[str] | str:
         if {name for name in names if not entries.isdisjoint(_ends(name))} == converted:
             return sorted(entries)
     return "|".join(re.escape(name) for name in sorted(converted))
+
+
+def _taken_for_experts(model: nn.Module, layers: list[str]) -> list[str]:
+    """Those of the layers that PEFT takes for transformers 4's experts in a model whose experts transformers 5 fuses: it
+    goes by the ends of the names, whatever target_modules says."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if "transformers" not in sys.modules or kind is None or not any(p.dim() == 3 for p in model.parameters()):
+        return []
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # no PEFT, or one before this, or transformers 4
+        return []
+    family = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind)
+    old = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(family) or ()
+    return [layer for layer in layers if not set(old).isdisjoint(_ends(layer))]
 
 
 def _ends(name: str) -> list[str]:

@@ -91,7 +91,7 @@ def merge(
         files.others |= others
         files.left += left
     out = _checked_out(base, adapter, out, force)
-    _name_as_in_memory(files, adapter)
+    _name_as_in_memory(files, base if base.is_dir() else base.parent, adapter)
     tied, config = twins(files, adapter), files.config()
     layers, state, replaced = _fitted(files, adapter, tied)
     changed = {f"{name}.weight": layer for name, layer in layers.items()}
@@ -128,13 +128,14 @@ def merge(
     return _summary(files, out, changed, replaced)
 
 
-def _name_as_in_memory(files: Base, adapter: Path) -> None:
-    """Give the base's tensors the names that they have in transformers' model, if the adapter needs some of these."""
+def _name_as_in_memory(files: Base, folder: Path, adapter: Path) -> None:
+    """Give the base's tensors the names that they have in transformers' model, if the adapter needs some of these: that
+    of the config.json in ``folder``."""
     with open_adapter(adapter) as (_, file):
         keys = [key.removeprefix(PREFIX) for key in file.keys()]  # noqa: SIM118 (not a dict)
     layers = {f"{key.removesuffix('.lora_A.weight')}.weight" for key in keys if key.endswith(".lora_A.weight")}
     if layers - files.tensors.keys():
-        names = in_memory_of(next(iter(files.shards.values())).parent, files.tensors)
+        names = in_memory_of(folder, files.tensors)
         if layers & set(names.values()):
             files.rename(names)
 

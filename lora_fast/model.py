@@ -208,7 +208,7 @@ def _trained_names(module: nn.Module, bias: str, is_target: bool, is_saved: bool
         tensors = {**module._parameters, **module._buffers}
         return [n for n, t in tensors.items() if t is not None and n not in module._non_persistent_buffers_set]
     if bias == "all" or (bias == "lora_only" and is_target):
-        return [n for n, p in module._parameters.items() if p is not None and "bias" in n]
+        return [n for n, p in module._parameters.items() if p is not None and n == "bias"]  # PEFT's rule
     return []
 
 

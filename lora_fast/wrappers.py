@@ -23,6 +23,7 @@ _WRAPPERS = {
     "ModelEmaV2": "module",  # timm
     "ModelEmaV3": "module",
     "_FabricModule": "_forward_module",  # Lightning Fabric
+    "QuantWrapper": "module",  # torch.ao.quantization
 }
 # What only a wrapper calls a module: other than "module", these can be told in a name by themselves.
 _TELLING = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")

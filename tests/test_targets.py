@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -99,3 +100,31 @@ def test_convert_writes_full_names(to, tmp_path, capsys):
                                        for _ in range(2))  # fmt: skip
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "a").base_model.model
     assert [name for name, module in theirs.named_modules() if hasattr(module, "lora_A")] == full
+
+
+def test_layers_that_peft_takes_for_experts_are_named(tmp_path):
+    """Dense ones beside fused experts: PEFT's conversion of transformers 4's adapters goes by their names."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    assert "gate_proj" in conversion._MOE_TARGET_MODULE_MAPPING["qwen2_moe"]
+
+    def made():
+        torch.manual_seed(0)
+        config = transformers.Qwen3MoeConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=8, moe_intermediate_size=24, num_experts=2, num_experts_per_tok=1,
+            mlp_only_layers=[0],
+        )  # fmt: skip
+        return transformers.Qwen3MoeForCausalLM(config).eval()
+
+    model = add_lora(made(), LoRAConfig(r=2, target_modules=["q_proj", "gate_proj"], init_lora_weights=False))
+    with pytest.warns(UserWarning, match=r"save_adapter: model.layers.0.mlp.gate_proj: .* fused experts"):
+        save_adapter(model, tmp_path / "all")
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(load_adapter(made(), tmp_path / "all")(ids).logits, model(ids).logits)
+    attention = add_lora(made(), LoRAConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(attention, tmp_path / "attention")
+    stock = peft.PeftModel.from_pretrained(made(), tmp_path / "attention")
+    torch.testing.assert_close(stock(ids).logits, attention(ids).logits)
