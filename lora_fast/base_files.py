@@ -21,9 +21,9 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 INDEX_BYTES = 1 << 26
 CHUNK = 1 << 24  # bytes that are compared at once
 # Files that hold weights in another way: beside merged ones they would be the unmerged ones.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pte", ".ckpt", ".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".msgpack",
-           ".onnx", ".onnx_data", ".onnx.data", ".index.json", ".ot", ".npz", ".npy", ".tflite", ".mlmodel", ".pkl",
-           ".pickle", ".nemo", ".params", ".pdparams", ".engine", ".llamafile", ".tar", ".zip")  # fmt: skip
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pte", ".ckpt", ".gguf", ".ggml", ".h5", ".hdf5", ".keras",
+           ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".index.json", ".ot", ".npz", ".npy", ".tflite", ".mlmodel",
+           ".pkl", ".pickle", ".nemo", ".params", ".pdparams", ".engine", ".llamafile", ".tar", ".zip")  # fmt: skip
 
 
 class Place(NamedTuple):

@@ -193,8 +193,8 @@ def _targets(model: nn.Module, converted: set[str]) -> list[str] | str:
 
 
 def _taken_for_experts(model: nn.Module, layers: list[str]) -> list[str]:
-    """Those of the layers that PEFT takes for transformers 4's experts in a model whose experts transformers 5 fuses: it
-    goes by the ends of the names, whatever target_modules says."""
+    """Those of the layers that PEFT takes for transformers 4's experts in a model whose experts transformers 5 fuses,
+    by the ends of their names and whatever target_modules says."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if "transformers" not in sys.modules or kind is None or not any(p.dim() == 3 for p in model.parameters()):
         return []

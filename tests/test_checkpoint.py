@@ -322,3 +322,30 @@ def test_a_converted_model_must_fit(base, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             load_adapter(converted(base, **options), tmp_path)
+
+
+def test_bias_all_means_what_peft_means(tmp_path):
+    """Parameters called bias: not in_proj_bias of an nn.MultiheadAttention, bias_ih_l0 of an nn.LSTM, and the like."""
+    peft = pytest.importorskip("peft")
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.attention, self.memory = nn.Linear(8, 8), nn.MultiheadAttention(8, 2), nn.LSTM(8, 8)
+
+        def forward(self, x):
+            return self.memory(self.attention(self.fc(x), x, x)[0])[0]
+
+    torch.manual_seed(0)
+    base = Mixed()
+    ours = add_lora(copy.deepcopy(base), LoRAConfig(r=2, target_modules=["fc"], bias="all", init_lora_weights=False))
+    stock = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["fc"], bias="all"))
+    trained = {name.removeprefix("base_model.model.").replace("base_layer.", "") for name, p in stock.named_parameters()
+               if p.requires_grad and "lora_" not in name}  # fmt: skip
+    assert {name for name, p in ours.named_parameters() if p.requires_grad and "lora_" not in name} == trained
+    save_adapter(ours, tmp_path / "ours")
+    stock.save_pretrained(tmp_path / "stock")
+    x = torch.randn(3, 8)
+    for folder, model in ("ours", ours), ("stock", stock):
+        torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path / folder)(x), model(x))
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")(x), ours(x))

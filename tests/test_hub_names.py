@@ -1,6 +1,7 @@
 """Adapters of models that transformers 5 names otherwise in memory than on disk."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,19 @@ def test_merged_by_the_names_in_memory(case, dora, tmp_path, capsys):
     found, right = build().from_pretrained(tmp_path / "out"), model.merge_and_unload()
     for name, tensor in right.named_parameters():
         torch.testing.assert_close(found.get_parameter(name), tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_base_in_the_hubs_cache(tmp_path):
+    """Its files are links into blobs, where no config.json lies beside the shards."""
+    build, targets, _, full = next(iter(CASES.values()))
+    build().save_pretrained(tmp_path / "base")
+    adapter_of(build, targets, full, tmp_path / "adapter")
+    (blobs := tmp_path / "repo/blobs").mkdir(parents=True)
+    (snapshot := tmp_path / "repo/snapshots/1234").mkdir(parents=True)
+    for i, path in enumerate((tmp_path / "base").iterdir()):
+        path.rename(blobs / f"h{i}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"h{i}")
+    assert main(["merge", str(snapshot), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -169,6 +169,21 @@ def test_subfolders(files, capsys):
     assert all(torch.equal(tensor, merged[name]) for name, tensor in tensors_in(out).items())
 
 
+def test_weights_of_other_kinds_are_left_out(files, capsys):
+    """Beside the merged ones they would be the unmerged ones."""
+    _, folder, adapter, out = files
+    others = ["rust_model.ot", "MODEL.GGUF", "model.ckpt.data-00000-of-00001", "tf_model.h5"]
+    for name in (*others, "mlx/weights.npz", "vocab.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"w")
+    (folder / "assets").mkdir(exist_ok=True)
+    (folder / "assets/inner").symlink_to(folder / "mlx")
+    assert merged_by(folder, adapter, out) == 0
+    said = capsys.readouterr().out.partition("left out: ")[2]
+    assert all(name in said for name in (*others, "mlx/", "assets/")) and "vocab.txt" not in said
+    assert not any((out / name).exists() for name in (*others, "mlx", "assets")) and (out / "vocab.txt").exists()
+
+
 def test_subfolders_of_the_hubs_cache(files, tmp_path):
     """Links into the blobs of the same repository."""
     _, folder, adapter, out = files
