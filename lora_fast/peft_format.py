@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_fast.hub_names import in_memory
 from lora_fast.pattern_keys import Pattern, is_name
-from lora_fast.ways_out import BASE_WEIGHTS, RENAMED, RESIZED, UNSUPPORTED
+from lora_fast.ways_out import BASE_WEIGHTS, NO_LINEAR, RENAMED, RESIZED, UNSUPPORTED
 from lora_fast.wrappers import plain_modules, plain_name
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -184,7 +184,7 @@ def check_header(
             base = key.endswith(".base_layer.weight") or name in own_tensors and last == "weight"
             raise ValueError(
                 f"{TENSORS}: unexpected {key!r:.200}, expected adapters and what the config says trains"
-                + (BASE_WEIGHTS if base else "" if name in own_tensors else RENAMED)
+                + (BASE_WEIGHTS if base else NO_LINEAR if ".lora_" in key else "" if name in own_tensors else RENAMED)
             )
         own = own_tensors[name]
         _check_shape(file, key, list(own.shape), own.is_floating_point())

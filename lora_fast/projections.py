@@ -9,7 +9,8 @@ from torch import nn
 
 from lora_fast.wrappers import plain_modules
 
-OTHERS = ("embed", "norm", "bias", "token", "position")  # in the name of a class or parameter that does not project
+# In the name of a class or parameter that does not project.
+OTHERS = ("embed", "norm", "bias", "token", "position", "_log")
 
 PLAIN = (nn.Module, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 

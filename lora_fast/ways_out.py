@@ -8,6 +8,9 @@ BASE_WEIGHTS = (
     " (PEFT leaves base weights out with save_pretrained(..., save_embedding_layers=False); it takes embeddings along "
     "where they are targets or the vocabulary was resized, and a resized base is best saved by itself)"
 )
+NO_LINEAR = (
+    " (an adapter of an embedding or a convolution: ours are for nn.Linear; PEFT's own merge_and_unload can merge it)"
+)
 RENAMED = (
     " (transformers 5 calls modules of some models, Qwen2-VL's and ViT's among them, otherwise than their files and "
     "transformers 4 do. load_adapter maps the files' names to a transformers model's, lora-fast merge the other way "

@@ -1,9 +1,11 @@
 """Refusals of adapters that say why and what to do; and that what they say to do works."""
 
+import copy
 import json
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
@@ -87,3 +89,14 @@ def test_starts_that_change_the_base(kind, rslora, tmp_path, capsys):
     again = peft.PeftModel.from_pretrained(llama(), tmp_path / "again")
     torch.testing.assert_close(outputs(again), right, rtol=1e-4, atol=1e-5)
     assert merged(tmp_path, llama()) == 0
+
+
+def test_adapters_of_embeddings(tmp_path):
+    """PEFT has them, we have not: the refusal does not speak of names."""
+    model = nn.Sequential(nn.Embedding(6, 8), nn.Linear(8, 8))
+    peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["0", "1"])).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"lora_embedding_.*ours are for nn.Linear; PEFT's own merge_and_unload"
+    ) as error:
+        load_adapter(model, tmp_path)
+    assert "transformers 5" not in str(error.value)
