@@ -2,7 +2,7 @@
 accelerate, which puts them there for the length of a forward."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,11 +53,42 @@ def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
 def stored(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a model, by any names; in place of those that accelerate has offloaded what it keeps of them:
     from memory the tensor itself, from disk a copy."""
-    if not any(t.is_meta for t in tensors.values()):
-        return dict(tensors)
-    kept = {id(tensor): place for tensor, place in _offloaded(model)}
-    found = {name: kept.get(id(t)) if t.is_meta else None for name, t in tensors.items()}
-    return {name: tensors[name] if place is None else place[0][place[1]] for name, place in found.items()}
+    return dict(one_by_one(model, tensors))
+
+
+def one_by_one(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The items of :func:`stored`, each read from disk when it is asked for."""
+    kept = _kept(model, tensors)
+    for name, tensor in tensors.items():
+        place = kept.get(id(tensor)) if tensor.is_meta else None
+        yield name, tensor if place is None else place[0][place[1]]
+
+
+def identities(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, Hashable]:
+    """For each tensor of a model, by any names, a key that two of them share if they are one tensor: also where
+    accelerate has offloaded it to memory, where each module has a tensor without data of its own for it. Copies on disk
+    are apart."""
+    if not (kept := _kept(model, tensors)):
+        return {name: id(tensor) for name, tensor in tensors.items()}
+    found = {name: _in_memory(*kept[id(t)]) if id(t) in kept else t for name, t in tensors.items()}
+    return {name: id(tensors[name]) if t is None else _memory(t) for name, t in found.items()}
+
+
+def _kept(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[int, tuple[Mapping, str]]:
+    """{id of a tensor without data: where accelerate keeps its values}, if one of these may be such."""
+    return dict((id(t), p) for t, p in _offloaded(model)) if any(t.is_meta for t in tensors.values()) else {}
+
+
+def _in_memory(values: Any, name: str) -> torch.Tensor | None:
+    """What the mapping holds in memory under this name; None for what it would read from disk."""
+    everything = getattr(values, "dataset", values)
+    return getattr(everything, "state_dict", everything).get(getattr(values, "prefix", "") + name)
+
+
+def _memory(tensor: torch.Tensor) -> Hashable:
+    """Where the values are, if that can be told."""
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel()
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if plain else id(tensor)
 
 
 def _offloaded(model: nn.Module) -> Iterator[tuple[torch.Tensor, tuple[Mapping, str]]]:

@@ -1,7 +1,7 @@
 """Conversion of a whole model: LoRA on its nn.Linear layers in place; switch off, take out."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,6 +11,7 @@ from torch import nn
 from lora_fast import fsdp1
 from lora_fast.config import LoRAConfig, find_targets, holders, matching, resolve_pattern, some
 from lora_fast.dora import DoRALinear
+from lora_fast.gather import identities
 from lora_fast.layers import LoRALinear, check_quantisable
 from lora_fast.placement import keeper
 from lora_fast.projections import missed_by, patterns, projections
@@ -194,12 +195,15 @@ def _lora_layers(model: nn.Module, complete: bool = True) -> dict[str, LoRALinea
 def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Each tensor once, under its first name."""
     _lora_layers(model)
-    tensors: dict[torch.Tensor, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for owner, module in plain_modules(model):
         own = module.adapter_names if isinstance(module, LoRALinear) else ()
         for name in (*own, *vars(module).get(_TRAINED, ())):
-            tensors.setdefault(getattr(module, name), f"{owner}.{name}" if owner else name)
-    return {name: tensor for tensor, name in tensors.items()}
+            tensors[f"{owner}.{name}" if owner else name] = getattr(module, name)
+    first: dict[Hashable, str] = {}
+    for name, key in identities(model, tensors).items():
+        first.setdefault(key, name)
+    return {name: tensors[name] for name in first.values()}
 
 
 def _trained_names(module: nn.Module, bias: str, is_target: bool, is_saved: bool) -> list[str]:

@@ -7,14 +7,14 @@ what trained under every name, and a file that holds a value for some names only
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lora_fast.config import some
-from lora_fast.gather import stored, whole
+from lora_fast.gather import identities, one_by_one, stored, whole
 from lora_fast.layers import LoRALinear
 from lora_fast.model import _SAVED, _adapter_tensors
 from lora_fast.wrappers import plain_modules
@@ -68,12 +68,13 @@ def saved_places(model: nn.Module) -> list[str]:
             cannot say that.
     """
     modules = _modules(model)
-    trained = {id(t): name for name, m in modules if _SAVED in vars(m) for _, t in _own(m)}
-    found = _outermost([name for name, module in modules if any(id(t) in trained for _, t in _own(module))])
+    trained = _holders(model)
+    owners = {name.rpartition(".")[0] for name in trained}
+    found = _outermost([name for name, _ in modules if name in owners])
     for place in found:
         inside = list(dict(modules)[place].modules())
         if not place or any(isinstance(module, LoRALinear) for module in inside):
-            owner = next(trained[id(t)] for m in inside for _, t in _own(m) if id(t) in trained)
+            owner = next(owner for name, owner in trained.items() if _within(name, [place]))
             what = f"{place}, which has an adapter" if place else "the model itself"
             raise ValueError(f"modules_to_save: {owner} has a tensor that is tied to one of {what}: PEFT's format "
                              "cannot hold that; torch.save(lora_state_dict(model), ...) does")  # fmt: skip
@@ -98,23 +99,26 @@ def refuse_shared(model: nn.Module, layers: Collection[str]) -> None:
 
 def under_every_name(model: nn.Module, saved: list[str], state: Mapping[str, torch.Tensor]) -> Tensors:
     """``state`` of :func:`lora_fast.lora_state_dict`, and all tensors of the modules ``saved``; no two share memory."""
-    first = {id(tensor): name for name, tensor in _adapter_tensors(model).items()}
+    first, keys = _first_names(model)
     more = {name: t for name, t in all_tensors(model).items() if name not in state and _within(name, saved)}
     values = stored(model, more)
-    copied = {name: state[first[id(t)]] if id(t) in first else values[name] for name, t in more.items()}
+    copied = {name: state[first[keys[name]]] if keys[name] in first else value for name, value in values.items()}
     return {**state, **{name: tensor.detach().clone() for name, tensor in copied.items()}}
 
 
 def ties_to_cut(model: nn.Module, saved: list[str], state: Mapping[str, torch.Tensor]) -> list[Tie]:
     """The ties of the modules ``saved`` that a model in which ``state`` is right has not: to a tensor that the state
     has not or has with another value."""
-    tensors, names = all_tensors(model), _names(model)
+    keys = identities(model, all_tensors(model))
+    names: dict[Hashable, list[str]] = {}
+    for name, key in keys.items():
+        names.setdefault(key, []).append(name)
     return [
         Tie(place, name, other)
         for place in saved
-        for name, tensor in tensors.items()
+        for name, key in keys.items()
         if _within(name, [place])
-        for other in names[id(tensor)]
+        for other in names[key]
         if not _within(other, [place]) and not (name in state and other in state and _same(state[name], state[other]))
     ]
 
@@ -145,13 +149,13 @@ def under_first_names(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Te
         ValueError: different values for what is one tensor in the model.
     """
     tensors = all_tensors(model)
-    first = {id(tensor): name for name, tensor in _adapter_tensors(model).items()}
+    first, keys = _first_names(model)
     result: Tensors = {}
     for name, new in state.items():
-        own = first.get(id(tensors[name]), name) if name in tensors else name
+        own = first.get(keys[name], name) if name in keys else name
         if not _same(new, result.setdefault(own, new)):
             raise ValueError(f"{name}: is tied to {own} in the model, but the adapter holds other values for it")
-    frozen = {name: t for name in result if (t := tensors.get(name)) is not None and id(t) not in first}
+    frozen = {name: t for name in result if (t := tensors.get(name)) is not None and keys[name] not in first}
     frozen = stored(model, frozen)
     return {name: t for name, t in result.items() if name not in frozen or not _same(t, whole(frozen[name]))}
 
@@ -166,11 +170,40 @@ def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor
 
 
-def _names(model: nn.Module) -> dict[int, list[str]]:
-    names: dict[int, list[str]] = {}
-    for name, tensor in all_tensors(model).items():
-        names.setdefault(id(tensor), []).append(name)
-    return names
+def _first_names(model: nn.Module) -> tuple[dict[Hashable, str], dict[str, Hashable]]:
+    """({identity of a tensor of the adapter: its name in lora_state_dict}, {name of any tensor: its identity})"""
+    own = _adapter_tensors(model)
+    keys = identities(model, {**all_tensors(model), **own})
+    return {keys[name]: name for name in own}, keys
+
+
+def _holders(model: nn.Module) -> dict[str, str]:
+    """{name of a tensor that trains in full, or that is tied to one: the module, of modules_to_save, that has it}"""
+    tensors, full = all_tensors(model), {name for name, m in _modules(model) if _SAVED in vars(m)}
+    keys = identities(model, tensors)
+    owners = {keys[name]: owner for name in tensors if (owner := name.rpartition(".")[0]) in full}
+    found = {name: owners[key] for name, key in keys.items() if key in owners}
+    return {**found, **_copies(model, tensors, found)}
+
+
+def _copies(model: nn.Module, tensors: Tensors, trained: Mapping[str, str]) -> dict[str, str]:
+    """The same of what only has the values of one that trains, where accelerate has offloaded one of them: on disk, and
+    in memory if they came from a GPU, it keeps a copy for each name. Should such two not be tied, it does not matter
+    that both are in the file. Nor are tensors, norms at their beginning, which are the same number all over."""
+    if not any(t.is_meta for t in tensors.values()):
+        return {}
+    kinds: dict[tuple, list[str]] = {}
+    for name in trained:
+        kinds.setdefault((tensors[name].shape, tensors[name].dtype), []).append(name)
+    alike = {name: t for name, t in tensors.items() if name not in trained and (t.shape, t.dtype) in kinds}
+    pairs = {name: [n for n in kinds[t.shape, t.dtype] if t.is_meta or tensors[n].is_meta] for name, t in alike.items()}
+    values = stored(model, {n: tensors[n] for others in pairs.values() for n in others})
+    found: dict[str, str] = {}
+    for name, value in one_by_one(model, {name: tensors[name] for name, others in pairs.items() if others}):
+        same = [other for other in pairs[name] if not value.is_meta and _same(values[other], value)]
+        if same and not (value == value.flatten()[:1]).all():
+            found[name] = trained[same[0]]
+    return found
 
 
 def _outermost(names: list[str]) -> list[str]:

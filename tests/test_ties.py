@@ -11,9 +11,18 @@ pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
 from tied import Tied, bert, llama, outputs, perturbed, t5
 
-from lora_fast import LoRAConfig, add_lora, doctor, load_adapter, lora_state_dict, remove_lora, save_adapter
+from lora_fast import (
+    LoRAConfig,
+    add_lora,
+    doctor,
+    load_adapter,
+    load_lora_state_dict,
+    lora_state_dict,
+    remove_lora,
+    save_adapter,
+)
 from lora_fast.model import _adapter_tensors
-from lora_fast.peft_format import PREFIX, TENSORS
+from lora_fast.peft_format import CONFIG, PREFIX, TENSORS
 
 CASES = {
     "embed": (llama, ["q_proj"], ["embed_tokens"]),
@@ -87,6 +96,62 @@ def test_ours_train_together_and_say_so(case, tmp_path):
     torch.testing.assert_close(outputs(load_adapter(other, tmp_path)), right)
     peft = pytest.importorskip("peft")
     torch.testing.assert_close(outputs(peft.PeftModel.from_pretrained(build(), tmp_path)), right, rtol=1e-5, atol=1e-5)
+
+
+def on_cpu(model, folder):
+    return pytest.importorskip("accelerate").cpu_offload(model, "cpu", offload_buffers=True)
+
+
+def apart(model, folder):
+    """As from a GPU: a copy for each name."""
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return pytest.importorskip("accelerate").cpu_offload(model, "cpu", state_dict=kept)
+
+
+def on_disk(model, folder):
+    return pytest.importorskip("accelerate").disk_offload(model, folder / "disk", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("offload", [on_cpu, apart, on_disk])
+@pytest.mark.parametrize("case", CASES)
+def test_offloaded_models_keep_their_ties(case, offload, tmp_path):
+    """What is saved is what is saved before; what is loaded is PEFT's or refused."""
+    build, targets, saved = CASES[case]
+    config = LoRAConfig(r=2, lora_alpha=8, target_modules=targets, modules_to_save=saved)
+    model = add_lora(build(), config)
+    perturbed(model, _adapter_tensors(model).values())
+    save_adapter(model, tmp_path)
+    right, names = outputs(model), list(lora_state_dict(model))
+    offload(model, tmp_path)
+    for _ in range(2):
+        save_adapter(model, tmp_path / "again")
+        file, again = load_file(tmp_path / TENSORS), load_file(tmp_path / "again" / TENSORS)
+        assert file.keys() == again.keys() and all(torch.equal(again[name], file[name]) for name in file)
+        assert (tmp_path / CONFIG).read_text() == (tmp_path / "again" / CONFIG).read_text()
+        torch.testing.assert_close(outputs(model), right)  # after which the tensors without data are others
+    if offload is not on_cpu:
+        return
+    assert list(lora_state_dict(model)) == names
+    other = offload(add_lora(build(), config), tmp_path)
+    torch.testing.assert_close(outputs(load_adapter(other, tmp_path)), right)
+    load_lora_state_dict(other, lora_state_dict(model))
+    if saved == ["norm"] or {"left", "right"} & set(saved):
+        return  # no tie; a module that PEFT cannot have twice
+    by_peft(build, tmp_path / "theirs", target_modules=targets, modules_to_save=saved)
+    with pytest.raises(ValueError, match="tied to"):
+        load_adapter(other, tmp_path / "theirs")
+    torch.testing.assert_close(outputs(other), right)
+
+
+@pytest.mark.parametrize("offload", [on_cpu, apart, on_disk])
+def test_offloaded_models_get_no_new_ties(offload, tmp_path):
+    """Norms and zero biases are alike at first; two biases that are one are saved once."""
+    model = add_lora(bert(), LoRAConfig(target_modules=["query"], modules_to_save=["transform.LayerNorm"], bias="all"))
+    save_adapter(model, tmp_path)
+    save_adapter(offload(model, tmp_path), tmp_path / "again")
+    assert (tmp_path / CONFIG).read_text() == (tmp_path / "again" / CONFIG).read_text()
+    files = load_file(tmp_path / TENSORS).keys(), load_file(tmp_path / "again" / TENSORS).keys()
+    assert files[0] == files[1] or offload is not on_cpu
 
 
 def test_a_tie_to_an_adapter_is_refused_when_it_would_be_lost(tmp_path):
