@@ -24,7 +24,7 @@ _HAS_HEAD = re.compile(r"(LM|LMHead\w*|DoubleHeadsModel|MTModel|ForConditionalGe
 
 def twins(files: Base, adapter: Path) -> dict[str, str]:
     """{a tensor that trained in full and that the base has not: the one tied to it that the base has}, of the same
-    values in the adapter, so that the tie can stay.
+    values in the adapter, so that the tie can stay. Biases that ``bias="all"`` trained are among them.
 
     Raises:
         ValueError: one without the other; an adapter for a head that the base has not.
@@ -35,7 +35,10 @@ def twins(files: Base, adapter: Path) -> dict[str, str]:
         names = {key.removeprefix(PREFIX): key for key in shapes}
         for name in names:
             layer = name.removesuffix(".lora_B.weight")
-            if layer != name and f"{layer}.weight" not in files.tensors and (other := _tied_head(files, layer)):
+            if layer == name or f"{layer}.weight" in files.tensors:
+                continue
+            shape = [*shapes[names[name]][:1], *shapes.get(names.get(f"{layer}.lora_A.weight", ""), [])[1:]]
+            if other := _tied_head(files, layer, shape):
                 raise ValueError(f"{layer}: has an adapter, but the base's files have no weight of its own for it: it "
                                  f"is tied to {other}, {CUT}; {WAY_OUT}")  # fmt: skip
         entries = settings.modules_to_save
@@ -44,15 +47,20 @@ def twins(files: Base, adapter: Path) -> dict[str, str]:
             for name, key in names.items()
             if ".lora_" not in name and (settings.ensure_weight_tying or any(f"{entry}." in name for entry in entries))
         }
+        biases = {}  # that train where they are: of these the base may have one for several names, too
+        if settings.bias == "all":
+            biases = {name.replace(".base_layer.", "."): key for name, key in names.items() if _is_bias(name)}
+        must = full.keys() if entries else set()
+        full = biases | full
         found = {}
-        for name in full.keys() - files.tensors.keys() if entries else ():
+        for name in full.keys() - files.tensors.keys():
             value = file.get_tensor(full[name])
             alike = [other for other in full.keys() & files.tensors.keys() if shapes[full[other]] == list(value.shape)]
             same = [other for other in alike if torch.equal(value, file.get_tensor(full[other]))]
-            if not same:
+            if not same and name in must:
                 raise ValueError(f"{name}: trained in full (modules_to_save), but the base's files have no such "
                                  f"tensor: it is new, or tied to another one, {CUT}; {WAY_OUT}")  # fmt: skip
-            found[name] = same[0]
+            found.update({name: same[0]} if same else {})
     return found
 
 
@@ -64,7 +72,7 @@ def check_tied(files: Base, config: Mapping[str, Any], changed: list[str], kept:
         ValueError: one of them is tied.
     """
     parts = list(_parts(config))
-    sizes = {part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)}
+    sizes = _vocabularies(config)
     tied = {part.get("vocab_size") for part in parts if part.get("tie_word_embeddings")}
     for name in changed:
         ends = {alias for alias, other in files.aliases.items() if other == name} - kept.keys()
@@ -99,14 +107,20 @@ def _why_tied(files: Base, config: Mapping[str, Any], name: str) -> str | None:
     return None
 
 
-def _tied_head(files: Base, layer: str) -> str | None:
-    """The tensor that an absent layer shares, if it does."""
+def _tied_head(files: Base, layer: str, shape: list[int]) -> str | None:
+    """The tensor that an absent layer, whose weight has this shape, shares, if it does."""
     name = f"{layer}.weight"
     if name in files.aliases:
         return files.aliases[name]
     known = [n for n in files.tensors if _last(n) in VOCABULARY and _rows(files, n)]
-    absent = _last(name) in HEADS and not any(_last(n) in HEADS for n in known)  # else it is there by another name
-    return known[0] if absent and known else None
+    if any(_last(n) in HEADS for n in known):
+        return None  # it is there by another name
+    alike = [n for n, place in files.tensors.items() if place.shape == shape and _rows(files, n)]
+    alike = [n for n in alike if _outside(name) and _last(n) != _last(name)]  # else the same one, by another prefix
+    sizes = _vocabularies(files.config())  # heads have many names, embeddings do not
+    alike = [n for n in alike if "embed" in n or n in known or shape[0] in sizes]
+    found = [n for n in known if n in alike] or alike or (known if _last(name) in HEADS else [])
+    return found[0] if found else None
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -117,11 +131,22 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _parts(part)
 
 
+def _vocabularies(config: Mapping[str, Any]) -> set[int]:
+    return {part["vocab_size"] for part in _parts(config) if isinstance(part.get("vocab_size"), int)}
+
+
 def _rows(files: Base, name: str) -> int | None:
     """How many, if it is a matrix outside the layers, whose names have numbers."""
     shape = files.tensors[name].shape
-    outside = not any(part.isdecimal() for part in name.split(".")[:-2])
-    return shape[0] if len(shape) == 2 and outside else None
+    return shape[0] if len(shape) == 2 and _outside(name) else None
+
+
+def _outside(name: str) -> bool:
+    return not any(part.isdecimal() for part in name.split(".")[:-2])
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith(".bias") and not name.endswith((".modules_to_save.bias", ".original_module.bias"))
 
 
 def _last(name: str) -> str:

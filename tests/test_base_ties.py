@@ -41,6 +41,32 @@ def encoder():
     ))  # fmt: skip
 
 
+def mamba():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.MambaForCausalLM(transformers.MambaConfig(
+        vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, tie_word_embeddings=True,
+    ))  # fmt: skip
+
+
+def whisper():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
+        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, pad_token_id=0,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, bos_token_id=1, eos_token_id=2,
+    ))  # fmt: skip
+
+
+def albert():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.AlbertForMaskedLM(transformers.AlbertConfig(
+        vocab_size=32, embedding_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4,
+    ))  # fmt: skip
+
+
 def saved(model, folder, config=True):
     """The base as a hub has it: config.json without tie_word_embeddings (``config``: with this value)."""
     model.save_pretrained(folder)
@@ -69,6 +95,9 @@ TIED = {
     "T5's encoder": (t5, ["q", "v"], ["encoder.embed_tokens"]),
     "BERT": (bert, ["query"], ["word_embeddings"]),
     "BERT's head": (bert, ["query"], ["decoder"]),
+    "BERT's adapted head": (bert, ["query", "decoder"], None),
+    "ALBERT's adapted head": (albert, ["query", "decoder"], None),
+    "Mamba's adapted head": (mamba, ["lm_head"], None),
 }
 
 
@@ -95,6 +124,32 @@ def test_one_end_alone(case, alone, tmp_path, capsys):
         return  # whatever merges it: transformers ties all to `shared` when it loads
     remove_lora(merge_lora(model)).save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(outputs(type(model).from_pretrained(tmp_path / "merged")), right, rtol=1e-4, atol=1e-4)
+
+
+def test_whispers_head(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    whisper().save_pretrained(tmp_path / "base")
+    save_adapter(add_lora(whisper(), LoRAConfig(target_modules=["proj_out"])), tmp_path / "adapter")
+    assert main(["merge", *(str(tmp_path / name) for name in ("base", "adapter", "out"))]) == 1
+    assert "it is tied to model.decoder.embed_tokens.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["PEFT's", "ours"])
+@pytest.mark.parametrize("build", [bert, albert])
+def test_one_bias_of_two_names(build, ours, tmp_path):
+    """PEFT's bias="all" writes it under both; the base has one."""
+    peft = pytest.importorskip("peft")
+    base = saved(build(), tmp_path / "base")
+    options = {"r": 2, "target_modules": ["query"], "bias": "all"}
+    model = (
+        add_lora(build(), LoRAConfig(**options)) if ours else peft.get_peft_model(build(), peft.LoraConfig(**options))
+    )
+    perturbed(model, [p for p in model.parameters() if p.requires_grad])
+    (save_adapter if ours else peft.PeftModel.save_pretrained)(model, tmp_path / "adapter")
+    right = outputs(peft.PeftModel.from_pretrained(build(), tmp_path / "adapter"))
+    assert main(["merge", str(base), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    merged = type(build()).from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(outputs(merged), right, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
