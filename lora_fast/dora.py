@@ -1,6 +1,6 @@
 """DoRA: a low-rank adapter whose output rows have a length of their own."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -26,7 +26,8 @@ class DoRALinear(LoRALinear):
     Attributes:
         lora_magnitude_vector [out]: m, trainable, in float32 (float64 on such a base), the row norms of
             ``W + scaling * B A`` at the start: the layer then equals the one that it stands for. Made from the weights
-            when they are there: on the meta device only by the first forward after it. A state dict without a
+            when they are there: on the meta device only by the first forward or merge after it, if nothing has brought
+            one by then (``to_empty`` fills it with NaN, and so one can see that). A state dict without a
             magnitude has it made anew if it was that norm until then; one that was trained, or that an earlier part of
             the dict brought, stays.
         save: "auto" or "z", what the backward of the magnitude reads (see :func:`lora_fast.functional.dora_linear`).
@@ -73,12 +74,30 @@ class DoRALinear(LoRALinear):
                 raise ValueError("weight: has rows whose norm is not finite, expected finite ones to start DoRA from")
             write(stored(self, "lora_magnitude_vector"), norm)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        m = self._parameters.get("lora_magnitude_vector")  # None in FSDP1
+        was_meta = m is not None and m.is_meta
+        super()._apply(fn, recurse)
+        m = self._parameters.get("lora_magnitude_vector")
+        if was_meta and m is not None and has_data(m):  # it holds what happened to be in the memory
+            self._magnitude_is_set = False
+            m.detach().fill_(torch.nan)
+        return self
+
+    def _magnitude_came(self) -> bool:
+        """Whether something has put a magnitude into a layer that was made without data. The parameter is present."""
+        m = self.lora_magnitude_vector.detach()
+        self._magnitude_is_set = has_data(m) and not bool(whole(m).isnan().all())
+        return self._magnitude_is_set
+
     @torch.no_grad()
     def _magnitude_is_norm(self) -> bool:
-        """Whether it is what :meth:`reset_magnitude` made it, but for roundings."""
-        if not self._magnitude_is_set:
+        """Whether it is what :meth:`reset_magnitude` made it, but for roundings, or not there yet."""
+        if not (self._magnitude_is_set or has_data(stored(self, "lora_magnitude_vector"))):
             return True
         with present(self):
+            if not (self._magnitude_is_set or self._magnitude_came()):
+                return True
             m, norm = self.lora_magnitude_vector, self._norm()
             if not (has_data(m) and has_data(norm)):
                 return not has_data(m)
@@ -86,7 +105,7 @@ class DoRALinear(LoRALinear):
             return torch.allclose(m.to(norm.dtype), norm, rtol=rtol, atol=0)
 
     def _adapted(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._magnitude_is_set:
+        if not (self._magnitude_is_set or self._magnitude_came()):
             if who := keeper(self):
                 raise RuntimeError(
                     f"lora_magnitude_vector: is not made yet, and would be lost in the keeping of {who}; call "
@@ -108,7 +127,7 @@ class DoRALinear(LoRALinear):
     def merged_weight(self, original: torch.Tensor | None = None) -> torch.Tensor:
         """``(m / n) * (W + scaling * B A)`` [out, in], in float32 or better; W, also in n, is the base weight, or
         ``original`` [out, in]."""
-        if not self._magnitude_is_set:
+        if not (self._magnitude_is_set or self._magnitude_came()):
             self.reset_magnitude()
         v = super().merged_weight(original)
         return v * dora_gain(self.lora_magnitude_vector.detach(), torch.linalg.vector_norm(v, dim=1))[:, None]
@@ -116,12 +135,17 @@ class DoRALinear(LoRALinear):
     def merge(self, safe_merge: bool = False, original: torch.Tensor | None = None) -> None:
         """As :meth:`lora_fast.LoRALinear.merge`."""
         if not self._magnitude_is_set:
-            self.reset_magnitude()
+            settle(self)
+            with present(self):
+                came = self._magnitude_came()
+            if not came:
+                self.reset_magnitude()
         super().merge(safe_merge, original)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        magnitude = state_dict.get(prefix + "lora_magnitude_vector")
-        if isinstance(magnitude, torch.Tensor) and has_data(magnitude) and not torch.isfinite(whole(magnitude)).all():
+        m = state_dict.get(prefix + "lora_magnitude_vector")
+        is_own = m is self._parameters.get("lora_magnitude_vector")  # as torch fills a dict up, see _load_unmerged
+        if isinstance(m, torch.Tensor) and has_data(m) and not is_own and not torch.isfinite(whole(m)).all():
             args[-1].append(f"{prefix}lora_magnitude_vector: has elements that are not finite")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)

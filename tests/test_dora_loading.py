@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import tempfile
 
 import pytest
 import torch
@@ -180,3 +181,97 @@ def test_a_magnitude_made_in_a_forward_would_be_lost_in_shards():
     for _ in range(2):
         torch.testing.assert_close(model(x), base(x))
     destroy_process_group()
+
+
+def in_place(model, state):
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, t in model.state_dict().items():
+            t.copy_(state[name])
+
+
+def by_attribute(model, state):
+    for name, t in state.items():
+        at, _, last = name.rpartition(".")
+        setattr(model.get_submodule(at), last, nn.Parameter(t.clone(), requires_grad="lora_" in name))
+
+
+def magnitudes_before_the_rest(model, state):
+    model.to_empty(device="cpu")
+    magnitudes = {name for name in state if "magnitude" in name}
+    with torch.no_grad():
+        for name in magnitudes:
+            model.get_parameter(name).copy_(state[name])
+    model.load_state_dict({name: t for name, t in state.items() if name not in magnitudes}, strict=False)
+
+
+def by_accelerate(model, state):
+    accelerate = pytest.importorskip("accelerate")
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(state, f"{folder}/model.safetensors")
+        accelerate.load_checkpoint_and_dispatch(model, f"{folder}/model.safetensors", {"": "cpu"})
+
+
+def by_dcp(model, state):
+    from torch.distributed import checkpoint as dcp
+
+    model.to_empty(device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        dcp.save(state, checkpoint_id=folder)
+        dcp.load(model.state_dict(), checkpoint_id=folder)
+
+
+WAYS = [in_place, by_attribute, magnitudes_before_the_rest, by_accelerate, by_dcp]
+
+
+@pytest.mark.parametrize("use", ["forward", "merge", "merged_weight", "compile", "later"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_magnitude_that_comes_into_a_model_without_data(way, use):
+    """By whatever way, it is the one that counts, not the norm at the first use."""
+    source, x = nn.Sequential(trained(), nn.ReLU(), DoRALinear(5, 4, r=3)), torch.randn(3, 7)
+    expected = source(x).detach()
+    with torch.device("meta"):
+        model = nn.Sequential(DoRALinear(7, 5, r=3), nn.ReLU(), DoRALinear(5, 4, r=3))
+    way(model, {name: t.clone() for name, t in source.state_dict().items()})
+    if use == "merged_weight":
+        torch.testing.assert_close(model[0].merged_weight(), source[0].merged_weight(), rtol=0, atol=0)
+    elif use == "merge":
+        model[0].merge()
+        model[0].unmerge()
+    elif use == "later":
+        model.load_state_dict({"0.bias": source[0].bias}, strict=False)
+        model = model.to(torch.float64).to(torch.float32)
+    run = torch.compile(model, backend="eager") if use == "compile" else model
+    torch.testing.assert_close(run(x), expected)
+    torch.testing.assert_close(run(x), expected)
+
+
+def test_a_magnitude_that_accelerate_keeps_on_disk(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    from safetensors.torch import save_file
+
+    source, x = nn.Sequential(trained(), nn.ReLU()), torch.randn(3, 7)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = nn.Sequential(DoRALinear(7, 5, r=3), nn.ReLU())
+    devices, kept = {"0": "disk", "1": "cpu"}, str(tmp_path / "kept")
+    accelerate.load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), devices, offload_folder=kept)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), source(x), rtol=0, atol=0)
+
+
+def test_parameters_given_to_one_call():
+    source, x = trained(), torch.randn(3, 7)
+    for _ in range(2):
+        y = torch.func.functional_call(DoRALinear(7, 5, r=3, device="meta"), source.state_dict(), x)
+        torch.testing.assert_close(y, source(x), rtol=0, atol=0)
+
+
+def test_a_layer_that_lost_its_data_and_got_no_magnitude():
+    layer, base, x = trained(), nn.Linear(7, 5), torch.randn(3, 7)
+    layer.to("meta").to_empty(device="cpu")
+    layer.reset_lora_parameters()
+    layer.load_state_dict(base.state_dict(), strict=False)
+    torch.testing.assert_close(layer(x), base(x))
