@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
-from peft.tuners.tuners_utils import onload_layer
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from torch import nn
 
 from lora_fast.fp8 import Fp8Weight
@@ -73,7 +73,7 @@ class KeepingLinear(Linear):
         """Within, the base weight is there and may change. Raises ValueError where it cannot (fp8 in shards, FSDP1)."""
         base = self.base_layer
         if (hook := offloading(base)) is None:
-            if base.weight.is_meta:
+            if base.weight.is_meta and not _has_no_data_anywhere():
                 raise ValueError(AWAY)
             settle(self)
             if place_of_weight(base) is None:
@@ -158,3 +158,12 @@ def _for_an_adapters_file() -> bool:
     while frame is not None and frame.f_code.co_name != "get_peft_model_state_dict":
         frame = frame.f_back
     return frame is not None
+
+
+def _has_no_data_anywhere() -> bool:
+    """Whether PEFT's tuner merges a model in which no hook of accelerate is, to bring data: a layer by itself cannot
+    tell whether one brings its own for a module around."""
+    frame: Any = sys._getframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), BaseTuner):
+        frame = frame.f_back
+    return frame is not None and not any("_hf_hook" in vars(m) for m in frame.f_locals["self"].modules())

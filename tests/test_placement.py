@@ -141,6 +141,20 @@ def test_offloaded_with_more_hooks_or_around(accelerate, kind):
         assert around or kind in OWN or all(map(torch.equal, held, base))
 
 
+@pytest.mark.parametrize("kind", ["peft", "peft dora"])
+def test_a_model_without_data_merges(kind):
+    """As in stock PEFT, where nothing will bring data; a layer by itself does not know that."""
+    model = made(kind).to("meta")
+    model.merge_adapter()
+    assert all(layer.merged for layer in _layers(model))
+    model.unmerge_adapter()
+    layer = _layers(model)[0]
+    with pytest.raises(ValueError, match="on the meta device, without data; where accelerate brings it"):
+        layer.merge()
+    plain = model.merge_and_unload()
+    assert type(plain.up) is nn.Linear and all(p.is_meta for p in plain.parameters())
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
