@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 _CHILDREN = (
     "_adapted_children"  # in the __dict__ of a module: how many there were when the adapters came, which got one
 )
-_NOBODY = nn.Module()
+_EMPTY = nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict  # without children they are nothing at all
 _CLEARED = "_in_place_of_lora"  # in the __dict__ of a module that may take an adapted layer's place
 
 
@@ -37,29 +37,34 @@ def tell_of_freezing(layer: nn.Module, adapter: Iterable[torch.Tensor | None]) -
 
 
 def _has_adapter(module: nn.Module) -> bool:
-    """Of ours, as a layer of its own, a parametrization or a bottleneck; their classes have ``keeps_adapter``."""
-    inside = [module._modules.get(name) for name in ("parametrizations", "bottleneck")]
-    found = [module, *(m for child in inside if child is not None for m in child.modules())]
-    return any(getattr(type(m), "keeps_adapter", False) for m in found)
+    """Of ours, in whatever depth: layers, parametrizations and bottlenecks, whose classes have ``keeps_adapter``."""
+    return any(getattr(type(m), "keeps_adapter", False) for m in module.modules())
+
+
+def _is_innocent(new: nn.Module) -> bool:
+    """Nothing at all, what an adapted layer gave itself, or something that has adapters."""
+    nothing = isinstance(new, _EMPTY) and not new._modules
+    return nothing or any(_CLEARED in vars(m) for m in new.modules()) or _has_adapter(new)
 
 
 def _drops(old: nn.Module, new: nn.Module) -> bool:
-    """Whether the adapter of ``old`` is gone with ``new`` in its place: not where that is a wrapper of it, what it gave
-    itself, has another adapter, or is nothing at all."""
-    if isinstance(new, nn.Identity) or any(m is old or _CLEARED in vars(m) or _has_adapter(m) for m in new.modules()):
+    """Whether the adapters of ``old`` are gone with ``new`` in its place: not where that is a wrapper of it, or what it
+    wraps (as PEFT's unload puts there), or has all its parameters (as what torch.fx or torch.jit trace)."""
+    if _is_innocent(new) or any(m is old for m in new.modules()) or any(m is new for m in old.modules()):
         return False
-    return all(m is not new for m in old.modules())  # what it wraps, as PEFT's unload puts there
+    return not set(map(id, old.parameters())) <= set(map(id, new.parameters()))
 
 
 def _check(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     """Called for every module that is assigned to an attribute, or added; raises where that would drop an adapter."""
-    old = parent._modules.get(name)
+    old = parent._modules[name] if name in parent._modules else None  # noqa: SIM401 - a ScriptModule's has no get
     if old is None or new is None or new is old or not _has_adapter(old) or not _drops(old, new):
         return
     raise RuntimeError(
         f"{name}: a {type(new).__name__} would take the place of a {type(old).__name__} and drop its adapter; resize, "
         "quantise or convert the model before it gets adapters, or leave the adapted layers out, or take the adapters "
-        "out first (remove_lora; of PEFT's layers unload). A layer's own to_linear() may take its place"
+        "out first (remove_lora; of PEFT's layers unload). A layer's own to_linear() may take its place, and anything "
+        "after None was put there"
     )
 
 
@@ -67,21 +72,28 @@ register_module_module_registration_hook(_check)
 
 
 def note_adapted(model: nn.Module) -> None:
-    """Note on each module which of its children have adapters, for :func:`lost`: not every replacement is seen."""
+    """Note on each module which of its children have adapters, in whatever depth, for :func:`lost`: not every
+    replacement is seen."""
     for module in model.modules():
         if names := [name for name, child in module.named_children() if _has_adapter(child)]:
             vars(module)[_CHILDREN] = len(module._modules), names
 
 
 def lost(model: nn.Module) -> list[str]:
-    """Names of the layers in the places of adapted ones, where no module came or went since :func:`note_adapted`."""
+    """Names of what took the places of adapted layers, or of modules around them, where no module came or went since
+    :func:`note_adapted`."""
     found = []
     for at, module in model.named_modules():
         count, names = vars(module).get(_CHILDREN, (0, ()))
-        if len(module._modules) == count:
+        if names and len(module._modules) == count:
             children = [(name, module._modules.get(name)) for name in names]
-            found += [f"{at}.{name}".lstrip(".") for name, m in children if m is not None and _drops(_NOBODY, m)]
+            found += [f"{at}.{name}".lstrip(".") for name, m in children if m is not None and _is_strange(m)]
     return found
+
+
+def _is_strange(module: nn.Module) -> bool:
+    """Whether nothing in it has an adapter, or had one when the adapters came."""
+    return not _is_innocent(module) and not any(_CHILDREN in vars(m) for m in module.modules())
 
 
 def forget_adapted(module: nn.Module) -> None:

@@ -220,6 +220,64 @@ def test_wrappers_of_torchs():
     assert torch.equal(model(ids), y) and len(list(lora_parameters(model))) == 6
 
 
+class Outer(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.net = adapted(kind)
+        self.other = adapted(kind)
+
+    def forward(self, ids):
+        return self.net(ids) + self.other(ids)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "peft"])
+def test_a_module_around_adapted_layers(kind):
+    """Is not replaced by one without adapters; by one that has them, or its parameters, or nothing, it is."""
+    model, ids = Outer(kind), torch.arange(9)
+    y = model(ids)
+    for put in PUTS.values():
+        with pytest.raises(RuntimeError, match="^net: a Net would take the place of a .* and drop its adapter"):
+            put(model, "net", Net())
+    with pytest.raises(RuntimeError, match="^list: a ModuleList would take"):
+        (model.net.base_model.model if kind == "peft" else model.net).list = nn.ModuleList([nn.Linear(8, 8)])
+    model.net, model.other = copy.deepcopy(model.net), nn.Sequential(model.other)
+    assert torch.equal(model(ids), y)
+    if kind == "lora":
+        model.net = torch.jit.trace(model.net, ids, check_trace=False)
+        assert torch.equal(model(ids), y)
+        model.net = Net()  # what is traced says nothing of its adapters
+    model.other = None
+    model.other = Net()
+
+
+@BOTH
+@pytest.mark.parametrize("where", ["net", "net.rest", "net.list"])
+def test_a_replaced_module_that_nobody_saw_is_told_later(where, dora):
+    config = LoRAConfig(target_modules="all-linear", use_dora=dora)
+    model = nn.ModuleDict({"net": Net(), "other": Net()})
+    model = add_lora(model, config)
+    copied = copy.deepcopy(model)
+    parent, _, last = where.rpartition(".")
+    model.get_submodule(parent)._modules[last] = Net().get_submodule(where[4:])
+    for use in (lora_parameters, lora_state_dict, merge_lora, print_trainable_parameters):
+        with pytest.raises(ValueError, match=f"model: has lost adapters: .*{where}"):
+            use(model)
+    copied["net"].rest[0] = nn.Identity()
+    copied["net"].list = nn.ModuleList()
+    copied["net"].rest._modules["0"] = copied["net"].rest[0]
+    assert len(list(lora_parameters(copied))) == (2 + dora) * 4
+    remove_lora(copied)
+    copied["other"] = Net()
+
+
+def test_scripted_modules_are_left_alone():
+    model = torch.jit.script(nn.Sequential(nn.Linear(8, 8)))
+    setattr(model, "0", torch.jit.script(nn.Linear(8, 8)))
+    net = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.Linear(8, 8)))
+    add_lora(net, LoRAConfig(target_modules=["0"]))
+    assert len(list(lora_parameters(net))) == 2
+
+
 # Weights
 
 
