@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils.parametrize import is_parametrized
 
 _CHILDREN = (
     "_adapted_children"  # in the __dict__ of a module: how many there were when the adapters came, which got one
@@ -58,6 +59,8 @@ def _drops(old: nn.Module, new: nn.Module) -> bool:
 def _check(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     """Called for every module that is assigned to an attribute, or added; raises where that would drop an adapter."""
     old = parent._modules[name] if name in parent._modules else None  # noqa: SIM401 - a ScriptModule's has no get
+    if new is old:
+        _check_size(name, new)
     if old is None or new is None or new is old or not _has_adapter(old) or not _drops(old, new):
         return
     raise RuntimeError(
@@ -66,6 +69,29 @@ def _check(parent: nn.Module, name: str, new: nn.Module | None) -> None:
         "out first (remove_lora; of PEFT's layers unload). A layer's own to_linear() may take its place, and anything "
         "after None was put there"
     )
+
+
+def _check_size(name: str, layer: Any) -> None:
+    """Called for a module that is assigned to its own place, as transformers' resize_token_embeddings does at its end:
+    of a computed weight it has resized a copy, and let what that is computed from train."""
+    if not (isinstance(layer, nn.Embedding) and is_parametrized(layer, "weight") and _has_adapter(layer)):
+        return
+    parts = layer.parametrizations.weight
+    asked, (there, *_) = layer.num_embeddings, parts.original.shape
+    if asked != there:
+        layer.num_embeddings = there
+        parts.original.requires_grad_(False)
+        raise RuntimeError(
+            f"{name}: num_embeddings is {asked}, but the weight that its adapter is on has {there} rows and cannot be "
+            "resized; resize before the adapters come, or take them out first (lora_fast.parametrize.remove_lora)"
+        )
+    if parts.original.requires_grad:
+        warnings.warn(
+            f"{name}: the base weight of a parametrized {type(layer).__name__} trains, beside its adapter "
+            "(transformers' resize_token_embeddings makes it so: resize before the adapters come, or freeze "
+            f"{name}.parametrizations.weight.original again)",
+            stacklevel=4,
+        )
 
 
 register_module_module_registration_hook(_check)

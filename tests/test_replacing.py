@@ -150,6 +150,8 @@ def llama(kind, tied):
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules=names))
         patch_peft(model)
         return model
+    if kind is None:
+        return model
     add = parametrize.add_lora if kind == "parametrize" else add_lora
     return add(model, LoRAConfig(target_modules=names, use_dora=kind == "dora"))
 
@@ -189,6 +191,25 @@ def test_a_resized_vocabulary_with_a_tied_head(kind):
     with pytest.raises((ValueError, KeyError), match="got shape|'weight' already exists"):
         model.resize_token_embeddings(20)
         model(torch.arange(4)[None])
+
+
+@BOTH
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_parametrized_embedding_is_not_resized(tied, dora):
+    """Of which transformers would resize a copy, and let the base train."""
+    model, ids = llama(None, tied), torch.arange(9)[None]
+    parametrize.add_lora(model, LoRAConfig(target_modules=["embed_tokens", "q_proj"], use_dora=dora))
+    before, expected, embedding = trained(model), model(ids).logits, model.get_input_embeddings()
+    for size in (20, 12):
+        with pytest.raises(RuntimeError, match=f"^embed_tokens: num_embeddings is {size}, but the weight .* 16 rows"):
+            model.resize_token_embeddings(size)
+        assert trained(model) == before and embedding.num_embeddings == 16
+        assert torch.equal(model(ids).logits, expected)
+    if not tied:
+        with pytest.warns(UserWarning, match="^embed_tokens: the base weight of a parametrized .* trains, .* freeze"):
+            model.resize_token_embeddings(16)
+    parametrize.remove_lora(model).resize_token_embeddings(20)
+    assert model(ids).logits.shape[-1] == 20
 
 
 @BOTH
