@@ -74,18 +74,20 @@ def _check(parent: nn.Module, name: str, new: nn.Module | None) -> None:
 def _check_size(name: str, layer: Any) -> None:
     """Called for a module that is assigned to its own place, as transformers' resize_token_embeddings does at its end:
     of a computed weight it has resized a copy, and let what that is computed from train."""
-    if not (isinstance(layer, nn.Embedding) and is_parametrized(layer, "weight") and _has_adapter(layer)):
+    if not (isinstance(layer, (nn.Embedding, nn.Linear)) and is_parametrized(layer, "weight") and _has_adapter(layer)):
         return
-    parts = layer.parametrizations.weight
-    asked, (there, *_) = layer.num_embeddings, parts.original.shape
-    if asked != there:
+    base: Any = layer.get_submodule("parametrizations.weight")
+    parts = list(base.parameters(recurse=False))  # one, but for others' parametrizations
+    there = next(len(m.lora_B) for m in base if _has_adapter(m))
+    if (asked := getattr(layer, "num_embeddings", there)) != there:
         layer.num_embeddings = there
-        parts.original.requires_grad_(False)
+        for p in parts:
+            p.requires_grad_(False)
         raise RuntimeError(
             f"{name}: num_embeddings is {asked}, but the weight that its adapter is on has {there} rows and cannot be "
             "resized; resize before the adapters come, or take them out first (lora_fast.parametrize.remove_lora)"
         )
-    if parts.original.requires_grad:
+    if any(p.requires_grad for p in parts):
         warnings.warn(
             f"{name}: the base weight of a parametrized {type(layer).__name__} trains, beside its adapter "
             "(transformers' resize_token_embeddings makes it so: resize before the adapters come, or freeze "

@@ -208,6 +208,9 @@ def test_a_parametrized_embedding_is_not_resized(tied, dora):
     if not tied:
         with pytest.warns(UserWarning, match="^embed_tokens: the base weight of a parametrized .* trains, .* freeze"):
             model.resize_token_embeddings(16)
+        parametrize.remove_lora(model)
+        with pytest.warns(UserWarning, match="^lm_head: the base weight of a parametrized .* trains"):
+            parametrize.add_lora(model, LoRAConfig(target_modules=["lm_head"])).resize_token_embeddings(16)
     parametrize.remove_lora(model).resize_token_embeddings(20)
     assert model(ids).logits.shape[-1] == 20
 
