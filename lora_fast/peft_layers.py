@@ -13,7 +13,7 @@ from lora_fast.fp8 import Fp8Weight, as_plain
 from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.gather import whole
 from lora_fast.merged_state import TO_COME
-from lora_fast.peft_merging import KeepingLinear
+from lora_fast.peft_merging import KeepingLinear, for_an_adapters_file
 from lora_fast.peft_rules import active, examine, is_dora, parameter, why_not_this_call
 from lora_fast.reference import dora_scale
 from lora_fast.replacing import tell_of_freezing
@@ -158,10 +158,14 @@ class FastLinear(KeepingLinear):
         return lora_linear(x, weight, a, b, scaling, bias, p, dropout.training, save_x=self.save_x)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in PEFT, but for the fp8 weight of a head, which PEFT's files take along: that is plain there."""
+        """As in PEFT, but for the weight of a head, which PEFT's files take along: if it is fp8 it is plain there, and
+        in such a file it is what a merge kept."""
         destination = super().state_dict(*args, **kwargs)
+        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
+        if self.merged and for_an_adapters_file():
+            kept = {f"{prefix}base_layer.{name}": t for name, t in self._both_kept().items()}
+            destination.update({key: t for key, t in kept.items() if t is not None and key in destination})
         if self.is_embedding:
-            prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
             destination[f"{prefix}base_layer.weight"] = as_plain(destination[f"{prefix}base_layer.weight"])
         return destination
 

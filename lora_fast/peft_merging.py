@@ -138,7 +138,7 @@ class KeepingLinear(Linear):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged and not _for_an_adapters_file():
+        if self.merged and not for_an_adapters_file():
             add_kept(self._both_kept(), destination, prefix, keep_vars)
 
     def _both_kept(self) -> dict[str, torch.Tensor | None]:
@@ -152,7 +152,7 @@ class KeepingLinear(Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _for_an_adapters_file() -> bool:
+def for_an_adapters_file() -> bool:
     """Whether PEFT itself takes the state dict, to pick an adapter from it by ``lora_`` in the keys."""
     frame: Any = sys._getframe()
     while frame is not None and frame.f_code.co_name != "get_peft_model_state_dict":
