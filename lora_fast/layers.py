@@ -10,7 +10,7 @@ from torch import nn
 from lora_fast import fsdp1
 from lora_fast.fp8 import Fp8Weight, is_fp8, is_opaque
 from lora_fast.functional import FLOATS, lora_linear
-from lora_fast.gather import whole
+from lora_fast.gather import is_sharded, whole
 from lora_fast.layer_rules import (
     BASE_DTYPES,
     _check_hyperparameters,
@@ -21,7 +21,7 @@ from lora_fast.layer_rules import (
     why_not_lora,
 )  # fmt: skip
 from lora_fast.merged_state import add_kept, read_base
-from lora_fast.placement import place_of_weight, present, write
+from lora_fast.placement import kind_of, offloading, place_of_weight, present, write
 from lora_fast.replacing import cleared, tell_of_freezing
 
 
@@ -118,7 +118,19 @@ class LoRALinear(nn.Linear):
         return layer.train(linear.training)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in ``nn.Module``. Raises TypeError for a weight that the layer could not compute with (torchao's)."""
+        """As in ``nn.Module``.
+
+        Raises:
+            TypeError: a weight that the layer could not compute with (torchao's).
+            ValueError: another weight while the layer is merged, which would end the merge without a word.
+        """
+        if name == "weight" and self._buffers.get("unmerged_weight") is not None:
+            held = self._parameters.get(name)  # not there while FSDP1 changes it
+            if held is not None and held is not param:
+                raise ValueError(
+                    "weight: the layer is merged; unmerge_lora first, then assign a weight, or tie it (tie_weights and "
+                    "resize_token_embeddings of transformers do), expected no other one until then"
+                )
         if name == "weight" and param is not None and is_opaque(param):
             raise TypeError(
                 f"weight: got a {type(param).__name__}, which a {type(self).__name__} cannot compute with; quantise "
@@ -240,28 +252,36 @@ class LoRALinear(nn.Linear):
                 )
             self.weight.check_original(original)
         place = place_of_weight(self)
-        with present(self):
-            merged = self.merged_weight(original).to(self.weight.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError("safe_merge: the merged weight has NaN or infinite elements; the layer stays unmerged")
-        if place is None:
-            self.register_buffer("unmerged_weight", self.weight, persistent=False)
-            self.weight = nn.Parameter(merged, requires_grad=False)
-        else:
-            self.register_buffer("unmerged_weight", place.detach().clone(), persistent=False)
-            write(place, merged)
+        with kind_of(self.weight):
+            with present(self):
+                merged = self.merged_weight(original).to(self.weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError("safe_merge: the merged weight has NaN or infinite elements; the layer stays unmerged")
+            if place is None:
+                base, self.weight = self.weight, nn.Parameter(merged, requires_grad=False)
+                self.register_buffer("unmerged_weight", base, persistent=False)
+            else:
+                self.register_buffer("unmerged_weight", place.detach().clone(), persistent=False)
+                write(place, merged)
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit; nothing if not merged. Raises ValueError as :meth:`merge` does of a
         weight that cannot be written to; the layer stays merged then."""
         if (base := self.unmerged_weight) is None:
             return
-        if (place := place_of_weight(self)) is None:
+        place = place_of_weight(self)
+        with kind_of(self.weight):
+            self._put_back(base, place)
+
+    def _put_back(self, base: torch.Tensor, place: torch.Tensor | None) -> None:
+        ignored = is_fp8(base) and not is_sharded(self.weight) and offloading(self) is None  # by FSDP2, if it is there
+        if place is None or ignored:
+            self.register_buffer("unmerged_weight", None)
             self.weight = base if isinstance(base, nn.Parameter) else nn.Parameter(base, requires_grad=False)
-        elif is_fp8(base):
+            return
+        if is_fp8(base):
             raise ValueError("weight: is sharded or offloaded, expected it as it was merged to put the fp8 base back")
-        else:
-            write(place, base)
+        write(place, base)
         self.register_buffer("unmerged_weight", None)
 
     def to_linear(self) -> nn.Linear:

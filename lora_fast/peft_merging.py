@@ -13,7 +13,7 @@ from torch import nn
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.gather import is_sharded, whole
 from lora_fast.merged_state import add_kept, read_base
-from lora_fast.placement import AWAY, gathered, in_its_memory, offloading, place_of_weight, settle, write
+from lora_fast.placement import AWAY, gathered, in_its_memory, kind_of, offloading, place_of_weight, settle, write
 
 
 class KeepingLinear(Linear):
@@ -71,11 +71,16 @@ class KeepingLinear(Linear):
     @contextmanager
     def _at_hand(self) -> Iterator[None]:
         """Within, the base weight is there and may change. Raises ValueError where it cannot (fp8 in shards, FSDP1)."""
+        settle(self)
+        with kind_of(self.base_layer.weight), self._at_its_place():
+            yield
+
+    @contextmanager
+    def _at_its_place(self) -> Iterator[None]:
         base = self.base_layer
         if (hook := offloading(base)) is None:
             if base.weight.is_meta and not _has_no_data_anywhere():
                 raise ValueError(AWAY)
-            settle(self)
             if place_of_weight(base) is None:
                 yield
             else:

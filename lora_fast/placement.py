@@ -69,7 +69,15 @@ def keeper(layer: nn.Module) -> str | None:
 def settle(layer: nn.Module) -> None:
     """Have FSDP2 give gathered parameters of the layer up: what is written to them is lost. Not within a forward."""
     if any(getattr(module, "_is_fsdp_managed_module", False) for module in layer.modules()):
-        layer.state_dict()  # before which FSDP2 shards
+        for module in layer.modules():
+            for shard in list(module._state_dict_pre_hooks.values()):  # a state dict itself fails in inference mode
+                shard(module, "", False)
+
+
+def kind_of(t: torch.Tensor) -> torch.inference_mode:
+    """A context in which new tensors are as ``t`` is: what is put in its place in inference mode can be trained over
+    afterwards, too, and what was made there can be written to."""
+    return torch.inference_mode(t.is_inference())
 
 
 @contextmanager

@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_merged_state import KIND, made, merge, mesh, unmerge, weights  # noqa: F401
-from test_patch_peft import stir
+from test_patch_peft import inputs, stir
 from tied import IDS, llama
+from torch import nn
 
-from lora_fast import patch_peft
+from lora_fast import LoRAConfig, add_lora, merge_lora, patch_peft, unmerge_lora
+from lora_fast.fp8 import Fp8Weight
 
 peft = pytest.importorskip("peft")
 
@@ -41,3 +43,114 @@ def test_pefts_file_of_a_merged_model_with_an_adapted_head(fp8, dora, tmp_path):
     if not fp8:  # stock's base would be another
         found = peft.PeftModel.from_pretrained(base, tmp_path / "merged").eval()
         torch.testing.assert_close(found(IDS).logits, model(IDS).logits)
+
+
+@BOTH
+def test_bases_in_8_bits_that_fsdp2_leaves_alone(dora, mesh):  # noqa: F811
+    from torch.distributed.fsdp import fully_shard
+
+    config = LoRAConfig(r=2, target_modules=["0", "2"], use_dora=dora, base_dtype="float8_e4m3")
+    model = stir(add_lora(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 16)), config))
+    x = inputs()
+    expected, bases = model(x).detach(), [layer.weight for layer in (model[0], model[2])]
+    fully_shard(model, mesh=mesh, ignored_params=set(bases))
+    for _ in range(2):
+        merge_lora(model)
+        assert not isinstance(model[0].weight, Fp8Weight)
+        unmerge_lora(model)
+        assert all(layer.weight is base for layer, base in zip((model[0], model[2]), bases, strict=True))
+        torch.testing.assert_close(model(x), expected)
+
+
+@BOTH
+def test_a_weight_that_is_assigned_to_a_merged_layer_is_refused(dora):
+    """As transformers does to tie a head; unmerging would lose it, or it the merge."""
+    model = llama().eval()
+    stir(add_lora(model, LoRAConfig(r=2, target_modules=["lm_head"], use_dora=dora)))
+    expected = model(IDS).logits
+    merge_lora(model)
+    for change in (
+        model.tie_weights,
+        lambda: model.resize_token_embeddings(32),
+        lambda: setattr(model.lm_head, "weight", nn.Parameter(torch.zeros(32, 16))),
+        lambda: setattr(model.lm_head, "weight", None),
+    ):
+        with pytest.raises(ValueError, match="weight: the layer is merged; .*unmerge"):
+            change()
+        torch.testing.assert_close(model(IDS).logits, expected)
+    unmerge_lora(model)
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(model(IDS).logits, expected)
+
+
+@KIND
+def test_merged_layers_are_moved_loaded_and_sharded(kind, mesh):  # noqa: F811
+    """All that puts parameters into a layer without a word to whoever reads this."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    x, source = inputs(), made(kind)
+    expected = source(x).detach()
+    state = copy.deepcopy(source.state_dict())
+    for change in (
+        lambda m: m.double().float(),
+        lambda m: m.load_state_dict(state, assign=True),
+        copy.deepcopy,
+        lambda m: torch.func.functional_call(m, dict(m.named_parameters()), x),
+        lambda m: fully_shard(m, mesh=mesh),
+    ):
+        merge(model := made(kind))
+        change(model)
+        torch.testing.assert_close(model(x), expected)
+    merge(model := made(kind))
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    torch.testing.assert_close(wrapped(x), expected)
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        pass
+    torch.testing.assert_close(wrapped(x), expected)
+
+
+@KIND
+@pytest.mark.parametrize("way", ["plain", "safe", "FSDP2"])
+def test_merged_in_inference_mode_and_trained_after(kind, way, mesh):  # noqa: F811
+    """Merged, too: another adapter may be trained in front of it. The gradients are those without the merge."""
+    from torch.distributed.fsdp import fully_shard
+
+    def gradients(model):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return [getattr(g := p.grad, "full_tensor", lambda g=g: g)() for p in model.parameters() if p.requires_grad]
+
+    model, x = made(kind), inputs()
+    expected, base = gradients(model), weights(model)
+    if way == "FSDP2":
+        fully_shard(model, mesh=mesh)
+    y = model(x).detach()  # FSDP2's forwards fail in inference mode, with any layers
+    with torch.inference_mode():
+        if way == "safe":
+            merge_lora(model, True) if "peft" not in kind else model.merge_adapter(safe_merge=True)
+        else:
+            merge(model)
+    torch.testing.assert_close(model(x).detach(), y)
+    model(x.clone().requires_grad_()).sum().backward()
+    with torch.inference_mode():
+        unmerge(model)
+    assert all(
+        torch.equal(getattr(w, "full_tensor", lambda w=w: w)(), b) for w, b in zip(weights(model), base, strict=True)
+    )
+    for found, g in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(found, g)
+
+
+@KIND
+def test_models_made_in_inference_mode_merge_there_and_outside(kind):
+    with torch.inference_mode():
+        model, x = made(kind), inputs()
+        y = model(x)
+        merge(model)
+        torch.testing.assert_close(model(x), y)
+        unmerge(model)
+    with torch.no_grad():
+        merge(model)
+        unmerge(model)
+        torch.testing.assert_close(model(x), y)
