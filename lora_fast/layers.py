@@ -1,6 +1,7 @@
 """``nn.Linear`` with a low-rank adapter."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -293,6 +294,16 @@ class LoRALinear(nn.Linear):
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
+
+    def parts_of_adapter(self) -> tuple[str, ...]:
+        """Names in a state dict of what a merge is made with."""
+        return self.adapter_names
+
+    def live_values(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Of an unmerged layer: what its weight may be once it is merged, whole."""
+        if getattr(self, "_magnitude_is_set", True):
+            with present(self):
+                yield {"weight": self.merged_weight()}
 
     @property
     def lora_unmerged_weight(self) -> torch.Tensor | None:

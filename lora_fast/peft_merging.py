@@ -1,5 +1,6 @@
 """Merging of PEFT's LoRA linear layer that keeps the base: exact to undo, in shards too, and told in state dicts."""
 
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from torch import nn
 
-from lora_fast.fp8 import Fp8Weight
+from lora_fast.fp8 import Fp8Weight, as_plain
 from lora_fast.gather import is_sharded, whole
 from lora_fast.merged_state import add_kept, read_base
 from lora_fast.placement import AWAY, gathered, in_its_memory, kind_of, offloading, place_of_weight, settle, write
@@ -140,6 +141,31 @@ class KeepingLinear(Linear):
     def lora_unmerged_offset(self) -> torch.Tensor | None:
         """Likewise, of the bias."""
         return self._buffers.get("unmerged_bias")
+
+    def parts_of_adapter(self) -> list[str]:
+        """Names in a state dict of what a merge of the active adapters is made with."""
+        names = [name for name, _ in self.named_parameters() if name.startswith("lora_")]
+        return [name for name in names if name.split(".")[1] in self.active_adapters]
+
+    def live_values(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Of an unmerged layer: what its weight and bias may be once some of its adapters are merged, whole. Of more
+        than four adapters not every choice is tried."""
+        base, held = self.base_layer, dict(self.base_layer._parameters)
+        names = list(self.lora_A)
+        counts = range(1, len(names) + 1) if len(names) <= 4 else (1, len(names))
+        some = [n for n in self.active_adapters if n in names]
+        for chosen in (some, *itertools.chain.from_iterable(itertools.combinations(names, n) for n in counts)):
+            with gathered(self):
+                for name, t in self._base().items():
+                    base._parameters[name] = nn.Parameter(as_plain(t.detach()).clone(), requires_grad=False)
+                try:
+                    super().merge(adapter_names=list(chosen))
+                    values = {name: t.detach().clone() for name, t in self._base().items()}
+                    if self.merged:
+                        super().unmerge()
+                finally:
+                    base._parameters.update(held)
+            yield values
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

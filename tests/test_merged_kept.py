@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_merged_state import KIND, made, merge, mesh, unmerge, weights  # noqa: F401
+from test_merged_state import CASTS, KIND, made, merge, mesh, unmerge, weights  # noqa: F401
 from test_patch_peft import inputs, stir
 from tied import IDS, llama
 from torch import nn
@@ -154,3 +154,64 @@ def test_models_made_in_inference_mode_merge_there_and_outside(kind):
         merge(model)
         unmerge(model)
         torch.testing.assert_close(model(x), y)
+
+
+def taken(model, wanted):
+    return {name: t.detach().clone() for name, t in model.state_dict().items() if wanted(name)}
+
+
+@CASTS
+@KIND
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("base_dtype", [None, "float8_e4m3"], ids=["", "fp8"])
+def test_the_next_base_after_the_adapters_of_a_merged_model(kind, merged, base_dtype, recwarn):
+    """A dict by ``lora_`` in the keys has what was kept, too, without the merged weights, which are not waited for."""
+
+    def fresh(seed):
+        if "peft" not in kind:
+            return made(kind, seed, base_dtype=base_dtype)
+        model = made(kind, seed)
+        patch_peft(model, base_dtype=base_dtype)
+        return model
+
+    source, target, x = fresh(1), fresh(5), inputs()
+    expected, other = source(x).detach(), fresh(1)
+    merge(source)
+    adapters, rest = (taken(source, lambda name, w=w: ("lora_" in name) == w) for w in (True, False))
+    bases = {n: torch.randn_like(t.float()).to(t.dtype) for n, t in rest.items()}
+    other.load_state_dict(bases, strict=False)
+    for then in (rest, bases):  # the merged weights, if they come, are none
+        if merged:
+            merge(target)
+        target.load_state_dict(adapters, strict=False)
+        target.load_state_dict(then, strict=False)
+        if merged and "peft" not in kind:
+            unmerge(target)
+        torch.testing.assert_close(target(x), expected if then is rest else other(x))
+    assert not [w for w in recwarn if "is taken for" in str(w.message)]
+
+
+@pytest.mark.parametrize("merged", [["default"], ["more0"], ["default", "more0"]])
+def test_merged_weights_of_some_adapters_are_known(merged):
+    source, target = (made("peft", seed, more=[{"r": 2}]) for seed in (1, 5))
+    base, x = weights(source), inputs()
+    source.merge_adapter(merged)
+    target.load_state_dict(taken(source, lambda name: "lora_" in name), strict=False)
+    target.load_state_dict(taken(source, lambda name: "lora_" not in name), strict=False)
+    assert all(map(torch.equal, weights(target), base))
+    source.unmerge_adapter()
+    torch.testing.assert_close(target(x), source(x))
+
+
+@KIND
+def test_what_cannot_be_told_is_said(kind):
+    source, target = made(kind), made(kind, 5)
+    base = weights(target)
+    merge(source)
+    target.load_state_dict(taken(source, lambda name: "lora_unmerged" in name), strict=False)
+    bases = {name: torch.randn_like(t) for name, t in taken(source, lambda name: "lora_" not in name).items()}
+    with pytest.warns(UserWarning, match=r"up\..*weight: is taken for the merged weight .* load it once more"):
+        target.load_state_dict(bases, strict=False)
+    assert all(map(torch.equal, weights(target), base))
+    target.load_state_dict(bases, strict=False)
+    assert all(any(torch.equal(w, t) for t in bases.values()) for w in weights(target))
