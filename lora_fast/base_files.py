@@ -135,10 +135,8 @@ def folders_beside(base: Path) -> tuple[dict[str, Path], list[str]]:
     left = []
     for folder in sorted(path for path in base.iterdir() if path.is_dir()):
         inside_it = [] if folder.is_symlink() else sorted(folder.rglob("*"))
-        found, linked = (
-            [path for path in inside_it if not path.is_dir()],
-            any(path.is_dir() and path.is_symlink() for path in inside_it),
-        )
+        found = [path for path in inside_it if not path.is_dir()]
+        linked = any(path.is_dir() and path.is_symlink() for path in inside_it)
         stale = folder.name not in parts and any(holds_weights(path.name) for path in inside_it)
         if folder.name.startswith(".") or folder.is_symlink() or linked or stale:
             left.append(f"{folder.name}/")

@@ -70,7 +70,7 @@ def identities(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[st
     are apart."""
     if not (kept := _kept(model, tensors)):
         return {name: id(tensor) for name, tensor in tensors.items()}
-    found = {name: _in_memory(*kept[id(t)]) if id(t) in kept else t for name, t in tensors.items()}
+    found = {name: in_memory(*kept[id(t)]) if id(t) in kept else t for name, t in tensors.items()}
     return {name: id(tensors[name]) if t is None else _memory(t) for name, t in found.items()}
 
 
@@ -79,10 +79,21 @@ def _kept(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[int, tu
     return dict((id(t), p) for t, p in _offloaded(model)) if any(t.is_meta for t in tensors.values()) else {}
 
 
-def _in_memory(values: Any, name: str) -> torch.Tensor | None:
-    """What the mapping holds in memory under this name; None for what it would read from disk."""
+def on_disk(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of those tensors of a model that accelerate has offloaded to disk."""
+    kept = _kept(model, tensors)
+    return [name for name, t in tensors.items() if id(t) in kept and in_memory(*kept[id(t)]) is None]
+
+
+def all_in_memory(values: Any) -> Mapping[str, torch.Tensor]:
+    """What accelerate keeps in memory where the mapping ``values`` of one module comes from, of all modules."""
     everything = getattr(values, "dataset", values)
-    return getattr(everything, "state_dict", everything).get(getattr(values, "prefix", "") + name)
+    return getattr(everything, "state_dict", everything)
+
+
+def in_memory(values: Any, name: str) -> torch.Tensor | None:
+    """What the mapping holds in memory under this name; None for what it would read from disk."""
+    return all_in_memory(values).get(getattr(values, "prefix", "") + name)
 
 
 def _memory(tensor: torch.Tensor) -> Hashable:

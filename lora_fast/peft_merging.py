@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -185,16 +185,19 @@ class KeepingLinear(Linear):
 
 def for_an_adapters_file() -> bool:
     """Whether PEFT itself takes the state dict, to pick an adapter from it by ``lora_`` in the keys."""
-    frame: Any = sys._getframe()
-    while frame is not None and frame.f_code.co_name != "get_peft_model_state_dict":
-        frame = frame.f_back
-    return frame is not None
+    return _caller(lambda frame: frame.f_code.co_name == "get_peft_model_state_dict") is not None
 
 
 def _has_no_data_anywhere() -> bool:
     """Whether PEFT's tuner merges a model in which no hook of accelerate is, to bring data: a layer by itself cannot
     tell whether one brings its own for a module around."""
-    frame: Any = sys._getframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), BaseTuner):
-        frame = frame.f_back
+    frame = _caller(lambda frame: isinstance(frame.f_locals.get("self"), BaseTuner))
     return frame is not None and not any("_hf_hook" in vars(m) for m in frame.f_locals["self"].modules())
+
+
+def _caller(is_it: Callable[[Any], bool]) -> Any:
+    """The frame of the nearest call under way for which this holds, or None."""
+    frame: Any = sys._getframe()
+    while frame is not None and not is_it(frame):
+        frame = frame.f_back
+    return frame

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_fast.fp8 import is_fp8
-from lora_fast.gather import is_sharded, put, whole
+from lora_fast.gather import all_in_memory, in_memory, is_sharded, put, whole
 
 AWAY = "weight: is on the meta device, without data; where accelerate brings it for a module around, merge before that"
 
@@ -159,14 +159,12 @@ def stored(module: nn.Module, name: str) -> torch.Tensor:
 
 def _offloaded(hook: Any) -> torch.Tensor:
     """The tensor that the hook copies the weight from."""
-    kept = hook.weights_map
-    weight = kept["weight"]
-    if weight is not kept["weight"]:
+    weight = in_memory(hook.weights_map, "weight")
+    if weight is None:
         raise ValueError("weight: is offloaded to disk, expected one in memory (accelerate.cpu_offload) to merge into")
     if is_fp8(weight):
         raise ValueError("weight: got an offloaded fp8 base, expected one that is not; merge before offloading it")
-    everything = getattr(kept, "dataset", kept)
-    others = getattr(everything, "state_dict", everything)  # of those on disk none is the same
-    if sum(t.data_ptr() == weight.data_ptr() for t in others.values()) > 1:
+    others = all_in_memory(hook.weights_map).values()  # of those on disk none is the same
+    if sum(t.data_ptr() == weight.data_ptr() for t in others) > 1:
         raise ValueError("weight: is offloaded and tied to another one, which would change with it; merge before that")
     return weight

@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_fast.config import some
 from lora_fast.dora import DoRALinear
-from lora_fast.gather import at_hand, put, stored, whole
+from lora_fast.gather import at_hand, on_disk, put, stored, whole
 from lora_fast.model import _adapter_tensors, _lora_layers
 from lora_fast.wrappers import plain_name, prefix
 
@@ -55,12 +55,13 @@ def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor
 def _places(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that :func:`load_lora_state_dict` writes into. ValueError without data, or if they are on disk."""
     own = _whole_tensors(model)
-    places, again = stored(model, own), stored(model, own)
+    disk = on_disk(model, own)
+    places = stored(model, {name: tensor for name, tensor in own.items() if name not in disk})
     if missing := [name for name, tensor in places.items() if tensor.is_meta]:
         raise ValueError(f"model: {some(missing)}: on the meta device, without data; give the model its data "
                          "first (to_empty and load_state_dict), then load the adapter")  # fmt: skip
-    if on_disk := [name for name, tensor in places.items() if tensor is not again[name]]:
-        raise ValueError(f"model: {some(on_disk)}: offloaded to disk, where accelerate does not let it change; "
+    if disk:
+        raise ValueError(f"model: {some(disk)}: offloaded to disk, where accelerate does not let it change; "
                          "load the adapter first, then offload the model")  # fmt: skip
     return places
 

@@ -44,7 +44,11 @@ def plain():
 
 
 def adapted(kind, seed=1):
-    model = add_lora(plain(), LoRAConfig(r=3, **KINDS[kind]))
+    return stirred(add_lora(plain(), LoRAConfig(r=3, **KINDS[kind])), seed)
+
+
+def stirred(model, seed):
+    """The model with something added to all that trains."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 pytest.importorskip("safetensors")
+from gather_distributed import stirred
+
 from lora_fast import LoRAConfig, add_lora, load_adapter, load_lora_state_dict, lora_state_dict, save_adapter
 
 ROOT = Path(__file__).parent.parent
@@ -38,13 +40,7 @@ class Model(nn.Sequential):
 
 
 def adapted(kind, seed=1):
-    model = add_lora(Model(), LoRAConfig(r=2, target_modules=["fc", "block.0"], **kind))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter))
-    return model
+    return stirred(add_lora(Model(), LoRAConfig(r=2, target_modules=["fc", "block.0"], **kind)), seed)
 
 
 def on_disk(model, tmp_path):
