@@ -101,8 +101,8 @@ def inputs(case: Case, device: str, copies: int) -> Inputs:
 
 def build(case: Case, t: Inputs) -> tuple[list[Kernel], dict[str, Callable[[int], Tensor]]]:
     """(the kernels, cuBLAS's products by name)."""
-    from lora_fast.kernels import down, gemm, grad, mask, norm
-    from lora_fast.kernels.parts import Dora
+    from lora_fast.kernels import down, gemm, mask, norm, passes
+    from lora_fast.kernels.sums import Dora
 
     _, m, k, n, r = case
     x, dy, ws, a, b, s, ds, seed, bits, grad_a, grad_b, dz, (magnitude, gain, norms, grad_m) = t
@@ -120,17 +120,17 @@ def build(case: Case, t: Inputs) -> tuple[list[Kernel], dict[str, Callable[[int]
         Kernel("mask_bits", P, lambda i: mask.mask_bits(seed, P, m, k), mask_bytes, ""),
         Kernel("down", 0, lambda i: down.down_fwd(x[i], a, 1.0), x_pass, 1.3),
         Kernel("down", P, lambda i: down.down_fwd(x[i], a, 1.0, bits, keep), x_pass + mask_bytes, 1.5),
-        Kernel("up_gemm", 0, lambda i: gemm.gemm(x[i], w, s, b, True), "cublas_up", 1.04),
-        Kernel("dy_pass", 0, lambda i: grad.dy_bwd(dy[i], s, b, 1.0, grad_b), dy_pass, 1.5),
-        Kernel("d_a", 0, lambda i: grad.a_bwd(x[i], ds, grad_a), x_pass, 1.3),
-        Kernel("d_a", P, lambda i: grad.a_bwd(x[i], ds, grad_a, bits), x_pass + mask_bytes, 1.5),
-        Kernel("dx_gemm", 0, lambda i: gemm.gemm(dy[i], w, ds, a, False), "cublas_dx", 1.04),
-        Kernel("dx_gemm", P, lambda i: gemm.gemm(dy[i], w, ds, a, False, None, bits), "cublas_dx", 1.04),
+        Kernel("up_gemm", 0, lambda i: gemm.gemm(x[i], w, s, b, transposed=True), "cublas_up", 1.04),
+        Kernel("dy_pass", 0, lambda i: passes.dy_bwd(dy[i], s, b, 1.0, grad_b), dy_pass, 1.5),
+        Kernel("d_a", 0, lambda i: passes.a_bwd(x[i], ds, grad_a), x_pass, 1.3),
+        Kernel("d_a", P, lambda i: passes.a_bwd(x[i], ds, grad_a, bits), x_pass + mask_bytes, 1.5),
+        Kernel("dx_gemm", 0, lambda i: gemm.gemm(dy[i], w, ds, a, transposed=False), "cublas_dx", 1.04),
+        Kernel("dx_gemm", P, lambda i: gemm.gemm(dy[i], w, ds, a, transposed=False, bits=bits), "cublas_dx", 1.04),
         Kernel("norm", 0, lambda i: norm.norm_fwd(ws[i], a, b, 1.0, magnitude), w_bytes, 1.5),
         Kernel(
             "dora_pass",
             0,
-            lambda i: grad.dy_bwd(dy[i], s, b, 1.0, grad_b, None, 1.0, dora(i)),
+            lambda i: passes.dy_bwd(dy[i], s, b, 1.0, grad_b, None, 1.0, dora(i)),
             dy_pass + 2 * dz[0].nbytes,
             1.5,
         ),

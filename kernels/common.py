@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.launch import INTERPRETED
+from lora_fast.kernels.launchers import INTERPRETED
+from lora_fast.kernels.operands import Operand
 
 COMPILED = tl.constexpr(not INTERPRETED)  # the interpreter has no inline assembly
 TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
@@ -144,7 +145,7 @@ def acc_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def wide(*tensors: torch.Tensor) -> torch.dtype:
+def wide(*tensors: torch.Tensor | Operand) -> torch.dtype:
     """The dtype of sums, norms and gains in memory: float32, float64 if one of the tensors is."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 

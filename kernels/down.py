@@ -8,16 +8,18 @@ For an fp8 base the same launch writes x (or x * gain) in e4m3 with a scale for 
 make S are those that quantise the same rows, so that one of the two reads comes from the cache.
 """
 
+from typing import Generic, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from lora_fast.kernels.cast import CAST_BLOCK, CAST_STEPS, Cast, cast_adapters, cast_blocks, cast_both
 from lora_fast.kernels.common import (
     FP8,
     TL,
     acc_dtype,
     fp8_scale,
-    lift_of,
     load_tile,
     low_scale,
     mask_words,
@@ -28,37 +30,9 @@ from lora_fast.kernels.common import (
     unpack_words,
     wait_for_stream,
 )
-from lora_fast.kernels.launch import Block, Plan, as_scaling, plan_for, scaling_kind, sig
+from lora_fast.kernels.operands import Number, Operand, T, Tiles, as_scaling, launch, run
+from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import casts_first, down_tile, tma_fits
-
-CAST_BLOCK = 4096
-CAST_STEPS = 4  # in the launch that makes S, whose own programs come first
-
-
-@triton.jit
-def _cast(src, dst, block, rows, cols, dst_cols, lift, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """dst [rows, dst_cols] from src [rows, cols], the columns beyond those of src zero; both contiguous. A ``lift``
-    multiplies it."""
-    for step in range(STEPS):
-        i = (block * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        row, col, inside = i // dst_cols, i % dst_cols, i < rows * dst_cols
-        value = tl.load(src + row.to(tl.int64) * cols + col, mask=inside & (col < cols), other=0.0)
-        if lift is not None:
-            value = value.to(tl.float32) * lift
-        tl.store(dst + i, value.to(dst.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, scaling, block, K, N, R, RS, BLOCK: tl.constexpr,
-               STEPS: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr):  # fmt: skip
-    """A [R, K] and then B [N, R], which is padded to [N, RS]."""
-    a_blocks = tl.cdiv(R * K, BLOCK * STEPS)
-    if block < a_blocks:
-        _cast(a_ptr, a_cast_ptr, block, R, K, K, None, BLOCK, STEPS)
-    elif LIFTED:
-        _cast(b_ptr, b_cast_ptr, block - a_blocks, N, R, RS, lift_of(scaling, SCALING_PTR), BLOCK, STEPS)
-    else:
-        _cast(b_ptr, b_cast_ptr, block - a_blocks, N, R, RS, None, BLOCK, STEPS)
 
 
 @triton.jit
@@ -138,127 +112,96 @@ def _down_fwd_kernel(
         tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < RS))
     elif CAST:  # the programs past the last rows, on processors that would idle
         if rank == 0:
-            _cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, scaling, program - tl.cdiv(M, BLOCK_M), K, N, R, RS,
+            cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, scaling, program - tl.cdiv(M, BLOCK_M), K, N, R, RS,
                        CAST_BLOCK, CAST_STEPS, LIFTED, SCALING_PTR)  # fmt: skip
 
 
-@triton.jit
-def _cast_kernel(a_ptr, b_ptr, a_cast_ptr, b_cast_ptr, scaling, K, N, R, RS, CAST_BLOCK: tl.constexpr,
-                 CAST_STEPS: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
-    wait_for_stream(PDL)
-    _cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, scaling, tl.program_id(0), K, N, R, RS, CAST_BLOCK, CAST_STEPS,
-               LIFTED, SCALING_PTR)  # fmt: skip
+class Quantised(NamedTuple, Generic[T]):
+    """A matrix [M, K] in e4m3, and the scales of its rows [M] in float32."""
+
+    x8: T
+    row_scale: T
 
 
-def _cast_blocks(k: int, n: int, r: int, steps: int) -> int:
-    return sum(triton.cdiv(size, CAST_BLOCK * steps) for size in (r * k, n * padded_rank(r)))
-
-
-def cast_plan(
-    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor = 1.0, lifted: bool = False
-) -> Plan:
-    """The launch that casts contiguous a and b for products with x, called with (a, b, a_cast, b_cast, scaling)."""
-    (r, k), n = a.shape, b.shape[0]
-    constants = {"CAST_BLOCK": CAST_BLOCK, "CAST_STEPS": 1, "LIFTED": lifted,
-                 "SCALING_PTR": isinstance(scaling, torch.Tensor)}  # fmt: skip
-    return Plan(_cast_kernel, (_cast_blocks(k, n, r, 1),), constants, {"num_warps": 4}, x, (k, n, r, padded_rank(r)))
-
-
-def down_plan(x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, masked: bool,
-              b: torch.Tensor | None = None, quantised: bool = False, with_gain: bool = False,
-              lifted: bool = False) -> Plan:  # fmt: skip
-    """The launch for these tensors (see the functions below); with b it also casts a and b. Called with (x, a, s, bits,
-    b, a_cast, b_cast, scaling, keep_scale, and x, x8, row_scale, gain if quantised)."""
+def down(
+    x: Operand, a: Operand, s: Operand, scaling: Operand | Number, keep: Number, *, bits: Operand | None = None,
+    cast: Cast[Operand] | None = None, quantised: Quantised[Operand] | None = None, gain: Operand | None = None,
+    lifted: bool = False,
+) -> Launch:  # fmt: skip
+    """S [M, padded R] = scaling * keep * drop(x) A^T from x [M, K], a [R, K] in any float dtype, and the mask's bits.
+    With ``cast`` a is its A, and the copies are made on the way; with ``quantised`` that is filled from x, or from x *
+    gain [K], of which S is then made, too. ``lifted``: B carries a part of the scaling."""
     (m, k), r, tma = x.shape, a.shape[0], tma_fits(x)
-    a_tma = tma and b is None and a.dtype == x.dtype and tma_fits(a)
-    tile, options = down_tile(m, k, r, x.dtype, a.dtype, x.device, tma, masked, quantised, with_gain)
+    a_tma = tma and cast is None and a.dtype == x.dtype and tma_fits(a)
+    tile, options = down_tile(m, k, r, x.dtype, a.dtype, x.device, tma, bits is not None, quantised is not None,
+                              gain is not None)  # fmt: skip
     blocks, n = triton.cdiv(m, tile["BLOCK_M"]), 0
-    if b is not None:
-        n = b.shape[0]
-        blocks += _cast_blocks(k, n, r, CAST_STEPS)
-    if quantised:
+    if cast is not None:
+        n = cast.b.shape[0]
+        blocks += cast_blocks(k, n, r, CAST_STEPS)
+    if quantised is not None:
         blocks *= 1 + tile["BLOCK_M"] // tile["QUANT_ROWS"]
-    constants = {**tile, "ONE": k <= tile["QUANT_K"], "GAIN": with_gain,
-                 "CAST_BLOCK": CAST_BLOCK, "CAST_STEPS": CAST_STEPS, "MASK": masked,
-                 "CAST": b is not None, "LIFTED": lifted, "SCALING_PTR": isinstance(scaling, torch.Tensor),
-                 "TMA": tma, "A_TMA": a_tma, "ACC": acc_dtype(x.dtype), "PRECISION": precision(x.dtype, k),
-                 "DTYPE": TL[x.dtype]}  # fmt: skip
-    ints = (m, k, r, padded_rank(r), n, *x.stride(), *a.stride(), triton.cdiv(k, 32) if masked else 0)
-    descriptors = {0: Block.of(x, [tile["BLOCK_M"], tile["BLOCK_K"]])} if tma else {}
-    if a_tma:
-        descriptors[1] = Block.of(a, [tile["BLOCK_R"], tile["BLOCK_K"]])
-    grid = (blocks, triton.cdiv(padded_rank(r), tile["BLOCK_R"]))
-    return Plan(_down_fwd_kernel, grid, constants, options, x, ints, descriptors)
+    return launch(
+        _down_fwd_kernel, (blocks, triton.cdiv(padded_rank(r), tile["BLOCK_R"])), options, x,
+        x=Tiles(x, [tile["BLOCK_M"], tile["BLOCK_K"]]) if tma else x,
+        a_ptr=Tiles(a, [tile["BLOCK_R"], tile["BLOCK_K"]]) if a_tma else a,
+        s_ptr=s, bits_ptr=bits, scaling=scaling, keep_scale=keep,
+        b_ptr=cast and cast.b, a_cast_ptr=cast and cast.a_copy, b_cast_ptr=cast and cast.b_copy,
+        x_ptr=quantised and x, x8_ptr=quantised and quantised.x8, row_scale_ptr=quantised and quantised.row_scale,
+        gain_ptr=gain, M=m, K=k, R=r, RS=padded_rank(r), N=n,
+        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
+        stride_bits=0 if bits is None else triton.cdiv(k, 32),
+        **tile, ONE=k <= tile["QUANT_K"], CAST_BLOCK=CAST_BLOCK, CAST_STEPS=CAST_STEPS,
+        GAIN=gain is not None, MASK=bits is not None, CAST=cast is not None, LIFTED=lifted,
+        SCALING_PTR=isinstance(scaling, Operand), TMA=tma, A_TMA=a_tma,
+        ACC=acc_dtype(x.dtype), PRECISION=precision(x.dtype, k), DTYPE=TL[x.dtype],
+    )  # fmt: skip
 
 
 def down_fwd(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    scaling: float | torch.Tensor,
-    bits: torch.Tensor | None = None,
+    x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, bits: torch.Tensor | None = None,
     keep_scale: float = 1.0,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """S [M, padded_rank(R)] from x [M, K], a [R, K] in any float dtype, mask bits of x or None, and what kept elements
     are multiplied by."""
-    s, scaling = x.new_empty(x.shape[0], padded_rank(a.shape[0])), as_scaling(scaling)
+    s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
     if x.shape[0]:
-        key = ("down", sig(x), sig(a), bits is None, scaling_kind(scaling), precision(x.dtype, x.shape[1]))
-        plan = plan_for(key, down_plan, x, a, scaling, bits is not None)
-        plan(x, a, s, bits, None, None, None, scaling, keep_scale, None, None, None, None)
+        run(down, x=x, a=a, s=s, scaling=as_scaling(scaling), keep=float(keep_scale), bits=bits)
     return s
 
 
 def quantise_fwd(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    scaling: float | torch.Tensor,
-    bits: torch.Tensor | None = None,
-    keep_scale: float = 1.0,
-    gain: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, bits: torch.Tensor | None = None,
+    keep_scale: float = 1.0, gain: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """S as ``down_fwd`` gives it, of x * gain [K] if that is given, and x (or that product) in e4m3: [M, K], and the
     scales of its rows [M] in float32."""
-    s, scaling = x.new_empty(x.shape[0], padded_rank(a.shape[0])), as_scaling(scaling)
-    x8, row_scale = quantised_space(x)
+    s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
+    quantised = x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
     if x.shape[0]:
-        key = ("quantise", sig(x), sig(a), bits is None, gain is None, scaling_kind(scaling),
-               precision(x.dtype, x.shape[1]))  # fmt: skip
-        plan = plan_for(key, down_plan, x, a, scaling, bits is not None, None, True, gain is not None)
-        plan(x, a, s, bits, None, None, None, scaling, keep_scale, x, x8, row_scale, gain)
-    return s, x8, row_scale
-
-
-def quantised_space(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-def cast_wanted(kinds: tuple[torch.dtype, torch.dtype, torch.dtype], r: int) -> bool:
-    """Whether the product needs copies of the adapters, for these dtypes of x, a and b: in x's, b with rows of a
-    multiple of 16 bytes."""
-    return not kinds[0] == kinds[1] == kinds[2] or r * kinds[0].itemsize % 16 != 0
+        run(down, x=x, a=a, s=s, scaling=as_scaling(scaling), keep=float(keep_scale), bits=bits,
+            quantised=Quantised(*quantised), gain=gain)  # fmt: skip
+    return s, *quantised
 
 
 def down_cast_fwd(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scaling: float | torch.Tensor,
-    bits: torch.Tensor | None = None,
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor, bits: torch.Tensor | None = None,
     keep_scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """S as ``down_fwd`` gives it, and copies in x's dtype of contiguous a [R, K] and of b [N, R], which is padded with
     zeros to [N, padded_rank(R)]. x has rows."""
-    s, scaling = x.new_empty(x.shape[0], padded_rank(a.shape[0])), as_scaling(scaling)
-    a_cast, b_cast = cast_space(x, a, b)
-    if casts_first(len(x), len(a), x.dtype, bits is not None):
-        plan_for(("cast", sig(x), sig(a), sig(b)), cast_plan, x, a, b)(a, b, a_cast, b_cast, 1.0)
-        return down_fwd(x, a_cast, scaling, bits, keep_scale), a_cast, b_cast
-    key = ("down", sig(x), sig(a), sig(b), bits is None, scaling_kind(scaling), precision(x.dtype, x.shape[1]))
-    plan = plan_for(key, down_plan, x, a, scaling, bits is not None, b)
-    plan(x, a, s, bits, b, a_cast, b_cast, scaling, keep_scale, None, None, None, None)
-    return s, a_cast, b_cast
+    s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
+    cast = Cast(a, b, x.new_empty(a.shape), x.new_empty(b.shape[0], padded_rank(b.shape[1])))
+    run(cast_and_down, x=x, cast=cast, s=s, scaling=as_scaling(scaling), keep=float(keep_scale), bits=bits)
+    return s, cast.a_copy, cast.b_copy
 
 
-def cast_space(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(a.shape), x.new_empty(b.shape[0], padded_rank(b.shape[1]))
+def cast_and_down(
+    x: Operand, cast: Cast[Operand], s: Operand, scaling: Operand | Number, keep: Number, *,
+    bits: Operand | None = None, quantised: Quantised[Operand] | None = None, lifted: bool = False,
+) -> list[Launch]:  # fmt: skip
+    """``down`` for adapters that need copies, which are made with it or ahead of it."""
+    if casts_first(len(x), len(cast.a), x.dtype, bits is not None):
+        made = down(x, cast.a_copy, s, scaling, keep, bits=bits, quantised=quantised, lifted=lifted)
+        return [cast_adapters(x, cast, scaling, lifted), made]
+    return [down(x, cast.a, s, scaling, keep, bits=bits, cast=cast, quantised=quantised, lifted=lifted)]

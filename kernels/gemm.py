@@ -33,7 +33,9 @@ from lora_fast.kernels.common import (
     unpack_words,
     wait_for_stream,
 )
-from lora_fast.kernels.launch import INTERPRETED, Block, Plan, plan_for, sig
+from lora_fast.kernels.launchers import INTERPRETED
+from lora_fast.kernels.operands import Operand, Tiles, launch, run
+from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import gemm_tile, n_programs, tma_fits
 
 
@@ -230,66 +232,52 @@ def _gemm_kernel(
                 words = _words(bits_ptr, row_next, col_next, M, stride_bits, BLOCK_M, BLOCK_N)
 
 
-def gemm_plan(
-    x: torch.Tensor, w: torch.Tensor, q: torch.Tensor, out: torch.Tensor, transposed: bool, with_bias: bool,
-    masked: bool, with_gain: bool = False, keep_z: bool = False,
-) -> Plan:  # fmt: skip
-    """The launch for these tensors (see ``gemm``); called with (x, w, p, q, out, z, gain, bias, bits, x_scale,
-    w_scale)."""
+def product(
+    x: Operand, w: Operand, p: Operand, q: Operand, out: Operand, *, transposed: bool, bias: Operand | None = None,
+    bits: Operand | None = None, gain: Operand | None = None, z: Operand | None = None, x_scale: Operand | None = None,
+    w_scale: Operand | None = None,
+) -> Launch:  # fmt: skip
+    """out = gain * (x w^T + p q^T) + bias if transposed (w [N, C], q [N, R]), else x w + mask * (p q) ([C, N], [R, N]).
+
+    x [M, C], w, p [M, padded R] (contiguous) and q in one dtype, rows of p and q contiguous; bits are of a mask of
+    out's shape (transposed has none). With z, [M, N] and contiguous, that is filled with the sum before gain and bias.
+    With scales, [M] of x's rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and out in a wider
+    dtype.
+    """
     (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
-    fp8, kind = x.dtype == FP8, out.dtype
+    fp8, kind, masked, w_t = x.dtype == FP8, out.dtype, bits is not None, transposed or x.dtype == FP8
     exact, tma = precision(kind, r if fp8 else c), tma_fits(x, w, out, q)
-    tile, options = gemm_tile(x.dtype, kind, x.device, tma, masked, exact, keep_z, r)
+    tile, options = gemm_tile(x.dtype, kind, x.device, tma, masked, exact, z is not None, r)
     programs = n_programs(x.device)
-    bm, bn, bc = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_C"]
+    bm, bn, bc, br = (tile[f"BLOCK_{axis}"] for axis in "MNCR")
     # float16 over a scale leaves its range; beside an fp8 product bfloat16's digits are enough.
     over = torch.float32 if INTERPRETED else torch.bfloat16
-    steps = triton.cdiv(r, tile["BLOCK_R"]) if fp8 and masked else 0
-    constants = {**tile, "PROGRAMS": programs, "RANK_STEPS": steps, "W_T": transposed or fp8, "Q_T": transposed,
-                 "FP8": fp8, "TMA": tma, "KEEP_Z": keep_z, "GAIN": with_gain, "BIAS": with_bias, "MASK": masked,
-                 "KIND": TL[over if kind == torch.float16 else kind], "ACC": acc_dtype(kind),
-                 "PRECISION": exact, "DTYPE": TL[kind]}  # fmt: skip
-    blocks, ranks = None, padded_rank(r)
+    steps, ranks = triton.cdiv(r, br) if fp8 and masked else 0, padded_rank(r)
+    read: dict[str, Operand | Tiles | None] = {"x": x, "w": w, "p": p, "q": q, "out": out, "z": z}
     if tma:
-        left, right = [bm, bc], [bn, bc] if transposed or fp8 else [bc, bn]
-        stored = Block.of(out, [bm, bn // (4 if steps else 2)])
-        blocks = {0: Block.of(x, left), 1: Block.of(w, right), 4: stored}
+        stored, left, right = [bm, bn // (4 if steps else 2)], [bm, bc], [bn, bc] if w_t else [bc, bn]
+        read |= {"x": Tiles(x, left), "w": Tiles(w, right), "out": Tiles(out, stored)}
         if steps:
-            left, right = [bm, tile["BLOCK_R"]], [tile["BLOCK_R"], bn // 4]
+            left, right = [bm, br], [br, bn // 4]
         if steps or not fp8:
-            blocks |= {2: Block((m, ranks), (ranks, 1), left), 3: Block.of(q, right)}
-        if keep_z:
-            blocks[5] = stored
-    ints = (m, n, c, r, *x.stride(), *w.stride(), ranks, *q.stride(), triton.cdiv(n, 32) if masked else 0)
-    grid = (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),)
-    return Plan(_gemm_kernel, grid, constants, options, x, ints, blocks)
+            read |= {"p": Tiles(p, left), "q": Tiles(q, right)}
+        if z is not None:
+            read["z"] = Tiles(z, stored)
+    return launch(
+        _gemm_kernel, (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),), options, x,
+        **read, gain_ptr=gain, bias_ptr=bias, bits_ptr=bits, x_scale_ptr=x_scale, w_scale_ptr=w_scale,
+        M=m, N=n, C=c, R=r, stride_xm=x.stride(0), stride_xc=x.stride(1), stride_wr=w.stride(0), stride_wc=w.stride(1),
+        stride_p=ranks, stride_qr=q.stride(0), stride_qc=q.stride(1), stride_bits=triton.cdiv(n, 32) if masked else 0,
+        **tile, PROGRAMS=programs, RANK_STEPS=steps, W_T=w_t, Q_T=transposed, FP8=fp8, TMA=tma, KEEP_Z=z is not None,
+        GAIN=gain is not None, BIAS=bias is not None, MASK=masked, KIND=TL[over if kind == torch.float16 else kind],
+        ACC=acc_dtype(kind), PRECISION=exact, DTYPE=TL[kind],
+    )  # fmt: skip
 
 
-def gemm(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    p: torch.Tensor,
-    q: torch.Tensor,
-    transposed: bool,
-    bias: torch.Tensor | None = None,
-    bits: torch.Tensor | None = None,
-    gain: torch.Tensor | None = None,
-    z: torch.Tensor | None = None,
-    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """``gain * (x w^T + p q^T) + bias`` if transposed (w [N, C], q [N, R]), else ``x w + mask * (p q)`` ([C, N],
-    [R, N]).
-
-    x [M, C], w, p [M, padded R] (contiguous) and q in one dtype, rows of p and q contiguous; bits as ``mask_bits``
-    gives for the result's shape (transposed has no mask). With z, [M, N] and contiguous, that is filled with the sum
-    before gain and bias. With scales, [M] of x's rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q
-    and the result in a wider dtype.
-    """
-    fp8 = scales is not None
-    out = p.new_empty(x.shape[0], w.shape[0 if fp8 or transposed else 1])
+def gemm(x: torch.Tensor, w: torch.Tensor, p: torch.Tensor, q: torch.Tensor, **others) -> torch.Tensor:
+    """The result of ``product``, which says what else it takes."""
+    by_rows = others["transposed"] or x.dtype == FP8
+    out = p.new_empty(x.shape[0], w.shape[0 if by_rows else 1])
     if x.shape[0]:
-        exact, given = precision(p.dtype, 256), [t is not None for t in (bias, bits, gain, z)]
-        key = ("gemm", sig(x), sig(w), sig(q), *given, transposed, exact)
-        plan = plan_for(key, gemm_plan, x, w, q, out, transposed, *given)
-        plan(x, w, p, q, out, z, gain, bias, bits, *(scales or (None, None)))
+        run(product, out=out, x=x, w=w, p=p, q=q, **others)
     return out

@@ -3,14 +3,14 @@
 For Z = dY, P = S it gives dB, and on the way dS = scaling * dY B (from the same tile) and dbias, the column sums (a
 column of ones beside S, or in registers where the tile goes there). For Z = drop(x), P = dS it gives dA^T. A program
 owns BLOCK_N columns and a range of rows, keeps its G in registers and steps through the rows; a second kernel
-(parts.py) adds up the programs' parts.
+(sums.py) adds up the programs' parts.
 
 With DoRA's gain g, dZ = dY * g takes the place of dY: dB = g * (dY^T S) and dS = scaling * dY (g * B), so the products
 still read dY's tile as it is; dZ itself is written for those who come after, and the column sums of dY * z (or y, see
-parts.py) make dm.
+sums.py) make dm.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -28,16 +28,11 @@ from lora_fast.kernels.common import (
     store_tile,
     unpack_words,
     wait_for_stream,
-    wide,
 )
-from lora_fast.kernels.down import down_plan
-from lora_fast.kernels.launch import Block, Plan, Steps, as_scaling, launch, plan_for, scaling_kind, sig
-from lora_fast.kernels.parts import Dora, sum_plan
+from lora_fast.kernels.operands import Number, Operand, Tiles, launch
+from lora_fast.kernels.program import Launch
+from lora_fast.kernels.sums import Dora, Parts, add_parts
 from lora_fast.kernels.tiles import grad_splits, grad_tile, tma_fits
-
-FUSED_RANK = 32  # the largest rank at which dS comes from the pass that makes dB: its parts grow with the rank
-FUSED_RANK_DORA = 16  # with a gain, whose tiles make twice as many parts, and dZ is there to be read
-WIDE_RANK = 64  # the largest rank at which dB comes from the pass that makes dZ
 
 
 @triton.jit(do_not_specialize=["M", "rows_each"])
@@ -118,170 +113,81 @@ def _grad_kernel(
         tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=(cols[:, None] < N) & (ranks[None, :] < R))
 
 
-class ColumnPass(NamedTuple):
-    """The launches for a pass, and the float32 parts between them: those of dS [column blocks, M, padded R], of the
-    column sums [splits, N], of dm [splits, N] and of G [splits, N, R] (none where rows are not split), one after
-    another."""
+@dataclass(kw_only=True)
+class ColumnPass:
+    """One read of Z = z [M, N], and what is wanted of it: G = Z^T P into the [N, R] view g; dS = scaling * keep * Z B;
+    the column sums; and what ``dora`` says, with whose gain Z * g takes Z's place.
 
-    main: Plan
-    add: Plan | None
-    parts: int  # how many numbers
-    summed: bool  # whether G has parts
-    lifted: bool
+    Its launches leave float32 ``parts`` between them, for which they are given memory.
+    """
 
-    def steps(self, z, p, b, bits, g, ds, sums, scaling, keep_scale, parts, dora: Dora | None = None,
-              row_scale=None) -> Steps:  # fmt: skip
-        gain, norm, kept, dz, dm, again = (None,) * 6 if dora is None else dora
-        main = (z, dz, kept, p, b, bits, gain, parts if g is None or self.summed else g, parts, row_scale,
-                scaling if self.lifted else None)  # fmt: skip
-        if self.add is None:
-            return [(self.main, main)]
-        add = parts, ds, sums, g, scaling, keep_scale, dm, gain, norm, z, *(again or (None,) * 5)
-        return [(self.main, main), (self.add, add)]
+    z: Operand
+    r: int
+    p: Operand | None = None  # [M, padded R]; P, where g is wanted
+    g: Operand | None = None
+    b: Operand | None = None  # [N, at least R]; B, where ds is wanted
+    ds: Operand | None = None
+    sums: Operand | None = None
+    dora: Dora[Operand] | None = None
+    bits: Operand | None = None  # of a mask on Z
+    row_scale: Operand | None = None  # [M]; of an e4m3 Z
+    kind: torch.dtype | None = None  # of the products, where it is not z's
+    scaling: Operand | Number | None = None  # of ds; and where lifted of g
+    keep: Number | None = None
+    lifted: bool = False  # B carries a part of the scaling that P = S lacks, so G gets it here
 
+    def __post_init__(self) -> None:
+        (m, n), self.dtype = self.z.shape, self.kind or self.z.dtype
+        self.dz, self.dm = (None, None) if self.dora is None else (self.dora.dz, self.dora.dm)
+        self.ones = self.sums is not None and self.dora is None  # a column of ones beside P makes the sums
+        ranks, fused = self.r + self.ones, self.ds is not None
+        self.tma = tma_fits(self.z) and (self.dz is None or tma_fits(self.dz))
+        self.tile, self.options, fill = grad_tile(
+            m, n, ranks, self.dtype, self.z.device, self.tma, fused, self.bits is not None,
+            self.dz is not None or self.dm is not None, self.row_scale is not None,
+        )  # fmt: skip
+        col_blocks, splits, rank_blocks, self.rows_each = grad_splits(m, n, ranks, self.tile, fill, self.z.device)
+        self.grid = col_blocks, splits, rank_blocks
+        self.parts = Parts(
+            col_blocks, splits, ds=m * padded_rank(max(self.r, 1)) if fused else 0,
+            sums=0 if self.sums is None else n, dm=0 if self.dm is None else n,
+            g=n * self.r if self.g is not None and splits > 1 else 0,
+        )  # fmt: skip
 
-def column_plan(
-    z: torch.Tensor, r: int, g: torch.Tensor | None, b: torch.Tensor | None = None,
-    scaling: float | torch.Tensor = 1.0, with_sum: bool = False, masked: bool = False, dora: Dora | None = None,
-    kind: torch.dtype | None = None, lifted: bool = False,
-) -> ColumnPass:  # fmt: skip
-    """The launches for Z = z [M, N]: g is the [N, R] view that G goes to, b [N, at least R] what dS is made with.
-    ``kind`` is P's dtype where z is e4m3, with a scale for each row. ``lifted``: b carries a part of the scaling that
-    P = S lacks, so G gets it here."""
-    (m, n), scaled, kind = z.shape, kind is not None, kind or z.dtype
-    rs, ranks = padded_rank(max(r, 1)), r + (with_sum and dora is None)
-    dz, dm = (None, None) if dora is None else (dora.dz, dora.dm)
-    with_dz, with_dm = dz is not None, dm is not None
-    exact = precision(kind, min(z.shape) if b is not None else m)
-    if exact == "tf32" and with_sum and dora is None:
-        exact = "ieee"  # dbias is no product: it stays exact
-    tma = tma_fits(z) and (dz is None or tma_fits(dz))
-    tile, options, fill = grad_tile(m, n, ranks, kind, z.device, tma, b is not None, masked, with_dz or with_dm, scaled)
-    col_blocks, splits, rank_blocks, rows_each = grad_splits(m, n, ranks, tile, fill, z.device)
-    summed = g is not None and splits > 1
-    ds_size, sum_size, dm_size, g_size = (b is not None) * m * rs, with_sum * n, with_dm * n, summed * n * r
-    sum_at = col_blocks * ds_size  # all multiples of 16, which Triton compiles in
-    dm_at = sum_at + -(-splits * sum_size // 16) * 16
-    g_at = dm_at + -(-splits * dm_size // 16) * 16
-    flags = {"WITH_DS": b is not None, "WITH_SUM": with_sum, "WITH_DM": with_dm}
-    constants = {**tile, **flags, "WITH_G": g is not None, "GAIN": dora is not None, "WITH_DZ": with_dz,
-                 "MASK": masked, "SCALED": scaled, "LIFTED": lifted,
-                 "SCALING_PTR": lifted and isinstance(scaling, torch.Tensor), "TMA": tma, "ACC": acc_dtype(kind),
-                 "PRECISION": exact, "DTYPE": TL[kind]}  # fmt: skip
-    # Parts of G lie as the gradient does: [N, R], or [R, N] seen from the side.
-    g_strides = (n * r, *g.stride()) if g is not None else (0, 0, 0)
-    b_strides = b.stride() if b is not None else (0, 0)
-    ints = (m, n, r, rs, rows_each, sum_at, dm_at, g_at if summed else 0, *z.stride(), *b_strides, *g_strides,
-            triton.cdiv(n, 32) if masked else 0)  # fmt: skip
-    blocks = None
-    if tma:
-        blocks = {i: Block.of(t, [tile["BLOCK_M"], tile["BLOCK_N"]]) for i, t in enumerate((z, dz)) if t is not None}
-    main = Plan(_grad_kernel, (col_blocks, splits, rank_blocks), constants, options, z, ints, blocks)
-    sizes, add = (ds_size, sum_size, dm_size, g_size), None
-    if any(sizes):
-        add = sum_plan(z, kind, scaling, flags, dora, splits, col_blocks, sizes, (sum_at, dm_at, g_at), lifted)
-    return ColumnPass(main, add, g_at + splits * g_size, summed, lifted)
+    def launches(self, memory: Operand | None) -> list[Launch]:
+        """Over this memory for the parts, if there are any."""
+        main = self._main(memory)
+        if not any(self.parts[2:]):
+            return [main]
+        assert memory is not None
+        with_ds = self.ds is not None
+        add = add_parts(self.parts, memory, self.z, self.dtype, ds=self.ds, sums=self.sums, g=self.g, dora=self.dora,
+                        scaling=self.scaling if with_ds else None, keep=self.keep if with_ds else None,
+                        lifted=self.lifted)  # fmt: skip
+        return [main, add]
 
-
-def new_parts(z: torch.Tensor, size: int) -> torch.Tensor:
-    return z.new_empty(size, dtype=wide(z))
-
-
-def _source(dy: torch.Tensor, dora: Dora | None) -> tuple[torch.Tensor, Dora | None]:
-    """What a further pass over dZ reads: dZ in memory, or dY and the gain that makes dZ of it."""
-    if dora is None:
-        return dy, None
-    return (dy, Dora(dora.gain)) if dora.dz is None else (dora.dz, None)
-
-
-class DyPass(NamedTuple):
-    """The launches of everything that needs dY: one pass where dS and dB fit it, else several."""
-
-    over_dy: ColumnPass | None
-    ds: Plan | None
-    over_dz: ColumnPass | None  # dB, where it was not made from dY
-
-    @property
-    def parts(self) -> int:
-        return max((step.parts for step in (self.over_dy, self.over_dz) if step is not None), default=0)
-
-    def steps(self, dy, s, b, grad_b, ds, grad_bias, scaling, keep_scale, one, parts, dora: Dora | None) -> Steps:
-        found: Steps = []
-        if self.over_dy is not None:
-            in_it = None if self.over_dz is not None else grad_b
-            found += self.over_dy.steps(dy, s, b if self.ds is None else None, None, in_it, ds, grad_bias, scaling,
-                                        keep_scale, parts, dora)  # fmt: skip
-        source, gain = _source(dy, dora)
-        if self.ds is not None:
-            found.append((self.ds, (source, b, ds, *(None,) * 4, scaling, keep_scale, *(None,) * 4)))
-        if self.over_dz is not None:
-            found += self.over_dz.steps(source, s, None, None, grad_b, None, None, scaling, one, parts, gain)
-        return found
-
-
-def dy_plan(
-    dy: torch.Tensor, r: int, b: torch.Tensor | None, scaling: float | torch.Tensor, grad_b: torch.Tensor | None,
-    grad_bias: torch.Tensor | None, dora: Dora | None, lifted: bool = False,
-) -> DyPass:  # fmt: skip
-    """The launches for these tensors (see ``dy_bwd``; b may have more columns than r, and if ``lifted`` it carries a
-    part of the scaling)."""
-    most = FUSED_RANK if dora is None else FUSED_RANK_DORA
-    source, gain = _source(dy, dora)
-    fused = b is not None and grad_b is not None and r <= most
-    ds = over_dy = over_dz = None
-    if b is not None and not fused:
-        assert gain is None
-        ds = down_plan(source, b.t()[:r], scaling, False, lifted=lifted)
-    in_it = grad_b
-    if dora is not None and grad_b is not None and r > WIDE_RANK:
-        in_it, over_dz = None, column_plan(source, r, grad_b, None, scaling, dora=gain, lifted=lifted)
-    wanted = in_it, grad_bias, dora and dora.dz, dora and dora.dm
-    if fused or any(t is not None for t in wanted):
-        over_dy = column_plan(dy, 0 if in_it is None else r, in_it, b if fused else None, scaling,
-                              grad_bias is not None, dora=dora, lifted=lifted)  # fmt: skip
-    return DyPass(over_dy, ds, over_dz)
-
-
-def needs_dz(r: int, need_ds: bool, need_b: bool) -> bool:
-    """Whether DoRA's dS or dB is made from dZ in memory: at ranks that do not fit the pass over dY, and where dS is
-    wanted without dB."""
-    return (need_ds and (not need_b or r > FUSED_RANK_DORA)) or (need_b and r > WIDE_RANK)
-
-
-def dy_bwd(
-    dy: torch.Tensor,
-    s: torch.Tensor | None,
-    b: torch.Tensor | None,
-    scaling: float | torch.Tensor,
-    grad_b: torch.Tensor | None,
-    grad_bias: torch.Tensor | None = None,
-    keep_scale: float = 1.0,
-    dora: Dora | None = None,
-) -> torch.Tensor | None:
-    """Everything that needs dY [M, N]: returns dS = scaling * keep_scale * dZ B [M, padded R] if b [N, R] is given,
-    and fills grad_b [N, R] from s [M, padded R], grad_bias [N] and what ``dora`` asks for. Without dora dZ is dY."""
-    ds = dy.new_empty(dy.shape[0], padded_rank(b.shape[1])) if b is not None else None
-    if dy.shape[0] == 0:
-        for grad in (grad_b, grad_bias, dora and dora.dm):
-            if grad is not None:
-                grad.zero_()
-        return ds
-    like, scaling = b if b is not None else grad_b, as_scaling(scaling)
-    r = 0 if like is None else like.shape[1]
-    if dora is not None and dora.dz is None and needs_dz(r, b is not None, grad_b is not None):
-        dora = dora._replace(dz=dy.new_empty(dy.shape))
-    key = ("dy", sig(dy), sig(b), sig(grad_b), sig(grad_bias), scaling_kind(scaling), precision(dy.dtype, 256), r,
-           dora and dora.sigs())  # fmt: skip
-    plan = plan_for(key, dy_plan, dy, r, b, scaling, grad_b, grad_bias, dora)
-    launch(plan.steps(dy, s, b, grad_b, ds, grad_bias, scaling, keep_scale, 1.0, new_parts(dy, plan.parts), dora))
-    return ds
-
-
-def a_bwd(x: torch.Tensor, ds: torch.Tensor, grad_a: torch.Tensor, bits: torch.Tensor | None = None) -> None:
-    """Fill grad_a [R, K] with dS^T (mask * x) from x [M, K] and ds [M, padded R]."""
-    if x.shape[0] == 0:
-        grad_a.zero_()
-        return
-    key = ("a_bwd", sig(x), sig(grad_a), bits is None, precision(x.dtype, 256))
-    plan = plan_for(key, column_plan, x, grad_a.shape[0], grad_a.t(), None, 1.0, False, bits is not None)
-    launch(plan.steps(x, ds, None, bits, grad_a, None, None, 1.0, 1.0, new_parts(x, plan.parts)))
+    def _main(self, memory: Operand | None) -> Launch:
+        z, g, b, dora, dz, tile, kind = self.z, self.g, self.b, self.dora, self.dz, self.tile, self.dtype
+        (m, n), block = z.shape, [tile["BLOCK_M"], tile["BLOCK_N"]]
+        exact = precision(kind, m if b is None else min(m, n))
+        if exact == "tf32" and self.ones:
+            exact = "ieee"  # dbias is no product: it stays exact
+        return launch(
+            _grad_kernel, self.grid, self.options, z,
+            z=Tiles(z, block) if self.tma else z, dz=Tiles(dz, block) if self.tma and dz is not None else dz,
+            kept_ptr=dora and dora.kept, p_ptr=self.p, b_ptr=b, bits_ptr=self.bits, gain_ptr=dora and dora.gain,
+            g_ptr=memory if self.parts.g else g, parts_ptr=memory, row_scale_ptr=self.row_scale,
+            scaling=self.scaling if self.lifted else None,
+            M=m, N=n, R=self.r, RS=padded_rank(max(self.r, 1)), rows_each=self.rows_each,
+            sum_at=self.parts.sums_at, dm_at=self.parts.dm_at, g_at=self.parts.g_at if self.parts.g else 0,
+            stride_zm=z.stride(0), stride_zn=z.stride(1),
+            stride_bn=0 if b is None else b.stride(0), stride_br=0 if b is None else b.stride(1),
+            # Parts of G lie as the gradient does: [N, R], or [R, N] seen from the side.
+            stride_gs=0 if g is None else n * self.r, stride_gn=0 if g is None else g.stride(0),
+            stride_gr=0 if g is None else g.stride(1), stride_bits=0 if self.bits is None else triton.cdiv(n, 32),
+            **tile, WITH_G=g is not None, WITH_DS=self.ds is not None, WITH_SUM=self.sums is not None,
+            GAIN=dora is not None, WITH_DZ=dz is not None, WITH_DM=self.dm is not None, MASK=self.bits is not None,
+            SCALED=self.row_scale is not None, LIFTED=self.lifted,
+            SCALING_PTR=self.lifted and isinstance(self.scaling, Operand), TMA=self.tma,
+            ACC=acc_dtype(kind), PRECISION=exact, DTYPE=TL[kind],
+        )  # fmt: skip

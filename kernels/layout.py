@@ -1,13 +1,14 @@
 """What passes from a layer's forward to its backward, and where it lies: all that is small in one piece of memory."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from lora_fast.kernels.cast import cast_wanted
 from lora_fast.kernels.common import padded_rank
-from lora_fast.kernels.down import cast_wanted
-from lora_fast.kernels.launch import Program, View
+from lora_fast.kernels.operands import Operand, rounded
+from lora_fast.kernels.program import Program
 
 MaybeTensor = torch.Tensor | None
 
@@ -58,18 +59,23 @@ class Needs(NamedTuple):
     m: bool
 
 
-def rounded(size: int) -> int:
-    """A size in bytes such that what follows starts well."""
-    return -(-size // 128) * 128
+class Small(NamedTuple):
+    """The small things that a forward makes, operands, None where the problem has none: all of them lie in the ``room``
+    that it leaves for the backward."""
+
+    a: Any  # [R, K] and b [N, padded R] in x's dtype, where the products cannot read the adapters
+    b: Any
+    norm: Any  # [N], DoRA's norm n and gain g
+    gain: Any
+    x_scale: Any  # [M], scales of the rows of an e4m3 x
+    s: Any  # [M, padded R]
 
 
 class Shared:
-    """What a forward and its backward both know of a problem, and where in the ``room`` that the forward leaves the
-    small things lie: a [R, K] and b [N, padded R] in x's dtype where the products cannot read the adapters themselves
-    (in float16 they never do: there b carries a part of the scaling, ``lifted``), DoRA's norm n and gain g [N], the
-    scales of the rows of an e4m3 x [M] (``quantised``: for an fp8 base's product, or to be kept), and S [M, padded R].
-    It serves calls whose tensors agree in dtype, shape, strides and device, and keeps the programs that were made for
-    them."""
+    """What a forward and its backward both know of a problem, and where in the room the small things lie. In float16
+    the products never read the adapters themselves: there b carries a part of the scaling (``lifted``). An e4m3 x
+    (``quantised``) is made for an fp8 base's product, or to be kept. It serves calls whose tensors agree in dtype,
+    shape, strides and device, and keeps the programs that were made for them."""
 
     def __init__(self, lead: torch.Size, k: int, n: int, r: int, kinds: tuple[torch.dtype, torch.dtype, torch.dtype],
                  dora: bool, fp8: bool, quantised: bool) -> None:  # fmt: skip
@@ -80,24 +86,21 @@ class Shared:
         self.cast = self.lifted or cast_wanted(kinds, r)
         self.wide = self.kind.itemsize > 2
         gains = torch.float64 if self.kind == torch.float64 else torch.float32
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "a": ((r, k) if self.cast else (0,), self.kind), "b": ((n, ranks) if self.cast else (0,), self.kind),
-            "norm": ((n if dora else 0,), gains), "gain": ((n if dora else 0,), gains),
-            "x_scale": ((m if quantised else 0,), torch.float32),
-            "s": ((m, ranks), self.kind),
+        self.shapes: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {
+            "a": ((r, k), self.kind) if self.cast else None, "b": ((n, ranks), self.kind) if self.cast else None,
+            "norm": ((n,), gains) if dora else None, "gain": ((n,), gains) if dora else None,
+            "x_scale": ((m,), torch.float32) if quantised else None, "s": ((m, ranks), self.kind),
         }  # fmt: skip
-        self.bytes, self.parts = 0, {}
-        for name, (shape, kind) in shapes.items():
-            size = math.prod(shape) * kind.itemsize
-            self.parts[name] = self.bytes, size, kind, shape
-            self.bytes += rounded(size)
+        self.bytes = sum(rounded(math.prod(found[0]) * found[1].itemsize) for found in self.shapes.values() if found)
         self.forwards: dict[tuple, Program] = {}
         self.backwards: dict[tuple, Program] = {}
 
-    def view(self, room: int, name: str) -> View:
-        """A part of the room, which is a program's argument with this number."""
-        return View(room, *self.parts[name][:3])
-
-    def part(self, made: Made, name: str) -> torch.Tensor:
-        """A part of the room as a tensor: where things are decided once per problem."""
-        return self.view(0, name).of(made).view(self.parts[name][3])
+    def small(self, room: Operand) -> Small:
+        start = 0
+        found: dict[str, Any] = dict.fromkeys(self.shapes)
+        for name, wanted in self.shapes.items():
+            if wanted is not None:
+                shape, kind = wanted
+                found[name] = room.part(shape, kind, start)
+                start += rounded(found[name].nbytes)
+        return Small(**found)

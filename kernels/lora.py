@@ -6,64 +6,67 @@ one for a whole backward: for small problems the host's time is the layer's time
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 
+from lora_fast.kernels.cast import Cast
 from lora_fast.kernels.common import FP8, padded_rank, precision, wide
-from lora_fast.kernels.down import cast_plan, cast_space, down_plan
-from lora_fast.kernels.gemm import gemm_plan
-from lora_fast.kernels.grad import column_plan, dy_plan, needs_dz
-from lora_fast.kernels.launch import Bound, Program, Steps, View, as_scaling, places, scaling_kind
-from lora_fast.kernels.layout import Fp8, Made, MaybeTensor, Needs, Saved, Shared, rounded
-from lora_fast.kernels.mask import keep_count, keep_scale, mask_plan, mask_space, seed_kind
-from lora_fast.kernels.norm import norm_plan
-from lora_fast.kernels.parts import Dora
-from lora_fast.kernels.tiles import casts_first
+from lora_fast.kernels.down import Quantised, cast_and_down, down
+from lora_fast.kernels.gemm import product
+from lora_fast.kernels.layout import Fp8, Made, MaybeTensor, Needs, Saved, Shared
+from lora_fast.kernels.mask import keep_count, keep_scale, mask
+from lora_fast.kernels.norm import norms
+from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling, operand
+from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of, needs_dz
+from lora_fast.kernels.program import Bound, Launch, Program, starts
+from lora_fast.kernels.sums import Dora
+
+Maybe = Any  # an operand (a seed may be a number), None where the problem has none
 
 
-def _names(names: str) -> SimpleNamespace:
-    """A program's arguments by name, numbered."""
-    return SimpleNamespace(**{name: i for i, name in enumerate(names.split())})
+class Forward(NamedTuple):
+    """The arguments of a forward's program, in this order."""
+
+    x: Operand
+    weight: Operand
+    a: Operand
+    b: Operand
+    bias: Maybe
+    magnitude: Maybe
+    y: Operand
+    room: Operand
+    bits: Maybe
+    z: Maybe
+    x8: Maybe
+    w_scale: Maybe
+    seed: Maybe
+    keep_count: Number
+    n_words: Number
+    scaling: Operand | Number
+    keep: Number
 
 
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    return t if t.dim() == 2 else t.view(-1, t.shape[-1])
-
-
-_F = _names("x weight a b bias magnitude y room bits z x8 w_scale seed count words scaling keep")
-
-
-def _forward(aligned: bool, shared: Shared, x, weight, a, b, scaling, bias, seed, magnitude, round_norm, y, z,
-             x8) -> Program:  # fmt: skip
-    at, rows, fp8 = _F, _rows(x), shared.fp8
-    steps: Steps = []
-    if seed is not None:
-        steps.append((mask_plan(seed, mask_space(rows)), (at.seed, at.bits, at.count, at.words)))
-    s, x_scale = shared.view(at.room, "s"), None if x8 is None else shared.view(at.room, "x_scale")
-    a_at, b_at, read, read_at, also = at.a, at.b, a, at.a, None
+def _forward(at: Forward, shared: Shared, round_norm: bool) -> list[Launch]:
+    x, y, small, lifted = at.x.rows(), at.y.rows(), shared.small(at.room), shared.lifted
+    launches, a, b, quantised = [], at.a, at.b, None
+    if at.seed is not None:
+        launches.append(mask(at.seed, at.bits, at.keep_count, at.n_words))
+    if at.x8 is not None:
+        quantised = Quantised(at.x8, small.x_scale)
     if shared.cast:
-        a_at, b_at, also = shared.view(at.room, "a"), shared.view(at.room, "b"), b
-        cast = cast_space(x, a, b)
-        if casts_first(len(rows), len(a), x.dtype, seed is not None):
-            steps.append((cast_plan(rows, a, b, scaling, shared.lifted), (at.a, at.b, a_at, b_at, at.scaling)))
-            (read, _), read_at, also = cast, a_at, None
-        a, b = cast
-    down = down_plan(rows, read, scaling, seed is not None, also, x8 is not None, lifted=shared.lifted)
-    steps.append((down, (at.x, read_at, s, at.bits, at.b, a_at, b_at, at.scaling, at.keep, at.x, at.x8, x_scale, None)))
-    gain = None
-    if magnitude is not None:
-        norm, gain = shared.view(at.room, "norm"), shared.view(at.room, "gain")
-        norms = norm_plan(weight, a, b, scaling, True, round_norm, fp8, y.nbytes // 4, shared.lifted)
-        parts = View(at.y, 0, 4 * norms.parts, torch.float32) if norms.parts else None  # until y is there
-        steps += norms.steps(
-            at.weight, a_at, b_at, at.magnitude, norm, gain, at.w_scale if fp8 else None, at.scaling, parts
-        )
-    up = gemm_plan(x8 if fp8 else rows, weight, b, _rows(y), True, bias is not None, False, gain is not None,
-                   z is not None)  # fmt: skip
-    scales = (x_scale, at.w_scale) if fp8 else (None, None)
-    steps.append((up, (at.x8 if fp8 else at.x, at.weight, s, b_at, at.y, at.z, gain, at.bias, None, *scales)))
-    return Program(len(vars(at)), steps, aligned)
+        a, b = small.a, small.b
+        launches += cast_and_down(x, Cast(at.a, at.b, a, b), small.s, at.scaling, at.keep, bits=at.bits,
+                                  quantised=quantised, lifted=lifted)  # fmt: skip
+    else:
+        launches.append(down(x, a, small.s, at.scaling, at.keep, bits=at.bits, quantised=quantised))
+    if shared.dora:  # whose parts take y's memory, until y is there
+        launches += norms(at.weight, a, b, at.scaling, small.norm, m=at.magnitude, gain=small.gain, w_scale=at.w_scale,
+                          round_norm=round_norm, room=y, lifted=lifted)  # fmt: skip
+    x, x_scale = (at.x8, small.x_scale) if shared.fp8 else (x, None)
+    z = None if at.z is None else at.z.rows()
+    return [*launches, product(x, at.weight, small.s, b, y, transposed=True, bias=at.bias, gain=small.gain, z=z,
+                               x_scale=x_scale, w_scale=at.w_scale)]  # fmt: skip
 
 
 def lora_fwd(
@@ -100,13 +103,12 @@ def lora_fwd(
     scaling = as_scaling(scaling)
     given = x, weight, a, b, bias, magnitude, y, room, bits, z, x8, w_scale, seed, count, m * words, scaling, keep
     key = (
-        seed if seed is None else seed_kind(seed), None if type(scaling) is float else scaling_kind(scaling),
+        None if seed is None else _kind(seed), _kind(scaling),
         precision(shared.kind, 256) if shared.wide else None, round_norm, keep_z,
     )  # fmt: skip
     program = shared.forwards.get(key)
     if program is None or (bound := program.bind(*given)) is None:
-        program, bound = _bound(shared.forwards, key, given, _forward, shared, x, weight, a, b, scaling, bias, seed,
-                                magnitude, round_norm, y, z, x8)  # fmt: skip
+        program, bound = _bound(shared.forwards, key, given, _forward, Forward, shared, round_norm)
     if late is None:
         program.run(bound)
     else:
@@ -115,83 +117,89 @@ def lora_fwd(
     return y, made
 
 
-def _bound(programs: dict[tuple, Program], key: tuple, given: tuple, make: Callable, *args) -> tuple[Program, Bound]:
+def _kind(value: float | int | torch.Tensor) -> object:
+    """What of a scaling or of a seed a program depends on: not the number."""
+    return (value.dtype, value.data_ptr() % 16) if isinstance(value, torch.Tensor) else type(value)
+
+
+def _bound(
+    programs: dict[tuple, Program], key: tuple, given: tuple, make: Callable[..., list[Launch]], args: type, *rest
+) -> tuple[Program, Bound]:
     """The program for what is ``given``, bound to it. Programs are kept under their keys for tensors that start at
-    multiples of 16 bytes, and under longer ones for other tensors; new ones are ``make(whether they do, *args)``."""
-    if (starts := places(given)) is not None:
-        key = *key, starts
+    multiples of 16 bytes, and under longer ones for other tensors; new ones are of ``make(args of operands, *rest)``.
+    """
+    if (found := starts(given)) is not None:
+        key = *key, found
     program = programs.get(key)
     if program is None:
-        program = programs[key] = make(starts is None, *args)
+        at = args(*(operand(i, value) for i, value in enumerate(given)))
+        program = programs[key] = Program(len(given), make(at, *rest), found is None)
     bound = program.bind(*given)
     assert bound is not None
     return program, bound
 
 
-_B = _names(
-    "dy x weight a b y room bits z x8 row_scale columns col_scale dx grad_a grad_b grad_bias grad_m dz dz8 scaling "
-    "keep one own"
-)
+class Backward(NamedTuple):
+    """The arguments of a backward's program, in this order."""
+
+    dy: Operand
+    x: Maybe  # from here on as in ``Saved``
+    weight: Maybe
+    a: Maybe
+    b: Maybe
+    y: Maybe
+    room: Maybe
+    bits: Maybe
+    z: Maybe
+    x8: Maybe
+    row_scale: Maybe
+    columns: Maybe
+    col_scale: Maybe
+    dx: Maybe  # the gradients
+    grad_a: Maybe
+    grad_b: Maybe
+    grad_bias: Maybe
+    grad_m: Maybe
+    dz: Maybe  # dY * g, or that or dY in e4m3
+    dz8: Maybe
+    scaling: Operand | Number
+    keep: Number
 
 
-def _backward(aligned: bool, shared: Shared, needs: Needs, dy, saved, scaling, dx, grad_a, grad_b, grad_bias, grad_m,
-              dz, dz8) -> Program:  # fmt: skip
-    (x, weight, a, b, y), made, fp8 = saved[:5], Made(*saved[5:9]), Fp8(*saved[9:])
-    at, own, r, quantised, masked = _B, 0, shared.r, dz8 is not None, made.bits is not None
-    dy, x_at, x_scale, need_ds = _rows(dy), at.x, None, needs.x or needs.a
-    if x is not None:
-        x = _rows(x)
-    elif needs.a:
-        x, x_at, x_scale = made.x8, at.x8, shared.view(at.room, "x_scale")
-    s, a_at, b_at = None if made.room is None else shared.view(at.room, "s"), at.a, at.b
-    if shared.cast and made.room is not None:
-        a, b = shared.part(made, "a"), shared.part(made, "b")
-        a_at, b_at = shared.view(at.room, "a"), shared.view(at.room, "b")
-    gain = dora = dora_at = None
-    if shared.dora and made.room is not None:
-        gain, norm, again, again_at = shared.view(at.room, "gain"), shared.view(at.room, "norm"), None, None
-        kept, kept_at = (y, at.y) if made.z is None else (made.z, at.z)
-        if needs.m and made.z is None:
-            again = x, weight, shared.part(made, "s"), b, fp8.row_scale
-            again_at = at.x, at.weight, s, b_at, at.row_scale
-        dora = Dora(shared.part(made, "gain"), shared.part(made, "norm"), kept, dz, grad_m, again)
-        dora_at = Dora(gain, norm, kept_at, dz if dz is None else at.dz, at.grad_m, again_at)  # type: ignore[arg-type]
-
-    def new(numbers: int, kind: torch.dtype) -> View:
-        nonlocal own
-        view = View(at.own, own, numbers * kind.itemsize, kind)
-        own += rounded(view.size)
-        return view
-
-    ds = new(shared.m * padded_rank(r), shared.kind) if need_ds else None
-    dz_scale = new(shared.m, torch.float32) if quantised else None
-    b_read = b if need_ds and not quantised else None
-    over_dy, over_x, numbers = dy_plan(dy, r, b_read, scaling, grad_b, grad_bias, dora, shared.lifted), None, 0
-    if grad_a is not None:
-        over_x = column_plan(x, r, grad_a.t(), masked=masked, kind=shared.kind if x.dtype != shared.kind else None)
-        numbers = over_x.parts
-    numbers, kind, parts = max(numbers, over_dy.parts), wide(dy), None
-    if dx is not None and numbers * kind.itemsize <= dx.nbytes:
-        parts = View(at.dx, 0, numbers * kind.itemsize, kind)
-    elif numbers:
-        parts = new(numbers, kind)
-    steps: Steps = []
-    if quantised:
-        quantise = down_plan(dy, b.t()[:r], scaling, False, None, True, shared.dora, shared.lifted)
-        steps.append((quantise, (at.dy, b_at, ds, *(None,) * 4, at.scaling, at.keep, at.dy, at.dz8, dz_scale, gain)))
-    steps += over_dy.steps(at.dy, s, b_read if b_read is None else b_at, grad_b if grad_b is None else at.grad_b, ds,
-                           at.grad_bias, at.scaling, at.keep, at.one, parts, dora_at)  # fmt: skip
-    if over_x is not None:
-        steps += over_x.steps(x_at, ds, None, at.bits, at.grad_a, None, None, at.one, at.one, parts, None, x_scale)
-    if dx is not None:
-        source, source_at, w, w_at, w_scale = dy, at.dy, weight, at.weight, None
-        if quantised:
-            source, source_at, w, w_at, w_scale = dz8, at.dz8, fp8.columns, at.columns, at.col_scale
-        elif dz is not None:
-            source, source_at = dz, at.dz
-        product = gemm_plan(source, w, a, _rows(dx), False, False, masked)
-        steps.append((product, (source_at, w_at, ds, a_at, at.dx, *(None,) * 3, at.bits, dz_scale, w_scale)))
-    return Program(len(vars(at)), steps, aligned, own)
+def _backward(at: Backward, shared: Shared, needs: Needs) -> list[Launch]:
+    dy, r, lifted, scratch = at.dy.rows(), shared.r, shared.lifted, Scratch(at.dy.device)
+    small: Maybe = None if at.room is None else shared.small(at.room)
+    s, a, b = small and small.s, at.a, at.b
+    if shared.cast and small is not None:
+        a, b = small.a, small.b
+    x, x_scale = None if at.x is None else at.x.rows(), None
+    dora = gain = None
+    if shared.dora and small is not None:
+        gain, kept = small.gain, at.y if at.z is None else at.z
+        dora = Dora(gain, small.norm, kept, at.dz, at.grad_m)
+        if needs.m and at.z is None:
+            dora = Dora(gain, small.norm, kept, at.dz, at.grad_m, x, at.weight, s, b, at.row_scale)
+    passes: list[Pass] = []
+    ds: Maybe = scratch.part((shared.m, padded_rank(r)), shared.kind) if needs.x or needs.a else None
+    dz_scale, ds_here = None, ds
+    if at.dz8 is not None:  # the launch that quantises makes dS, too
+        dz_scale, ds_here = scratch.part((shared.m,), torch.float32), None
+        passes.append(down(dy, b.t().first(r), ds, at.scaling, at.keep, quantised=Quantised(at.dz8, dz_scale),
+                           gain=gain, lifted=lifted))  # fmt: skip
+    passes += dy_passes(dy, r, at.scaling, at.keep, s=s, b=b, grad_b=at.grad_b, ds=ds_here, grad_bias=at.grad_bias,
+                        dora=dora, lifted=lifted)  # fmt: skip
+    if at.grad_a is not None:
+        if x is None:
+            x, x_scale = at.x8, small.x_scale
+        passes.append(a_pass(x, ds, at.grad_a, bits=at.bits, row_scale=x_scale))
+    launches = launches_of(passes, wide(dy), scratch, at.dx)
+    if at.dx is None:
+        return launches
+    source, weight = dy if at.dz is None else at.dz, at.weight
+    if at.dz8 is not None:
+        source, weight = at.dz8, at.columns
+    return [*launches, product(source, weight, ds, a, at.dx.rows(), transposed=False, bits=at.bits, x_scale=dz_scale,
+                               w_scale=at.col_scale)]  # fmt: skip
 
 
 def lora_bwd(
@@ -226,16 +234,15 @@ def lora_bwd(
         dz = dy.new_empty(m, n)
     x, weight, _, _, y, room, bits, z, _, _, columns, _ = saved
     scaling = as_scaling(scaling)
-    given = dy, *saved, *grads, dz, dz8, scaling, 1.0 if bits is None else keep_scale(p), 1.0
+    given = dy, *saved, *grads, dz, dz8, scaling, 1.0 if bits is None else keep_scale(p)
     key = (
         needs, dy.stride(), x if x is None else x.stride(), weight if weight is None else weight.stride(), y is None,
         z is None, bits is None, room is None, columns if columns is None else columns.stride(), kinds,
-        None if type(scaling) is float else scaling_kind(scaling),
+        _kind(scaling),
         precision(shared.kind, 256) if shared.wide else None,
     )  # fmt: skip
     program = shared.backwards.get(key)
     if program is None or (bound := program.bind(*given)) is None:
-        program, bound = _bound(shared.backwards, key, given, _backward, shared, needs, dy, saved, scaling, *grads, dz,
-                                dz8)  # fmt: skip
+        program, bound = _bound(shared.backwards, key, given, _backward, Backward, shared, needs)
     program.run(bound)
     return grads

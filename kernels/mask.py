@@ -9,12 +9,15 @@ The first 8 digits decide all but one bit in 256, so four neighbouring words sha
 at the same place of such words, both hang on it once in 65536, and their correlation is no more than that.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from lora_fast.kernels.common import wait_for_stream
-from lora_fast.kernels.launch import Plan, plan_for, sig
+from lora_fast.kernels.operands import Number, Operand, launch, run
+from lora_fast.kernels.program import Launch
 
 
 @triton.jit
@@ -73,19 +76,10 @@ def keep_scale(p: float) -> float:
     return 4096 / keep_count(p)
 
 
-def mask_space(like: torch.Tensor) -> torch.Tensor:
-    """Room for the bits of a matrix [M, K]: int32 [M, ceil(K / 32)]."""
-    return like.new_empty(like.shape[0], triton.cdiv(like.shape[1], 32), dtype=torch.int32)
-
-
-def mask_plan(seed: torch.Tensor | int, bits: torch.Tensor) -> Plan:
-    constants = {"SEED_PTR": isinstance(seed, torch.Tensor), "BLOCK": 256}
-    return Plan(_mask_kernel, (triton.cdiv(bits.numel(), 4 * 256),), constants, {"num_warps": 4}, bits)
-
-
-def seed_kind(seed: torch.Tensor | int | None) -> object:
-    """What of a seed a plan depends on: not the number."""
-    return seed.data_ptr() % 16 if isinstance(seed, torch.Tensor) else type(seed)
+def mask(seed: Operand | Number, bits: Operand, count: Number, words: Number) -> Launch:
+    """bits [M, ceil(K / 32)] from the seed, see ``mask_bits``; count is ``keep_count``, words their number."""
+    return launch(_mask_kernel, (triton.cdiv(math.prod(bits.shape), 4 * 256),), {"num_warps": 4}, bits, seed=seed,
+                  bits_ptr=bits, count=count, n_words=words, SEED_PTR=isinstance(seed, Operand), BLOCK=256)  # fmt: skip
 
 
 def mask_bits(seed: torch.Tensor | int, p: float, m: int, k: int, device: torch.device | None = None) -> torch.Tensor:
@@ -96,7 +90,7 @@ def mask_bits(seed: torch.Tensor | int, p: float, m: int, k: int, device: torch.
     bits = torch.empty(m, triton.cdiv(k, 32), dtype=torch.int32, device=device)
     n = bits.numel()
     if n:
-        plan_for(("mask", sig(bits), seed_kind(seed)), mask_plan, seed, bits)(seed, bits, keep_count(p), n)
+        run(mask, bits=bits, seed=seed, count=keep_count(p), words=n)
     return bits
 
 

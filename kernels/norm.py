@@ -8,14 +8,13 @@ The factored form n^2 = |W|^2 + 2 s rowsum((W A^T) * B) + ... takes as many prod
 cancel; here none do.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from lora_fast.kernels.common import TL, acc_dtype, load_tile, low_scale, wait_for_stream, wide
-from lora_fast.kernels.launch import Plan, Steps, as_scaling, launch, plan_for, scaling_kind, sig
+from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling, launch, run
+from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import norm_has_parts, norm_parts_tile, norm_tile
 
 
@@ -141,56 +140,49 @@ def _gain_kernel(
     _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, GAIN, ROUND, ACC)
 
 
-class NormPass(NamedTuple):
-    """The launches for the norms, and how many float32 numbers lie between them where there are two."""
-
-    main: Plan
-    add: Plan | None
-    parts: int
-
-    def steps(self, w, a, b, m, n, g, w_scale, scaling, parts) -> Steps:
-        if self.add is None:
-            return [(self.main, (w, a, b, m, n, g, w_scale, scaling))]
-        return [(self.main, (w, a, b, parts, w_scale, scaling)), (self.add, (parts, m, n, g))]
-
-
-def norm_plan(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor, with_gain: bool,
-              round_norm: bool, scaled: bool = False, room: int = 2**62, lifted: bool = False) -> NormPass:  # fmt: skip
-    """The launches for these tensors (see ``norm_fwd``), whose parts take no more than ``room`` numbers."""
-    (n, k), r = w.shape, a.shape[0]
+def norms(
+    w: Operand, a: Operand, b: Operand, scaling: Operand | Number, n: Operand, *, m: Operand | None = None,
+    gain: Operand | None = None, w_scale: Operand | None = None, round_norm: bool = False, room: Operand | None = None,
+    lifted: bool = False,
+) -> list[Launch]:  # fmt: skip
+    """The norms n [N] of the rows of w [N, K] + scaling * b a, rounded to w's dtype on request, and with m [N] the gain
+    [N], from a [R, K] and b [N, R] (at least R columns), each in any float dtype. With w_scale [N] row i of W is
+    w_scale[i] * w[i]. What lies between two launches takes the memory of ``room``, if there is enough of it."""
+    (rows, k), r = w.shape, a.shape[0]
     kind, to = torch.promote_types(a.dtype, b.dtype), TL[w.dtype] if round_norm else None
-    ints = *w.stride(), *a.stride(), *b.stride()
-    constants: dict = {"SCALED": scaled, "LIFTED": lifted, "SCALING_PTR": isinstance(scaling, torch.Tensor)}
+    found = {"m_ptr": m, "n_ptr": n, "g_ptr": gain, "N": rows, "GAIN": gain is not None, "ROUND": to}
+    read = {
+        "w_ptr": w, "a_ptr": a, "b_ptr": b, "w_scale_ptr": w_scale, "scaling": scaling, "N": rows, "K": k, "R": r,
+        "stride_wn": w.stride(0), "stride_wk": w.stride(1), "stride_ar": a.stride(0), "stride_ak": a.stride(1),
+        "stride_bn": b.stride(0), "stride_br": b.stride(1),
+        "SCALED": w_scale is not None, "LIFTED": lifted, "SCALING_PTR": isinstance(scaling, Operand),
+    }  # fmt: skip
     if norm_has_parts(r, w.dtype, kind, w.device):
-        tile, options, splits = norm_parts_tile(n, k, w.device)
+        tile, options, splits = norm_parts_tile(rows, k, w.device)
         steps = triton.cdiv(triton.cdiv(k, tile["BLOCK_K"]), splits)
         splits = triton.cdiv(triton.cdiv(k, tile["BLOCK_K"]), steps)
-        if splits * n <= room:
-            grid = triton.cdiv(n, tile["BLOCK_N"]), splits
-            main = Plan(_norm_parts_kernel, grid, {**tile, **constants, "ACC": tl.float32}, options, w,
-                        (n, k, r, steps, *ints))  # fmt: skip
-            constants = {"BLOCK": 128, "GAIN": with_gain, "ROUND": to, "ACC": tl.float32}
-            add = Plan(_gain_kernel, (triton.cdiv(n, 128),), constants, {"num_warps": 4}, w, (splits, n))
-            return NormPass(main, add, splits * n)
-    tile, options = norm_tile(n, r, w.dtype, kind, w.device)
-    constants = {**tile, "ONE": r <= tile["BLOCK_R"], **constants, "GAIN": with_gain, "ROUND": to,
-                 "ACC": acc_dtype(wide(w, a, b)), "PRECISION": "tf32x3" if kind == torch.float32 else "ieee",
-                 "DTYPE": TL[kind]}  # fmt: skip
-    plan = Plan(_norm_kernel, (triton.cdiv(n, tile["BLOCK_N"]),), constants, options, w, (n, k, r, *ints))
-    return NormPass(plan, None, 0)
+        if room is None or room.holds((splits, rows), torch.float32):
+            parts = (Scratch(w.device) if room is None else room).part((splits, rows), torch.float32)
+            return [
+                launch(_norm_parts_kernel, (triton.cdiv(rows, tile["BLOCK_N"]), splits), options, w,
+                       **read, parts_ptr=parts, steps=steps, **tile, ACC=tl.float32),
+                launch(_gain_kernel, (triton.cdiv(rows, 128),), {"num_warps": 4}, w,
+                       **found, parts_ptr=parts, splits=splits, BLOCK=128, ACC=tl.float32),
+            ]  # fmt: skip
+    tile, options = norm_tile(rows, r, w.dtype, kind, w.device)
+    return [launch(_norm_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), options, w, **read | found, **tile,
+                   ONE=r <= tile["BLOCK_R"], ACC=acc_dtype(wide(w, a, b)),
+                   PRECISION="tf32x3" if kind == torch.float32 else "ieee", DTYPE=TL[kind])]  # fmt: skip
 
 
 def norm_fwd(
     w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor, m: torch.Tensor | None = None,
     round_norm: bool = False, w_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """n [N], rounded to w's dtype on request, and g [N] if m [N] is given, from w [N, K], a [R, K] and b [N, R] (at
-    least R columns), each in any float dtype; with w_scale [N] row i of W is w_scale[i] * w[i]."""
+    """(n, gain) as ``norms`` makes them."""
     n = w.new_empty(w.shape[0], dtype=wide(w, a, b))
-    g = None if m is None else torch.empty_like(n)
+    gain = None if m is None else torch.empty_like(n)
     if n.numel():
-        scaling = as_scaling(scaling)
-        key = ("norm", sig(w), sig(a), sig(b), sig(m), scaling_kind(scaling), round_norm, w_scale is None)
-        plan = plan_for(key, norm_plan, w, a, b, scaling, m is not None, round_norm, w_scale is not None)
-        launch(plan.steps(w, a, b, m, n, g, w_scale, scaling, n.new_empty(plan.parts)))
-    return n, g
+        run(norms, w=w, a=a, b=b, scaling=as_scaling(scaling), n=n, m=m, gain=gain, w_scale=w_scale,
+            round_norm=round_norm)  # fmt: skip
+    return n, gain

@@ -6,9 +6,13 @@ changes from step to step compiles a bounded number of variants.
 """
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import triton
+
+if TYPE_CHECKING:
+    from lora_fast.kernels.operands import Operand
 
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a program may use
 
@@ -33,7 +37,7 @@ def is_small(device: torch.device) -> bool:
     return arch(device) in (86, 89) or arch(device) >= 120
 
 
-def tma_fits(*tensors: torch.Tensor) -> bool:
+def tma_fits(*tensors: "Operand") -> bool:
     """Whether tensor descriptors can read and write these matrices: Hopper or later, rows contiguous, strides and start
     multiples of 16 bytes."""
     return all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0

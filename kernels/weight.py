@@ -14,13 +14,17 @@ of the rows with dA in registers, and stores for each step what its columns give
 in memory and are summed in a fixed order.
 """
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from lora_fast.kernels.common import TL, acc_dtype, load_tile, mma, precision, scalar, store_tile, wait_for_stream, wide
-from lora_fast.kernels.launch import Plan, plan_for, sig
 from lora_fast.kernels.norm import gain_of, low_rank_tile, row_norm
+from lora_fast.kernels.operands import Number, Operand, launch, run
+from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import weight_grad_splits, weight_grad_tile, weight_tile
 
 
@@ -71,7 +75,8 @@ def _weight_bwd_kernel(
     a = load_tile(a_ptr, rank, col, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K).to(DTYPE)
     da = tl.zeros([BLOCK_R, BLOCK_K], dtype=ACC)
     db_ptr += block.to(tl.int64) * N * R
-    dm_ptr += (rank_block * tl.num_programs(0) + block).to(tl.int64) * N
+    if DORA:
+        dm_ptr += (rank_block * tl.num_programs(0) + block).to(tl.int64) * N
     for row in range(split * rows_each, min((split + 1) * rows_each, N), BLOCK_N):
         g = load_tile(g_ptr, row, col, N, K, stride_gn, stride_gk, False, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
         b = load_tile(b_ptr, row, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R)  # [BLOCK_N, BLOCK_R]
@@ -95,48 +100,73 @@ def _weight_bwd_kernel(
     store_tile(da_ptr + split.to(tl.int64) * R * K, da * s, rank, col, R, K, ACC, False)
 
 
-def weight_plan(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dora: bool, with_bias: bool) -> Plan:
-    """The launch for these tensors (see ``weight_fwd``); called with (w, a, b, m, n, v, bias, scaling)."""
-    (n, k), r = w.shape, a.shape[0]
+def weight(
+    w: Operand, a: Operand, b: Operand, scaling: Number, v: Operand, *, m: Operand | None = None,
+    n: Operand | None = None, bias: Operand | None = None,
+) -> Launch:  # fmt: skip
+    """The adapted weight v [N, K], contiguous, and with m [N] the norms n [N], from w [N, K], a [R, K] and b [N, R],
+    each in any float dtype; b may have more columns. A bias [K], contiguous, is added to each row."""
+    (rows, k), r = w.shape, a.shape[0]
     kind = torch.promote_types(a.dtype, b.dtype)
-    tile, options = weight_tile(n, r, w.dtype, kind, w.device)
+    tile, options = weight_tile(rows, r, w.dtype, kind, w.device)
     # Three tf32 products err by as much as float32 rounds: nothing beside the rounding to 16 bits.
     exact = kind != torch.float32 or w.dtype == kind
-    constants = {**tile, "ONE": r <= tile["BLOCK_R"], "DORA": dora, "BIAS": with_bias,
-                 "ACC": acc_dtype(wide(w, a, b)), "PRECISION": "ieee" if exact else "tf32x3",
-                 "DTYPE": TL[kind], "OUT": TL[w.dtype]}  # fmt: skip
-    ints = (n, k, r, *w.stride(), *a.stride(), *b.stride())
-    return Plan(_weight_kernel, (triton.cdiv(n, tile["BLOCK_N"]),), constants, options, w, ints)
+    return launch(
+        _weight_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), options, w,
+        w_ptr=w, a_ptr=a, b_ptr=b, m_ptr=m, n_ptr=n, v_ptr=v, bias_ptr=bias, scaling=scaling, N=rows, K=k, R=r,
+        stride_wn=w.stride(0), stride_wk=w.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
+        stride_bn=b.stride(0), stride_br=b.stride(1), **tile, ONE=r <= tile["BLOCK_R"], DORA=m is not None,
+        BIAS=bias is not None, ACC=acc_dtype(wide(w, a, b)), PRECISION="ieee" if exact else "tf32x3", DTYPE=TL[kind],
+        OUT=TL[w.dtype],
+    )  # fmt: skip
 
 
 def weight_fwd(
     w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, m: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """The adapted weight [N, K] in w's dtype, and with m [N] the norms [N], from w [N, K], a [R, K] and b [N, R], each
-    in any float dtype; b may have more columns. A bias [K], contiguous, is added to each row."""
+    """(v, n) as ``weight`` makes them, v in w's dtype."""
     v = torch.empty_like(w, memory_format=torch.contiguous_format)
     n = None if m is None else w.new_empty(w.shape[0], dtype=wide(w, a, b))
     if v.numel():
-        key = ("weight", sig(w), sig(a), sig(b), sig(m), sig(bias))
-        plan = plan_for(key, weight_plan, w, a, b, m is not None, bias is not None)
-        plan(w, a, b, m, n, v, bias, float(scaling))
+        run(weight, w=w, a=a, b=b, scaling=float(scaling), v=v, m=m, n=n, bias=bias)
     return v, n
 
 
-def weight_bwd_plan(
-    g: torch.Tensor, w: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, with_dw: bool
-) -> tuple[Plan, int, int, int]:
-    """The launch for these tensors (see ``weight_bwd``), its column blocks, row splits and rank blocks; called with (g,
-    w, a, b, m, n, da, db, dm, dw, scaling)."""
-    (n, k), r = g.shape, a.shape[0]
-    tile, options = weight_grad_tile(r, g.dtype, g.device, w is not None)
-    col_blocks, splits, rank_blocks, rows_each = weight_grad_splits(n, k, r, tile, g.device)
-    constants = {**tile, "DORA": w is not None, "WITH_DW": with_dw, "ACC": acc_dtype(g.dtype),
-                 "PRECISION": precision(g.dtype, max(n, k)), "DTYPE": TL[g.dtype]}  # fmt: skip
-    ints = (n, k, r, rows_each, *g.stride(), *(g if w is None else w).stride(), *a.stride(), *b.stride())
-    plan = Plan(_weight_bwd_kernel, (col_blocks, splits, rank_blocks), constants, options, g, ints)
-    return plan, col_blocks, splits, rank_blocks
+class Shares(NamedTuple):
+    """How a backward's work is shared out: its tile, compile options, and what ``weight_grad_splits`` says."""
+
+    tile: dict
+    options: dict
+    col_blocks: int
+    splits: int
+    rank_blocks: int
+    rows_each: int
+
+
+@cache
+def _shares(n: int, k: int, r: int, dtype: torch.dtype, device: torch.device, dora: bool) -> Shares:
+    tile, options = weight_grad_tile(r, dtype, device, dora)
+    return Shares(tile, options, *weight_grad_splits(n, k, r, tile, device))
+
+
+def weight_gradients(
+    g: Operand, a: Operand, b: Operand, scaling: Number, da: Operand, db: Operand, *, w: Operand | None = None,
+    m: Operand | None = None, n: Operand | None = None, dm: Operand | None = None, dw: Operand | None = None,
+) -> Launch:  # fmt: skip
+    """The parts of dA [splits, R, K], of dB [column blocks, N, R] and for DoRA, whose w and norms n are then given, of
+    dm [rank blocks * column blocks, N]; and dw [N, K], contiguous, if wanted."""
+    (rows, k), r = g.shape, a.shape[0]
+    shares, read = _shares(rows, k, r, g.dtype, g.device, w is not None), g if w is None else w
+    return launch(
+        _weight_bwd_kernel, (shares.col_blocks, shares.splits, shares.rank_blocks), shares.options, g,
+        g_ptr=g, w_ptr=w, a_ptr=a, b_ptr=b, m_ptr=m, n_ptr=n, da_ptr=da, db_ptr=db, dm_ptr=dm, dw_ptr=dw,
+        scaling=scaling, N=rows, K=k, R=r, rows_each=shares.rows_each,
+        stride_gn=g.stride(0), stride_gk=g.stride(1), stride_wn=read.stride(0), stride_wk=read.stride(1),
+        stride_ar=a.stride(0), stride_ak=a.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1),
+        **shares.tile, DORA=w is not None, WITH_DW=dw is not None, ACC=acc_dtype(g.dtype),
+        PRECISION=precision(g.dtype, max(rows, k)), DTYPE=TL[g.dtype],
+    )  # fmt: skip
 
 
 def weight_bwd(
@@ -150,12 +180,10 @@ def weight_bwd(
     if not g.numel():
         none = g.new_zeros(n, dtype=kind) if dora else None
         return g.new_zeros(r, k, dtype=kind), g.new_zeros(n, r, dtype=kind), none, g if need_w else None
-    key = ("weight_bwd", sig(g), sig(w), sig(a), sig(b), sig(m), need_w, torch.backends.cuda.matmul.allow_tf32)
-    plan, col_blocks, splits, rank_blocks = plan_for(key, weight_bwd_plan, g, w, a, b, dora and need_w)
-    da = g.new_empty(splits, r, k, dtype=kind)
-    db = g.new_empty(col_blocks, n, r, dtype=kind)
-    dm = g.new_empty(rank_blocks * col_blocks, n, dtype=kind) if dora else None
+    shares = _shares(n, k, r, g.dtype, g.device, dora)
+    da = g.new_empty(shares.splits, r, k, dtype=kind)
+    db = g.new_empty(shares.col_blocks, n, r, dtype=kind)
+    dm = g.new_empty(shares.rank_blocks * shares.col_blocks, n, dtype=kind) if dora else None
     dw = torch.empty_like(g, memory_format=torch.contiguous_format) if dora and need_w else None
-    # A kernel without dm and dW never reads or writes these pointers; Triton wants them to be some.
-    plan(g, w, a, b, m, norm, da, db, db if dm is None else dm, dw, float(scaling))
+    run(weight_gradients, g=g, a=a, b=b, scaling=float(scaling), da=da, db=db, w=w, m=m, n=norm, dm=dm, dw=dw)
     return da.sum(0), db.sum(0), None if dm is None else dm.sum(0), dw if dora or not need_w else g

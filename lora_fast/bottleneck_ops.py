@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from lora_fast.dispatch import autocast_dtype
+from lora_fast.kernels.cast import cast_wanted
 from lora_fast.kernels.common import padded_rank, wide
-from lora_fast.kernels.down import cast_wanted, down_cast_fwd, down_fwd
-from lora_fast.kernels.grad import a_bwd, dy_bwd
+from lora_fast.kernels.down import down_cast_fwd, down_fwd
+from lora_fast.kernels.passes import a_bwd, dy_bwd
 from lora_fast.kernels.weight import weight_fwd
 from lora_fast.op_parts import dtype_of, on, some
 from lora_fast.reference import ACTIVATIONS

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from lora_fast.fp8 import E4M3
-from lora_fast.kernels.launch import plan_for
 from lora_fast.kernels.layout import Fp8, Made, MaybeTensor, Needs, Shared
 from lora_fast.kernels.lora import lora_fwd
+from lora_fast.kernels.memo import Memo
 from lora_fast.op_parts import addressable, contiguous, dtype_of, gradients, on, shared_of, to_save
 
 _GIVEN = """(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? magnitude, Tensor scaling,
@@ -26,6 +26,7 @@ _library.define("""lora_linear_bwd(Tensor dy, Tensor? x, Tensor? weight, Tensor?
     Tensor scaling, float p, bool[] needs, SymInt[] shape, bool dora, bool fp8, bool quantised, ScalarType a_dtype,
     ScalarType b_dtype, ScalarType bias_dtype, ScalarType m_dtype) -> Tensor[]""")
 lora_linear = torch.ops.lora_fast.lora_linear
+_problems = Memo()
 
 
 def _forward(
@@ -40,7 +41,9 @@ def _forward(
         "lora_linear_fwd", x.device, x.dtype, x.shape, x.stride(), weight.dtype, weight.shape, weight.stride(),
         lora_A.dtype, lora_A.shape, lora_B.dtype, dtype_of(bias), dtype_of(magnitude), fp8 is None, save_x8,
     )  # fmt: skip
-    shared = plan_for(key, shared_of, x, weight, lora_A, lora_B, magnitude, fp8 is not None, save_x8, x.dtype)
+    shared = _problems.get(key) or _problems.keep(
+        key, shared_of(x, weight, lora_A, lora_B, magnitude, fp8 is not None, save_x8, x.dtype)
+    )
     with on(x.device):
         y, made = lora_fwd(shared, x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z,
                            fp8)  # fmt: skip
@@ -73,7 +76,8 @@ def _gradients(
     """The gradients that are needed, in the order of ``Needs``."""
     k, r = shape
     problem = dy.shape[:-1], k, dy.shape[-1], r, (dy.dtype, a_dtype, b_dtype), dora, fp8, quantised
-    shared = plan_for(("lora_linear_bwd", dy.device, *problem), Shared, *problem)
+    key = "lora_linear_bwd", dy.device, *problem
+    shared = _problems.get(key) or _problems.keep(key, Shared(*problem))
     saved = x, weight, lora_A, lora_B, y, room, bits, z, x8, row_scale, columns, col_scale
     with on(dy.device):
         grads = gradients(dy, shared, Needs(*needs), saved, scaling, p, (bias_dtype, m_dtype))

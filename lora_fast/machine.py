@@ -61,14 +61,15 @@ def launches() -> str:
 
 def launch_us(device: torch.device, rounds: int = 200) -> float:
     """What starting a small kernel of ours takes the host, in microseconds: the median."""
-    from lora_fast.kernels.down import down_plan
+    from lora_fast.kernels.down import down
+    from lora_fast.kernels.operands import program
 
     with torch.cuda.device(device):
         x, a, s = (torch.zeros(16, k, device=device, dtype=torch.bfloat16) for k in (64, 64, 16))
-        plan, times = down_plan(x, a, 1.0, False), []
+        launch, times = program(down, x=x, a=a, s=s, scaling=1.0, keep=1.0), []
         for _ in range(rounds):
             began = time.perf_counter()
-            plan(x, a, s, *(None,) * 4, 1.0, 1.0, *(None,) * 4)
+            launch(x, a, s, 1.0, 1.0)
             times.append(time.perf_counter() - began)
     return 1e6 * statistics.median(times)
 

@@ -72,16 +72,17 @@ def longest_run(cubin: bytes) -> int:
 
 
 def compile_for(capability: int, problems) -> list[dict]:
-    from lora_fast.kernels import down, gemm, grad, launch, launchers, layout, lora, mask, parts, tiles, weight
+    from lora_fast.kernels import cast, down, gemm, launchers, layout, lora, mask, operands, passes, sums, tiles, weight
     from lora_fast.kernels import norm as norm_module
     from lora_fast.kernels.common import FP8
+    from lora_fast.kernels.program import Launch
 
     driver.set_active(TargetOnly(capability))
     for module, name, value in (
         (tiles, "arch", lambda device: capability),
-        (launch, "pdl", lambda device, rows: int(capability >= 90)),
+        (operands, "pdl", lambda device, rows: int(capability >= 90)),
         (launchers, "known", lambda: None),
-        (launch.Plan, "launch_again", lambda plan, compiled, args: None),
+        (Launch, "start_again", lambda launch, compiled, args: None),
         (tiles, "n_programs", lambda device: 132),
         (gemm, "n_programs", lambda device: 132),
     ):
@@ -110,22 +111,23 @@ def compile_for(capability: int, problems) -> list[dict]:
         a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
         bias = torch.empty(n, dtype=dtype) if with_bias else None
         bits = mask.mask_bits(torch.zeros(1, dtype=torch.int64), p, m, k) if p else None
-        if down.cast_wanted((dtype, adapter, adapter), r):
+        if cast.cast_wanted((dtype, adapter, adapter), r):
             s, a, b = down.down_cast_fwd(x, a, b, 2.0, bits)
         else:
             s = down.down_fwd(x, a, 2.0, bits)
-        gemm.gemm(x, w, s, b, True, bias)
+        gemm.gemm(x, w, s, b, transposed=True, bias=bias)
         norm, gain = norm_module.norm_fwd(w, a, b, 2.0, torch.empty(n))
-        gemm.gemm(x, w, s, b, True, bias, None, gain, torch.empty(m, n, dtype=dtype) if with_bias else None)
+        gemm.gemm(x, w, s, b, transposed=True, bias=bias, gain=gain,
+                  z=torch.empty(m, n, dtype=dtype) if with_bias else None)  # fmt: skip
         grad_b, grad_bias = torch.empty(n, r, dtype=adapter), torch.empty(n, dtype=dtype) if with_bias else None
-        ds = grad.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias)
+        ds = passes.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias)
         assert gain is not None
-        dora = parts.Dora(gain, norm, torch.empty_like(dy), torch.empty_like(dy), torch.empty(n),
-                          None if with_bias else (x, w, s, b, None))  # fmt: skip
-        grad.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias, 1.0, dora)
+        dora = sums.Dora(gain, norm, torch.empty_like(dy), torch.empty_like(dy), torch.empty(n),
+                          *(() if with_bias else (x, w, s, b)))  # fmt: skip
+        passes.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias, 1.0, dora)
         assert ds is not None
-        grad.a_bwd(x, ds, torch.empty_like(a, dtype=adapter), bits)
-        gemm.gemm(dy, w, ds, a, False, None, bits)
+        passes.a_bwd(x, ds, torch.empty_like(a, dtype=adapter), bits)
+        gemm.gemm(dy, w, ds, a, transposed=False, bits=bits)
         weight.weight_fwd(dy, b.t()[:r], s, 1.0, None, bias)  # a bottleneck adapter's sums, with activations for W
         if capability in (89, 90, 120) and dtype.itemsize == 2:
             problem += " fp8"
@@ -133,13 +135,12 @@ def compile_for(capability: int, problems) -> list[dict]:
             s, x8, x_scale = down.quantise_fwd(x, a, 2.0, bits)
             w8, w_scale = torch.empty(n, k, dtype=FP8), torch.empty(n)
             norm_module.norm_fwd(w8, a, b, 2.0, torch.empty(n), False, w_scale)
-            gemm.gemm(x8, w8, s, b, True, bias, None, gain, torch.empty(m, n, dtype=dtype) if with_bias else None,
-                      (x_scale, w_scale))  # fmt: skip
+            gemm.gemm(x8, w8, s, b, transposed=True, bias=bias, gain=gain, x_scale=x_scale, w_scale=w_scale,
+                      z=torch.empty(m, n, dtype=dtype) if with_bias else None)  # fmt: skip
             ds, dz8, dz_scale = down.quantise_fwd(dy, b.t()[:r], 2.0, None, 1.0, gain)
-            gemm.gemm(dz8, w8.new_empty(k, n), ds, a, False, None, bits, scales=(dz_scale, torch.empty(k)))
-            plan = grad.column_plan(x8, r, torch.empty(r, k).t(), masked=bits is not None, kind=dtype)
-            launch.launch(plan.steps(x8, ds, None, bits, torch.empty(r, k), None, None, 1.0, 1.0,
-                                     torch.empty(plan.parts), None, scale))  # fmt: skip
+            gemm.gemm(dz8, w8.new_empty(k, n), ds, a, transposed=False, bits=bits, x_scale=dz_scale,
+                      w_scale=torch.empty(k))  # fmt: skip
+            passes.a_bwd(x8, ds, torch.empty(r, k), bits, scale)
         a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
         if dtype == torch.float16:  # whose B carries a part of the scaling: a whole layer's launches
             problem += " lifted"

@@ -58,7 +58,7 @@ class Seen:
 @contextmanager
 def watched() -> Iterator[Seen]:
     """Counts what the fused operator and the kernels' launcher are called for."""
-    from lora_fast.kernels.launch import Program
+    from lora_fast.kernels.program import Program
 
     seen, run, start = Seen(), ops.Fused.__call__, Program.run
 
@@ -67,7 +67,7 @@ def watched() -> Iterator[Seen]:
         return run(*args, **kwargs)
 
     def launch(program, bound, first=0, last=None):
-        seen.launches += len(program.plans[first:last])
+        seen.launches += len(program.launches[first:last])
         return start(program, bound, first, last)
 
     ops.Fused.__call__, Program.run = operator, launch  # type: ignore[method-assign]

@@ -243,9 +243,9 @@ def test_cuda_graph_replays_draw_new_masks():
 
 @pytest.mark.gpu
 def test_few_variants_are_compiled_however_the_batch_varies():
-    from lora_fast.kernels import down, gemm, grad, norm, parts
+    from lora_fast.kernels import down, gemm, grad, norm, sums
 
-    kernels = [down._down_fwd_kernel, gemm._gemm_kernel, grad._grad_kernel, parts._sum_kernel, norm._norm_kernel]
+    kernels = [down._down_fwd_kernel, gemm._gemm_kernel, grad._grad_kernel, sums._sum_kernel, norm._norm_kernel]
 
     def compiled():
         return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]

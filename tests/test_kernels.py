@@ -1,5 +1,6 @@
 """Each kernel by itself against its formula, under the error rule, in fresh memory full of NaN."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,7 +14,8 @@ if not TRITON:
 
 import triton.language as tl
 
-from lora_fast.kernels import down, gemm, grad, mask, norm, parts
+from lora_fast.kernels import down, gemm, mask, norm, passes, sums
+from lora_fast.kernels.operands import Number, Operand
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -80,7 +82,8 @@ def test_down(device, dtype, shape, masked):
 def test_up_product(device, dtype, shape, with_bias):
     def kernel(inputs, bits):
         s = padded(F.linear(inputs.x, inputs.lora_A))
-        return {"y": gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, True, inputs.bias if with_bias else None)}
+        return {"y": gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, transposed=True,
+                               bias=inputs.bias if with_bias else None)}  # fmt: skip
 
     def formula(inputs, keep):
         s = F.linear(inputs.x.to(dtype), inputs.lora_A.to(dtype)).to(inputs.x.dtype)
@@ -95,7 +98,8 @@ def test_up_product(device, dtype, shape, with_bias):
 def test_dx_product(device, dtype, shape, masked):
     def kernel(inputs, bits):
         ds = padded(inputs.dy @ inputs.lora_B)
-        return {"dx": gemm.gemm(inputs.dy, inputs.weight, ds, inputs.lora_A, False, None, bits if masked else None)}
+        return {"dx": gemm.gemm(inputs.dy, inputs.weight, ds, inputs.lora_A, transposed=False,
+                                bits=bits if masked else None)}  # fmt: skip
 
     def formula(inputs, keep):
         ds = (inputs.dy.to(dtype) @ inputs.lora_B.to(dtype)).to(inputs.x.dtype)
@@ -118,7 +122,7 @@ def test_pass_over_dy(device, dtype, shape, wanted):
         grad_b = torch.empty_like(inputs.lora_B) if "dB" in wanted else None
         b = inputs.lora_B if "dS" in wanted else None
         bias = torch.empty(shape[2], dtype=dtype, device=device) if "dbias" in wanted else None
-        ds = grad.dy_bwd(inputs.dy, s, b, 0.7, grad_b, bias, KEEP_SCALE)
+        ds = passes.dy_bwd(inputs.dy, s, b, 0.7, grad_b, bias, KEEP_SCALE)
         assert ds is None or not ds[:, r:].any()
         found = {"dS": ds if ds is None else ds[:, :r], "dB": grad_b, "dbias": bias}
         assert {name for name, t in found.items() if t is not None} == set(wanted)
@@ -137,7 +141,7 @@ def test_pass_over_dy(device, dtype, shape, wanted):
 def test_gradient_of_a(device, dtype, shape, masked):
     def kernel(inputs, bits):
         grad_a = torch.empty_like(inputs.lora_A, dtype=FLOAT)  # as of float32 adapters
-        grad.a_bwd(inputs.x, padded(inputs.dy @ inputs.lora_B), grad_a, bits if masked else None)
+        passes.a_bwd(inputs.x, padded(inputs.dy @ inputs.lora_B), grad_a, bits if masked else None)
         return {"dA": grad_a}
 
     def formula(inputs, keep):
@@ -166,8 +170,9 @@ def test_up_product_with_gain(device, dtype, shape, with_bias):
         s, gain = padded(F.linear(inputs.x, inputs.lora_A)), gained(inputs)[0]
         z = torch.empty_like(inputs.dy)
         bias = inputs.bias if with_bias else None
-        y = gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, True, bias, None, gain, z)
-        assert torch.equal(y, gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, True, bias, None, gain))
+        given = inputs.x, inputs.weight, s, inputs.lora_B
+        y = gemm.gemm(*given, transposed=True, bias=bias, gain=gain, z=z)
+        assert torch.equal(y, gemm.gemm(*given, transposed=True, bias=bias, gain=gain))
         return {"y": y, "z": z}
 
     def formula(inputs, keep):
@@ -194,14 +199,14 @@ def test_pass_over_dy_with_gain(device, dtype, shape, wanted):
         if from_y:
             gain[0] = 1e-35
         z = torch.empty_like(inputs.dy)
-        y = gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, True, None, None, gain, z)
+        y = gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, transposed=True, gain=gain, z=z)
         new = {"dZ": inputs.dy, "dm": norm, "dB": inputs.lora_B, "dbias": inputs.bias}
         found = {name: torch.empty_like(t) if name in wanted else None for name, t in new.items()}
-        again = (inputs.x, inputs.weight, s, inputs.lora_B, None) if from_y and "dm" in wanted else None
+        again = (inputs.x, inputs.weight, s, inputs.lora_B) if from_y and "dm" in wanted else ()
         kept = (y if from_y else z) if "dm" in wanted else None
-        dora = parts.Dora(gain, norm, kept, found["dZ"], found["dm"], again)
+        dora = sums.Dora(gain, norm, kept, found["dZ"], found["dm"], *again)
         b = inputs.lora_B if "dS" in wanted else None
-        ds = grad.dy_bwd(inputs.dy, s, b, 0.7, found["dB"], found["dbias"], KEEP_SCALE, dora)
+        ds = passes.dy_bwd(inputs.dy, s, b, 0.7, found["dB"], found["dbias"], KEEP_SCALE, dora)
         assert ds is None or not ds[:, shape[3] :].any()
         found["dS"] = ds if ds is None else ds[:, : shape[3]]
         return {name: found[name] for name in wanted}
@@ -250,12 +255,16 @@ def test_row_norms_of_many_ranks(device, r):
     v = inputs.weight, inputs.lora_A, inputs.lora_B
     m = torch.randn(70, device=device)
     found, gain = norm.norm_fwd(*v, 0.7, m)
-    plan = norm.norm_plan(*v, 0.7, True, False)
-    assert plan.add is not None and plan.parts > 70
     assert off(found, *v, 0.7) < 1e-5
     torch.testing.assert_close(gain, m / found)
-    little = norm.norm_plan(*v, 0.7, True, False, room=plan.parts - 1)
-    assert little.add is None and little.parts == 0
+    weight, a, b, room = (Operand.of(i, t) for i, t in enumerate((*v, torch.empty(0))))
+
+    def launches(size):
+        return norm.norms(weight, a, b, Number(4), weight, gain=weight, room=replace(room, shape=(size,)))
+
+    few = next(size for size in range(10**4) if len(launches(size)) == 2)
+    assert few > 70 and few % 70 == 0
+    assert len(launches(few - 1)) == 1
 
 
 @pytest.mark.parametrize("left, bound", [(0.1, 1e-5), (1e-2, 1e-4), (1e-3, 1e-3), (1e-4, 1e-2)])
@@ -277,11 +286,11 @@ def test_no_rows(device):
     inputs = draw(0, 24, 20, 3, FLOAT, device)
     s = down.down_fwd(inputs.x, inputs.lora_A, 1.0)
     assert s.shape == (0, 16)
-    assert gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, True).shape == (0, 20)
+    assert gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, transposed=True).shape == (0, 20)
     grad_a, grad_b = torch.empty_like(inputs.lora_A), torch.empty_like(inputs.lora_B)
     grad_bias = torch.empty_like(inputs.bias)
-    ds = grad.dy_bwd(inputs.dy, s, inputs.lora_B, 1.0, grad_b, grad_bias)
-    grad.a_bwd(inputs.x, ds, grad_a)
+    ds = passes.dy_bwd(inputs.dy, s, inputs.lora_B, 1.0, grad_b, grad_bias)
+    passes.a_bwd(inputs.x, ds, grad_a)
     assert ds.shape == (0, 16)
     assert not grad_a.any() and not grad_b.any() and not grad_bias.any()
 
@@ -306,8 +315,8 @@ def test_any_strides(device, how):
     def run(x, weight, a, b):
         s = down.down_fwd(x, a, 1.0, bits)
         grad_a = torch.empty(8, 32, device=device)
-        grad.a_bwd(x, s, grad_a, bits)
-        return s, gemm.gemm(x, weight, s, b, True), gemm.gemm(x, weight.T, s, b.T, False), grad_a
+        passes.a_bwd(x, s, grad_a, bits)
+        return s, gemm.gemm(x, weight, s, b, transposed=True), gemm.gemm(x, weight.T, s, b.T, transposed=False), grad_a
 
     tensors = (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B)
     plain = run(*tensors)
@@ -364,7 +373,7 @@ def test_mutant_with_a_sixteen_bit_accumulator_fails(device, monkeypatch):
     s = padded(F.linear(inputs.x, inputs.lora_A) * inputs.scaling)
 
     def run():
-        y = gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, True, inputs.bias)
+        y = gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, transposed=True, bias=inputs.bias)
         compare([{"y": y}], [{"y": formula}], [{"y": truth}], HALF)
 
     run()

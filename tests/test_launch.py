@@ -14,8 +14,8 @@ if not TRITON:
 
 import triton
 
-from lora_fast.kernels import launch, launchers
-from lora_fast.kernels.launch import Block, Plan, Program, View
+from lora_fast.kernels import launchers, program
+from lora_fast.kernels.program import OWN, Block, Launch, Program, View
 
 
 class Maps:
@@ -47,19 +47,19 @@ def seen(form, monkeypatch):
     grid and stream, head, arguments but for what stands for constants)."""
     found, known = [], launchers.FLAT if form == "flat" else launchers.PACKED
 
-    def through_triton(plan, args):
-        found.append(("triton", plan.kernel, args))
+    def through_triton(self, args):
+        found.append(("triton", self.kernel, args))
 
         def launch(*given):
             size = 4 + len(HEAD[form])
             args = given[size:]
-            assert args[-len(plan.constants) :] == (None,) * len(plan.constants)
-            found.append((plan.kernel, given[:4], given[4:size], args[: -len(plan.constants)]))
+            assert args[-len(self.constants) :] == (None,) * len(self.constants)
+            found.append((self.kernel, given[:4], given[4:size], args[: -len(self.constants)]))
 
         run = SimpleNamespace(
-            launch=launch, kernel_signature=plan.kernel, arg_annotations=[plan.kernel, "BLOCK", "PDL"]
+            launch=launch, kernel_signature=self.kernel, arg_annotations=[self.kernel, "BLOCK", "PDL"]
         )
-        metadata = SimpleNamespace(launch_pdl=False, tensordesc_meta=[plan.kernel] * len(plan.blocks))
+        metadata = SimpleNamespace(launch_pdl=False, tensordesc_meta=[self.kernel] * len(self.blocks))
         return SimpleNamespace(run=run, function="function", packed_metadata="packed", metadata=metadata)
 
     def one_for_all(*given):
@@ -67,26 +67,26 @@ def seen(form, monkeypatch):
         assert name == signature  # without the constants' annotations
         found.append((name, tuple(given[:4]), tuple(given[4:]), args))
 
-    monkeypatch.setattr(Plan, "launch", through_triton)
-    monkeypatch.setattr(Plan, "launch_again", lambda plan, _, args: found.append(("again", plan.kernel, args)))
+    monkeypatch.setattr(Launch, "start", through_triton)
+    monkeypatch.setattr(Launch, "start_again", lambda self, _, args: found.append(("again", self.kernel, args)))
     monkeypatch.setattr(launchers, "known", lambda: known)
-    monkeypatch.setattr(launch, "_Maps", Maps)
+    monkeypatch.setattr(program, "_Maps", Maps)
     closure = lambda start: SimpleNamespace(nonlocals={"launcher": start})  # noqa: E731
     monkeypatch.setattr(launchers, "inspect", SimpleNamespace(getclosurevars=closure))
     utils = SimpleNamespace(launch=one_for_all)
     active = SimpleNamespace(get_current_stream=lambda device: "stream", utils=utils)
-    monkeypatch.setattr(launch.triton.runtime, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(program.triton.runtime, "driver", SimpleNamespace(active=active))
     return found
 
 
-def plan(name, ints=(), blocks=None):
-    return Plan(name, (2, 3), {"BLOCK": 16}, {}, torch.empty(4, 4), ints, blocks)
+def launch(name, *args, ints=(), blocks=None):
+    return Launch(name, (2, 3, 1), args, blocks or {}, ints, {"BLOCK": 16, "PDL": 0}, {}, None)
 
 
 def test_later_launches_take_addresses(seen, form):
-    first, second = plan("first", (7, 8)), plan("second", (), {1: Block((4, 4), (4, 1), [2, 2])})
     part = View(1, 8, 16, torch.float32)
-    program = Program(4, [(first, (0, part, None, 2)), (second, (part, 0, 3))])
+    first = launch("first", 0, part, None, 2, ints=(7, 8))
+    program = Program(4, [first, launch("second", part, 0, 3, blocks={1: Block((4, 4), (4, 1), [2, 2])})])
     x, room = torch.arange(16.0).view(4, 4), torch.arange(32, dtype=torch.uint8)
     program(x, room, 0.5, None)
     (_, _, args), (_, _, others) = seen
@@ -103,7 +103,7 @@ def test_later_launches_take_addresses(seen, form):
 
 def test_a_part_of_a_program(seen):
     """The last step waits for the caller; a program that has not run as a whole still goes through Triton."""
-    program = Program(1, [(plan("first"), (0, 0)), (plan("second"), (0, 0))])
+    program = Program(1, [launch("first", 0, 0), launch("second", 0, 0)])
     x = torch.zeros(2)
     early, late = program.bind(x), program.bind(x)
     program.run(early, 0, -1)
@@ -117,18 +117,26 @@ def test_a_part_of_a_program(seen):
     assert [launched[0] for launched in seen[4:]] == ["first", "second"]
 
 
-def test_a_plan_alone(seen):
-    alone = plan("alone", (5,))
+def test_memory_of_its_own(seen):
+    """Made anew in each run, for the launches' views into it."""
+    program = Program(
+        2, [launch("writes", 0, View(OWN, 128, 64, torch.float32)), launch("reads", View(OWN, 0, 8, torch.int32), 1)]
+    )
+    assert (program.own, program.n) == (192, 3)
     x = torch.zeros(2)
-    alone(x, None, 3)
-    alone(x, None, 4)
-    assert seen[1][-1] == (x.data_ptr(), None, 4, 5)
+    for _ in range(2):
+        seen.clear()
+        bound = program.bind(x, 3)
+        program.run(bound)
+        assert bound.own.nbytes == 192
+    start = bound.own.data_ptr()
+    assert seen[0][-1] == (x.data_ptr(), start + 128) and seen[1][-1] == (start, 3)
 
 
 def test_an_unknown_launcher_goes_through_triton(seen, monkeypatch):
     """Each time, past the look-up of the kernel after the first."""
     monkeypatch.setattr(launchers, "known", lambda: None)
-    alone = plan("alone", (5,))
+    alone = Program(2, [launch("alone", 0, 1, ints=(5,))])
     for _ in range(3):
         alone(torch.zeros(2), 1.5)
     assert [how for how, *_ in seen] == ["triton", "again", "again"]
@@ -136,15 +144,15 @@ def test_an_unknown_launcher_goes_through_triton(seen, monkeypatch):
 
 def test_a_kernel_with_scratch_memory_goes_through_triton(seen, monkeypatch):
     """That its own launcher allocates: of a profiler, say."""
-    through_triton = Plan.launch
+    through_triton = Launch.start
 
-    def with_scratch(plan, args):
-        kernel = through_triton(plan, args)
+    def with_scratch(self, args):
+        kernel = through_triton(self, args)
         kernel.metadata.profile_scratch_size = 128
         return kernel
 
-    monkeypatch.setattr(Plan, "launch", with_scratch)
-    alone = plan("alone", (5,))
+    monkeypatch.setattr(Launch, "start", with_scratch)
+    alone = Program(2, [launch("alone", 0, 1, ints=(5,))])
     for _ in range(2):
         alone(torch.zeros(2), 1.5)
     assert [how for how, *_ in seen] == ["triton", "again"]
@@ -152,7 +160,7 @@ def test_a_kernel_with_scratch_memory_goes_through_triton(seen, monkeypatch):
 
 def test_descriptors_hold_no_tensor():
     """Of a plan that Triton launches, whose descriptors are checked once."""
-    mapped = plan("mapped", (), {0: Block((4, 4), (4, 1), [2, 4])})
+    mapped = launch("mapped", 0, blocks={0: Block((4, 4), (4, 1), [2, 4])})
     for _ in range(2):
         x = torch.empty(4, 4)
         given = mapped._given(0, x)

@@ -10,7 +10,7 @@ if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
 from lora_fast.functional import lora_linear
-from lora_fast.kernels import down, gemm, grad
+from lora_fast.kernels import down, gemm, passes
 from lora_fast.kernels.mask import keep_count, keep_scale, mask_bits, unpack
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -93,12 +93,14 @@ def test_every_kernel_reads_the_same_mask(device, k):
     s = down.down_fwd(ones, eye, 1.0, bits, 2.0)
     assert torch.equal(s[:, :k], 2 * keep)
     grad_a = torch.empty(m, k, device=device)
-    grad.a_bwd(ones, torch.eye(m, 32, device=device), grad_a, bits)
+    passes.a_bwd(ones, torch.eye(m, 32, device=device), grad_a, bits)
     assert torch.equal(grad_a, keep)
     first = torch.zeros(m, 16, device=device)
     first[:, 0] = 1
     q = torch.ones(1, k, device=device)
-    dx = gemm.gemm(torch.zeros(m, 8, device=device), torch.zeros(8, k, device=device), first, q, False, None, bits)
+    dx = gemm.gemm(
+        torch.zeros(m, 8, device=device), torch.zeros(8, k, device=device), first, q, transposed=False, bits=bits
+    )
     assert torch.equal(dx, keep)
 
 

@@ -17,7 +17,7 @@ from fused import fused, masked, seed_drawn
 
 from lora_fast import custom_op, functional, op_parts, ops
 from lora_fast.functional import dora_linear, lora_linear
-from lora_fast.kernels import down, launch, lora
+from lora_fast.kernels import down, lora, operands, program
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -66,15 +66,15 @@ def test_error_rule(device, dtype, shape, p, bias, adapter):
 def test_mutant_that_drops_the_lora_term_fails(device, dtype, monkeypatch):
     inputs = draw(40, 64, 48, 16, dtype, device, b_std=0.002)
     check(fused(), [inputs])
-    honest = lora.gemm_plan
+    honest = lora.product
 
-    def mutant(*args):
-        plan = honest(*args)
-        m, n, c, _, *rest = plan.ints
-        plan.ints = m, n, c, 0, *rest  # no ranks
-        return plan
+    def mutant(*args, **others):
+        launch = honest(*args, **others)
+        m, n, c, _, *rest = launch.ints
+        launch.ints = m, n, c, 0, *rest  # no ranks
+        return launch
 
-    monkeypatch.setattr(lora, "gemm_plan", mutant)
+    monkeypatch.setattr(lora, "product", mutant)
     monkeypatch.setattr(functional, "_known", {})
     with pytest.raises(AssertionError, match="y: .*dx: "):
         check(fused(), [inputs])
@@ -129,19 +129,19 @@ def test_rows_of_a_wider_tensor_are_read_where_they_lie(device, monkeypatch):
 
 @pytest.mark.parametrize("first", [False, True])
 def test_adapters_are_cast_with_the_first_pass_or_ahead_of_it(device, first, monkeypatch):
-    for module in (down, lora):
-        monkeypatch.setattr(module, "casts_first", lambda *problem: first)
-    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(down, "casts_first", lambda *problem: first)
+    monkeypatch.setattr(operands, "_programs", operands.Memo())
     monkeypatch.setattr(functional, "_known", {})
     inputs = draw(33, 64, 45, 19, HALF, device, bias=False, adapter=FLOAT)
     check(fused(0.3), [masked(inputs, 0.3)])
     s, a, b = down.down_cast_fwd(inputs.x, inputs.lora_A, inputs.lora_B, 1.0)
     assert torch.equal(a, inputs.lora_A.half()) and torch.equal(b[:, :19], inputs.lora_B.half()) and not b[:, 19:].any()
     torch.testing.assert_close(s[:, :19], inputs.x @ a.T, rtol=2e-3, atol=2e-3)
-    assert ("cast" in [key[0] for key in launch._plans]) == first
+    (alone,) = [made for key, made in operands._programs.items() if key[0] is down.cast_and_down]
+    assert len(alone.launches) == 1 + first
     (call,) = functional._known.values()
     (forward,) = call.shared.forwards.values()
-    assert len(forward.plans) == 3 + first
+    assert len(forward.launches) == 3 + first
 
 
 def test_two_runs_give_the_same_bits(device):
@@ -250,14 +250,14 @@ def test_a_checkpoint_makes_no_product_that_the_backward_does_not_read(device, m
     if magnitude is not None:
         m = torch.rand(32, device=device).requires_grad_(magnitude == "trained")
         leaves += [m] * m.requires_grad
-    ran, start = [], launch.Program.run
+    ran, start = [], program.Program.run
 
     def recorded(program, bound, first=0, last=None):
-        kernels = [plan.kernel for plan in program.plans[first:last]]
+        kernels = [launch.kernel for launch in program.launches[first:last]]
         ran.extend(getattr(kernel, "__name__", None) or kernel.fn.__name__ for kernel in kernels)
         start(program, bound, first, last)
 
-    monkeypatch.setattr(launch.Program, "run", recorded)
+    monkeypatch.setattr(program.Program, "run", recorded)
 
     def layer(x):
         torch.manual_seed(3)

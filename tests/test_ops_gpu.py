@@ -109,9 +109,9 @@ def test_runs_on_the_tensors_device():
 
 
 def test_few_variants_are_compiled_however_the_batch_varies():
-    from lora_fast.kernels import down, gemm, grad, parts
+    from lora_fast.kernels import down, gemm, grad, sums
 
-    kernels = [down._down_fwd_kernel, gemm._gemm_kernel, grad._grad_kernel, parts._sum_kernel, mask._mask_kernel]
+    kernels = [down._down_fwd_kernel, gemm._gemm_kernel, grad._grad_kernel, sums._sum_kernel, mask._mask_kernel]
 
     def compiled():
         return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]

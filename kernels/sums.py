@@ -4,14 +4,15 @@ Also the gradient of DoRA's magnitude from the pass's column sums: dm = sum(dY *
 in place of z it is sum(dY * y) / (g n); columns whose g is too small for y to carry z get their z made again, here.
 """
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from lora_fast.kernels.common import acc_dtype, load_tile, low_scale, mma, padded_rank, precision, wait_for_stream
-from lora_fast.kernels.launch import Plan, sig
+from lora_fast.kernels.operands import Number, Operand, T, launch
+from lora_fast.kernels.program import Launch
 
 SUM_BLOCK = 256  # elements that a program adds up
 MAGNITUDE_BLOCK = 32  # columns of dm a program; half as many where the elements are wide
@@ -108,40 +109,80 @@ def _sum_kernel(
             _add_parts(parts_ptr + g_at, g_ptr, block, splits, g_size, 1.0, BLOCK, ACC)
 
 
-class Dora(NamedTuple):
+class Dora(NamedTuple, Generic[T]):
     """What a pass over dY takes and gives beyond LoRA's. dm needs norm and kept, dz nothing else."""
 
-    gain: torch.Tensor  # g [N], float32 or wider, as norm
-    norm: torch.Tensor | None = None  # n [N]
-    kept: torch.Tensor | None = None  # z [M, N], or y without a bias, contiguous
-    dz: torch.Tensor | None = None  # filled with dY * g, [M, N], contiguous
-    dm: torch.Tensor | None = None  # filled, [N]
-    # Where kept is y: x, weight, S and B, of which z is made, and the scales of weight's rows if it is e4m3.
-    again: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+    gain: T  # g [N], float32 or wider, as norm
+    norm: T | None = None  # n [N]
+    kept: T | None = None  # z [M, N], or y without a bias, contiguous
+    dz: T | None = None  # filled with dY * g, [M, N], contiguous
+    dm: T | None = None  # filled, [N]
+    # Where kept is y: of what z is made, and the scales of weight's rows if it is e4m3.
+    x: T | None = None
+    weight: T | None = None
+    s: T | None = None
+    b: T | None = None
+    w_scale: T | None = None
 
-    def sigs(self) -> tuple:
-        return tuple(map(sig, (*self[:5], *(self.again or ()))))
+
+class Parts(NamedTuple):
+    """Where the parts of a pass lie, one kind after another: those of dS [column blocks, M, padded R], of the column
+    sums [splits, N], of dm [splits, N] and of G [splits, N, R] (none where rows are not split)."""
+
+    col_blocks: int
+    splits: int
+    ds: int  # how many numbers are a part of dS, and so on; 0 where there is none
+    sums: int
+    dm: int
+    g: int
+
+    # Where the others begin: at multiples of 16, which Triton compiles in.
+    @property
+    def sums_at(self) -> int:
+        return self.col_blocks * self.ds
+
+    @property
+    def dm_at(self) -> int:
+        return self.sums_at + -(-self.splits * self.sums // 16) * 16
+
+    @property
+    def g_at(self) -> int:
+        return self.dm_at + -(-self.splits * self.dm // 16) * 16
+
+    @property
+    def numbers(self) -> int:
+        """How many there are in all."""
+        return self.g_at + self.splits * self.g
 
 
-def sum_plan(
-    z: torch.Tensor, kind: torch.dtype, scaling: float | torch.Tensor, flags: dict, dora: Dora | None, splits: int,
-    col_blocks: int, sizes: tuple[int, int, int, int], places: tuple[int, int, int], lifted: bool,
-) -> Plan:  # fmt: skip
-    """The launch that adds up the parts of dS, of the column sums, of dm and of G, which have these sizes and, but the
-    first, start at these places; without G where it has none."""
-    (m, n), weak = z.shape, None
-    k, r, scaled = 0, 0, False
-    strides: tuple[int, ...] = (0,) * 8
-    if dora is not None and dora.again is not None:
-        x, w, _, b, scale = dora.again
-        scaled = scale is not None
-        k, r, strides = x.shape[1], b.shape[1], (*z.stride(), *x.stride(), *w.stride(), *b.stride())
-        weak = 2**-6 if kind == torch.float16 else 1e-30  # below, y = g z loses digits to underflow
+def add_parts(
+    parts: Parts, memory: Operand, z: Operand, kind: torch.dtype, *, ds: Operand | None = None,
+    sums: Operand | None = None, g: Operand | None = None, dora: Dora[Operand] | None = None,
+    scaling: Operand | Number | None = None, keep: Number | None = None, lifted: bool = False,
+) -> Launch:  # fmt: skip
+    """ds = scaling * keep * the sum of its parts, sums, dora.dm and g likewise, after a pass over z, whose products
+    were made in this dtype; those without parts are not touched."""
+    (m, n), (x, w, s, b, w_scale) = z.shape, (None,) * 5 if dora is None else dora[5:]
+    k = r = 0
+    strides: dict[str, int] = dict.fromkeys((f"stride_{axes}" for axes in "ym yn xm xk wn wk bn br".split()), 0)
+    if x is not None and w is not None and b is not None:
+        k, r = x.shape[1], b.shape[1]
+        given = *z.strides, *x.strides, *w.strides, *b.strides
+        strides = dict(zip(strides, given, strict=True))
+    weak = None if x is None else 2**-6 if kind == torch.float16 else 1e-30  # below, y = g z loses digits to underflow
     columns = MAGNITUDE_BLOCK // (1 if kind.itemsize <= 2 else 2)
-    constants = {**flags, "WITH_G": sizes[3] > 0, "WEAK": weak, "SCALED": scaled, "LIFTED": lifted,
-                 "SCALING_PTR": isinstance(scaling, torch.Tensor), "BLOCK": SUM_BLOCK, "DM_BLOCK": columns,
-                 "ACC": acc_dtype(kind), "PRECISION": precision(kind, k)}  # fmt: skip
-    blocks = SUM_BLOCK, SUM_BLOCK, columns, SUM_BLOCK
-    grid = (sum(map(triton.cdiv, sizes, blocks)),)
-    ints = (splits, col_blocks, *sizes, *places, m, n, k, r, padded_rank(max(r, 1)), *strides)
-    return Plan(_sum_kernel, grid, constants, {"num_warps": 4}, z, ints)
+    sizes, blocks = parts[2:], (SUM_BLOCK, SUM_BLOCK, columns, SUM_BLOCK)
+    return launch(
+        _sum_kernel, (sum(map(triton.cdiv, sizes, blocks)),), {"num_warps": 4}, z,
+        parts_ptr=memory, ds_ptr=ds, sum_ptr=sums, g_ptr=g if parts.g else None, scaling=scaling, keep_scale=keep,
+        dm_ptr=dora and dora.dm, gain_ptr=dora and dora.gain, norm_ptr=dora and dora.norm,
+        dy_ptr=z, x_ptr=x, w_ptr=w, s_ptr=s, b_ptr=b, w_scale_ptr=w_scale,
+        splits=parts.splits, col_blocks=parts.col_blocks,
+        ds_size=parts.ds, sum_size=parts.sums, dm_size=parts.dm, g_size=parts.g,
+        sum_at=parts.sums_at, dm_at=parts.dm_at, g_at=parts.g_at,
+        M=m, N=n, K=k, R=r, RS=padded_rank(max(r, 1)), **strides,
+        WITH_G=parts.g > 0, WITH_DS=ds is not None, WITH_SUM=sums is not None,
+        WITH_DM=dora is not None and dora.dm is not None, WEAK=weak, SCALED=w_scale is not None, LIFTED=lifted,
+        SCALING_PTR=isinstance(scaling, Operand), BLOCK=SUM_BLOCK, DM_BLOCK=columns,
+        ACC=acc_dtype(kind), PRECISION=precision(kind, k),
+    )  # fmt: skip

@@ -1,0 +1,87 @@
+"""Copies of adapters in the dtype of the products that read them: A [R, K] as it is, B [N, R] padded with zeros to [N,
+padded R].
+
+In float16 (LIFTED) the copy of B carries a power of two of the scaling: see ``lift_of``. They are made by a launch of
+their own, or by programs of the launch that makes S (down.py), on processors that would idle.
+"""
+
+from typing import Generic, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_fast.kernels.common import lift_of, padded_rank, wait_for_stream
+from lora_fast.kernels.operands import Number, Operand, T, launch
+from lora_fast.kernels.program import Launch
+
+CAST_BLOCK = 4096
+CAST_STEPS = 4  # in the launch that makes S, whose own programs come first
+
+
+@triton.jit
+def _cast(src, dst, block, rows, cols, dst_cols, lift, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """dst [rows, dst_cols] from src [rows, cols], the columns beyond those of src zero; both contiguous. A ``lift``
+    multiplies it."""
+    for step in range(STEPS):
+        i = (block * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        row, col, inside = i // dst_cols, i % dst_cols, i < rows * dst_cols
+        value = tl.load(src + row.to(tl.int64) * cols + col, mask=inside & (col < cols), other=0.0)
+        if lift is not None:
+            value = value.to(tl.float32) * lift
+        tl.store(dst + i, value.to(dst.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, scaling, block, K, N, R, RS, BLOCK: tl.constexpr,
+               STEPS: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr):  # fmt: skip
+    """A [R, K] and then B [N, R], which is padded to [N, RS]."""
+    a_blocks = tl.cdiv(R * K, BLOCK * STEPS)
+    if block < a_blocks:
+        _cast(a_ptr, a_cast_ptr, block, R, K, K, None, BLOCK, STEPS)
+    elif LIFTED:
+        _cast(b_ptr, b_cast_ptr, block - a_blocks, N, R, RS, lift_of(scaling, SCALING_PTR), BLOCK, STEPS)
+    else:
+        _cast(b_ptr, b_cast_ptr, block - a_blocks, N, R, RS, None, BLOCK, STEPS)
+
+
+@triton.jit
+def _cast_kernel(a_ptr, b_ptr, a_cast_ptr, b_cast_ptr, scaling, K, N, R, RS, CAST_BLOCK: tl.constexpr,
+                 CAST_STEPS: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    wait_for_stream(PDL)
+    cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, scaling, tl.program_id(0), K, N, R, RS, CAST_BLOCK, CAST_STEPS,
+               LIFTED, SCALING_PTR)  # fmt: skip
+
+
+class Cast(NamedTuple, Generic[T]):
+    """Adapters that need copies in x's dtype, and the copies: of A as it is, of B [N, R] padded with zeros to [N,
+    padded R]."""
+
+    a: T
+    b: T
+    a_copy: T
+    b_copy: T
+
+
+def cast_blocks(k: int, n: int, r: int, steps: int) -> int:
+    return sum(triton.cdiv(size, CAST_BLOCK * steps) for size in (r * k, n * padded_rank(r)))
+
+
+def cast_wanted(kinds: tuple[torch.dtype, torch.dtype, torch.dtype], r: int) -> bool:
+    """Whether the product needs copies of the adapters, for these dtypes of x, a and b: in x's, b with rows of a
+    multiple of 16 bytes."""
+    return not kinds[0] == kinds[1] == kinds[2] or r * kinds[0].itemsize % 16 != 0
+
+
+def cast_adapters(
+    like: Operand, cast: Cast[Operand], scaling: Operand | Number | None = None, lifted: bool = False
+) -> Launch:
+    """The copies, by a launch of their own ahead of that which reads ``like``."""
+    (r, k), n = cast.a.shape, cast.b.shape[0]
+    return launch(
+        _cast_kernel, (cast_blocks(k, n, r, 1),), {"num_warps": 4}, like,
+        a_ptr=cast.a, b_ptr=cast.b, a_cast_ptr=cast.a_copy, b_cast_ptr=cast.b_copy, scaling=scaling,
+        K=k, N=n, R=r, RS=padded_rank(r), CAST_BLOCK=CAST_BLOCK, CAST_STEPS=1,
+        LIFTED=lifted, SCALING_PTR=isinstance(scaling, Operand),
+    )  # fmt: skip
