@@ -30,8 +30,8 @@ from smollm2 import packaged_file
 from torch import Tensor, nn
 
 import lora_fast
-from lora_fast.arguments import whole_number, working_device
 from lora_fast.cli import Help
+from lora_fast.cli.arguments import whole_number, working_device
 
 PACKAGES = (
     "asyncio", "concurrent", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib",

@@ -26,9 +26,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_fast import load_adapter, save_adapter
-from lora_fast.arguments import whole_number, whole_numbers
-from lora_fast.demo import BATCH, MAX_EPOCHS, PATIENCE, Digits, adapted, load_digits, network
-from lora_fast.demo_report import Run, plot, table
+from lora_fast.cli.arguments import whole_number, whole_numbers
+from lora_fast.cli.demo import BATCH, MAX_EPOCHS, PATIENCE, Digits, adapted, load_digits, network
+from lora_fast.cli.demo_report import Run, plot, table
 
 SWEEP = 1e-4, 1.0, 40  # of the finder: from, to, in so many steps; the first ten never count
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, set_seed
 
 import lora_fast
-from lora_fast import doctor
+from lora_fast.cli import doctor
 
 LLAMA_2_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, max_position_embeddings=4096,

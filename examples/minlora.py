@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_fast import LoRAConfig, parametrize
-from lora_fast.demo import accuracy, load_digits
+from lora_fast.cli.demo import accuracy, load_digits
 
 TASKS: dict[str, Any] = {
     "inverted": lambda images: images.amax() + images.amin() - images,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora_fast
-from lora_fast.arguments import whole_number
+from lora_fast.cli.arguments import whole_number
 
 HOULSBY = ["o_proj", "down_proj"]  # the last layers of attention and MLP, before the residual sums
 SAME = 1e-4  # how far logits may be from those that were saved: an encoder's output is stored, not the encoder

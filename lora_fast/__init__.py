@@ -1,13 +1,13 @@
 """Fused-kernel LoRA and DoRA layers for PyTorch: drop-in replacements of ``nn.Linear``."""
 
 from lora_fast import functional, parametrize, reference
-from lora_fast.bottleneck import BottleneckAdapter, add_bottleneck, bottleneck_state_dict
-from lora_fast.checkpoint import load_adapter, save_adapter
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
-from lora_fast.dora import DoRALinear
-from lora_fast.layers import LoRALinear
+from lora_fast.files.adapter import load_adapter, save_adapter
+from lora_fast.layers.bottleneck import BottleneckAdapter
+from lora_fast.layers.dora import DoRALinear
+from lora_fast.layers.lora import LoRALinear
 from lora_fast.merging import merge_lora, merge_peft, unmerge_lora
-from lora_fast.model import (
+from lora_fast.models.adapt import (
     LoRAConfig,
     add_lora,
     disable_lora,
@@ -15,8 +15,9 @@ from lora_fast.model import (
     print_trainable_parameters,
     remove_lora,
 )
+from lora_fast.models.bottleneck import add_bottleneck, bottleneck_state_dict
+from lora_fast.models.state import load_lora_state_dict, lora_state_dict
 from lora_fast.peft import PeftReport, patch_peft, peft_report, unpatch_peft
-from lora_fast.state import load_lora_state_dict, lora_state_dict
 
 __version__ = "0.1.0"
 

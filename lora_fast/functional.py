@@ -66,7 +66,7 @@ def lora_linear(
         dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         _check_save_x(save_x)
     if dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight) or save_x == "fp8") == "triton":
-        from lora_fast import ops  # needs Triton
+        from lora_fast.ops import linear as ops  # needs Triton
 
         fused = ops.Fused(x, weight, lora_A, lora_B, bias, save_x=save_x)
         _know(facts, fused)
@@ -139,7 +139,7 @@ def dora_linear(
         dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight) or save_x == "fp8") == "triton"
         and detach_norm
     ):
-        from lora_fast import ops  # needs Triton
+        from lora_fast.ops import linear as ops  # needs Triton
 
         fused = ops.Fused(x, weight, lora_A, lora_B, bias, magnitude, save, round_norm, save_x)
         _know(facts, fused)

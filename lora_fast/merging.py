@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast.config import holders, some
 from lora_fast.fp8 import Fp8Weight
-from lora_fast.gather import at_hand
-from lora_fast.model import _lora_layers, _noting
-from lora_fast.peft import _lora_layers as _peft_layers
-from lora_fast.placement import AWAY, offloading, place_of_weight
-from lora_fast.wrappers import plain_modules
+from lora_fast.models.adapt import lora_layers, noting
+from lora_fast.models.targets import holders, some
+from lora_fast.peft import lora_layers as peft_layers
+from lora_fast.wrappers.gather import at_hand
+from lora_fast.wrappers.names import plain_modules
+from lora_fast.wrappers.placement import AWAY, offloading, place_of_weight
 
 TIED = "weight: is sharded and tied to another layer's, which would change; merge before that"
 
@@ -38,11 +38,11 @@ def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.Pa
         ImportError: an ``original``, without safetensors.
         After any error the layers that this call merged are unmerged again.
     """
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     with at_hand(model, write=True):
         held, offloaded = holders(model), any(map(offloading, model.modules()))
         for name, layer in layers.items():
-            with _noting(f"while merging {name!r}"):
+            with noting(f"while merging {name!r}"):
                 if offloaded and layer.weight.is_meta and offloading(layer) is None:
                     raise ValueError(AWAY)
                 if not layer.merged and place_of_weight(layer) is not None and held[id(layer.weight)] > 1:
@@ -55,7 +55,7 @@ def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.Pa
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
     """Put every base weight back, bit for bit; return ``model``. ValueError without LoRA layers."""
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     with at_hand(model, write=True):
         for layer in layers.values():
             layer.unmerge()
@@ -77,7 +77,7 @@ def merge_peft(
         FileNotFoundError, TypeError, ValueError, ImportError: about ``original``, as :func:`merge_lora`.
         After any error the layers that this call merged are unmerged again.
     """
-    wanted = set(_peft_layers(model).values())
+    wanted = set(peft_layers(model).values())
     layers: dict[str, Any] = {name: module for name, module in plain_modules(model) if module in wanted}
     bases = {
         name: layer._buffers.get("unmerged_weight", getattr(layer.get_base_layer(), "weight", None))
@@ -102,7 +102,7 @@ def _merge_all(layers: Mapping[str, Any], merge: Callable[[str, Any], None]) -> 
     unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
     try:
         for name, layer in unmerged.items():
-            with _noting(f"while merging {name!r}"):
+            with noting(f"while merging {name!r}"):
                 merge(name, layer)
     except BaseException:
         for layer in unmerged.values():
@@ -122,7 +122,7 @@ def _originals(
         raise ValueError(f"original: got {str(original)!r}, expected None for a model without fp8 bases")
     if before := [name for name in eight if layers[name].merged]:
         raise ValueError(f"original: {some(before)}: merged already, expected unmerged layers")
-    from lora_fast.base_files import open_originals  # needs safetensors
+    from lora_fast.files.checkpoint import open_originals  # needs safetensors
 
     read = open_originals(original, eight)
     return lambda name: read(name) if name in eight else None

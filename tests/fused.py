@@ -3,9 +3,9 @@
 import torch
 from accuracy import with_mask
 
-from lora_fast import ops
 from lora_fast.functional import lora_linear
 from lora_fast.kernels import mask
+from lora_fast.ops import linear as ops
 
 
 def seed_drawn(device, seed):

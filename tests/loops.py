@@ -9,8 +9,9 @@ import torch
 import transformers
 from torch import nn
 
-from lora_fast import PeftReport, ops, peft_report
-from lora_fast.peft import PeftLayer
+from lora_fast import PeftReport, peft_report
+from lora_fast.ops import linear as ops
+from lora_fast.peft.report import PeftLayer
 
 STEPS, LR = 5, 1e-2
 

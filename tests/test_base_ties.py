@@ -13,7 +13,7 @@ from tied import bert, llama, outputs, perturbed, t5
 
 from lora_fast import LoRAConfig, add_lora, load_adapter, merge_lora, remove_lora, save_adapter
 from lora_fast.cli import main
-from lora_fast.model import _adapter_tensors
+from lora_fast.models.adapt import adapter_tensors
 
 IDS = torch.arange(10).reshape(2, 5)
 
@@ -183,7 +183,7 @@ def test_both_ends_alike_stay_tied(full, config, tmp_path):
     """Ours, trained together; PEFT's under ensure_weight_tying."""
     base = saved(gemma(), tmp_path / "base", config)
     model = add_lora(gemma(), LoRAConfig(r=2, target_modules=QV, modules_to_save=full))
-    perturbed(model, _adapter_tensors(model).values())
+    perturbed(model, adapter_tensors(model).values())
     save_adapter(model, tmp_path / "adapter")
     right = {"adapter": outputs(model)}
     peft = pytest.importorskip("peft")

@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("rich")
 
 import lora_fast
-from lora_fast import bench, timing
-from lora_fast.cli import main
+from lora_fast import timing
+from lora_fast.cli import bench, main
 
 GPU = torch.cuda.is_available()
 SLOW = ["--rounds", "2", "--dtype", "fp32"]

@@ -14,7 +14,7 @@ from benchmarks.bench_distributed import Case  # noqa: E402
 from benchmarks.bench_model import TINY  # noqa: E402
 from benchmarks.distributed import MODES  # noqa: E402
 from lora_fast import set_backend  # noqa: E402
-from lora_fast.peft_layers import FastLinear  # noqa: E402
+from lora_fast.peft.layers import FastLinear  # noqa: E402
 
 SIZE = TINY._replace(hidden=16, intermediate=24, heads=2, kv_heads=1, vocabulary=64, layers=1, length=8)
 NONE = not torch.cuda.is_available()

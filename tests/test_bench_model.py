@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from benchmarks import bench_model
 from benchmarks.bench_model import Case
-from lora_fast.peft_layers import FastLinear
+from lora_fast.peft.layers import FastLinear
 
 ROOT = Path(__file__).parent.parent
 SIZE = bench_model.TINY._replace(hidden=32, intermediate=48, heads=4, kv_heads=2, vocabulary=50, layers=2, length=8)

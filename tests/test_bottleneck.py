@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fast
 from lora_fast import BottleneckAdapter, LoRAConfig, SlowPathWarning, add_bottleneck, add_lora, bottleneck_state_dict
-from lora_fast.bottleneck import bottleneck
+from lora_fast.layers.bottleneck import bottleneck
 from lora_fast.reference import ACTIVATIONS
 
 BF16, HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -144,7 +144,7 @@ def test_autocast(path, dtype16):
 def test_opcheck_and_compile(device):
     *leaves, dy = draw(12, 20, 3, FLOAT, device)
     leaves = [t.requires_grad_() for t in leaves]
-    from lora_fast import bottleneck_ops  # noqa: F401
+    from lora_fast.ops import bottleneck as bottleneck_ops  # noqa: F401
 
     torch.library.opcheck(torch.ops.lora_fast.bottleneck, (*leaves, FLOAT, "gelu"), atol=1e-4, rtol=1e-4)
     compiled = torch.compile(bottleneck, fullgraph=True, backend="aot_eager")

@@ -16,8 +16,8 @@ pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
 
 from lora_fast import LoRAConfig, LoRALinear, add_lora, load_adapter, lora_state_dict, save_adapter
-from lora_fast.checkpoint import _targets
-from lora_fast.peft_format import CONFIG, PREFIX, TENSORS
+from lora_fast.files.adapter import target_modules
+from lora_fast.files.format import CONFIG, PREFIX, TENSORS
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,7 +99,7 @@ def test_targets_mean_these_layers_alone(names):
     import re
 
     model = nn.ModuleDict({"fc1": nn.Linear(2, 2), "block": nn.Sequential(nn.Linear(2, 2)), "0": nn.Linear(2, 2)})
-    targets = _targets(model, set(names))
+    targets = target_modules(model, set(names))
     linears = ["fc1", "block.0", "0"]
     if isinstance(targets, str):
         assert {n for n in linears if re.fullmatch(targets, n)} == set(names)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_fast import LoRAConfig, LoRALinear, add_lora
-from lora_fast.config import matching, resolve_pattern
+from lora_fast.models.targets import matching, resolve_pattern
 
 
 class Attention(nn.Module):

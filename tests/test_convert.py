@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_fast import LoRALinear, load_adapter
 from lora_fast.cli import main
-from lora_fast.convert import PT, Heads, reordered, to_peft, to_torchtune
-from lora_fast.peft_format import CONFIG, PREFIX, TENSORS
+from lora_fast.files.format import CONFIG, PREFIX, TENSORS
+from lora_fast.files.torchtune import PT, Heads, reordered, to_peft, to_torchtune
 
 HEADS, KV_HEADS, SIZE = 4, 2, 6
 DIM, FFN, VOCABULARY = HEADS * SIZE, 40, 12

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import lora_fast
-from lora_fast import demo
-from lora_fast.cli import COMMANDS, main
+from lora_fast.cli import COMMANDS, demo, main
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_fast.SlowPathWarning")
 

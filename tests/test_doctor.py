@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fast
-from lora_fast import LoRAConfig, add_lora, doctor, machine, save_adapter, selfcheck
-from lora_fast.cli import main
+from lora_fast import LoRAConfig, add_lora, save_adapter
+from lora_fast.cli import doctor, machine, main, selfcheck
 from lora_fast.dispatch import interpreted
-from lora_fast.peft_format import CONFIG, PREFIX, TENSORS
+from lora_fast.files.format import CONFIG, PREFIX, TENSORS
 
 ROOT = Path(__file__).parent.parent
 GPU = torch.cuda.is_available()

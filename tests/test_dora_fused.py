@@ -15,9 +15,10 @@ if not TRITON:
 from fused import masked, peak
 
 import lora_fast
-from lora_fast import custom_op, demo
+from lora_fast.cli import demo
 from lora_fast.dispatch import interpreted
 from lora_fast.functional import dora_linear
+from lora_fast.ops import custom_op
 from lora_fast.timing import graphed
 
 HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64

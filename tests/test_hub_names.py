@@ -18,7 +18,7 @@ from tied import perturbed
 
 from lora_fast import load_adapter
 from lora_fast.cli import main
-from lora_fast.peft_format import CONFIG, PREFIX, TENSORS
+from lora_fast.files.format import CONFIG, PREFIX, TENSORS
 
 
 def vit():

@@ -1,6 +1,7 @@
 """Imports run one way, and importing lora_fast stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,76 +9,97 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lora_fast"
 
-# From the users' side down to the arithmetic: a module may import only from layers below its own.
-LAYERS = [
+# From the users' side down to the arithmetic: the files and folders of lora_fast, each of which imports only from rooms
+# below its own.
+ROOMS = [
     {"__main__"},
     {"cli"},
-    {"demo", "merge", "convert", "doctor", "bench"},
-    {"arguments", "demo_report", "skeleton", "selfcheck", "machine"},
     {"__init__", "timing"},
-    {"merging", "base_ties"},
-    {"base_files"},
-    {"checkpoint", "peft"},
-    {"fitting"},
-    {"ties"},
-    {"parametrize", "peft_report"},
-    {"parametrized", "state"},
-    {"model", "peft_format", "bottleneck"},
-    {"config", "pattern_keys"},
-    {"parametrization", "dora", "peft_layers"},
-    {"layers", "projections", "peft_merging"},
-    {"merged_state", "layer_rules"},
-    {"placement"},
-    {"peft_rules", "peft_norms", "hub_names", "ways_out"},
+    {"merging"},
+    {"files", "parametrize", "peft"},
+    {"models"},
+    {"layers"},
+    {"wrappers"},
     {"functional"},
-    {"ops", "weight_ops", "bottleneck_ops"},
-    {"custom_op"},
-    {"op_parts"},
+    {"ops"},
     {"reference"},
     {"fp8"},
-    {"dispatch", "kernels", "gather", "wrappers", "fsdp1", "replacing"},
+    {"dispatch", "kernels"},
 ]
-RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
-MODULES = sorted((ROOT / "lora_fast").glob("*.py"))
+RANK = {room: rank for rank, rooms in enumerate(reversed(ROOMS)) for room in rooms}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "kernels"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 
+def named(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {named(path): path for path in MODULES}
+
+
 def imported(tree: ast.AST) -> set[str]:
-    """Full names of all that a file imports, at its top or inside functions, relative imports resolved."""
+    """Full names of all that a file imports, at its top or inside functions: modules, and things in modules."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["lora_fast" if node.level else None, node.module]))
-            # `from lora_fast import layers` names a module, `from lora_fast.layers import LoRALinear` a thing in one.
-            found |= {f"{base}.{alias.name}" for alias in node.names} if base == "lora_fast" else {base}
+            assert node.level == 0, "a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def own_modules(names: set[str]) -> set[str]:
-    """The modules of lora_fast among imported names; a thing of the package itself counts as its __init__."""
-    parts = {name.split(".")[1] if "." in name else "__init__" for name in names if name.split(".")[0] == "lora_fast"}
-    return {part if part in RANK else "__init__" for part in parts}
+def room_of(name: str) -> str:
+    """The room that a full name is in; what the package itself holds counts as its __init__."""
+    room = f"{name}.".split(".")[1]
+    return room if room in RANK else "__init__"
+
+
+def module_of(name: str) -> str:
+    return name if name in NAMES else name.rpartition(".")[0]
+
+
+def own(path: Path) -> set[str]:
+    """What the file imports of lora_fast."""
+    return {name for name in imported(ast.parse(path.read_text())) if name.split(".")[0] == "lora_fast"}
 
 
 def test_finds_every_form_of_import():
-    source = "import a.b, lora_fast\nfrom . import model, LoRALinear\nfrom .layers import x\ndef f():\n from c import d"
+    source = "import a.b, lora_fast\nfrom lora_fast import models, LoRALinear\ndef f():\n from lora_fast.a.b import x"
     names = imported(ast.parse(source))
-    assert names == {"a.b", "lora_fast", "lora_fast.model", "lora_fast.LoRALinear", "lora_fast.layers", "c"}
-    assert own_modules(names) == {"__init__", "model", "layers"}
+    rest = {"lora_fast.models", "lora_fast.LoRALinear", "lora_fast.a.b.x"}
+    assert names == {"a.b", "lora_fast"} | rest
+    assert [room_of(name) for name in sorted(rest)] == ["__init__", "__init__", "models"]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_imports_run_one_way(path):
-    assert path.stem in RANK, f"{path.name} has no place in LAYERS yet"
-    upward = {name for name in own_modules(imported(ast.parse(path.read_text()))) if RANK[name] >= RANK[path.stem]}
-    assert not upward, f"{path.name} imports {upward}, which stand beside or above it"
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_run_down(name):
+    room = room_of(name)
+    assert room in RANK, f"{name} has no place in ROOMS yet"
+    upward = {other for other in own(NAMES[name]) if room_of(other) != room and RANK[room_of(other)] >= RANK[room]}
+    assert not upward, f"{name} imports {upward}, which stand beside or above it"
 
 
-def test_every_layer_exists():
-    assert {"__init__", "cli", "demo", "model", "layers", "functional"} <= {path.stem for path in MODULES}
+def test_no_module_imports_itself_by_way_of_others():
+    below = {name: {module_of(other) for other in own(path)} & NAMES.keys() for name, path in NAMES.items()}
+    while free := [name for name, others in below.items() if not others & below.keys()]:
+        for name in free:
+            del below[name]
+    assert not below, f"these import each other: {sorted(below)}"
+
+
+def test_what_is_private_stays_in_its_module():
+    private = re.compile(r"_[^_].*")
+    found = {(name, other) for name, path in NAMES.items() for other in own(path)
+             if private.fullmatch(other.rpartition(".")[2])}  # fmt: skip
+    assert not found
+
+
+def test_every_room_exists():
+    assert RANK.keys() == {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES} | {"kernels"}
     assert KERNELS
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_fast import demo, set_backend
+from lora_fast import set_backend
+from lora_fast.cli import demo
 
 for package in ("lightning", "matplotlib", "mlxtend", "peft", "rich", "safetensors"):
     pytest.importorskip(package)

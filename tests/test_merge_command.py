@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_fast import LoRAConfig, add_lora, lora_state_dict, merge_lora, remove_lora, save_adapter
-from lora_fast.base_files import INDEX
 from lora_fast.cli import main
-from lora_fast.peft_format import CONFIG, PREFIX, TENSORS
+from lora_fast.files.checkpoint import INDEX
+from lora_fast.files.format import CONFIG, PREFIX, TENSORS
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,9 +11,9 @@ pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
 
 from lora_fast import LoRAConfig, add_lora, merge_lora, merge_peft, patch_peft, remove_lora, save_adapter, unmerge_lora
-from lora_fast.base_files import INDEX
+from lora_fast.files.checkpoint import INDEX
 from lora_fast.fp8 import Fp8Weight
-from lora_fast.layers import LoRALinear
+from lora_fast.layers.lora import LoRALinear
 from lora_fast.reference import dora_gain
 
 BF16 = torch.bfloat16

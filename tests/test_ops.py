@@ -15,9 +15,12 @@ if not TRITON:
 
 from fused import fused, masked, seed_drawn
 
-from lora_fast import custom_op, functional, op_parts, ops
+from lora_fast import functional
 from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.kernels import down, lora, operands, program
+from lora_fast.ops import custom_op
+from lora_fast.ops import linear as ops
+from lora_fast.ops import parts as op_parts
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

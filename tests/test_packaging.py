@@ -23,6 +23,12 @@ def run(*command, cwd: Path, **env: str) -> str:
     return done.stdout
 
 
+def modules(root: Path) -> list[str]:
+    """The files of lora_fast there, but for the kernels."""
+    found = (path.relative_to(root) for path in (root / "lora_fast").rglob("*.py"))
+    return sorted(str(path) for path in found if "kernels" not in path.parts)
+
+
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """A copy of the checkout, for builds leave files behind."""
@@ -87,6 +93,7 @@ def test_wheel(checkout, environment, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     environment.install(wheel)
     environment.check(environment.site / "lora_fast")
+    assert modules(environment.site) == modules(checkout) and len(modules(checkout)) > 50
     assert sorted(path.name for path in (environment.site / "lora_fast" / "kernels").glob("*.py")) == KERNELS
     assert not (environment.site / "kernels").exists()
 

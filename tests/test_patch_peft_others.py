@@ -19,7 +19,7 @@ from lora_fast import (
     peft_report,
     set_backend,
 )
-from lora_fast.fsdp1 import NO_FP8
+from lora_fast.wrappers.fsdp1 import NO_FP8
 
 peft = pytest.importorskip("peft")
 KINDS = {"lora": {}, "dora": {"use_dora": True}}
@@ -67,7 +67,7 @@ def kept(model):
 
 
 def test_norms_are_kept_where_peft_keeps_them(path, caching, monkeypatch):
-    from lora_fast import peft_norms
+    from lora_fast.peft import norms as peft_norms
 
     made, norm = [], peft_norms.dora_norm
     monkeypatch.setattr(peft_norms, "dora_norm", lambda *args: made.append(1) or norm(*args))

@@ -47,7 +47,7 @@ def test_unpatch_undoes_all(kind):
 
 
 def test_a_failed_patch_changes_nothing(monkeypatch):
-    from lora_fast.peft_layers import FastLinear
+    from lora_fast.peft.layers import FastLinear
 
     model = stock_model()
     before, adopt = state(model), FastLinear.adopt.__func__

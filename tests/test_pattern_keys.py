@@ -12,8 +12,8 @@ from torch import nn
 
 pytest.importorskip("safetensors")
 from lora_fast import LoRAConfig, LoRALinear, add_lora, load_adapter, save_adapter
-from lora_fast.pattern_keys import Pattern, is_name, pattern_of
-from lora_fast.peft_format import CONFIG, TENSORS
+from lora_fast.files.format import CONFIG, TENSORS
+from lora_fast.files.pattern_keys import Pattern, is_name, pattern_of
 
 
 def model_of(names):

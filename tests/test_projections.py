@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_fast import LoRAConfig, LoRALinear, add_lora, print_trainable_parameters
-from lora_fast.projections import projections
+from lora_fast.models.projections import projections
 
 SIZES = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

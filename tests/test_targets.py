@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from lora_fast import LoRAConfig, LoRALinear, add_lora, load_adapter, save_adapter
 from lora_fast.cli import main
-from lora_fast.peft_format import CONFIG
+from lora_fast.files.format import CONFIG
 
 
 class Attention(nn.Module):

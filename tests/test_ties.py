@@ -14,15 +14,15 @@ from tied import Tied, bert, llama, outputs, perturbed, t5
 from lora_fast import (
     LoRAConfig,
     add_lora,
-    doctor,
     load_adapter,
     load_lora_state_dict,
     lora_state_dict,
     remove_lora,
     save_adapter,
 )
-from lora_fast.model import _adapter_tensors
-from lora_fast.peft_format import CONFIG, PREFIX, TENSORS
+from lora_fast.cli import doctor
+from lora_fast.files.format import CONFIG, PREFIX, TENSORS
+from lora_fast.models.adapt import adapter_tensors
 
 CASES = {
     "embed": (llama, ["q_proj"], ["embed_tokens"]),
@@ -85,7 +85,7 @@ def test_ours_train_together_and_say_so(case, tmp_path):
     """add_lora trains in place, so both users of a tensor; PEFT and we read that back."""
     (build, targets, saved), dora = case_of(case), case in ("both", "a layer", "T5's head")
     model = add_lora(build(), LoRAConfig(r=2, target_modules=targets, modules_to_save=saved, use_dora=dora))
-    perturbed(model, _adapter_tensors(model).values())
+    perturbed(model, adapter_tensors(model).values())
     right = outputs(model)
     save_adapter(model, tmp_path)
     with warnings.catch_warnings():
@@ -119,7 +119,7 @@ def test_offloaded_models_keep_their_ties(case, offload, tmp_path):
     build, targets, saved = CASES[case]
     config = LoRAConfig(r=2, lora_alpha=8, target_modules=targets, modules_to_save=saved)
     model = add_lora(build(), config)
-    perturbed(model, _adapter_tensors(model).values())
+    perturbed(model, adapter_tensors(model).values())
     save_adapter(model, tmp_path)
     right, names = outputs(model), list(lora_state_dict(model))
     offload(model, tmp_path)

@@ -16,7 +16,7 @@ from tied import llama, outputs, perturbed
 
 from lora_fast import load_adapter, save_adapter
 from lora_fast.cli import main
-from lora_fast.peft_format import CONFIG
+from lora_fast.files.format import CONFIG
 
 ROWS = 40  # of 32
 

@@ -87,7 +87,7 @@ def eager(weight, a, b, scaling, magnitude=None):
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("device, dtype, shape", CASES)
 def test_kernels(poisoned, device, dtype, shape, dora, adapter):
-    from lora_fast.weight_ops import lora_weight as fused
+    from lora_fast.ops.weight import lora_weight as fused
 
     ours, eagers, truths = [], [], []
     n, k, r = shape
@@ -107,7 +107,7 @@ def test_kernels(poisoned, device, dtype, shape, dora, adapter):
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("shape", [(7, 5, 3), (40, 70, 70)])
 def test_kernels_in_float64(shape, dora):
-    from lora_fast.weight_ops import lora_weight as fused
+    from lora_fast.ops.weight import lora_weight as fused
 
     n, k, r = shape
     tensors = leaves(draw(1, k, n, r, torch.float64), dora)
@@ -120,7 +120,7 @@ def test_kernels_in_float64(shape, dora):
 
 
 def test_zero_rows_strides_and_needs(poisoned, device):
-    from lora_fast.weight_ops import lora_weight as fused
+    from lora_fast.ops.weight import lora_weight as fused
 
     tensors = [t.float().detach() for t in leaves(draw(1, 64, 40, 3, FLOAT, device), True)]
     tensors[0][2], tensors[2][2] = 0, 0
@@ -146,7 +146,7 @@ def test_zero_rows_strides_and_needs(poisoned, device):
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_opcheck_and_compile(device, dora):
-    from lora_fast.weight_ops import lora_weight as fused
+    from lora_fast.ops.weight import lora_weight as fused
 
     tensors = [t.float().detach().requires_grad_() for t in leaves(draw(1, 20, 12, 3, FLOAT, device), dora)]
     magnitude = tensors[3] if dora else None

@@ -29,8 +29,8 @@ from lora_fast import (
     remove_lora,
     save_adapter,
 )
-from lora_fast.peft_format import CONFIG, TENSORS
-from lora_fast.wrappers import plain_modules, plain_name
+from lora_fast.files.format import CONFIG, TENSORS
+from lora_fast.wrappers.names import plain_modules, plain_name
 
 eager = partial(torch.compile, backend="eager")
 

@@ -86,7 +86,7 @@ def patch(model: Any) -> None:
 def count_fused_calls() -> None:
     import torch
 
-    from lora_fast.peft_layers import FastLinear
+    from lora_fast.peft.layers import FastLinear
 
     fused = FastLinear._fused
 

@@ -1,0 +1,95 @@
+"""An adapter that was read, with all that its files say, into a model: converted for it, or converted already."""
+
+import re
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lora_fast.files.format import CONFIG, TENSORS, Settings
+from lora_fast.layers.dora import DoRALinear
+from lora_fast.layers.lora import LoRALinear
+from lora_fast.models.adapt import adapter_tensors, add_lora, remove_lora
+from lora_fast.models.config import LoRAConfig
+from lora_fast.models.state import load_into, places_to_load
+from lora_fast.models.targets import some
+from lora_fast.models.ties import cut, places, refuse_shared, ties_to_cut, under_first_names
+from lora_fast.wrappers.names import plain_modules
+
+
+class Adapter(NamedTuple):
+    """What an adapter's two files hold, checked."""
+
+    settings: Settings
+    ranks: dict[str, int]  # by layer, as
+    alphas: dict[str, float]
+    state: dict[str, torch.Tensor]  # by keys of lora_state_dict
+
+
+def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> None:
+    """Put what :func:`read_adapter` gave into the same model, which is converted first if it has no LoRA layers. Into
+    one on the meta device go the shapes alone, or it is refused (``with_data``).
+
+    Raises:
+        ValueError: as :func:`load_adapter`, about the fit. The model is then as it was.
+    """
+    settings, ranks, alphas, state = adapter
+    refuse_shared(model, ranks)
+    full = [name for name in state if name.rpartition(".")[0] not in ranks]
+    saved = places(model, settings.modules_to_save, full)
+    if settings.ensure_weight_tying:  # PEFT ties the copies again; modules_to_save names one of them
+        saved = places(model, [*saved, *(name.removesuffix(".weight") for name in full)])
+    ties = ties_to_cut(model, saved, state)
+
+    def load() -> None:
+        load_into(
+            model, places_to_load(model) if with_data else adapter_tensors(model), under_first_names(model, state)
+        )
+
+    layers = {name: module for name, module in plain_modules(model) if isinstance(module, LoRALinear)}
+    if layers:
+        _check_converted(layers, ranks, settings)
+        if ties:
+            raise ValueError(f"{TENSORS}: {ties[0]} in the model, but not in the adapter, which holds its values "
+                             "alone; load it into a model without LoRA layers, where that unties it")  # fmt: skip
+        load()
+        for name, layer in layers.items():
+            layer.lora_alpha, layer.use_rslora = alphas[name], settings.use_rslora
+        return
+    longest_first = sorted(ranks, key=len, reverse=True)  # a name may be the last part of another
+    config = LoRAConfig(
+        r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+        use_rslora=settings.use_rslora, use_dora=settings.use_dora, bias=settings.bias,  # type: ignore[arg-type]
+        target_modules="|".join(re.escape(name) for name in ranks), modules_to_save=saved or None,
+        rank_pattern={re.escape(name): ranks[name] for name in longest_first},
+        alpha_pattern={re.escape(name): alphas[name] for name in longest_first},
+    )  # fmt: skip
+    replaced = [entry for tie in ties for entry in cut(model, tie.place)]
+    try:
+        add_lora(model, config)
+        try:
+            load()
+        except BaseException:
+            remove_lora(model)
+            raise
+    except BaseException:
+        for entries, name, old in reversed(replaced):
+            entries[name] = old
+        raise
+    if ties:
+        warnings.warn(f"load_adapter: {some(list(map(str, ties)))}, but no longer: the adapter holds its values alone. "
+                      "Where a reader of the model's files ties by config.tie_word_embeddings, set that to False.",
+                      stacklevel=3)  # fmt: skip
+
+
+def _check_converted(layers: dict[str, LoRALinear], ranks: dict[str, int], settings: Settings) -> None:
+    if layers.keys() != ranks.keys():
+        apart = sorted(layers.keys() ^ ranks.keys())
+        raise ValueError(f"{TENSORS}: {some(apart)}: either the adapter or the model's LoRA layers lack them")
+    for name, layer in layers.items():
+        if isinstance(layer, DoRALinear) != settings.use_dora:
+            kinds = ("DoRA", "LoRA") if settings.use_dora else ("LoRA", "DoRA")
+            raise ValueError(f"{CONFIG}: is a {kinds[0]} adapter, but {name} is a {kinds[1]} layer")
+        if layer.r != ranks[name]:
+            raise ValueError(f"{CONFIG}: the adapter of {name} has r = {ranks[name]}, but the model's has {layer.r}")

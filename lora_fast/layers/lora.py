@@ -1,0 +1,210 @@
+"""``nn.Linear`` with a low-rank adapter."""
+
+import math
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_fast.fp8 import Fp8Weight, is_fp8
+from lora_fast.functional import FLOATS, lora_linear
+from lora_fast.layers.merging import MergingLinear
+from lora_fast.layers.replacing import cleared, tell_of_freezing
+from lora_fast.layers.rules import (
+    BASE_DTYPES,
+    check_base_dtype,
+    check_hyperparameters,
+    check_init,
+    check_quantisable,
+    init_adapter,
+    why_not_lora,
+)  # fmt: skip
+from lora_fast.wrappers import fsdp1
+from lora_fast.wrappers.gather import whole
+
+
+class LoRALinear(MergingLinear):
+    """A frozen ``nn.Linear`` plus a trainable low-rank update: ``y = x W^T + bias + scaling * (drop(x) A^T) B^T``.
+
+    Hu et al. 2021 (arXiv 2106.09685); ``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``
+    (Kalajdzievski 2023, arXiv 2312.03732). Dropout acts on the low-rank branch alone.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
+        r: rank, >= 1.
+        lora_alpha: the numerator of the scaling.
+        lora_dropout: probability in [0, 1).
+        use_rslora: rank-stabilised scaling.
+        init_lora_weights: True (Kaiming-uniform A, zero B), "gaussian" (A ~ N(0, 1/r^2), zero B), or False (both
+            Kaiming-uniform: the layer then differs from its base from the start), as in PEFT.
+
+    Attributes:
+        weight [out, in], bias [out] or None: the frozen base.
+        lora_A [r, in], lora_B [out, r]: trainable; float32 on a 16-bit base, else the base's dtype.
+        merged, enabled: the layer's state.
+        save_x: "x" or "fp8", what the backward of lora_A reads (see :func:`lora_fast.functional.lora_linear`).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or outside its range, before anything is allocated.
+    """
+
+    adapter_names: tuple[str, ...] = ("lora_A", "lora_B")  # the parameters that make up the adapter
+    keeps_adapter = True  # see lora_fast.layers.replacing
+    save_x: str = "x"
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init_lora_weights: bool | str = True,
+    ) -> None:
+        check_hyperparameters(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"dtype: got {dtype}, expected float16, bfloat16, float32 or float64")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, float(lora_dropout), use_rslora
+        self.enabled = True
+        self._add_adapter(init_lora_weights)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        init_lora_weights: bool | str = True,
+        base_dtype: str | None = None,
+    ) -> Self:
+        """Wrap ``linear``: its weight and bias are shared (no copy) and frozen; its training flag is kept.
+
+        With ``base_dtype="float8_e4m3"`` the layer's weight is a :class:`lora_fast.fp8.Fp8Weight` made from
+        ``linear``'s, which stays as it is: products of 8-bit operands, forward and backward, at twice the rate. A
+        ``linear`` that has such a weight shares it.
+
+        Raises:
+            TypeError: not an ``nn.Linear`` itself, or one with hooks, a replaced forward or a quantised weight.
+            ValueError: a hyperparameter outside its range; a weight to quantise that is not finite.
+            RuntimeError: fp8 on a GPU that has no units for it (unless ``set_backend("reference")`` is on).
+        """
+        check_base_dtype(base_dtype)
+        if why := why_not_lora(linear):
+            raise TypeError(f"linear: expected a plain nn.Linear, got one that {why}")
+        layer = cls(linear.in_features, linear.out_features, r, lora_alpha, lora_dropout, use_rslora,
+                    bias=linear.bias is not None, device="meta", init_lora_weights=init_lora_weights)  # fmt: skip
+        layer.weight, layer.bias = linear.weight, linear.bias
+        if base_dtype is not None:
+            check_quantisable(linear.weight)
+        layer._add_adapter(init_lora_weights)
+        if base_dtype is not None:
+            layer.quantise_base()
+        return layer.train(linear.training)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As in ``nn.Module``; a warning where a call for this layer by itself ends the training of its adapter."""
+        if not requires_grad:
+            tell_of_freezing(self, [self._parameters.get(name) for name in self.adapter_names])
+        return super().requires_grad_(requires_grad)
+
+    def _add_adapter(self, init_lora_weights: bool | str) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        device, dtype = self.weight.device, self.weight.dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            dtype = torch.float32
+        self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, device=device, dtype=dtype))
+        self.reset_lora_parameters(init_lora_weights)
+
+    def quantise_base(self) -> None:
+        """Put an :class:`lora_fast.fp8.Fp8Weight` in the weight's place, which is freed if nothing else holds it.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`from_linear` with a ``base_dtype``; a merged layer.
+        """
+        if self.merged:
+            raise ValueError("quantise_base: the layer is merged; unmerge it first")
+        check_quantisable(self.weight)
+        if not isinstance(self.weight, Fp8Weight):
+            self.weight = nn.Parameter(Fp8Weight.quantise(self.weight), requires_grad=False)
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
+        """Initialise lora_A and lora_B anew, as PEFT does (see the class). Raises ValueError on another value."""
+        check_init(init_lora_weights)
+        init_adapter(self.lora_A, self.lora_B, init_lora_weights)
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] to y [..., out]; raises as :func:`lora_fast.functional.lora_linear`."""
+        if self.enabled and self._buffers["unmerged_weight"] is None:
+            return self._adapted(x)
+        weight = self.weight if self.enabled else whole(self.base_weight).to(x.device)  # kept in shards, or offloaded
+        return F.linear(x, weight, self.bias)
+
+    def _adapted(self, x: torch.Tensor) -> torch.Tensor:
+        own: dict[str, Any] = self._parameters
+        try:  # as attributes each would take the host half a microsecond
+            weight, lora_A, lora_B, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
+        except KeyError:
+            weight, lora_A, lora_B, bias = self.weight, self.lora_A, self.lora_B, self.bias
+        if type(weight) is torch.Tensor:
+            weight = fsdp1.as_asked(weight, self)
+        return lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, self.lora_dropout, self.training,
+                           save_x=self.save_x)  # fmt: skip
+
+    def enable(self) -> None:
+        """Let the adapter act (the default)."""
+        self.enabled = True
+
+    def disable(self) -> None:
+        """Give the base layer's output, merged or not, until :meth:`enable`."""
+        self.enabled = False
+
+    def delta_weight(self) -> torch.Tensor:
+        """``scaling * B A`` [out, in], in float32 or better."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self.scaling * (self.lora_B.detach().to(dtype) @ self.lora_A.detach().to(dtype))
+
+    def merged_weight(self, original: torch.Tensor | None = None) -> torch.Tensor:
+        """``W + scaling * B A`` [out, in], in float32 or better; W is the base weight, or ``original`` [out, in]."""
+        delta = self.delta_weight()
+        return (self.base_weight if original is None else original).detach().to(delta) + delta
+
+    def to_linear(self) -> nn.Linear:
+        """A plain ``nn.Linear`` that shares this layer's present weight (merged, if it is) and bias, and may be put in
+        this layer's place: any other layer that is assigned there, which would drop the adapter, is refused."""
+        return cleared(self._to_linear())
+
+    def _to_linear(self) -> nn.Linear:
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def parts_of_adapter(self) -> tuple[str, ...]:
+        """Names in a state dict of what a merge is made with."""
+        return self.adapter_names
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+        if is_fp8(self.base_weight):
+            text += f", base_dtype={BASE_DTYPES[0]!r}"
+        flags = {"use_rslora=True": self.use_rslora, "merged": self.merged, "disabled": not self.enabled}
+        return ", ".join([text, *(name for name, on in flags.items() if on)])

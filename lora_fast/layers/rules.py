@@ -1,0 +1,77 @@
+"""What a layer with an adapter takes: its hyperparameters, the layer that it stands in for; and how adapters start."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fast import dispatch
+from lora_fast.fp8 import Fp8Weight, is_opaque
+from lora_fast.functional import FLOATS
+
+BASE_DTYPES = ("float8_e4m3",)
+
+
+def check_base_dtype(base_dtype: Any) -> None:
+    if base_dtype is not None and base_dtype not in BASE_DTYPES:
+        raise ValueError(f"base_dtype: got {base_dtype!r}, expected None or {BASE_DTYPES[0]!r}")
+
+
+def check_quantisable(weight: torch.Tensor) -> None:
+    """Raise as :meth:`LoRALinear.from_linear` with a ``base_dtype`` where this weight cannot become an fp8 one."""
+    if dispatch.get_backend() != "reference" and (why := dispatch.why_not_fp8(weight.device)):
+        raise RuntimeError(f"base_dtype: {why}")
+    if not isinstance(weight, Fp8Weight):
+        Fp8Weight.check(weight)
+
+
+def why_not_lora(module: nn.Module) -> str | None:
+    """Why a :class:`LoRALinear` could not stand in for the module, in words; None where it can."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "is the output projection of nn.MultiheadAttention, which reads its weight and would skip the adapter"
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__name__}, not a plain nn.Linear"
+    if "forward" in vars(module) or any(value for key, value in vars(module).items() if key.endswith("_hooks")):
+        return "has hooks or a replaced forward, which would be lost (register hooks after the conversion)"
+    if module.weight.dtype not in FLOATS:
+        return f"has a quantised weight ({module.weight.dtype})"
+    if is_opaque(module.weight):
+        return f"has a quantised weight (a {type(module.weight).__name__})"
+    return None
+
+
+def check_hyperparameters(
+    r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, init_lora_weights: bool | str
+) -> None:
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r: got {r!r}, expected an integer >= 1")
+    if r < 1:
+        raise ValueError(f"r: got {r}, expected an integer >= 1")
+    for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: got {value!r}, expected a number")
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha: got {lora_alpha}, expected a finite number")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout: got {lora_dropout}, expected a probability in [0, 1)")
+    if not isinstance(use_rslora, bool):
+        raise TypeError(f"use_rslora: got {use_rslora!r}, expected True or False")
+    check_init(init_lora_weights)
+
+
+def check_init(init_lora_weights: bool | str) -> None:
+    if not isinstance(init_lora_weights, bool) and init_lora_weights != "gaussian":
+        raise ValueError(f"init_lora_weights: got {init_lora_weights!r}, expected True, False or 'gaussian'")
+
+
+@torch.no_grad()
+def init_adapter(lora_A: torch.Tensor, lora_B: torch.Tensor, init_lora_weights: bool | str) -> None:
+    if init_lora_weights == "gaussian":
+        nn.init.normal_(lora_A, std=1 / len(lora_A))
+    else:
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    if init_lora_weights is False:
+        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+    else:
+        nn.init.zeros_(lora_B)

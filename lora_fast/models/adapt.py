@@ -1,0 +1,240 @@
+"""Conversion of a whole model: LoRA on its nn.Linear layers in place; switch off, take out."""
+
+import warnings
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lora_fast.layers.dora import DoRALinear
+from lora_fast.layers.lora import LoRALinear
+from lora_fast.layers.replacing import forget_adapted, lost, note_adapted
+from lora_fast.layers.rules import check_quantisable
+from lora_fast.models.config import LoRAConfig
+from lora_fast.models.projections import missed_by, patterns, projections
+from lora_fast.models.targets import find_targets, holders, matching, resolve_pattern, some
+from lora_fast.wrappers import fsdp1
+from lora_fast.wrappers.gather import identities
+from lora_fast.wrappers.names import compiled_alone, plain_modules, unwrapped
+from lora_fast.wrappers.placement import keeper
+
+# What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
+BEFORE = "_before_lora"  # {parameter name: requires_grad before add_lora}, for remove_lora
+TRAINED = "_trained_with_lora"  # names of own tensors that train and are saved beside lora_A and lora_B
+SAVED = "_saved_with_lora"  # present where modules_to_save trains a module that has tensors of its own
+
+
+def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, in place, freeze the rest,
+    return ``model``.
+
+    Parameters that ``target_modules`` also means and that are no ``nn.Linear``'s get no adapter, and a warning names
+    them: fused experts, routers, transformers' ``Conv1D``. "all-linear" means all of these.
+
+    Training flags are kept. Names are as without the wrappers of torch.compile, checkpointing or parallel training, in
+    the model or around it; patterns may also spell these out. A layer found under several names is converted once, in
+    all its places: it is a target if one of its names is, unless one of them is excluded. From then on
+    a tool that would put another layer in the place of one of these, and so drop its adapter, gets a RuntimeError.
+
+    Raises:
+        TypeError: not a module, not a LoRAConfig.
+        ValueError: the model has LoRA layers already, is itself an ``nn.Linear`` or wrapped by FSDP1; a target is no
+            plain ``nn.Linear`` or its forward would not be called; a name or pattern of the config matches nothing; a
+            weight to quantise that is not finite.
+        RuntimeError: an fp8 base on a GPU that has no units for it.
+        After any error the model, its modules and its requires_grad flags are as they were.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected a LoRAConfig")
+    config = replace(config)  # its fields may have been assigned since it was checked
+    if present := [name or "itself" for name, module in plain_modules(model) if isinstance(module, LoRALinear)]:
+        raise ValueError(f"model: has LoRA layers already ({some(present)}); call remove_lora first")
+    if fsdp1.holds(model):
+        raise ValueError("model: is wrapped by FSDP1 (FullyShardedDataParallel); call add_lora first, then wrap it")
+    if isinstance(unwrapped(model), nn.Linear):
+        raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")
+    for layer in _convert(model, config):
+        layer.quantise_base()
+    if missed := missed_by(model, config.target_modules):
+        warnings.warn(
+            f"add_lora: target_modules={config.target_modules!r} also means parameters that are no nn.Linear's, which "
+            f"get no adapter and stay frozen: {some(patterns(missed))}",
+            stacklevel=2,
+        )
+    return model
+
+
+def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
+    """:func:`add_lora` but for the fp8 bases: the layers that are to get one, each of which can. Nothing holds the old
+    layers any more, so that their weights are freed one by one."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in plain_modules(model, remove_duplicate=False):
+        if name:
+            names.setdefault(module, []).append(name)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name not in names.get(module, name):
+            names[module].append(name)  # as patterns may have spelt it, a wrapper's parts and all
+    saved = {m for root in matching("modules_to_save", config.modules_to_save, names) for m in root.modules()}
+    targets = find_targets(model, config, names, saved)
+    ranks = resolve_pattern("rank_pattern", config.rank_pattern, config.r, targets, names)
+    alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, config.lora_alpha, targets, names)
+    trained = {m: _trained_names(m, config.bias, m in targets, m in saved) for m in model.modules()}
+    to_train = {p for m, own in trained.items() for n, p in m._parameters.items() if n in own and p is not None}
+    if tied := [names[m][0] for m in targets if m.weight in to_train]:
+        raise ValueError(f"modules_to_save: would train the base weight of {some(tied)}, which is tied to it")
+
+    kept = matching("base_dtype_exclude", config.base_dtype_exclude, {m: names[m] for m in targets})
+    owners = holders(model)
+    eight = [m for m in targets if config.base_dtype is not None and m not in kept and owners[id(m.weight)] == 1]
+    before = {m: {n: p.requires_grad for n, p in m._parameters.items() if p is not None} for m in model.modules()}
+    layers: dict[nn.Module, LoRALinear] = {}
+    kind = DoRALinear if config.use_dora else LoRALinear
+    try:
+        for linear in targets:
+            hyperparameters = ranks[linear], alphas[linear], config.lora_dropout, config.use_rslora
+            with noting(f"while converting {names[linear][0]!r}"):
+                layers[linear] = kind.from_linear(linear, *hyperparameters, init_lora_weights=config.init_lora_weights)
+                if linear in eight:
+                    check_quantisable(linear.weight)
+        for parameter in model.parameters():
+            parameter.requires_grad = parameter in to_train and parameter.is_floating_point()
+    except BaseException:
+        for module, flags in before.items():
+            _set_flags(module, flags)
+        raise
+    # From here on nothing can fail.
+    _swap(model, layers)
+    note_adapted(model)
+    for layer in layers.values():
+        layer.base_is_tied = owners[id(layer.weight)] > 1
+    for module, flags in before.items():
+        note = {SAVED: True} if module in saved and trained[module] else {}
+        vars(layers.get(module, module)).update({BEFORE: flags, TRAINED: trained[module], **note})
+    return [layers[linear] for linear in eight]
+
+
+def remove_lora(model: nn.Module) -> nn.Module:
+    """Put plain ``nn.Linear`` layers back in place, and requires_grad as before :func:`add_lora`; return ``model``.
+
+    The weights are the base's, bit for bit, or the merged ones where a layer is merged: merge_lora, then remove_lora.
+
+    Raises:
+        ValueError: no LoRA layer, or ``model`` is itself one, or torch.compile was given one by itself, or the weights
+            are in the keeping of FSDP or accelerate.
+    """
+    layers = lora_layers(model, complete=False)
+    if kept := [f"{name} (by {who})" for name, layer in layers.items() if (who := keeper(layer))]:
+        raise ValueError(f"model: has weights that a wrapper keeps: {some(kept)}; remove_lora before wrapping it")
+    if isinstance(unwrapped(model), LoRALinear):
+        raise ValueError("model: got a LoRALinear, which cannot be replaced in place; use its to_linear()")
+    if compiled := compiled_alone(model, LoRALinear):
+        raise ValueError(f"model: torch.compile was given {some(compiled)} by itself, so that its wrapper would go on "
+                         "calling the LoRA layer; put the wrapper's _orig_mod in its place first")  # fmt: skip
+    linears: dict[nn.Module, nn.Module] = {layer: layer._to_linear() for layer in layers.values()}
+    modules = list(model.modules())
+    _swap(model, linears)
+    for module in modules:
+        forget_adapted(module)
+        for note in (TRAINED, SAVED):
+            vars(module).pop(note, None)
+        _set_flags(linears.get(module, module), vars(module).pop(BEFORE, {}))
+    return model
+
+
+def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Iterate over lora_A [r, in], lora_B [out, r] and, of DoRA layers, lora_magnitude_vector [out], layer by layer.
+    ValueError without LoRA layers."""
+    return iter([getattr(layer, name) for layer in lora_layers(model).values() for name in layer.adapter_names])
+
+
+def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """Print how many parameters train, in PEFT's format, and which projections no adapter reaches (fused experts), if
+    there are any; return (trainable, all). ValueError without LoRA layers."""
+    lora_layers(model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    share = 100 * trainable / total
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+    if others := {name: p for name, p in projections(model).items() if not p.requires_grad}:
+        count = sum(p.numel() for p in others.values())
+        print(f"without an adapter, for they are no nn.Linear's: {', '.join(patterns(others))}: {count:,d} params")
+    return trainable, total
+
+
+@contextmanager
+def disable_lora(model: nn.Module) -> Iterator[None]:
+    """Within ``with disable_lora(model):`` every layer gives its base's output; then each is as it was before.
+
+    Biases and modules_to_save that were trained stay as trained. ValueError without LoRA layers.
+    """
+    enabled = [layer for layer in lora_layers(model).values() if layer.enabled]
+    try:
+        for layer in enabled:
+            layer.disable()
+        yield
+    finally:
+        for layer in enabled:
+            layer.enable()
+
+
+def lora_layers(model: nn.Module, complete: bool = True) -> dict[str, LoRALinear]:
+    """{name: layer}; raises TypeError, ValueError: no module, none of them, or (``complete``) some were replaced."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    layers = {name: module for name, module in plain_modules(model) if isinstance(module, LoRALinear)}
+    if complete and (gone := lost(model)):
+        raise ValueError(f"model: has lost adapters: other layers took the places of LoRA layers ({some(gone)}); "
+                         "convert or quantise the model before add_lora")  # fmt: skip
+    if not layers:
+        raise ValueError("model: has no LoRA layers; call add_lora first")
+    return layers
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Each tensor once, under its first name."""
+    lora_layers(model)
+    tensors: dict[str, torch.Tensor] = {}
+    for owner, module in plain_modules(model):
+        own = module.adapter_names if isinstance(module, LoRALinear) else ()
+        for name in (*own, *vars(module).get(TRAINED, ())):
+            tensors[f"{owner}.{name}" if owner else name] = getattr(module, name)
+    first: dict[Hashable, str] = {}
+    for name, key in identities(model, tensors).items():
+        first.setdefault(key, name)
+    return {name: tensors[name] for name in first.values()}
+
+
+def _trained_names(module: nn.Module, bias: str, is_target: bool, is_saved: bool) -> list[str]:
+    """Names of the module's own tensors that train, or follow training (buffers of modules_to_save)."""
+    if is_saved:
+        tensors = {**module._parameters, **module._buffers}
+        return [n for n, t in tensors.items() if t is not None and n not in module._non_persistent_buffers_set]
+    if bias == "all" or (bias == "lora_only" and is_target):
+        return [n for n, p in module._parameters.items() if p is not None and n == "bias"]  # PEFT's rule
+    return []
+
+
+def _swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in new:
+                parent._modules[name] = new[child]
+
+
+def _set_flags(module: nn.Module, flags: dict[str, bool]) -> None:
+    for name, flag in flags.items():
+        if (parameter := module._parameters.get(name)) is not None:
+            parameter.requires_grad = flag
+
+
+@contextmanager
+def noting(note: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise

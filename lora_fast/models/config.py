@@ -1,0 +1,98 @@
+"""LoRAConfig: what a model is to get as adapters, checked when it is made."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lora_fast.layers.rules import check_base_dtype, check_hyperparameters
+
+SUFFIX = r"(.*\.)?({})$"  # how PEFT reads a key of rank_pattern: it stands for a full name or its last parts
+
+
+@dataclass
+class LoRAConfig:
+    """What :func:`add_lora` converts and how: the names and meanings of PEFT's ``LoraConfig``.
+
+    Args:
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in :class:`lora_fast.LoRALinear`.
+        base_dtype: None, or "float8_e4m3": the frozen weights of the converted layers become fp8
+            (:class:`lora_fast.fp8.Fp8Weight`), one after the other, the original freed; one that is tied to another
+            parameter stays as it is. remove_lora leaves them so.
+        base_dtype_exclude: a list or a regex, as exclude_modules: converted layers that keep their weight as it is.
+            None: all are quantised ("all-linear" leaves the output head out by itself).
+        use_dora: convert to :class:`lora_fast.DoRALinear`, which also trains the lengths of the weight's rows.
+        target_modules: a list of full module names or their last parts ("q_proj", "attn.q_proj"), a regex that must
+            match the full name, or "all-linear": every ``nn.Linear`` but the model's ``get_output_embeddings()``. What
+            projects and is no ``nn.Linear`` (fused experts) gets no adapter, and add_lora a warning that names it.
+            A layer among them that no adapter can stand in for (of an ``nn.MultiheadAttention``, say) is an error.
+        exclude_modules: a list or a regex, likewise: targets to leave alone.
+        rank_pattern, alpha_pattern: {regex of a full name or its last parts: r or lora_alpha}; the first match wins.
+        bias: the existing biases that train: "none", "lora_only" (those of the converted layers) or "all".
+        modules_to_save: names or last parts of modules that train in full: in place, never converted, and saved with
+            the adapter; so does what is tied to them. (PEFT trains a copy, untied without its
+            ensure_weight_tying; here disabling or removing LoRA does not bring the original back.)
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or outside its range.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    init_lora_weights: bool | Literal["gaussian"] = True
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[str] | None = None
+    use_dora: bool = False
+    base_dtype: str | None = None
+    base_dtype_exclude: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.init_lora_weights)
+        if not isinstance(self.use_dora, bool):
+            raise TypeError(f"use_dora: got {self.use_dora!r}, expected True or False")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f'bias: got {self.bias!r}, expected "none", "all" or "lora_only"')
+        _check_names("target_modules", self.target_modules)
+        _check_names("exclude_modules", self.exclude_modules)
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save: got {self.modules_to_save!r}, expected a list of module names")
+        _check_names("modules_to_save", self.modules_to_save)
+        check_base_dtype(self.base_dtype)
+        _check_names("base_dtype_exclude", self.base_dtype_exclude)
+        if self.base_dtype_exclude is not None and self.base_dtype is None:
+            raise ValueError(f"base_dtype_exclude: got {self.base_dtype_exclude!r}, expected None without a base_dtype")
+        for argument in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, argument)
+            if not isinstance(pattern, dict):
+                raise TypeError(f"{argument}: got {pattern!r}, expected a dict of regex to number")
+            for key, value in pattern.items():
+                _check_regex(argument, key, SUFFIX)
+                r, alpha = (value, 1) if argument == "rank_pattern" else (1, value)
+                try:
+                    check_hyperparameters(r, alpha, 0.0, False, True)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{argument}[{key!r}]: {error}") from None
+
+
+def _check_names(argument: str, patterns: Any) -> None:
+    if isinstance(patterns, str):
+        _check_regex(argument, patterns)
+    elif patterns is not None:
+        if not isinstance(patterns, (list, tuple, set)) or not all(isinstance(entry, str) for entry in patterns):
+            raise TypeError(f"{argument}: got {patterns!r}, expected a list of module names")
+        if not patterns or "" in patterns:
+            raise ValueError(f"{argument}: got {patterns!r}, expected one module name or more, none of them empty")
+
+
+def _check_regex(argument: str, pattern: Any, within: str = "{}") -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{argument}: got {pattern!r}, expected a regex as a string")
+    try:
+        re.compile(within.format(pattern))
+    except re.error as error:
+        raise ValueError(f"{argument}: {pattern!r} is not a valid regex: {error}") from None

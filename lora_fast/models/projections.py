@@ -1,0 +1,53 @@
+"""Parameters that project as an ``nn.Linear``'s weight does and belong to none: what no adapter of ours can reach."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import nn
+
+from lora_fast.wrappers.names import plain_modules
+
+# In the name of a class or parameter that does not project.
+OTHERS = ("embed", "norm", "bias", "token", "position", "_log")
+
+PLAIN = (nn.Module, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
+
+
+def projections(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} of fused experts [E, N, K], routers and transformers' ``Conv1D``, as far as names and shapes
+    tell."""
+    return {
+        f"{prefix}.{name}" if prefix else name: parameter
+        for prefix, module in plain_modules(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and _projects(module, name, parameter)
+    }
+
+
+def _projects(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
+    if any(kind.__module__.startswith("torch.nn.") and kind not in PLAIN for kind in type(module).__mro__):
+        return False  # a Linear, which can have an adapter, or one of torch's other layers
+    words = f"{type(module).__name__} {name}".lower()
+    if any(word in words for word in OTHERS) or isinstance(parameter, nn.UninitializedParameter):
+        return False
+    shape = parameter.shape
+    if len(shape) not in (2, 3) or min(shape) < 2:
+        return False
+    return len(shape) == 3 or name == "weight" or "proj" in name
+
+
+def missed_by(model: nn.Module, target_modules: str | Collection[str] | None) -> list[str]:
+    """The names of those that stay frozen though ``target_modules`` speaks of them: "all-linear" does of all."""
+    found = [name for name, parameter in projections(model).items() if not parameter.requires_grad]
+    if isinstance(target_modules, str):
+        everything = target_modules.lower() == "all-linear"
+        return [name for name in found if everything or re.fullmatch(target_modules, name)]
+    return [name for name in found if any(f".{name}".endswith(f".{entry}") for entry in target_modules or ())]
+
+
+def patterns(names: Iterable[str]) -> list[str]:
+    """The names, those that differ in numbers alone as one, with their count."""
+    counts = Counter(".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names)
+    return [name if count == 1 else f"{name} ({count})" for name, count in counts.items()]

@@ -1,0 +1,104 @@
+"""The layers of a model that a :class:`LoRAConfig` stands for, found by names and patterns."""
+
+import re
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fast.layers.rules import why_not_lora
+from lora_fast.models.config import SUFFIX, LoRAConfig
+from lora_fast.models.projections import patterns as name_patterns
+from lora_fast.models.projections import projections
+from lora_fast.wrappers.gather import is_sharded
+from lora_fast.wrappers.names import is_compiled, unwrapped
+
+
+def find_targets(
+    model: nn.Module, config: LoRAConfig, names: dict[nn.Module, list[str]], saved: set[nn.Module]
+) -> dict[nn.Linear, None]:
+    """The layers to convert, in the model's order; ValueError if there is none or one that cannot be."""
+    patterns = config.target_modules
+    if patterns is None:
+        raise ValueError('target_modules: got None, expected a list of module names, a regex or "all-linear"')
+    head: Any = None
+    if isinstance(patterns, str) and patterns.lower() == "all-linear":
+        found: set[nn.Module] = {module for module in names if isinstance(module, nn.Linear)}
+        if callable(get_output_embeddings := getattr(unwrapped(model), "get_output_embeddings", None)):
+            head = unwrapped(get_output_embeddings())
+    else:
+        found = matching("target_modules", patterns, names)
+    excluded = matching("exclude_modules", config.exclude_modules, {m: names[m] for m in found})
+    targets = [m for m in names if m in found and m not in excluded and m not in saved and m is not head]
+    if not targets:
+        others = some(name_patterns(projections(model)))
+        hint = f" (it has projections that are no nn.Linear, which LoRA does not reach: {others})" if others else ""
+        raise ValueError(f"target_modules: {patterns!r} leaves no layer to convert{hint}")
+    parents: dict[nn.Module, list[nn.Module]] = {}
+    for parent in model.modules():
+        for child in parent.children():
+            parents.setdefault(child, []).append(parent)
+    if unfit := [f"{names[m][0]} {why}" for m in targets if (why := _why_not(m, parents[m]))]:
+        raise ValueError(f"target_modules: cannot convert {'; '.join(unfit)} (exclude_modules leaves layers out)")
+    return {m: None for m in targets if isinstance(m, nn.Linear)}
+
+
+def _why_not(module: nn.Module, parents: list[nn.Module]) -> str | None:
+    """Why a LoRALinear could not stand in for the module in this place, in words."""
+    if getattr(module, "_is_fsdp_managed_module", False) or is_sharded(getattr(module, "weight", None)):
+        return "is sharded (by FSDP or tensor parallelism): add or load the adapter first, then shard the model"
+    if "_hf_hook" in vars(module):
+        return "is dispatched by accelerate: add or load the adapter first, then dispatch or offload the model"
+    if why := why_not_lora(module):
+        return why
+    if any(map(is_compiled, parents)):
+        return "is compiled by itself: torch.compile's wrapper would go on calling the layer without an adapter"
+    if torch.backends.mha.get_fastpath_enabled() and any(isinstance(p, nn.TransformerEncoderLayer) for p in parents):
+        return (
+            "is in an nn.TransformerEncoderLayer, whose inference fast path reads the weight and would skip the adapter"
+            " (call torch.backends.mha.set_fastpath_enabled(False) first)"
+        )
+    return None
+
+
+def matching(
+    argument: str, patterns: str | Collection[str] | None, names: dict[nn.Module, list[str]]
+) -> set[nn.Module]:
+    """The modules that a regex (a string) or full names or suffixes (a list) stand for; each entry must match."""
+    found = set()
+    for entry in [patterns] if isinstance(patterns, str) else patterns or []:
+        hits = {
+            module
+            for module, own in names.items()
+            for name in own
+            if (re.fullmatch(entry, name) if isinstance(patterns, str) else f".{name}".endswith(f".{entry}"))
+        }
+        if not hits:
+            known = [own[0] for module, own in names.items() if isinstance(module, nn.Linear)]
+            raise ValueError(f"{argument}: {entry!r} matches nothing (nn.Linear layers: {some(known) or 'none'})")
+        found |= hits
+    return found
+
+
+def holders(model: nn.Module) -> Counter[int]:
+    """{id of a parameter: how many modules hold it}: more than one for a tied weight."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+
+def resolve_pattern(
+    argument: str, pattern: dict[str, Any], default: Any, targets: Collection[nn.Module], names: dict
+) -> dict[nn.Module, Any]:
+    """r or lora_alpha of each target; ValueError if a key stands for none of them."""
+    values = dict.fromkeys(targets, default)
+    for key, value in reversed(pattern.items()):  # the first key that matches wins
+        hits = [m for m in targets if any(re.match(SUFFIX.format(key), name) for name in names[m])]
+        if not hits:
+            raise ValueError(f"{argument}: {key!r} matches none of the converted layers")
+        values.update(dict.fromkeys(hits, value))
+    return values
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -1,0 +1,183 @@
+"""Fused LoRA and DoRA in models that PEFT made: :func:`patch_peft`, and back."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lora_fast.fp8 import Fp8Weight
+from lora_fast.layers.rules import check_base_dtype, check_quantisable
+from lora_fast.models.targets import holders, matching
+from lora_fast.peft.report import PeftReport, lora_layers, peft_report
+
+
+def patch_peft(
+    model: nn.Module,
+    save: str = "auto",
+    base_dtype: str | None = None,
+    base_dtype_exclude: str | list[str] | None = None,
+) -> PeftReport:
+    """Let the LoRA and DoRA linear layers of a PEFT model run through lora_fast's fused kernels, in place.
+
+    Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear`` becomes an instance of a subclass of it; parameters, state
+    dict keys and all else that PEFT does with the model stay. Layers of adapters that are added later follow by
+    themselves in a ``PeftModel``, with the same ``save`` and ``base_dtype``; in a model with PEFT's layers alone, patch
+    it again then.
+
+    What changes after the patch (device, dtype, hooks, active adapters, merging) is looked at in every call: a layer is
+    patched on the CPU too, runs in plain torch there and fused once the model is on a GPU. Calls that only stock PEFT
+    can serve are stock PEFT's, with a :class:`lora_fast.SlowPathWarning` for each reason.
+
+    Two things differ from stock on purpose: DoRA's dropout acts on the low-rank branch alone (same expectation, less
+    noise), and several active adapters, fused as one of their joint rank, share a dropout mask.
+
+    Args:
+        model: a ``PeftModel``, or any model that contains PEFT's LoRA layers.
+        save: what DoRA layers keep for the backward, as in :func:`lora_fast.functional.dora_linear`: "z" takes more
+            memory, and lets a model change the outputs of these layers in place. Also an attribute of each layer.
+        base_dtype: None, or "float8_e4m3": the base weights of the layers that can be fused become fp8
+            (:class:`lora_fast.fp8.Fp8Weight`), one after the other, the original freed; unpatch_peft makes plain ones
+            of them again. A merge puts a 16-bit weight in the fp8 one's place until the unmerge. Layers that are
+            merged, whose base trains, or whose base weight is tied to another parameter stay as they are; the report
+            says "fp8 base" of the others. A DoRA magnitude stays PEFT's, the norm is the fp8 weight's.
+        base_dtype_exclude: a list of names or last parts, or a regex: more layers whose base stays as it is.
+
+    Returns:
+        What is fused as things stand now; :func:`peft_report` tells it anew.
+
+    Raises:
+        TypeError: not a module; a weight to quantise of another dtype than float16, bfloat16 or float32.
+        ValueError: no LoRA layer of PEFT's in it, ``save`` neither "auto" nor "z", an unknown base_dtype, a weight to
+            quantise that is not finite. The model is then as it was, as after any other error.
+        RuntimeError: an fp8 base on a GPU that has no units for it.
+        ImportError: without PEFT.
+    """
+    if save not in ("auto", "z"):
+        raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
+    check_base_dtype(base_dtype)
+    if base_dtype_exclude is not None and base_dtype is None:
+        raise ValueError(f"base_dtype_exclude: got {base_dtype_exclude!r}, expected None without a base_dtype")
+    layers = lora_layers(model)
+    from lora_fast.peft.layers import FastLinear, FastLoraModel, LoraModel
+    from lora_fast.peft.rules import why_never_fused
+
+    asked = Asked(save, base_dtype, base_dtype_exclude)
+    kept = matching("base_dtype_exclude", base_dtype_exclude, {layer: [name] for name, layer in layers.items()})
+    done: list[Any] = []
+    eight: dict[str, Any] = {}
+    try:
+        for layer in layers.values():
+            if why_never_fused(layer) is None:
+                FastLinear.adopt(layer)
+                done.append(layer)
+        if base_dtype is not None:
+            eight = _quantisable(model, {name: layer for name, layer in layers.items() if layer not in kept})
+            for name, layer in eight.items():
+                _check_base(name, layer)
+    except BaseException:
+        for layer in done:
+            layer.release()
+        raise
+    _quantise(model, eight.values())
+    for name, module in model.named_modules():
+        if isinstance(module, FastLinear):
+            module.save = save
+        elif type(module) in (LoraModel, FastLoraModel):
+            module.__class__ = FastLoraModel
+            module.patch_later = asked._replace(prefix=f"{name}." if name else "")  # type: ignore[assignment]
+    return peft_report(model)
+
+
+class Asked(NamedTuple):
+    """What :func:`patch_peft` was asked for. A tuner keeps it, and calls it when an adapter came later."""
+
+    save: str
+    base_dtype: str | None
+    base_dtype_exclude: str | list[str] | None
+    prefix: str = ""  # of the tuner's layers, in the names that base_dtype_exclude speaks of
+
+    def __call__(self, tuner: nn.Module) -> None:
+        """Patch the layers that are stock yet. A weight that cannot be quantised stays as it is, with a warning."""
+        from lora_fast.peft.layers import FastLinear
+        from lora_fast.peft.rules import why_never_fused
+
+        layers = {self.prefix + name: layer for name, layer in lora_layers(tuner).items()}
+        new = {name: layer for name, layer in layers.items() if why_never_fused(layer) is None}
+        for layer in new.values():
+            FastLinear.adopt(layer)
+            layer.save = self.save
+        if self.base_dtype is None:
+            return
+        names = {layer: [name] for name, layer in layers.items()}
+        kept = matching("base_dtype_exclude", self.base_dtype_exclude, names)
+        fit = _quantisable(tuner, {name: layer for name, layer in new.items() if layer not in kept})
+        for name in list(fit):
+            try:
+                _check_base(name, fit[name])
+            except (TypeError, ValueError, RuntimeError) as error:
+                warnings.warn(
+                    f"base_dtype: a layer that came later keeps its base weight as it is: {error}", stacklevel=2
+                )
+                del fit[name]
+        _quantise(tuner, fit.values())
+
+
+def _quantisable(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
+    """Those of the layers whose base weight is to become an fp8 one."""
+    from lora_fast.peft.layers import FastLinear
+    from lora_fast.peft.rules import PLAIN
+
+    found, held = {}, holders(model)
+    for name, layer in layers.items():
+        weight: Any = getattr(layer.base_layer, "weight", None)
+        if not isinstance(layer, FastLinear) or type(weight) not in PLAIN or weight.requires_grad:
+            continue
+        if not layer.merged and held[id(weight)] == 1:
+            found[name] = layer
+    return found
+
+
+def _check_base(name: str, layer: Any) -> None:
+    try:
+        check_quantisable(layer.base_layer.weight)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _quantise(model: nn.Module, layers: Iterable[Any]) -> None:
+    embeddings = set(_embeddings(model))
+    for layer in layers:
+        layer.base_layer.weight = nn.Parameter(Fp8Weight.quantise(layer.base_layer.weight), requires_grad=False)
+        layer.is_embedding = layer in embeddings
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    """What transformers' models say their embeddings and heads are: PEFT may save them with the adapter."""
+    for module in model.modules():
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            if callable(get := getattr(module, name, None)):
+                try:
+                    found = get()
+                except (AttributeError, NotImplementedError):  # transformers' way to say that it has none
+                    continue
+                if isinstance(found, nn.Module):
+                    yield found
+
+
+def unpatch_peft(model: nn.Module) -> None:
+    """Undo :func:`patch_peft`. Layers that are merged stay merged, and unmerge as stock PEFT does: by subtraction.
+
+    Raises:
+        TypeError, ValueError, ImportError: as :func:`patch_peft`.
+    """
+    layers = lora_layers(model)
+    from lora_fast.peft.layers import FastLinear, FastLoraModel, LoraModel
+
+    for layer in layers.values():
+        if isinstance(layer, FastLinear):
+            layer.release()
+    for module in model.modules():
+        if type(module) is FastLoraModel:
+            vars(module).pop("patch_later", None)
+            module.__class__ = LoraModel  # type: ignore[assignment]

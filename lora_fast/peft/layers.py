@@ -1,0 +1,203 @@
+"""PEFT's LoRA linear layer, and its tuner, with a fused forward: what ``patch_peft`` makes of instances of theirs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear, LoraModel
+from torch import nn
+
+from lora_fast import dispatch
+from lora_fast.fp8 import Fp8Weight, as_plain
+from lora_fast.functional import dora_linear, lora_linear
+from lora_fast.layers.merged_state import TO_COME
+from lora_fast.layers.replacing import tell_of_freezing
+from lora_fast.peft import norms as peft_norms
+from lora_fast.peft.merging import KeepingLinear, for_an_adapters_file
+from lora_fast.peft.rules import active, examine, is_dora, parameter, why_not_this_call
+from lora_fast.reference import dora_scale
+from lora_fast.wrappers import fsdp1
+from lora_fast.wrappers.gather import whole
+
+
+class Scalings(dict):
+    """PEFT's dict {adapter: scaling}, each number mirrored into a 0-dim float32 tensor on ``device``, which compiled
+    graphs read: there a Python float would be a constant, and a new value a new compilation."""
+
+    def __init__(self, values: Mapping[str, Any], device: torch.device, mirrors: Mapping | None = None) -> None:
+        super().__init__()
+        self.device = device
+        self.mirrors: dict[str, torch.Tensor] = dict(mirrors or {})
+        self.update(values)
+
+    def of(self, name: str, device: torch.device) -> float | torch.Tensor:
+        """The scaling of an adapter in the form that is best just now."""
+        if torch.compiler.is_compiling() and self.mirrors[name].device == device:
+            return self.mirrors[name]
+        return self[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        if not isinstance(value, (int, float)):
+            self.mirrors.pop(name, None)
+        elif name in self.mirrors and self.mirrors[name].device == self.device:
+            self.mirrors[name].fill_(value)
+        else:
+            with torch.inference_mode(False):
+                self.mirrors[name] = torch.tensor(value, dtype=torch.float32, device=self.device)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def __ior__(self, other: Any) -> "Scalings":  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def __reduce__(self) -> tuple:
+        return type(self), (dict(self), torch.device("cpu"))  # a pickle may be read where there is no such device
+
+
+class FastLinear(KeepingLinear):
+    """``peft.tuners.lora.Linear`` that runs plain LoRA and DoRA adapters through :mod:`lora_fast.functional`.
+
+    Not constructed, but put in place of an instance's class (:meth:`adopt`). Parameters are PEFT's own, read in each
+    call; where anything is out of the ordinary (:func:`lora_fast.peft.rules.examine`) the call is stock PEFT's, with
+    one warning for each reason.
+    """
+
+    keeps_adapter = True  # see lora_fast.layers.replacing
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_magnitude_vector: Any
+    save: str = "auto"  # for DoRA, as of lora_fast.DoRALinear
+    save_x: str = "x"  # as of lora_fast.LoRALinear
+    is_embedding: bool = False  # the model's head: PEFT saves its base weight, too, and in files fp8 is plain
+    _scalings: Scalings
+
+    @classmethod
+    def adopt(cls, layer: Any) -> None:
+        """Make ``layer``, of which :func:`lora_fast.peft.rules.why_never_fused` finds nothing, one of these."""
+        scalings = Scalings(layer.scaling, layer.base_layer.weight.device)  # may fail, so before anything is changed
+        del layer.scaling
+        layer.__class__ = cls
+        layer._scalings = scalings
+
+    def release(self) -> None:
+        """Make the layer stock again. While it is merged, the base weight that was kept is lost."""
+        self._forget_base()
+        scalings = dict(self.scaling)
+        del self._scalings
+        for name in ("save", "save_x", "is_embedding", TO_COME):
+            vars(self).pop(name, None)
+        if isinstance(self.base_layer.weight, Fp8Weight):
+            self.base_layer.weight = nn.Parameter(self.base_layer.weight.dequantise(), requires_grad=False)
+        self.__class__ = Linear  # type: ignore[assignment]
+        self.scaling = scalings
+
+    def _get_name(self) -> str:
+        return type(self).__name__.replace("Fast", "", 1)  # as stock's, which tools compare
+
+    @property
+    def scaling(self) -> Scalings:
+        return self._scalings
+
+    @scaling.setter
+    def scaling(self, values: Mapping[str, Any]) -> None:
+        old = self.scaling
+        self._scalings = Scalings(values, old.device, old.mirrors)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [..., K] to y [..., N], as stock PEFT's; raises as it does, or as :func:`lora_fast.functional.lora_linear`.
+
+        DoRA's dropout acts on the low-rank branch alone, and several adapters share one mask; stock PEFT, in contrast,
+        also drops the input of DoRA's base product, and draws a mask for each adapter.
+        """
+        if not self.disable_adapters and not self.merged and (names := active(self)):
+            parts = why_not_this_call(self, x, args, kwargs) or examine(self, names)
+            if not isinstance(parts, str):
+                return self._fused(x, parts)
+            dispatch.tell("leaves a layer to stock PEFT", parts)
+            peft_norms.drop_stale_of(self, names)
+        elif self.disable_adapters and self.merged and getattr(self.base_layer, "_is_fsdp_managed_module", False):
+            # Stock unmerges here, which is lost in a weight that FSDP has gathered.
+            weight, bias = (None if kept is None else whole(kept) for kept in self._both_kept().values())
+            return F.linear(x, weight, bias)  # type: ignore[arg-type]
+        return super().forward(x, *args, **kwargs)
+
+    def _fused(self, x: torch.Tensor, parts: list[tuple]) -> torch.Tensor:
+        """The forward with what :func:`examine` found to be plain."""
+        base: Any = self._modules["base_layer"]
+        scalings = self._scalings
+        weight, bias = parameter(base, "weight"), parameter(base, "bias")
+        if type(weight) is torch.Tensor:
+            weight = fsdp1.as_asked(weight, base)
+        name, a, b, dropout = parts[0]
+        p = dropout.p if type(dropout) is nn.Dropout else 0.0
+        scaling = scalings.of(name, x.device)
+        if is_dora(self, name):
+            magnitude = self.lora_magnitude_vector[name]
+            if peft_norms.wanted(magnitude):
+                norm = peft_norms.norm_of(magnitude, name, weight, a, b, scaling)
+                z = lora_linear(x, weight, a, b, scaling, None, p, dropout.training, save_x=self.save_x)
+                return dora_scale(z, magnitude.weight, norm, bias, (x, weight))
+            return dora_linear(
+                x, weight, a, b, magnitude.weight, scaling, bias, p, dropout.training,
+                save=self.save, round_norm=True, save_x=self.save_x,
+            )  # fmt: skip
+        if len(parts) > 1:  # the sum of the adapters is one adapter, stacked along r
+            a = torch.cat([a for _, a, _, _ in parts])
+            b = torch.cat([b * scalings.of(name, x.device) for name, _, b, _ in parts], 1)
+            scaling = 1.0
+        return lora_linear(x, weight, a, b, scaling, bias, p, dropout.training, save_x=self.save_x)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT, but for the weight of a head, which PEFT's files take along: if it is fp8 it is plain there, and
+        in such a file it is what a merge kept."""
+        destination = super().state_dict(*args, **kwargs)
+        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
+        if self.merged and for_an_adapters_file():
+            kept = {f"{prefix}base_layer.{name}": t for name, t in self._both_kept().items()}
+            destination.update({key: t for key, t in kept.items() if t is not None and key in destination})
+        if self.is_embedding:
+            destination[f"{prefix}base_layer.weight"] = as_plain(destination[f"{prefix}base_layer.weight"])
+        return destination
+
+    def requires_grad_(self, requires_grad: bool = True) -> "FastLinear":
+        """As in ``nn.Module``; a warning where a call for this layer by itself ends the training of its adapters."""
+        if not requires_grad:
+            tell_of_freezing(self, [p for name, p in self.named_parameters() if "lora_" in name])
+        return super().requires_grad_(requires_grad)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FastLinear":
+        super()._apply(*args, **kwargs)
+        device = self.base_layer.weight.device
+        if device != self.scaling.device:
+            self._scalings = Scalings(self.scaling, device)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._scalings = Scalings(self.scaling, self.base_layer.weight.device)
+
+
+class FastLoraModel(LoraModel):
+    """PEFT's tuner that also makes the layers of adapters fast that come later, as ``patch_later`` does."""
+
+    patch_later: Callable[[LoraModel], None] | None = None
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(*args, **kwargs)
+        if self.patch_later is not None:
+            self.patch_later(self)
+
+
+FastLoraModel.__name__ = LoraModel.__name__  # which tools compare; a pickle finds the class by __qualname__

@@ -1,0 +1,212 @@
+"""Merging of PEFT's LoRA linear layer that keeps the base: exact to undo, in shards too, and told in state dicts."""
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from torch import nn
+
+from lora_fast.fp8 import Fp8Weight, as_plain
+from lora_fast.layers.merged_state import add_kept, read_base
+from lora_fast.wrappers.gather import is_sharded, whole
+from lora_fast.wrappers.placement import (
+    AWAY,
+    gathered,
+    in_its_memory,
+    kind_of,
+    offloading,
+    place_of_weight,
+    settle,
+    write,
+)
+
+
+class KeepingLinear(Linear):
+    """``peft.tuners.lora.Linear`` on an ``nn.Linear``, whose base weight and bias are kept at a merge, so that
+    :meth:`unmerge` gives them back bit for bit.
+
+    A state dict of a merged layer holds the merged ones, as stock PEFT's, and beside them the base as
+    ``lora_unmerged_weight`` and ``lora_unmerged_offset``; loading one unmerges the layer, and gives it that base.
+    """
+
+    base_layer: Any
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        original: torch.Tensor | None = None,
+    ) -> None:
+        """As in PEFT; the base weight and bias are kept for :meth:`unmerge`, and so is their dtype (DoRA in PEFT 0.13
+        loses it).
+
+        ``original`` [N, K], in the base's dtype, is what an fp8 base was made from: it is merged into instead, summed
+        in float32 and rounded once.
+
+        Raises:
+            TypeError, ValueError: an ``original`` of another dtype or shape, or that the base was not made from; a
+                layer that is merged or whose base is not fp8; an fp8 base in FSDP2's shards, FSDP1 outside
+                summon_full_params. The layer is then as it was.
+        """
+        weight = self.base_layer.weight
+        if original is not None:
+            if self.merged or not isinstance(weight, Fp8Weight):
+                what = "a merged layer" if self.merged else f"a base that is not fp8 ({weight.dtype})"
+                raise ValueError(f"original: got a tensor, expected None for {what}")
+            weight.check_original(original)
+        with self._at_hand():
+            if not self.merged:
+                self._keep_base(original)
+            try:
+                with gathered(self, changed=self.base_layer):
+                    super().merge(safe_merge, adapter_names)
+                    for kept, tensor in self._kept():
+                        tensor.data = tensor.data.to(kept.dtype)
+            finally:
+                if not self.merged:
+                    self._put_back()
+
+    def unmerge(self) -> None:
+        """As in PEFT, but bit for bit: what was there before the merge is put back."""
+        with self._at_hand():
+            with gathered(self):
+                super().unmerge()
+            self._put_back()
+
+    @contextmanager
+    def _at_hand(self) -> Iterator[None]:
+        """Within, the base weight is there and may change. Raises ValueError where it cannot (fp8 in shards, FSDP1)."""
+        settle(self)
+        with kind_of(self.base_layer.weight), self._at_its_place():
+            yield
+
+    @contextmanager
+    def _at_its_place(self) -> Iterator[None]:
+        base = self.base_layer
+        if (hook := offloading(base)) is None:
+            if base.weight.is_meta and not _has_no_data_anywhere():
+                raise ValueError(AWAY)
+            if place_of_weight(base) is None:
+                yield
+            else:
+                with in_its_memory(base):
+                    yield
+        elif not base.weight.is_meta:
+            yield
+        elif vars(base)["_hf_hook"] is not hook:
+            raise ValueError("weight: is offloaded by one of several hooks of accelerate, where PEFT does not find it; "
+                             "merge before dispatching the model")  # fmt: skip
+        else:
+            with onload_layer(self):
+                yield
+
+    def _keep_base(self, original: torch.Tensor | None) -> None:
+        weight = self.base_layer.weight
+        for name, tensor in self._base().items():
+            kept = tensor.detach().clone()
+            self.register_buffer(
+                f"unmerged_{name}", kept if offloading(self.base_layer) is None else kept.cpu(), persistent=False
+            )
+        if isinstance(weight, Fp8Weight):
+            plain = weight.dequantise() if original is None else original.to(weight.device, torch.float32, copy=True)
+            self.base_layer.weight = nn.Parameter(plain, requires_grad=False)
+
+    def _put_back(self) -> None:
+        for kept, tensor in self._kept():
+            if isinstance(kept, Fp8Weight):
+                self.base_layer.weight = nn.Parameter(kept.to(tensor.device), requires_grad=False)
+            elif is_sharded(tensor):
+                write(tensor, kept)
+            else:
+                tensor.data = whole(kept).to(tensor.device)
+        self._forget_base()
+
+    def _base(self) -> dict[str, torch.Tensor]:
+        base = self.base_layer
+        return {"weight": base.weight} | ({} if base.bias is None else {"bias": base.bias})
+
+    def _kept(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What was kept at the merge, each beside what it was before."""
+        pairs = [(self._buffers.get(f"unmerged_{name}"), tensor) for name, tensor in self._base().items()]
+        return [(kept, tensor) for kept, tensor in pairs if kept is not None]
+
+    def _forget_base(self) -> None:
+        for name in ("unmerged_weight", "unmerged_bias"):
+            if name in self._buffers:
+                delattr(self, name)
+                self._non_persistent_buffers_set.discard(name)
+
+    @property
+    def lora_unmerged_weight(self) -> torch.Tensor | None:
+        """What a merge kept, by its name in a state dict, by which torch's distributed checkpoints ask for it."""
+        return self._buffers.get("unmerged_weight")
+
+    @property
+    def lora_unmerged_offset(self) -> torch.Tensor | None:
+        """Likewise, of the bias."""
+        return self._buffers.get("unmerged_bias")
+
+    def parts_of_adapter(self) -> list[str]:
+        """Names in a state dict of what a merge of the active adapters is made with."""
+        names = [name for name, _ in self.named_parameters() if name.startswith("lora_")]
+        return [name for name in names if name.split(".")[1] in self.active_adapters]
+
+    def live_values(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Of an unmerged layer: what its weight and bias may be once some of its adapters are merged, whole. Of more
+        than four adapters not every choice is tried."""
+        base, held = self.base_layer, dict(self.base_layer._parameters)
+        names = list(self.lora_A)
+        counts = range(1, len(names) + 1) if len(names) <= 4 else (1, len(names))
+        some = [n for n in self.active_adapters if n in names]
+        for chosen in (some, *itertools.chain.from_iterable(itertools.combinations(names, n) for n in counts)):
+            with gathered(self):
+                for name, t in self._base().items():
+                    base._parameters[name] = nn.Parameter(as_plain(t.detach()).clone(), requires_grad=False)
+                try:
+                    super().merge(adapter_names=list(chosen))
+                    values = {name: t.detach().clone() for name, t in self._base().items()}
+                    if self.merged:
+                        super().unmerge()
+                finally:
+                    base._parameters.update(held)
+            yield values
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged and not for_an_adapters_file():
+            add_kept(self._both_kept(), destination, prefix, keep_vars)
+
+    def _both_kept(self) -> dict[str, torch.Tensor | None]:
+        return {"weight": self.lora_unmerged_weight, "bias": self.lora_unmerged_offset}
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        live = self._base() if self.merged else {}
+        if self.merged:
+            self.unmerge()
+        read_base(self, self.base_layer, live, state_dict, prefix, prefix + "base_layer.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def for_an_adapters_file() -> bool:
+    """Whether PEFT itself takes the state dict, to pick an adapter from it by ``lora_`` in the keys."""
+    return _caller(lambda frame: frame.f_code.co_name == "get_peft_model_state_dict") is not None
+
+
+def _has_no_data_anywhere() -> bool:
+    """Whether PEFT's tuner merges a model in which no hook of accelerate is, to bring data: a layer by itself cannot
+    tell whether one brings its own for a module around."""
+    frame = _caller(lambda frame: isinstance(frame.f_locals.get("self"), BaseTuner))
+    return frame is not None and not any("_hf_hook" in vars(m) for m in frame.f_locals["self"].modules())
+
+
+def _caller(is_it: Callable[[Any], bool]) -> Any:
+    """The frame of the nearest call under way for which this holds, or None."""
+    frame: Any = sys._getframe()
+    while frame is not None and not is_it(frame):
+        frame = frame.f_back
+    return frame

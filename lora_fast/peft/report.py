@@ -1,0 +1,122 @@
+"""What of a PEFT model the fused kernels run, layer by layer, and why not the rest: :func:`peft_report`."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fast import dispatch
+from lora_fast.fp8 import is_fp8
+from lora_fast.wrappers import fsdp1
+
+
+@dataclass(frozen=True)
+class PeftLayer:
+    """One of PEFT's LoRA layers: its name, whether the fused kernels run it, and the reason or a remark."""
+
+    name: str
+    fused: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class PeftReport:
+    """Which of a model's LoRA layers the fused kernels run, as things stood when it was made; prints as a table."""
+
+    layers: tuple[PeftLayer, ...]
+
+    @property
+    def fused(self) -> int:
+        return sum(layer.fused for layer in self.layers)
+
+    @property
+    def not_fused(self) -> int:
+        return len(self.layers) - self.fused
+
+    def __str__(self) -> str:
+        """A line for all layers whose names differ in numbers alone and that share the rest."""
+        groups: dict[tuple[str, str, str], int] = {}
+        for layer in self.layers:
+            name = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
+            key = name, "fused" if layer.fused else "not fused", layer.reason
+            groups[key] = groups.get(key, 0) + 1
+        rows = [(name, str(count), *rest) for (name, *rest), count in groups.items()]
+        table = [("layer", "count", "", "reason"), *rows]
+        widths = [max(len(row[i]) for row in table) for i in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+            for row in table
+        ]
+        return "\n".join([*lines, f"{self.fused} fused, {self.not_fused} not fused"])
+
+
+def peft_report(model: nn.Module) -> PeftReport:
+    """Which of the model's LoRA layers the fused kernels would run if it were called now, and why not the others.
+
+    Raises:
+        TypeError, ValueError, ImportError: as :func:`patch_peft`.
+    """
+    layers = lora_layers(model)
+    gathered, flat = set(_under_fsdp(model)), set(fsdp1.wrapped(model))
+    verdicts = {name: _judge(layer, layer in gathered, layer in flat) for name, layer in layers.items()}
+    return PeftReport(tuple(PeftLayer(name, *verdict) for name, verdict in verdicts.items()))
+
+
+def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[bool, str]:
+    from lora_fast.peft.layers import FastLinear
+    from lora_fast.peft.rules import active, examine, is_dora, why_never_fused
+
+    if not isinstance(layer, FastLinear):
+        return False, why_never_fused(layer) or "not patched"
+    old_forward = vars(layer).get("_old_forward")  # what an accelerate hook calls
+    if "forward" in vars(layer) and getattr(old_forward, "__func__", None) is not FastLinear.forward:
+        return False, "its forward was replaced on the instance (if by an accelerate hook: patch before it)"
+    if layer.disable_adapters or layer.merged:
+        return False, "nothing to fuse: " + ("adapters are disabled" if layer.disable_adapters else "merged")
+    if not (names := active(layer)):
+        return False, "nothing to fuse: none of its adapters is active"
+    if flat and is_fp8(layer.base_layer.weight):
+        return False, fsdp1.NO_FP8
+    parts = examine(layer, names, gathered)
+    if isinstance(parts, str):
+        return False, parts
+    weight = layer.base_layer.weight
+    mesh = getattr(weight, "device_mesh", None)  # FSDP2 may keep on the CPU what it gathers on the mesh's devices
+    device = weight.device if mesh is None else torch.device(mesh.device_type)
+    slow = dispatch.why_slow(device, dispatch.autocast_dtype(device) or weight.dtype)
+    if slow is None and is_fp8(weight):
+        slow = dispatch.why_not_fp8(device)
+    remarks = [] if slow is None else [slow]
+    if is_fp8(weight):
+        remarks.append("fp8 base")
+    if is_dora(layer, names[0]):
+        drops = isinstance(layer.lora_dropout[names[0]], nn.Dropout)
+        remarks.append("DoRA, dropout in the low-rank branch alone" if drops else "DoRA")
+    if len(names) > 1:
+        remarks.append(f"{len(names)} adapters as one")
+    return slow is None, "; ".join(remarks)
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """{name: layer} of all of PEFT's LoRA layers."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a PEFT model (a torch.nn.Module)")
+    try:
+        from peft.tuners.lora import LoraLayer
+    except ImportError as error:
+        raise ImportError("patch_peft needs PEFT: pip install 'lora_fast[peft]'") from error
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        raise ValueError(f"model: got a {type(model).__name__} without LoRA layers of PEFT's, expected some")
+    return layers
+
+
+def _under_fsdp(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose parameters FSDP2 gathers before they run."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, nobody uses it
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            yield from module.modules()

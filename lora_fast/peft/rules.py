@@ -1,0 +1,153 @@
+"""Which of PEFT's layers run fused, and why the others do not, in words."""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from peft.tuners.lora.dora import DoraLinearLayer
+from torch import nn
+
+from lora_fast import dispatch
+from lora_fast.fp8 import Fp8Weight
+from lora_fast.functional import FLOATS
+from lora_fast.wrappers import fsdp1
+
+DoraLinearVariant: Any
+try:
+    from peft.tuners.lora.variants import DoraLinearVariant
+except ImportError:  # before PEFT had variants, DoRA was the only one
+    DoraLinearVariant = None
+
+QUANTISED = {"aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "torchao"}  # PEFT's files of such layers
+PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def why_never_fused(module: Any) -> str | None:
+    """Why a layer of PEFT's stays stock for good, in words; None where a ``FastLinear`` can stand in for it.
+
+    Only facts that do not change count here; the rest is :func:`examine`'s.
+    """
+    kind = type(module).__name__
+    if type(module) is not Linear:
+        if kind == "ParamWrapper":
+            return "expert parameters (target_parameters)"
+        if type(module).__module__.rpartition(".")[2] in QUANTISED:
+            return f"PEFT's {kind}, on a quantised base"
+        hint = " (if FSDP made it: patch before fully_shard)" if isinstance(module, Linear) else ""
+        return f"PEFT's {kind if kind != 'Linear' else kind_of(module)}, not its LoRA Linear{hint}"
+    base = module.base_layer
+    if not isinstance(base, nn.Linear) or isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return f"the base layer is a {kind_of(base)}, not an nn.Linear"
+    if module.fan_in_fan_out:
+        return "fan_in_fan_out=True: the base weight is stored transposed"
+    return None
+
+
+def kind_of(module: nn.Module) -> str:
+    """The name of its class; with that of whoever has it, where torch.nn has another one of that name."""
+    kind = type(module)
+    whose = "" if getattr(nn, kind.__name__, kind) is kind else f"{kind.__module__}."
+    return whose + kind.__name__
+
+
+def active(layer: Any) -> list[str]:
+    """The active adapters that this layer has."""
+    own = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in own]
+
+
+def is_dora(layer: Any, name: str) -> bool:
+    if DoraLinearVariant is None:
+        return layer.use_dora.get(name, False)
+    return type(layer.lora_variant.get(name)) is DoraLinearVariant
+
+
+def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[tuple]:
+    """Why the layer, in its present state and with these active adapters, runs stock PEFT's forward, in words; or, if
+    it need not, (name, lora_A, lora_B, dropout) of each: two tensors and a module. The host waits for this in every
+    call.
+
+    ``gathered``: FSDP will have gathered the parameters when forward runs.
+    """
+    modules = layer._modules  # nn.Module's own attribute look-up takes its time
+    base = modules["base_layer"]
+    if type(base) is not nn.Linear:
+        return f"the base layer is a {kind_of(base)}, not an nn.Linear itself"
+    if hooked(base):
+        return "the base layer has hooks or a replaced forward"
+    weight = parameter(base, "weight")
+    if type(weight) is torch.Tensor:
+        weight = fsdp1.as_asked(weight, base)
+    if type(weight) not in (*PLAIN, Fp8Weight) and not gathered:
+        return f"the base weight is a {type(weight).__name__}"
+    if weight.dtype not in FLOATS:
+        return f"the base weight is quantised ({weight.dtype})"
+    if weight.requires_grad:
+        return "the base weight requires grad"
+    downs, ups, dropouts = (modules[key]._modules for key in ("lora_A", "lora_B", "lora_dropout"))
+    parts: list[tuple] = []
+    for name in names:
+        down, up, dropout = downs[name], ups[name], dropouts[name]
+        if type(down) is not nn.Linear or type(up) is not nn.Linear:
+            kind = kind_of(up if type(down) is nn.Linear else down)
+            return f"lora_A or lora_B is a {kind}, not an nn.Linear itself"
+        if parameter(up, "bias") is not None or parameter(down, "bias") is not None:
+            return "lora_bias=True"
+        a, b = parameter(down, "weight"), parameter(up, "weight")
+        if not gathered and (type(a) not in PLAIN or type(b) not in PLAIN):
+            return f"an adapter's weight is a {type(b if type(a) in PLAIN else a).__name__}"
+        if hooked(down) or hooked(up) or hooked(dropout):
+            return "lora_A, lora_B or lora_dropout has hooks or a replaced forward"
+        if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p == 1):
+            return f"lora_dropout is {dropout}"
+        if DoraLinearVariant is not None:
+            variant = layer.lora_variant.get(name)
+            if variant is not None and type(variant) is not DoraLinearVariant:
+                return f"{type(variant).__name__}: only plain LoRA and DoRA are fused"
+        if name not in layer.scaling.mirrors:
+            return f"the scaling is a {type(layer.scaling[name]).__name__}, not a number"
+        if parts and rate(dropout) != rate(parts[0][3]):
+            return "several active adapters that differ in dropout"
+        if is_dora(layer, name):
+            if len(names) > 1:
+                return "several active adapters, one of them DoRA"
+            magnitude = layer.lora_magnitude_vector[name]
+            if type(magnitude) is not DoraLinearLayer or hooked(magnitude):
+                return "the magnitude has hooks or a replaced forward"
+        parts.append((name, a, b, dropout))
+    return parts
+
+
+def rate(dropout: nn.Module) -> float:
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def why_not_this_call(layer: Any, x: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    """Why this call, other than the layer's state, needs stock PEFT's forward."""
+    if args or kwargs:
+        if kwargs.get("adapter_names") is not None:
+            return "several adapters in one batch (adapter_names)"
+        if args or any(value is not None for value in kwargs.values()):
+            return f"forward was given more than x: {', '.join(kwargs) or 'positional arguments'}"
+    if type(x) not in PLAIN:
+        return f"the input is a {type(x).__name__}"
+    dtype = parameter(layer._modules["base_layer"], "weight").dtype
+    if x.dtype != dtype and dispatch.autocast_dtype(x.device) is None:
+        return f"the input is {x.dtype} and the base weight {dtype}, without autocast"
+    return None
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """``module.name``; by nn.Module's own attribute look-up, which takes its time, only if it is no parameter."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
+def hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

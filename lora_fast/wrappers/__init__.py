@@ -1,0 +1,1 @@
+"""What other tools make of a model: names with wrappers in them, parameters in shards or offloaded."""
