@@ -247,7 +247,7 @@ def product(
     (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
     fp8, kind, masked, w_t = x.dtype == FP8, out.dtype, bits is not None, transposed or x.dtype == FP8
     exact, tma = precision(kind, r if fp8 else c), tma_fits(x, w, out, q)
-    tile, options = gemm_tile(x.dtype, kind, x.device, tma, masked, exact, z is not None, r)
+    tile, options = gemm_tile(m, n, x.dtype, kind, x.device, tma, masked, exact, z is not None, r)
     programs = n_programs(x.device)
     bm, bn, bc, br = (tile[f"BLOCK_{axis}"] for axis in "MNCR")
     # float16 over a scale leaves its range; beside an fp8 product bfloat16's digits are enough.

@@ -184,7 +184,7 @@ def _backward(at: Backward, shared: Shared, needs: Needs) -> list[Launch]:
     dz_scale, ds_here = None, ds
     if at.dz8 is not None:  # the launch that quantises makes dS, too
         dz_scale, ds_here = scratch.part((shared.m,), torch.float32), None
-        passes.append(down(dy, b.t().first(r), ds, at.scaling, at.keep, quantised=Quantised(at.dz8, dz_scale),
+        passes.append(down(dy, b.t(), ds, at.scaling, at.keep, quantised=Quantised(at.dz8, dz_scale),
                            gain=gain, lifted=lifted))  # fmt: skip
     passes += dy_passes(dy, r, at.scaling, at.keep, s=s, b=b, grad_b=at.grad_b, ds=ds_here, grad_bias=at.grad_bias,
                         dora=dora, lifted=lifted)  # fmt: skip

@@ -49,7 +49,7 @@ def dy_passes(
         ))  # fmt: skip
     if ds is not None and not fused:
         assert b is not None and gain is None
-        passes.append(down(source, b.t().first(r), ds, scaling, keep, lifted=lifted))
+        passes.append(down(source, b.t(), ds, scaling, keep, lifted=lifted))
     if apart:
         passes.append(ColumnPass(z=source, r=r, p=s, g=grad_b, dora=gain, scaling=scaling, lifted=lifted))
     return passes

@@ -155,6 +155,14 @@ def compile_for(capability: int, problems) -> list[dict]:
         for magnitude in (None, torch.empty(n)):
             v, row_norm = weight.weight_fwd(w, a, b, 2.0, magnitude)
             weight.weight_bwd(v, None if magnitude is None else w, a, b, 2.0, magnitude, row_norm, True)
+    for shape in SMALL_PRODUCTS:  # the product's other tiles
+        m, k, n = shape
+        problem = f"{m}x{k}x{n} r=64 bfloat16 p=0.1 bfloat16"
+        x, w, s, b = (torch.empty(*size, dtype=torch.bfloat16) for size in ((m, k), (n, k), (m, 64), (n, 64)))
+        bits = mask.mask_bits(torch.zeros(1, dtype=torch.int64), 0.1, m, n)
+        gemm.gemm(x, w, s, b, True)
+        gemm.gemm(x, w, s, b, True, x.new_empty(n), None, torch.empty(n), x.new_empty(m, n))
+        gemm.gemm(x, w.t().contiguous(), s, b.t().contiguous(), False, None, bits)
     return found
 
 
@@ -169,6 +177,7 @@ PROBLEMS = [
     (4096, 4096, 4096, 16, torch.float32, 0.1, torch.float32, False),
     (4096, 128, 192, 16, torch.float32, 0.1, torch.float32, False),
 ]
+SMALL_PRODUCTS = [(1024, 2048, 2048), (256, 4096, 4096), (256, 2048, 512)]
 
 if __name__ == "__main__":
     for row in compile_for(int(sys.argv[1]), PROBLEMS):
