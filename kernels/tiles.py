@@ -222,7 +222,7 @@ NEWER_PRODUCT_TILES = PRODUCT_TILES[0], PRODUCT_TILES[1]._replace(warps=8), PROD
 def product_tile(m: int, n: int, device: torch.device, roomy: bool) -> ProductTile:
     """The tile with which the processor that has the most to do has the least. M enters by the number of turns that the
     processors take. Not roomy: with a mask or z beside the result, which 256 columns spill on newer chips."""
-    tiles = PRODUCT_TILES
+    tiles: tuple[ProductTile, ...] = PRODUCT_TILES
     if arch(device) >= 100:
         tiles = NEWER_PRODUCT_TILES if roomy else NEWER_PRODUCT_TILES[1:]
 
