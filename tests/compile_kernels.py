@@ -160,9 +160,9 @@ def compile_for(capability: int, problems) -> list[dict]:
         problem = f"{m}x{k}x{n} r=64 bfloat16 p=0.1 bfloat16"
         x, w, s, b = (torch.empty(*size, dtype=torch.bfloat16) for size in ((m, k), (n, k), (m, 64), (n, 64)))
         bits = mask.mask_bits(torch.zeros(1, dtype=torch.int64), 0.1, m, n)
-        gemm.gemm(x, w, s, b, True)
-        gemm.gemm(x, w, s, b, True, x.new_empty(n), None, torch.empty(n), x.new_empty(m, n))
-        gemm.gemm(x, w.t().contiguous(), s, b.t().contiguous(), False, None, bits)
+        gemm.gemm(x, w, s, b, transposed=True)
+        gemm.gemm(x, w, s, b, transposed=True, bias=x.new_empty(n), gain=torch.empty(n), z=x.new_empty(m, n))
+        gemm.gemm(x, w.t().contiguous(), s, b.t().contiguous(), transposed=False, bits=bits)
     return found
 
 
