@@ -387,7 +387,7 @@ def test_adapters_that_are_refused(broken, message, tmp_path, quick, capsys):
 
 def test_a_reader_that_goes_away():
     """As `lora-fast doctor | head -1` does."""
-    code = "from lora_fast import cli, doctor; doctor.self_check = lambda: True; exit(cli.main(['doctor']))"
+    code = "from lora_fast.cli import doctor, main; doctor.self_check = lambda: True; exit(main(['doctor']))"
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write) as out:
