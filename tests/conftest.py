@@ -1,20 +1,14 @@
 """How the tests run: the kernels in Triton's interpreter where there is no GPU, on the GPU where there is one."""
 
-import importlib.util
-import os
 import subprocess
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from _pytest.junitxml import xml_key
 from accuracy import draw
-
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: it is read when a kernel is defined
-TRITON = importlib.util.find_spec("triton") is not None
+from checkout import ROOT
+from devices import CPU, CUDA, GPU, PATHS, TRITON
+from torch import distributed
 
 
 def pytest_addoption(parser):
@@ -32,9 +26,8 @@ def pytest_configure(config):
 
 def environment(commit: str | None) -> dict[str, str]:
     """What was tested, and on what."""
-    root = Path(__file__).parent.parent
-    if not commit and (root / ".git").exists():
-        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    if not commit and (ROOT / ".git").exists():
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     found = {"gpu": torch.cuda.get_device_name() if GPU else "none", "torch": torch.__version__}
     if TRITON:
@@ -49,14 +42,6 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a GPU and Triton")
     if item.get_closest_marker("interpreted") and (GPU or not TRITON):
         pytest.skip("needs Triton, interpreted")
-
-
-@contextmanager
-def saving():
-    """The tensors that are saved for a backward within."""
-    saved: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        yield saved
 
 
 @pytest.fixture
@@ -85,22 +70,10 @@ def ieee_products():
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-CPU = pytest.param("cpu", marks=pytest.mark.interpreted)
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-
-
 @pytest.fixture(params=[CPU, CUDA])
 def device(request):
     """Where the fused kernels run."""
     return request.param
-
-
-PATHS: list = [
-    ("reference", "cpu", ()),
-    ("reference", "cuda", pytest.mark.gpu),
-    ("triton", "cpu", pytest.mark.interpreted),
-    ("triton", "cuda", pytest.mark.gpu),
-]
 
 
 @pytest.fixture(params=[pytest.param(path[:2], marks=path[2], id="-".join(path[:2])) for path in PATHS])
@@ -130,3 +103,11 @@ def call(path):
 def inputs(path):
     """Small float32 inputs on this path's device."""
     return draw(12, 40, 24, 3, torch.float32, path[1])
+
+
+@pytest.fixture
+def mesh():
+    """Of one process."""
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()

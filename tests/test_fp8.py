@@ -2,17 +2,14 @@
 
 import copy
 import json
-import os
 import pickle
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accuracy import draw
-from conftest import CPU, CUDA, TRITON, saving
+from checkout import ROOT, two_processes
+from devices import CPU, CUDA, TRITON, saving
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -361,12 +358,7 @@ def test_two_processes(device, backend, tmp_path):
     """DDP and FSDP2 train what one process does with all rows, the bases stay, and full_tensor gives them whole."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    root, script = Path(__file__).parent.parent, Path(__file__).with_name("fp8_distributed.py")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [root, *sys.path]))}
-    commands = [[sys.executable, script, str(rank), tmp_path, backend, device] for rank in range(2)]
-    running = [subprocess.Popen(c, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for c in commands]
-    said = [process.communicate(timeout=300)[0].decode() for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    two_processes("fp8_distributed.py", tmp_path, backend, device)
     tol = 1e-5 if backend == "reference" else 1e-2  # the kernels' sums in another order can round x to the next e4m3
     for rank in range(2):
         seen = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -423,7 +415,7 @@ def test_a_conversion_that_fails_changes_nothing():
 
 
 def test_the_page_in_the_docs():
-    page = (Path(__file__).parent.parent / "docs" / "fp8.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "fp8.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     found: dict = {}
     try:

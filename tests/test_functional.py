@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import check, check_one_mask, draw, eager, gradients
-from conftest import saving
+from devices import saving
 from torch.utils.checkpoint import checkpoint
 
 from lora_fast.functional import lora_linear

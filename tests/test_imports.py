@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_fast"
 
 # From the users' side down to the arithmetic: the files and folders of lora_fast, each of which imports only from rooms

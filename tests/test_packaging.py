@@ -8,8 +8,8 @@ import venv
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-ROOT = Path(__file__).parent.parent
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 GENERATED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
 

