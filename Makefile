@@ -1,5 +1,7 @@
 # make demo      the main job: LoRA on MNIST, every rank beside the full fine-tune
-# make test      the tests
+# make check     ruff, mypy and the fast tests, in two minutes on two cores
+# make test      the tests but for the slow ones, in six
+# make test-all  all tests, those of PEFT models and of the kernels also with other versions, in ten
 # make lint      ruff and mypy
 # make examples  every example, in under ten minutes on two cores; outputs in examples-out
 # make clean     removes the virtual environment, builds and caches
@@ -19,24 +21,29 @@ STAMP := $(VENV)/.installed
 OLD_PEFT := $(VENV)/peft/0.13.0
 OLD_TRITON := $(VENV)/triton/3.6.0
 NEW_TRITON := $(VENV)/triton/3.9.0
-KERNEL_TESTS := tests/kernels
+# Two workers with one thread each.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: demo test lint examples clean
+.PHONY: demo check test test-all lint examples clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
 	$(BIN)/python -m lora_fast demo $(ARGS)
 
-# Two workers with one thread each. Without ARGS the tests of PEFT models, and of what PEFT reads as patterns, run once
-# more, with the oldest PEFT, and those of the kernels with the oldest Triton and with the newest that is known.
-test: $(STAMP) $(OLD_PEFT) $(OLD_TRITON) $(NEW_TRITON)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
-ifeq ($(ARGS),)
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_PEFT) $(BIN)/python -m pytest -q -n 2 tests/peft/test_patch_peft*.py tests/files/test_pattern_keys.py
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q -n 2 $(KERNEL_TESTS)
-	OMP_NUM_THREADS=1 PYTHONPATH=$(NEW_TRITON) $(BIN)/python -m pytest -q -n 2 $(KERNEL_TESTS)
-endif
+check: lint
+	$(TEST) -m "not slow and not medium" $(ARGS)
+
+test: $(STAMP)
+	$(TEST) -m "not slow" $(ARGS)
+
+# The tests of PEFT models, and of what PEFT reads as patterns, once more with the oldest PEFT, and those of the kernels
+# with the oldest Triton and with the newest that is known.
+test-all: $(STAMP) $(OLD_PEFT) $(OLD_TRITON) $(NEW_TRITON)
+	$(TEST)
+	PYTHONPATH=$(OLD_PEFT) $(TEST) tests/peft/test_patch_peft*.py tests/files/test_pattern_keys.py
+	PYTHONPATH=$(OLD_TRITON) $(TEST) -m "not medium" tests/kernels
+	PYTHONPATH=$(NEW_TRITON) $(TEST) -m "not medium" tests/kernels
 
 $(OLD_PEFT): $(STAMP)
 	$(PIP) install --no-deps --upgrade --target $@ peft==$(notdir $@)

@@ -167,6 +167,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,6 +198,7 @@ def test_kernels_against_the_emulation(device, dtype, shape, kind, bias):
         assert error <= allowed, (name, error, plain[name])
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -246,6 +248,7 @@ def test_product_is_as_exact_as_torchs(device, shape):
     assert relative({"y": ours}, truth)["y"] <= 1.2 * relative({"y": stock}, truth)["y"]
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 @pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize("dora", [False, True])
@@ -349,6 +352,7 @@ def test_tied_weights_stay():
     assert model["head"].weight is model["words"].weight and isinstance(model["up"].weight, Fp8Weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device, backend", [
     pytest.param("cpu", "reference"),
     pytest.param("cpu", "triton", marks=CPU.marks),

@@ -1,5 +1,6 @@
 """lora_linear as its callers see it, on every path: reference and fused kernels, here and on a GPU."""
 
+from functools import cache
 from itertools import product
 
 import pytest
@@ -220,17 +221,24 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("error, name, value", BAD)
-def test_bad_input_names_the_argument(error, name, value, path):
-    """Also after calls that were right, which are known by what their arguments are."""
+@cache
+def good_call(path):
+    """The arguments of a call that was right, twice."""
     tensors = {"x": torch.ones(4, 6), "weight": torch.ones(5, 6), "lora_A": torch.ones(2, 6),
                "lora_B": torch.ones(5, 2), "bias": torch.ones(5)}  # fmt: skip
     good = {name: t.to(path[1]) for name, t in tensors.items()}
     good |= {"scaling": 1.0, "dropout_p": 0.1, "backend": path[0]}
-    if isinstance(value, torch.Tensor) and value.device.type == "cpu":
-        value = value.detach().to(path[1]).requires_grad_(value.requires_grad)
     for _ in range(2):
         lora_linear(**good)
+    return good
+
+
+@pytest.mark.parametrize("error, name, value", BAD)
+def test_bad_input_names_the_argument(error, name, value, path):
+    """Also after calls that were right, which are known by what their arguments are."""
+    good = good_call(path)
+    if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+        value = value.detach().to(path[1]).requires_grad_(value.requires_grad)
     state = torch.get_rng_state()
     with pytest.raises(error, match=rf"^{name}: .*expected|^weight: requires grad"):
         lora_linear(**{**good, name: value})

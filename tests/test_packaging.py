@@ -88,6 +88,7 @@ def test_there_are_kernels():
     assert KERNELS
 
 
+@pytest.mark.slow
 def test_wheel(checkout, environment, tmp_path):
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, checkout, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
@@ -98,6 +99,7 @@ def test_wheel(checkout, environment, tmp_path):
     assert not (environment.site / "kernels").exists()
 
 
+@pytest.mark.slow
 def test_sdist(checkout, environment, tmp_path):
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, checkout, cwd=tmp_path)
     (sdist,) = tmp_path.glob("*.tar.gz")
@@ -106,11 +108,13 @@ def test_sdist(checkout, environment, tmp_path):
     environment.check(environment.site / "lora_fast")
 
 
+@pytest.mark.slow
 def test_editable_install(checkout, environment):
     environment.install("--editable", checkout)
     environment.check(checkout / "lora_fast")
 
 
+@pytest.mark.slow
 def test_install_from_a_checkout_without_symlinks(without_symlink, environment):
     environment.install(without_symlink)
     environment.check(environment.site / "lora_fast")
@@ -180,6 +184,7 @@ assert "triton" not in sys.modules
 """
 
 
+@pytest.mark.medium
 def test_works_without_triton():
     run(sys.executable, "-W", "ignore", "-c", WITHOUT_TRITON, cwd=ROOT)
 
@@ -206,6 +211,7 @@ assert isinstance(layer, lora_fast.LoRALinear) and layer.lora_B.grad.abs().sum()
 """
 
 
+@pytest.mark.medium
 def test_beside_transformers_and_hugging_face_kernels():
     """In the checkout's folder, where a top-level package `kernels` would be found first."""
     run(sys.executable, "-W", "ignore", "-c", BESIDE_TRANSFORMERS, cwd=ROOT, HF_HUB_OFFLINE="1")

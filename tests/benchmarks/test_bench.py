@@ -16,6 +16,7 @@ from lora_fast import DoRALinear, LoRALinear
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
+@pytest.mark.medium
 @NO_GPU
 @pytest.mark.parametrize("script", ["bench_lora", "bench_dora", "bench_kernels", "bench_host"])
 def test_says_that_there_is_no_gpu(script):
@@ -153,6 +154,7 @@ print("all right")
 """.replace("**close", "atol=1e-3, rtol=1e-4")
 
 
+@pytest.mark.medium
 def test_kernels_do_what_they_are_named_after():
     """Each of bench_kernels' launches, interpreted, against plain torch."""
     pytest.importorskip("triton")

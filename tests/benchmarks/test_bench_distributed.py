@@ -75,6 +75,7 @@ def test_scaling_and_table():
     ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("fault", [False, True])
 def test_checks_find_faults(fault, monkeypatch, tmp_path, capsys):
     """In this process alone, in plain torch: the layers are named as not fused, with the reason. And with ours spoiled
@@ -114,6 +115,7 @@ def where(request):
     return request.param
 
 
+@pytest.mark.slow
 def test_timed_run(where, tmp_path):
     argv = f"{where} --rounds 2 --only p=0.1 --only mode=ddp,fsdp2_accumulation --commit c0 --out {tmp_path}"
     only = " --only impl=peft_dora,lora_fast_dora"
@@ -137,6 +139,7 @@ def test_timed_run(where, tmp_path):
         assert (float(row["scaling"]) == 1) == (row["gpus"] == "1") and (row["peak_mib"] == "") == ("tiny" in where)
 
 
+@pytest.mark.slow
 def test_checked_run(where, capfd):
     """Interpreted kernels on the CPU, DoRA, which has all tensors, in the mode that moves them most."""
     argv = f"{where} --check --steps {2 if 'tiny' in where else 20} --only mode=fsdp2_offload --only impl=peft_dora"

@@ -26,6 +26,7 @@ def test_says_that_there_is_no_gpu(capsys):
     assert "NVIDIA GPU" in error and "--tiny" in error
 
 
+@pytest.mark.medium
 def test_help_says_how_to_run():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.bench_model", "-h"], cwd=ROOT, capture_output=True, text=True
@@ -69,6 +70,7 @@ def losses(cases: list[Case], size=SIZE) -> dict[tuple, float]:
     return {case: step().item() for case, step in zip(cases, bench_model.build(cases, size).values(), strict=True)}
 
 
+@pytest.mark.medium
 def test_candidates_compute_the_same():
     """Without dropout stock and patched agree in the loss, with and without checkpointing, and differ from frozen."""
     cases = [case for case in bench_model.all_cases() if case.p == 0]

@@ -66,6 +66,7 @@ def test_parameter_counts():
     assert trainable(base) == FULL  # the base itself is left alone
 
 
+@pytest.mark.medium
 @needs_examples
 def test_split_is_fixed_and_apart(digits):
     images = []
@@ -79,6 +80,7 @@ def test_split_is_fixed_and_apart(digits):
     assert len(everything.unique(dim=0)) == 5000
 
 
+@pytest.mark.medium
 @needs_examples
 def test_results(rows):
     assert [row["rank"] for row in rows] == ["1", "4", "full"]
@@ -91,6 +93,7 @@ def test_results(rows):
         assert 1 <= int(row["epochs"]) <= demo.MAX_EPOCHS and float(row["seconds"]) > 0
 
 
+@pytest.mark.medium
 @needs_examples
 def test_output(finished, rows):
     output, out = finished
@@ -104,6 +107,7 @@ def test_output(finished, rows):
     assert all(name in output and (out / name).stat().st_size for name in demo.FILES)
 
 
+@pytest.mark.medium
 @needs_examples
 def test_saved_adapter_gives_the_same_accuracy(finished, rows, digits):
     output, out = finished
@@ -123,6 +127,7 @@ def test_saved_adapter_gives_the_same_accuracy(finished, rows, digits):
     assert demo.accuracy(model, images, labels) == pytest.approx(float(best["test_accuracy"]), abs=0.0021)  # one image
 
 
+@pytest.mark.medium
 @needs_examples
 def test_plot_is_a_picture(finished):
     from matplotlib.image import imread
@@ -142,6 +147,7 @@ def test_early_stopping_keeps_the_best_epoch(one_thread):
     assert notes[epochs] == f"validation {demo.accuracy(model, *digits['validation']):.3f}"
 
 
+@pytest.mark.medium
 @needs_examples
 def test_same_seed_same_result_and_only_the_adapter_trains(digits, one_thread):
     few = {part: (images[::10], labels[::10]) for part, (images, labels) in digits[1].items()}

@@ -42,6 +42,7 @@ def package(tmp_path, monkeypatch):
     sys.modules.pop("my_model", None)
 
 
+@pytest.mark.medium
 def test_machine(capsys):
     """The real checks of what can run here."""
     assert main(["doctor"]) == 0
@@ -167,6 +168,7 @@ def test_the_check_sees_a_wrong_gradient(name, monkeypatch):
     assert [check.passed for check in found] == [True, False] and found[1].tensor == f"d{name}"
 
 
+@pytest.mark.medium
 def test_a_kernel_that_does_not_run(monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("no such instruction\nand more")
@@ -384,6 +386,7 @@ def test_adapters_that_are_refused(broken, message, tmp_path, quick, capsys):
     assert message in captured.out.partition("load_adapter refuses it: ")[2] and not captured.err
 
 
+@pytest.mark.medium
 def test_a_reader_that_goes_away():
     """As `lora-fast doctor | head -1` does."""
     code = "from lora_fast.cli import doctor, main; doctor.self_check = lambda: True; exit(main(['doctor']))"

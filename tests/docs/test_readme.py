@@ -64,6 +64,7 @@ def test_extras_named_in_the_text():
     assert re.findall(r"`(\w+)`", extras) == list(project["optional-dependencies"])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("command", commands(".venv/bin/python", "-m"), ids=shlex.join)
 def test_lora_fast_command(command, tmp_path):
     run([sys.executable, *command[1:]], tmp_path)

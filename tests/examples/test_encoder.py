@@ -28,6 +28,7 @@ def found():
     return encoder.texts(encoder.PACKAGES)
 
 
+@pytest.mark.medium
 def test_texts_are_first_paragraphs(found):
     import asyncio
     import email.message
@@ -44,6 +45,7 @@ def test_texts_are_first_paragraphs(found):
         assert text.package == text.module.split("/")[0]
 
 
+@pytest.mark.medium
 def test_no_module_is_in_both_parts(found):
     parts = encoder.split(found)
     train, held_out = ({text.module for text in part} for part in parts)
@@ -85,6 +87,7 @@ def test_embeddings():
     assert likeness[0, 1] > 0.5 > 0.2 > likeness[0, 2]
 
 
+@pytest.mark.slow
 @needs_model
 def test_a_few_steps(tmp_path, capsys):
     """Losses fall, LoRA and DoRA better what was frozen in training, and what is saved gives the same predictions."""
@@ -134,6 +137,7 @@ def tiny(tmp_path):
     lora_fast.set_backend("auto")
 
 
+@pytest.mark.medium
 @pytest.mark.interpreted
 def test_kernels_run_in_it(tiny):
     """All linear layers, in every forward."""

@@ -42,6 +42,7 @@ def check(name, argv, said, losses):
 RUNS = ["plain_loop", "plain_loop --dora", "trainer", "trl_sft --dora", "lightning_loop", "accelerate_loop --dora"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("run", RUNS)
 def test_example(run, capsys):
     name, *more = run.split()
@@ -51,6 +52,7 @@ def test_example(run, capsys):
     check(name, [*SHORT, *more], capsys.readouterr().out, losses)
 
 
+@pytest.mark.slow
 def test_fsdp2():
     if GPU and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs, or none")

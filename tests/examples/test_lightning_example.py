@@ -51,6 +51,7 @@ def tiny(classes=5):
     }
 
 
+@pytest.mark.slow
 def test_example(rates, tmp_path, capsys):
     runs = lightning_mnist.main(["--ranks", "8,2", "--epochs", "8", "--accelerator", "cpu", "--out", "new/folder"])
     said = capsys.readouterr().out
@@ -90,6 +91,7 @@ def test_callbacks_stop_early_slow_down_and_keep_the_best(rates, tmp_path):
     assert scores["validation_loss"] == pytest.approx(min(losses)) and min(losses) < losses[-1]
 
 
+@pytest.mark.medium
 @pytest.mark.interpreted
 def test_kernels_run_in_it(monkeypatch):
     """In the finder's steps too: every layer, every forward."""
@@ -102,6 +104,7 @@ def test_kernels_run_in_it(monkeypatch):
     assert seen.launches >= seen.calls
 
 
+@pytest.mark.medium
 def test_an_adapter_that_comes_back_otherwise_is_an_error(monkeypatch):
     monkeypatch.setattr(lightning_mnist, "load_adapter", lambda model, folder: model)
     with pytest.raises(SystemExit, match="other outputs than the one that was saved"):

@@ -20,6 +20,7 @@ def example():
     return module
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("more", [[], ["--dora"]], ids=["lora", "dora"])
 def test_example(example, tmp_path, capsys, more):
     result = example.main(["--steps", "60", "--rank", "4", "--device", "cpu", "--out", str(tmp_path / "new"), *more])

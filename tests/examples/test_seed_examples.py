@@ -33,6 +33,7 @@ def test_the_gallery_shows_it(name):
     assert f"python examples/{name}.py" in (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_llama2_7b(capsys):
     argv = ["--small", "--steps", "3", "--length", "256", "--lr", "1e-2", "--csv", "new/folder"]
     said = importlib.import_module("llama2_7b").main(argv)
@@ -81,6 +82,7 @@ class FourBits(nn.Linear):
         return F.linear(x, ((q.to(x.dtype) - 8) * self.size).to(x.dtype))
 
 
+@pytest.mark.medium
 def test_llama2_7b_over_four_bits(monkeypatch, capsys):
     """What a library quantised runs, as stock PEFT's, and is told; one that fails ends nothing else, but is told."""
     import four_bits
@@ -132,6 +134,7 @@ def test_packed_documents_do_not_see_each_other():
     assert (unparted - alone).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_glm4(capsys):
     said = importlib.import_module("glm4").main(["--steps", "4", "--batch", "2"])
     assert said["fused"] == (21_176_320, 9_421_127_680)
@@ -180,6 +183,7 @@ def test_peft_models(capsys):
     assert seen["alike"] == (True, 1) and not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 def test_bloom_in_two_processes(tmp_path):
     if GPU and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs, or none")

@@ -15,6 +15,7 @@ from checkout import ROOT
 import lora_fast
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(smollm2.why_not() is not None, reason=str(smollm2.why_not()))
 def test_two_steps(tmp_path, monkeypatch, capsys):
     """LoRA and DoRA: patched runs learn what stock runs learn, and what is saved comes back."""

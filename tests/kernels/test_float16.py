@@ -33,6 +33,7 @@ def massive(shape, device, adapter=HALF, b_std=0.3, scaling=32.0, seed=0):
 CALLS = [(32.0, HALF, False), (32.0, FLOAT, True), (5.3, FLOAT, False), (0.7, HALF, True), (-24.0, FLOAT, False)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("scaling, adapter, as_tensor", CALLS)
 @pytest.mark.parametrize("device, backend", WAYS)
 def test_massive_activations(device, backend, scaling, adapter, as_tensor):

@@ -25,8 +25,8 @@ TINY = [(1, 9, 7, 1), (3, 130, 300, 8)]
 LARGE = [(4096, 4096, 4096, 16), (8192, 4096, 1024, 64), (1000, 1003, 1001, 12), (4099, 2048, 4097, 100),
          (2048, 1024, 768, 256), (2049, 1032, 520, 200)]  # fmt: skip
 CASES = [
-    pytest.param(*device.values, dtype, shape, marks=device.marks,
-                 id=f"{device.values[0]}-{str(dtype)[6:]}-{'x'.join(map(str, shape))}")
+    pytest.param(*device.values, dtype, shape, id=f"{device.values[0]}-{str(dtype)[6:]}-{'x'.join(map(str, shape))}",
+                 marks=(*device.marks, pytest.mark.medium) if shape == SMALL[0] else device.marks)
     for device, dtypes, shapes in ((CPU, (FLOAT, HALF), SMALL), (CUDA, (BF16, HALF, FLOAT), TINY + SMALL + LARGE))
     for dtype, shape in product(dtypes, shapes)
 ]  # fmt: skip
@@ -161,6 +161,7 @@ def gained(inputs, seed=0):
     return gain.to(inputs.x.device, wide), norm.to(inputs.x.device, wide)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("device, dtype, shape", CASES)
 def test_up_product_with_gain(device, dtype, shape, with_bias):
@@ -187,6 +188,7 @@ def test_up_product_with_gain(device, dtype, shape, with_bias):
 GAINED = [("dZ",), ("dm",), ("dZ", "dS"), ("dm", "dB"), ("dZ", "dm", "dS", "dB"), ("dZ", "dm", "dS", "dB", "dbias")]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("wanted", GAINED, ids="+".join)
 @pytest.mark.parametrize("device, dtype, shape", CASES)
 def test_pass_over_dy_with_gain(device, dtype, shape, wanted):

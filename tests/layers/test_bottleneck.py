@@ -85,12 +85,14 @@ def test_kernels_in_float64(activation, bias):
             torch.testing.assert_close(ours[name], truth[name])
 
 
+@pytest.mark.medium
 @pytest.mark.interpreted
 def test_kernels_gradcheck():
     leaves = [t.requires_grad_() for t in draw(2, 3, 1, DOUBLE)[:-1]]
     assert torch.autograd.gradcheck(lambda *t: bottleneck(*t, "gelu", backend="triton"), leaves)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("adapter", [None, FLOAT], ids=["same", "float32"])
 @pytest.mark.parametrize("device, dtype, shape", CASES)
 def test_kernels(poisoned, device, dtype, shape, adapter):

@@ -108,6 +108,7 @@ CASES = [pytest.param(*path[:2], *types, shape, marks=path[2])
          if path[:2] != ("triton", "cpu") or (types in TYPES[:3:2] and shape == SHAPES[0])]  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("backend, device, dtype, adapter, shape", CASES, ids=str)
 def test_error_rule(backend, device, dtype, adapter, shape):
     """With biases up to 1 and up to 100."""

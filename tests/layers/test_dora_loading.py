@@ -112,6 +112,7 @@ def test_adapters_loaded_before_their_base():
         torch.testing.assert_close(target(x), source(x), rtol=0, atol=0)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("shards", [2, 5])
 def test_transformers_sharded_checkpoints(shards, tmp_path):
     """The Trainer's way to resume: shard by shard, in whatever order a set has."""
@@ -226,6 +227,7 @@ def by_dcp(model, state):
 WAYS = [in_place, by_attribute, magnitudes_before_the_rest, by_accelerate, by_dcp]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("use", ["forward", "merge", "merged_weight", "compile", "later"])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_a_magnitude_that_comes_into_a_model_without_data(way, use):

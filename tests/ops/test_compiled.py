@@ -36,6 +36,7 @@ def test_compiled(call, inputs, compiled, scaling):
         close(fn(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias), expected["y"])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("with_checkpoint", [None, False, True], ids=["plain", "checkpoint", "reentrant"])
 def test_compiled_with_dropout_uses_one_mask(call, inputs, compiled, with_checkpoint):
     inputs.weight, inputs.bias = torch.zeros_like(inputs.weight), None

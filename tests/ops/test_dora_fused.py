@@ -62,6 +62,7 @@ MANY = (1, 64, 48, 200), 0.0, False  # the parts of its norms find no room in y
 CASES += [pytest.param("cuda", dtype, *MANY, marks=pytest.mark.gpu) for dtype in (BF16, HALF)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("device, dtype, shape, p, bias", CASES, ids=str)
 def test_error_rule(device, dtype, shape, p, bias):
     pooled = 2 if device == "cpu" else 16 if shape[0] * shape[2] < 10000 else 1
@@ -150,6 +151,7 @@ def test_second_derivatives_raise_a_clear_error(device):
         dx.sum().backward()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("bias", [False, True])
 def test_opcheck(device, bias):
     inputs = draw(6, 40, 24, 3, FLOAT, device)

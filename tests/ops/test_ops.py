@@ -83,6 +83,7 @@ def test_mutant_that_drops_the_lora_term_fails(device, dtype, monkeypatch):
         check(fused(), [inputs])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("examples", [pytest.param(6, marks=pytest.mark.interpreted, id="cpu"),
                                       pytest.param(50, marks=pytest.mark.gpu, id="cuda")])  # fmt: skip
 def test_error_rule_everywhere(examples):
@@ -207,6 +208,7 @@ def test_nothing_but_saved_tensors_is_kept(device):
     assert saved(0.1, x=True) == sorted([(), w, a, b, bits], key=lambda s: (len(s), s))
 
 
+@pytest.mark.medium
 def test_opcheck(device):
     """torch's own checks of the custom operator: schema, fake tensors, autograd registration, under dynamic shapes."""
     inputs = draw(6, 40, 24, 3, FLOAT, device)

@@ -83,6 +83,7 @@ def eager(weight, a, b, scaling, magnitude=None):
     return (magnitude.to(weight.dtype) / norm)[:, None] * v
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("adapter", [None, FLOAT], ids=["same", "float32"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("device, dtype, shape", CASES)
@@ -103,6 +104,7 @@ def test_kernels(poisoned, device, dtype, shape, dora, adapter):
     compare(ours, eagers, truths, dtype)
 
 
+@pytest.mark.medium
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("shape", [(7, 5, 3), (40, 70, 70)])

@@ -78,6 +78,7 @@ def check(way, loop, model=None, tol=1e-4, forwards=STEPS):
         check_fused(found, forwards)
 
 
+@pytest.mark.medium
 @BOTH
 def test_plain_loop(way, kind):
     def loop(model):
@@ -102,6 +103,7 @@ def arguments(way, cls, path, **kwargs):
     return args
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("reentrant", [None, True, False], ids=["", "reentrant", "non-reentrant"])
 def test_trainer(way, reentrant, tmp_path):
     from transformers import Trainer, TrainingArguments
@@ -117,6 +119,7 @@ def test_trainer(way, reentrant, tmp_path):
     check(way, loop, forwards=STEPS * (1 if reentrant is None else 2))
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL")
 def test_trl(way, tmp_path):
     from datasets import Dataset
@@ -132,6 +135,7 @@ def test_trl(way, tmp_path):
     check(way, loop, tiny_llama(vocab=259), forwards=2 * STEPS)  # TRL checkpoints unless told otherwise
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not LIGHTNING, reason="needs Lightning")
 def test_lightning(way, tmp_path):
     lightning = import_module(LIGHTNING[0])
@@ -157,6 +161,7 @@ def test_lightning(way, tmp_path):
     check(way, loop)
 
 
+@pytest.mark.medium
 def test_accelerate(way):
     """In bf16 autocast; in float16 where the kernels are interpreted (Accelerate itself has none on a CPU)."""
     from accelerate import Accelerator
@@ -177,6 +182,7 @@ def test_accelerate(way):
     check(way, loop, tol=1e-3 if interpreted else 1e-2)
 
 
+@pytest.mark.medium
 def test_regional_compilation(device):
     """Each decoder layer by itself: one graph for all, whose inputs all need a gradient, after a step and with new
     scalings too."""
@@ -217,6 +223,7 @@ def test_the_page_in_the_docs():
     assert all(names and names <= there for names in named), named
 
 
+@pytest.mark.slow
 def test_two_processes(device, tmp_path):
     """DDP and FSDP2, each with the interpreted kernels or on two GPUs."""
     if device == "cuda" and torch.cuda.device_count() < 2:

@@ -65,6 +65,7 @@ def token_ids(device):
     return torch.randint(1, 32, (2, 5), generator=torch.Generator().manual_seed(1)).to(device)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2"])
 def test_loss_gradients_and_generation_are_stocks(path, name):
     stock = stock_of(name, path[1])
@@ -149,6 +150,7 @@ def test_accelerates_hooks_after_the_patch_leave_it_fused():
     assert peft_report(ours).not_fused == 0
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_draws_one_mask(path, reentrant):
     """The loss with the masks of one seed, and its gradients, are those without checkpointing."""
@@ -167,6 +169,7 @@ def test_gradient_checkpointing_draws_one_mask(path, reentrant):
     assert loss_and_gradients(ours, ids)["loss"] != expected["loss"]
 
 
+@pytest.mark.medium
 def test_whole_model_compiles_to_one_graph(path):
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -448,6 +448,7 @@ def test_copies_are_independent(path, kind):
     assert scalings(ours)[0].mirrors["default"].item() == 1.5
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", [*KINDS, "two adapters"])
 @pytest.mark.parametrize("region", ["model", "layers"])
 def test_compiled_once_for_all(path, kind, region):
@@ -476,6 +477,7 @@ def test_compiled_once_for_all(path, kind, region):
     assert counter.frame_count == (1 if region == "model" else 2)
 
 
+@pytest.mark.medium
 def test_compiled_with_dropout_and_in_eval(path):
     torch._dynamo.reset()
     stock = stock_model(path[1], lora_dropout=0.5)
@@ -488,6 +490,7 @@ def test_compiled_with_dropout_and_in_eval(path):
         torch.testing.assert_close(fn(x), stock(x))
 
 
+@pytest.mark.medium
 def test_compiled_stock_call_does_not_break_the_graph():
     torch._dynamo.reset()
     stock = stock_model()

@@ -34,6 +34,7 @@ def faults(chip, kernel):
         yield "its wgmma wait for each other: ptxas has serialised them"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", SHARED_MEMORY, ids="sm_{}".format)
 def test_kernels_of(chip):
     """One test a chip, since compiling takes most of a minute."""

@@ -40,6 +40,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
+@pytest.mark.slow
 def test_what_differs_is_told(tmp_path):
     suite, out = tmp_path / "peft", tmp_path / "out"
     (suite / "tests").mkdir(parents=True)

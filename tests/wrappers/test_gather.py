@@ -16,6 +16,7 @@ KINDS = [{}, {"use_dora": True, "bias": "all", "modules_to_save": ["norm"]}]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=["lora", "dora"])
 
 
+@pytest.mark.medium
 def test_sharded(tmp_path):
     """FSDP2, FSDP1 and shards made by hand, all in one run of two processes."""
     two_processes("gather_distributed.py", tmp_path)

@@ -12,6 +12,7 @@ from torch import nn
 from lora_fast import LoRAConfig, add_lora, disable_lora, merge_lora, remove_lora, unmerge_lora
 
 
+@pytest.mark.medium
 def test_two_processes(tmp_path):
     """FSDP2: merged weights, the forward after, an exact unmerge, state dicts of merged models; LoRA and DoRA."""
     two_processes("merge_distributed.py", tmp_path)
