@@ -5,7 +5,7 @@ Everything that can be decided once per problem (shapes, strides, dtypes) is kep
 one for a whole backward: for small problems the host's time is the layer's time.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,11 @@ from lora_fast.kernels.cast import Cast
 from lora_fast.kernels.common import FP8, padded_rank, precision, wide
 from lora_fast.kernels.down import Quantised, cast_and_down, down
 from lora_fast.kernels.gemm import product
-from lora_fast.kernels.layout import Fp8, Made, MaybeTensor, Needs, Saved, Shared
 from lora_fast.kernels.mask import keep_count, keep_scale, mask
 from lora_fast.kernels.norm import norms
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling, operand
 from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of, needs_dz
+from lora_fast.kernels.problem import Call, Made, MaybeTensor, Problem
 from lora_fast.kernels.program import Bound, Launch, Program, starts
 from lora_fast.kernels.sums import Dora
 
@@ -47,73 +47,72 @@ class Forward(NamedTuple):
     keep: Number
 
 
-def _forward(at: Forward, shared: Shared, round_norm: bool) -> list[Launch]:
-    x, y, small, lifted = at.x.rows(), at.y.rows(), shared.small(at.room), shared.lifted
+def _forward(at: Forward, problem: Problem) -> list[Launch]:
+    x, y, small, lifted = at.x.rows(), at.y.rows(), problem.small(at.room), problem.lifted
     launches, a, b, quantised = [], at.a, at.b, None
     if at.seed is not None:
         launches.append(mask(at.seed, at.bits, at.keep_count, at.n_words))
     if at.x8 is not None:
         quantised = Quantised(at.x8, small.x_scale)
-    if shared.cast:
+    if problem.casts:
         a, b = small.a, small.b
         launches += cast_and_down(x, Cast(at.a, at.b, a, b), small.s, at.scaling, at.keep, bits=at.bits,
                                   quantised=quantised, lifted=lifted)  # fmt: skip
     else:
         launches.append(down(x, a, small.s, at.scaling, at.keep, bits=at.bits, quantised=quantised))
-    if shared.dora:  # whose parts take y's memory, until y is there
+    if problem.dora:  # whose parts take y's memory, until y is there
         launches += norms(at.weight, a, b, at.scaling, small.norm, m=at.magnitude, gain=small.gain, w_scale=at.w_scale,
-                          round_norm=round_norm, room=y, lifted=lifted)  # fmt: skip
-    x, x_scale = (at.x8, small.x_scale) if shared.fp8 else (x, None)
+                          round_norm=problem.round_norm, room=y, lifted=lifted)  # fmt: skip
+    x, x_scale = (at.x8, small.x_scale) if problem.fp8 else (x, None)
     z = None if at.z is None else at.z.rows()
     return [*launches, product(x, at.weight, small.s, b, y, transposed=True, bias=at.bias, gain=small.gain, z=z,
                                x_scale=x_scale, w_scale=at.w_scale)]  # fmt: skip
 
 
-def lora_fwd(
-    shared: Shared, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
-    scaling: float | torch.Tensor, bias: MaybeTensor, seed: torch.Tensor | int | None, p: float,
-    magnitude: MaybeTensor = None, round_norm: bool = False, keep_z: bool = False, fp8: Fp8 | None = None,
-    late: list | None = None,
+def forward(
+    problem: Problem, call: Call, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
+    bias: MaybeTensor, magnitude: MaybeTensor = None,
 ) -> tuple[torch.Tensor, Made]:  # fmt: skip
     """y [*lead, N] = x W^T + S b^T + bias, or g * (x W^T + S b^T) + bias if magnitude [N] is given; and what it leaves
-    for the backward. A list ``late`` takes the program and the bound arguments of the last product, which fills y and
-    z, for the caller to run as ``program.run(bound, -1)``; there is none without rows.
+    for the backward.
 
     x [..., K], contiguous or the matrix of its rows, weight [N, K], both in one dtype; a [R, K], b [N, R], bias and
-    magnitude [N] contiguous, in any; a seed (as ``mask_bits`` takes it) where elements are dropped with p.
+    magnitude [N] contiguous, in any; with a seed (as ``mask_bits`` takes it) elements are dropped with call.p.
     ``round_norm`` rounds DoRA's norm to weight's dtype. Over an fp8 base (see ``Fp8``) weight is e4m3, and x is
     quantised likewise for the product.
     """
-    m, k = shared.m, shared.k
-    y = x.new_empty(shared.y_shape)
-    z = torch.empty_like(y) if keep_z else None
+    m, k, seed = problem.m, problem.k, call.seed
+    y = x.new_empty(problem.y_shape)
+    z = torch.empty_like(y) if problem.keep_z else None
     bits = x8 = w_scale = None
     words, count, keep = 0, 0, 1.0
     if seed is not None:
-        words, count, keep = -(-k // 32), keep_count(p), keep_scale(p)
+        words, count, keep = -(-k // 32), keep_count(call.p), keep_scale(call.p)
         bits = x.new_empty(m, words, dtype=torch.int32)
-    if shared.quantised:
+    if problem.quantises:
         x8 = x.new_empty(m, k, dtype=FP8)
-    if fp8 is not None:
-        w_scale = fp8.row_scale
-    room = x.new_empty(shared.bytes, dtype=torch.uint8)
+    if call.fp8 is not None:
+        w_scale = call.fp8.row_scale
+    room = x.new_empty(problem.bytes, dtype=torch.uint8)
     made = Made(room, bits, z, x8)
     if m == 0:
         return y, made
-    scaling = as_scaling(scaling)
+    scaling = as_scaling(call.scaling)
     given = x, weight, a, b, bias, magnitude, y, room, bits, z, x8, w_scale, seed, count, m * words, scaling, keep
     key = (
-        None if seed is None else _kind(seed), _kind(scaling),
-        precision(shared.kind, 256) if shared.wide else None, round_norm, keep_z,
-    )  # fmt: skip
-    program = shared.forwards.get(key)
+        _forward,
+        None if seed is None else _kind(seed),
+        _kind(scaling),
+        problem.is_float32 and precision(problem.kind, 256),
+    )
+    program = problem.programs.get(key)
     if program is None or (bound := program.bind(*given)) is None:
-        program, bound = _bound(shared.forwards, key, given, _forward, Forward, shared, round_norm)
-    if late is None:
-        program.run(bound)
-    else:
+        program, bound = _bound(problem, key, Forward, given)
+    if call.defers:
         program.run(bound, 0, -1)
-        late += program, bound
+        call.deferred = program, bound
+    else:
+        program.run(bound)
     return y, made
 
 
@@ -122,18 +121,16 @@ def _kind(value: float | int | torch.Tensor) -> object:
     return (value.dtype, value.data_ptr() % 16) if isinstance(value, torch.Tensor) else type(value)
 
 
-def _bound(
-    programs: dict[tuple, Program], key: tuple, given: tuple, make: Callable[..., list[Launch]], args: type, *rest
-) -> tuple[Program, Bound]:
+def _bound(problem: Problem, key: tuple, args: type, given: tuple) -> tuple[Program, Bound]:
     """The program for what is ``given``, bound to it. Programs are kept under their keys for tensors that start at
-    multiples of 16 bytes, and under longer ones for other tensors; new ones are of ``make(args of operands, *rest)``.
-    """
+    multiples of 16 bytes, and under longer ones for other tensors. A key begins with the function that says what a new
+    one launches, from ``args`` of operands."""
     if (found := starts(given)) is not None:
         key = *key, found
-    program = programs.get(key)
+    program = problem.programs.get(key)
     if program is None:
         at = args(*(operand(i, value) for i, value in enumerate(given)))
-        program = programs[key] = Program(len(given), make(at, *rest), found is None)
+        program = problem.programs[key] = Program(len(given), key[0](at, problem), found is None)
     bound = program.bind(*given)
     assert bound is not None
     return program, bound
@@ -166,26 +163,27 @@ class Backward(NamedTuple):
     keep: Number
 
 
-def _backward(at: Backward, shared: Shared, needs: Needs) -> list[Launch]:
-    dy, r, lifted, scratch = at.dy.rows(), shared.r, shared.lifted, Scratch(at.dy.device)
-    small: Maybe = None if at.room is None else shared.small(at.room)
+def _backward(at: Backward, problem: Problem) -> list[Launch]:
+    dy, r, needs, lifted = at.dy.rows(), problem.r, problem.needs, problem.lifted
+    scratch = Scratch(dy.device)
+    small: Maybe = None if at.room is None else problem.small(at.room)
     s, a, b = small and small.s, at.a, at.b
-    if shared.cast and small is not None:
+    if problem.casts and small is not None:
         a, b = small.a, small.b
     x, x_scale = None if at.x is None else at.x.rows(), None
     dora = gain = None
-    if shared.dora and small is not None:
+    if problem.dora and small is not None:
         gain, kept = small.gain, at.y if at.z is None else at.z
         dora = Dora(gain, small.norm, kept, at.dz, at.grad_m)
         if needs.m and at.z is None:
             dora = Dora(gain, small.norm, kept, at.dz, at.grad_m, x, at.weight, s, b, at.row_scale)
     passes: list[Pass] = []
-    ds: Maybe = scratch.part((shared.m, padded_rank(r)), shared.kind) if needs.x or needs.a else None
+    ds: Maybe = scratch.part((problem.m, padded_rank(r)), problem.kind) if needs.x or needs.a else None
     dz_scale, ds_here = None, ds
     if at.dz8 is not None:  # the launch that quantises makes dS, too
-        dz_scale, ds_here = scratch.part((shared.m,), torch.float32), None
-        passes.append(down(dy, b.t(), ds, at.scaling, at.keep, quantised=Quantised(at.dz8, dz_scale),
-                           gain=gain, lifted=lifted))  # fmt: skip
+        dz_scale, ds_here = scratch.part((problem.m,), torch.float32), None
+        passes.append(down(dy, b.t(), ds, at.scaling, at.keep, quantised=Quantised(at.dz8, dz_scale), gain=gain,
+                           lifted=lifted))  # fmt: skip
     passes += dy_passes(dy, r, at.scaling, at.keep, s=s, b=b, grad_b=at.grad_b, ds=ds_here, grad_bias=at.grad_bias,
                         dora=dora, lifted=lifted)  # fmt: skip
     if at.grad_a is not None:
@@ -202,25 +200,23 @@ def _backward(at: Backward, shared: Shared, needs: Needs) -> list[Launch]:
                                w_scale=at.col_scale)]  # fmt: skip
 
 
-def lora_bwd(
-    shared: Shared, needs: Needs, dy: torch.Tensor, saved: Saved | tuple, scaling: float | torch.Tensor, p: float,
-    kinds: tuple[torch.dtype | None, torch.dtype | None],
-) -> tuple[MaybeTensor, ...]:  # fmt: skip
-    """(dX [*lead, K], dA [R, K], dB [N, R], dbias [N], dm [N]), each None where it is not needed. ``kinds`` are the
-    dtypes of the last two.
+def backward(
+    problem: Problem, dy: torch.Tensor, saved: Sequence[MaybeTensor], scaling: float | torch.Tensor, p: float
+) -> tuple[MaybeTensor, ...]:
+    """(dX [*lead, K], dA [R, K], dB [N, R], dbias [N], dm [N]), each None where the problem does not need it.
 
-    dy [*lead, N], contiguous, or the matrix of its rows, each contiguous; ``saved``, as in ``lora_fwd``, is what is
-    read: x and bits for dA, S for dB, b for dA and dX, weight (an fp8 base's columns), a and bits for dX, g for all of
-    them, n and z for dm. In place of z the output y can be given where there was no bias; that takes x, weight, S and
-    b, too. Without x, x8 stands for it. dX comes last, and till then its memory holds what the passes leave for their
-    sums.
+    dy [*lead, N], contiguous, or the matrix of its rows, each contiguous; ``saved``, as in ``Saved``, is what is read:
+    x and bits for dA, S for dB, b for dA and dX, weight (an fp8 base's columns), a and bits for dX, g for all of them,
+    n and z for dm. In place of z the output y can be given where there was no bias; that takes x, weight, S and b, too.
+    Without x, x8 stands for it. dX comes last, and till then its memory holds what the passes leave for their sums.
     """
-    m, n, r = shared.m, shared.n, shared.r
-    dx = dy.new_empty(shared.x_shape) if needs.x else None
-    grad_a = dy.new_empty(r, shared.k, dtype=shared.kinds[1]) if needs.a else None
-    grad_b = dy.new_empty(n, r, dtype=shared.kinds[2]) if needs.b else None
-    grad_bias = dy.new_empty(n, dtype=kinds[0]) if needs.bias else None
-    grad_m = dy.new_empty(n, dtype=kinds[1]) if needs.m else None
+    m, n, r, kinds = problem.m, problem.n, problem.r, problem.kinds
+    need_x, need_a, need_b, need_bias, need_m = problem.needs
+    dx = dy.new_empty(problem.x_shape) if need_x else None
+    grad_a = dy.new_empty(r, problem.k, dtype=kinds.a) if need_a else None
+    grad_b = dy.new_empty(n, r, dtype=kinds.b) if need_b else None
+    grad_bias = dy.new_empty(n, dtype=kinds.bias) if need_bias else None
+    grad_m = dy.new_empty(n, dtype=kinds.m) if need_m else None
     grads = dx, grad_a, grad_b, grad_bias, grad_m
     if m == 0:
         for grad in grads:
@@ -228,21 +224,20 @@ def lora_bwd(
                 grad.zero_()
         return grads
     dz = dz8 = None
-    if needs.x and shared.fp8:
+    if need_x and problem.fp8:
         dz8 = dy.new_empty(m, n, dtype=FP8)
-    elif shared.dora and (needs.x or needs_dz(r, needs.x or needs.a, needs.b)):
+    elif problem.dora and (need_x or needs_dz(r, need_x or need_a, need_b)):
         dz = dy.new_empty(m, n)
-    x, weight, _, _, y, room, bits, z, _, _, columns, _ = saved
+    x, weight, _, _, _, _, bits, _, _, _, columns, _ = saved
     scaling = as_scaling(scaling)
     given = dy, *saved, *grads, dz, dz8, scaling, 1.0 if bits is None else keep_scale(p)
     key = (
-        needs, dy.stride(), x if x is None else x.stride(), weight if weight is None else weight.stride(), y is None,
-        z is None, bits is None, room is None, columns if columns is None else columns.stride(), kinds,
-        _kind(scaling),
-        precision(shared.kind, 256) if shared.wide else None,
+        _backward, dy.stride(), x if x is None else x.stride(), weight if weight is None else weight.stride(),
+        columns if columns is None else columns.stride(), bits is None,
+        None if type(scaling) is float else _kind(scaling), problem.is_float32 and precision(problem.kind, 256),
     )  # fmt: skip
-    program = shared.backwards.get(key)
+    program = problem.programs.get(key)
     if program is None or (bound := program.bind(*given)) is None:
-        program, bound = _bound(shared.backwards, key, given, _backward, Backward, shared, needs)
+        program, bound = _bound(problem, key, Backward, given)
     program.run(bound)
     return grads

@@ -59,10 +59,6 @@ class Operand:
     def t(self) -> "Operand":
         return replace(self, shape=self.shape[::-1], strides=self.strides[::-1])
 
-    def first(self, n: int) -> "Operand":
-        """Its first n rows."""
-        return replace(self, shape=(n, *self.shape[1:]))
-
     def rows(self) -> "Operand":
         """The matrix of its rows; with more dimensions than two it is contiguous."""
         if len(self.shape) == 2:

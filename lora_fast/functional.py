@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ def lora_linear(
     lora_B: torch.Tensor,
     scaling: float | torch.Tensor,
     bias: torch.Tensor | None = None,
+    *,
     dropout_p: float = 0.0,
     training: bool = True,
     backend: str = "auto",
@@ -57,25 +59,12 @@ def lora_linear(
         RuntimeError: ``backend="triton"`` where the kernels cannot run; an fp8 weight or save_x="fp8" on a GPU without
             8-bit matrix units.
     """
-    facts, known = _recall(x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, backend, save_x)
-    p = dropout_p if training else 0.0
-    if callable(known):
-        return known(x, weight, lora_A, lora_B, scaling, bias, p)
-    dtype = known
-    if dtype is None:
+    facts, call = _recall(x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, backend, save_x)
+    if call is None:
         dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         _check_save_x(save_x)
-    if dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight) or save_x == "fp8") == "triton":
-        from lora_fast.ops import linear as ops  # needs Triton
-
-        fused = ops.Fused(x, weight, lora_A, lora_B, bias, save_x=save_x)
-        _know(facts, fused)
-        return fused(x, weight, lora_A, lora_B, scaling, bias, p)
-    if known is None:
-        _know(facts, dtype)
-    if isinstance(scaling, torch.Tensor):
-        scaling = scaling.detach()
-    return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
+        call = _settle(facts, dtype, backend, (x, weight, lora_A, lora_B, bias), save_x=save_x)
+    return call(x, weight, lora_A, lora_B, scaling, bias, dropout_p if training else 0.0)
 
 
 def dora_linear(
@@ -86,6 +75,7 @@ def dora_linear(
     magnitude: torch.Tensor,
     scaling: float | torch.Tensor,
     bias: torch.Tensor | None = None,
+    *,
     dropout_p: float = 0.0,
     training: bool = True,
     detach_norm: bool = True,
@@ -119,37 +109,16 @@ def dora_linear(
         TypeError, ValueError, RuntimeError: as :func:`lora_linear`; a magnitude of another shape, dtype or device;
             ``save`` neither "auto" nor "z".
     """
-    # An int would be found under the bool that it equals.
-    facts, known = _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, backend, detach_norm,
-                           type(detach_norm), save, round_norm, type(round_norm), save_x)  # fmt: skip
-    p = dropout_p if training else 0.0
-    if callable(known):
-        return known(x, weight, lora_A, lora_B, scaling, bias, p, magnitude)
-    dtype = known
-    if dtype is None:
+    # Types beside flags: an int would be found under the bool that it equals.
+    facts, call = _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, backend, detach_norm,
+                          type(detach_norm), save, round_norm, type(round_norm), save_x)  # fmt: skip
+    if call is None:
         dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-        _check_magnitude(magnitude, weight)
-        for name, flag in (("detach_norm", detach_norm), ("round_norm", round_norm)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name}: got {flag!r}, expected True or False")
-        if save not in ("auto", "z"):
-            raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
+        _check_dora(magnitude, weight, detach_norm, round_norm, save)
         _check_save_x(save_x)
-    if (
-        dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight) or save_x == "fp8") == "triton"
-        and detach_norm
-    ):
-        from lora_fast.ops import linear as ops  # needs Triton
-
-        fused = ops.Fused(x, weight, lora_A, lora_B, bias, magnitude, save, round_norm, save_x)
-        _know(facts, fused)
-        return fused(x, weight, lora_A, lora_B, scaling, bias, p, magnitude)
-    if known is None:
-        _know(facts, dtype)
-    if isinstance(scaling, torch.Tensor):
-        scaling = scaling.detach()
-    return reference.dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, p, True, detach_norm,
-                                 round_norm=round_norm)  # fmt: skip
+        call = _settle(facts, dtype, backend, (x, weight, lora_A, lora_B, bias, magnitude), detach_norm, save_x=save_x,
+                       save=save, round_norm=round_norm)  # fmt: skip
+    return call(x, weight, lora_A, lora_B, scaling, bias, dropout_p if training else 0.0, magnitude)
 
 
 def dora_norm(
@@ -189,7 +158,7 @@ def dora_norm(
     return reference.dora_norm(weight, lora_A, lora_B, scaling)
 
 
-def _check_magnitude(magnitude, weight) -> None:
+def _check_dora(magnitude, weight, detach_norm, round_norm, save) -> None:
     if not isinstance(magnitude, torch.Tensor):
         raise TypeError(f"magnitude: got {type(magnitude).__name__}, expected a tensor")
     if magnitude.dtype not in FLOATS:
@@ -198,6 +167,11 @@ def _check_magnitude(magnitude, weight) -> None:
         raise ValueError(f"magnitude: got shape {tuple(magnitude.shape)}, expected {tuple(weight.shape[:1])}")
     if magnitude.device != weight.device:
         raise ValueError(f"magnitude: got a tensor on {magnitude.device}, expected {weight.device}, where weight is")
+    for name, flag in (("detach_norm", detach_norm), ("round_norm", round_norm)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: got {flag!r}, expected True or False")
+    if save not in ("auto", "z"):
+        raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
 
 
 def _check_save_x(save_x) -> None:
@@ -205,14 +179,50 @@ def _check_save_x(save_x) -> None:
         raise ValueError(f'save_x: got {save_x!r}, expected "x" or "fp8"')
 
 
-# Calls that passed the checks, by their facts: what the kernels take them with, else the dtype of their products.
-_known: dict[tuple, Callable[..., torch.Tensor] | torch.dtype] = {}
+def _settle(
+    facts: tuple | None, dtype: torch.dtype, backend: str, tensors: tuple, detach_norm: bool = True, *, save_x: str,
+    **options: Any,
+) -> Callable[..., torch.Tensor]:  # fmt: skip
+    """What takes this call, which passed the checks, and from now on those with the same facts."""
+    x, weight, *_ = tensors
+    path = dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight) or save_x == "fp8")
+    call: Callable[..., torch.Tensor]
+    if path == "triton" and detach_norm:
+        from lora_fast.ops.linear import FusedLinear  # needs Triton
+
+        call = FusedLinear(*tensors, save_x=save_x, **options)
+    else:
+        call = partial(_plain, detach_norm=detach_norm, round_norm=options.get("round_norm", False))
+    if facts is not None:
+        if len(_calls) >= 4096:  # batch sizes that never repeat
+            _calls.clear()
+        _calls[facts] = call
+    return call
+
+
+def _plain(
+    x, weight, lora_A, lora_B, scaling, bias, p: float, magnitude=None, *, detach_norm: bool, round_norm: bool
+) -> torch.Tensor:
+    """The reference, called as the fused form is."""
+    if isinstance(scaling, torch.Tensor):
+        scaling = scaling.detach()
+    if magnitude is None:
+        return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
+    return reference.dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, p, True, detach_norm,
+                                 round_norm=round_norm)  # fmt: skip
+
+
+_calls: dict[tuple, Callable[..., torch.Tensor]] = {}  # what takes them, by their facts
+
+
+def _facts(t) -> tuple:
+    return t.dtype, t.shape, t.stride(), t.device, t.requires_grad
 
 
 def _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, *asked) -> tuple[tuple | None, Any]:
-    """(facts, what is known under them): all that the checks of a call and the choice of its path rest on, but for
-    numbers, which are right here. The host waits for this in every step. No facts where numbers are wrong or something
-    is no tensor, which the checks will say, and under compilation."""
+    """(facts, what takes calls with these facts): all that the checks of a call and the choice of its path rest on, but
+    for numbers, which are right here. The host waits for this in every step. No facts where numbers are wrong or
+    something is no tensor, which the checks will say, and under compilation."""
     number, base, acts_as = type(scaling) is float, weight, None
     if (
         is_compiling()
@@ -222,32 +232,19 @@ def _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, *ask
     ):
         return None, None
     try:
-        device = x.device
         if isinstance(weight, Fp8Weight):
             with torch._C.DisableTorchFunctionSubclass():  # by way of Fp8Weight it takes six times as long
                 base, acts_as = weight.rows, (type(weight), weight.acts_as, weight.requires_grad)
         facts = (
-            x.dtype, x.shape, x.stride(), device, x.requires_grad, acts_as,
-            base.dtype, base.shape, base.stride(), base.device, base.requires_grad,
-            lora_A.dtype, lora_A.shape, lora_A.is_contiguous(), lora_A.device, lora_A.requires_grad,
-            lora_B.dtype, lora_B.shape, lora_B.is_contiguous(), lora_B.device, lora_B.requires_grad,
-            None if bias is None else (bias.dtype, bias.shape, bias.is_contiguous(), bias.device, bias.requires_grad),
-            None if magnitude is None else
-            (magnitude.dtype, magnitude.shape, magnitude.is_contiguous(), magnitude.device, magnitude.requires_grad),
+            _facts(x), _facts(base), _facts(lora_A), _facts(lora_B), None if bias is None else _facts(bias),
+            None if magnitude is None else _facts(magnitude), acts_as,
             None if number else (scaling.dtype, scaling.shape, scaling.device), torch.is_grad_enabled(),
-            dispatch.autocast_dtype(device) if torch._C._is_any_autocast_enabled() else None,
+            dispatch.autocast_dtype(x.device) if torch._C._is_any_autocast_enabled() else None,
             dispatch.get_backend(), *asked,
         )  # fmt: skip
-        return facts, _known.get(facts)
+        return facts, _calls.get(facts)
     except (AttributeError, RuntimeError, TypeError):
         return None, None
-
-
-def _know(facts: tuple | None, found: Callable[..., torch.Tensor] | torch.dtype) -> None:
-    if facts is not None:
-        if len(_known) >= 4096:  # batch sizes that never repeat
-            _known.clear()
-        _known[facts] = found
 
 
 def check_tensors(tensors: dict) -> None:

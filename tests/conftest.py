@@ -94,7 +94,7 @@ def call(path):
     from lora_fast.functional import lora_linear
 
     def fn(x, weight, lora_A, lora_B, bias=None, scaling=2.0, p=0.0, **kwargs):
-        return lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, **{"backend": path[0], **kwargs})
+        return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p=p, **{"backend": path[0], **kwargs})
 
     return fn
 

@@ -262,8 +262,8 @@ def test_dropout_and_checkpoint(device, dora):
     def call(x):
         torch.manual_seed(5)
         if dora:
-            return dora_linear(x, weight, inputs.lora_A, inputs.lora_B, m, 2.0, None, 0.5, backend="triton")
-        return lora_linear(x, weight, inputs.lora_A, inputs.lora_B, 2.0, None, 0.5, backend="triton")
+            return dora_linear(x, weight, inputs.lora_A, inputs.lora_B, m, 2.0, dropout_p=0.5, backend="triton")
+        return lora_linear(x, weight, inputs.lora_A, inputs.lora_B, 2.0, dropout_p=0.5, backend="triton")
 
     plain = torch.autograd.grad(call(inputs.x).sin().sum(), leaves)
     again = torch.autograd.grad(checkpoint(call, inputs.x, use_reentrant=False).sin().sum(), leaves)

@@ -72,9 +72,10 @@ def longest_run(cubin: bytes) -> int:
 
 
 def compile_for(capability: int, problems) -> list[dict]:
-    from lora_fast.kernels import cast, down, gemm, launchers, layout, lora, mask, operands, passes, sums, tiles, weight
+    from lora_fast.kernels import cast, down, gemm, launchers, lora, mask, operands, passes, sums, tiles, weight
     from lora_fast.kernels import norm as norm_module
     from lora_fast.kernels.common import FP8
+    from lora_fast.kernels.problem import Call, Kinds, Needs, Problem, Saved
     from lora_fast.kernels.program import Launch
 
     driver.set_active(TargetOnly(capability))
@@ -146,12 +147,14 @@ def compile_for(capability: int, problems) -> list[dict]:
             problem += " lifted"
             for magnitude in (None, torch.empty(n)):
                 with_gain = magnitude is not None
-                shared = layout.Shared(x.shape[:-1], k, n, r, (dtype, adapter, adapter), with_gain, False, False)
-                y, made = lora.lora_fwd(shared, x, w, a, b, 2.0, bias, 1 if p else None, p, magnitude)
-                saved = layout.Saved(x, w, a, b, y if with_gain else None, *made, None, None, None)
-                lora.lora_bwd(
-                    shared, layout.Needs(True, True, True, with_bias, with_gain), dy, saved, 2.0, p, (dtype,) * 2
+                kinds, needs = (
+                    Kinds(dtype, adapter, adapter, dtype, dtype),
+                    Needs(True, True, True, with_bias, with_gain),
                 )
+                layer = Problem((m,), k, n, r, kinds, needs, dora=with_gain)
+                y, made = lora.forward(layer, Call(2.0, 1 if p else None, p, None), x, w, a, b, bias, magnitude)
+                saved = Saved(x, w, a, b, y if with_gain else None, *made, None, None, None)
+                lora.backward(layer, dy, saved, 2.0, p)
         for magnitude in (None, torch.empty(n)):
             v, row_norm = weight.weight_fwd(w, a, b, 2.0, magnitude)
             weight.weight_bwd(v, None if magnitude is None else w, a, b, 2.0, magnitude, row_norm, True)

@@ -167,8 +167,8 @@ class LoRALinear(MergingLinear):
             weight, lora_A, lora_B, bias = self.weight, self.lora_A, self.lora_B, self.bias
         if type(weight) is torch.Tensor:
             weight = fsdp1.as_asked(weight, self)
-        return lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, self.lora_dropout, self.training,
-                           save_x=self.save_x)  # fmt: skip
+        return lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, dropout_p=self.lora_dropout,
+                           training=self.training, save_x=self.save_x)  # fmt: skip
 
     def enable(self) -> None:
         """Let the adapter act (the default)."""

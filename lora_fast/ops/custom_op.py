@@ -5,15 +5,16 @@ graph holds, and they have no kernel for autograd in between. They are defined b
 wrappers of ``torch.library.custom_op`` and each output take the host some microseconds in every call.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from lora_fast.fp8 import E4M3
-from lora_fast.kernels.layout import Fp8, Made, MaybeTensor, Needs, Shared
-from lora_fast.kernels.lora import lora_fwd
+from lora_fast.kernels.lora import forward
 from lora_fast.kernels.memo import Memo
-from lora_fast.ops.parts import addressable, contiguous, dtype_of, gradients, on, shared_of, to_save
+from lora_fast.kernels.problem import Call, Fp8, Kinds, Made, MaybeTensor, Needs, Problem
+from lora_fast.ops.parts import addressable, contiguous, dtype_of, gradients, kinds_of, on, to_save
 
 _GIVEN = """(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? magnitude, Tensor scaling,
     Tensor? seed, float p, bool round_norm, bool keep_z, bool save_x8, Tensor? row_scale=None, Tensor? columns=None,
@@ -21,72 +22,104 @@ _GIVEN = """(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias
 _library = torch.library.Library("lora_fast", "FRAGMENT")
 _library.define(f"lora_linear{_GIVEN} -> Tensor")
 _library.define(f"lora_linear_fwd{_GIVEN} -> Tensor[]")
-_library.define("""lora_linear_bwd(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? y,
-    Tensor? room, Tensor? bits, Tensor? z, Tensor? x8, Tensor? row_scale, Tensor? columns, Tensor? col_scale,
-    Tensor scaling, float p, bool[] needs, SymInt[] shape, bool dora, bool fp8, bool quantised, ScalarType a_dtype,
-    ScalarType b_dtype, ScalarType bias_dtype, ScalarType m_dtype) -> Tensor[]""")
+_library.define("""lora_linear_bwd(Tensor dy, Tensor?[] saved, Tensor scaling, float p, SymInt[] shape,
+    ScalarType[] kinds, bool[] needs, bool[] flags) -> Tensor[]""")
 lora_linear = torch.ops.lora_fast.lora_linear
 _problems = Memo()
 
 
-def _forward(
-    x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, round_norm, keep_z, save_x8,
-    row_scale=None, columns=None, col_scale=None,
-) -> list[torch.Tensor]:  # fmt: skip
-    """y, the room, and what there is of the mask's bits, z and an x in 8 bits, in this order."""
-    fp8 = None if row_scale is None else Fp8(row_scale, columns, col_scale)
-    lora_A, lora_B, bias, magnitude = map(contiguous, (lora_A, lora_B, bias, magnitude))
-    x = addressable(x)
-    key = (
-        "lora_linear_fwd", x.device, x.dtype, x.shape, x.stride(), weight.dtype, weight.shape, weight.stride(),
-        lora_A.dtype, lora_A.shape, lora_B.dtype, dtype_of(bias), dtype_of(magnitude), fp8 is None, save_x8,
+class _Given(NamedTuple):
+    """The arguments of ``lora_linear``."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    bias: MaybeTensor
+    magnitude: MaybeTensor
+    scaling: torch.Tensor
+    seed: MaybeTensor
+    p: float
+    round_norm: bool
+    keep_z: bool
+    save_x8: bool
+    row_scale: MaybeTensor = None
+    columns: MaybeTensor = None
+    col_scale: MaybeTensor = None
+
+    @property
+    def fp8(self) -> Fp8 | None:
+        return None if self.row_scale is None else Fp8(self.row_scale, self.columns, self.col_scale)
+
+    def problem(self, *needs: bool) -> Problem:
+        (n, k), x = self.weight.shape, self.x
+        kinds = kinds_of(x.dtype, self.lora_A, self.lora_B, self.bias, self.magnitude)
+        return Problem(
+            x.shape[:-1], k, n, len(self.lora_A), kinds, Needs(*needs), dora=self.magnitude is not None,
+            fp8=self.row_scale is not None, keep_x8=self.save_x8, keep_z=self.keep_z, round_norm=self.round_norm,
+        )  # fmt: skip
+
+
+def linear(problem: Problem, call: Call, x, weight, lora_A, lora_B, bias, magnitude) -> torch.Tensor:
+    """y, by way of the operator."""
+    scaling = call.scaling
+    if not isinstance(scaling, torch.Tensor):
+        scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
+    return lora_linear(
+        x, weight, lora_A, lora_B, bias, magnitude, scaling, call.seed, call.p, problem.round_norm, problem.keep_z,
+        problem.keep_x8, *(call.fp8 or ()),
     )  # fmt: skip
-    shared = _problems.get(key) or _problems.keep(
-        key, shared_of(x, weight, lora_A, lora_B, magnitude, fp8 is not None, save_x8, x.dtype)
-    )
+
+
+def _forward(*args: Any) -> list[torch.Tensor]:
+    """y, the room, and what there is of the mask's bits, z and an x in 8 bits, in this order."""
+    given = _Given(*args)
+    x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, *flags = given[:12]
+    key = (
+        x.device, x.dtype, x.shape, x.stride(), weight.dtype, weight.shape, weight.stride(), lora_A.dtype, lora_A.shape,
+        lora_B.dtype, dtype_of(bias), dtype_of(magnitude), *flags, given.fp8 is None,
+    )  # fmt: skip
+    problem = _problems.get(key) or _problems.keep(key, given.problem())
+    small: Any = map(contiguous, (lora_A, lora_B, bias, magnitude))
     with on(x.device):
-        y, made = lora_fwd(shared, x, weight, lora_A, lora_B, scaling, bias, seed, p, magnitude, round_norm, keep_z,
-                           fp8)  # fmt: skip
-    found = [y, made.room, made.bits, made.z, made.x8 if save_x8 else None]
+        call = Call(scaling, seed, p, given.fp8)
+        y, made = forward(problem, call, addressable(x), weight, *small)
+    found = [y, made.room, made.bits, made.z, made.x8 if given.save_x8 else None]
     return [t for t in found if t is not None]
 
 
-def _forward_fake(
-    x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, round_norm, keep_z, save_x8,
-    row_scale=None, columns=None, col_scale=None,
-) -> list[torch.Tensor]:  # fmt: skip
-    n, k = weight.shape
-    m = x.numel() // k
-    y = x.new_empty(*x.shape[:-1], n)
-    room = shared_of(x, weight, lora_A, lora_B, magnitude, row_scale is not None, save_x8, x.dtype).bytes
-    found = [y, x.new_empty(room, dtype=torch.uint8)]
-    if seed is not None:
-        found.append(x.new_empty(m, -(-k // 32), dtype=torch.int32))
-    if keep_z:
-        found.append(torch.empty_like(y))
-    if save_x8:
-        found.append(x.new_empty(m, k, dtype=E4M3))
+def _forward_fake(*args: Any) -> list[torch.Tensor]:
+    given, x = _Given(*args), args[0]
+    problem = given.problem()
+    found = [x.new_empty(*x.shape[:-1], problem.n), x.new_empty(problem.bytes, dtype=torch.uint8)]
+    if given.seed is not None:
+        found.append(x.new_empty(problem.m, -(-problem.k // 32), dtype=torch.int32))
+    if given.keep_z:
+        found.append(torch.empty_like(found[0]))
+    if given.save_x8:
+        found.append(x.new_empty(problem.m, problem.k, dtype=E4M3))
     return found
 
 
 def _gradients(
-    dy, x, weight, lora_A, lora_B, y, room, bits, z, x8, row_scale, columns, col_scale, scaling, p, needs, shape, dora,
-    fp8, quantised, a_dtype, b_dtype, bias_dtype, m_dtype,
+    dy: torch.Tensor, saved: Sequence[MaybeTensor], scaling: torch.Tensor, p: float, shape: Sequence[int],
+    kinds: Sequence[torch.dtype], needs: Sequence[bool], flags: Sequence[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
-    """The gradients that are needed, in the order of ``Needs``."""
-    k, r = shape
-    problem = dy.shape[:-1], k, dy.shape[-1], r, (dy.dtype, a_dtype, b_dtype), dora, fp8, quantised
-    key = "lora_linear_bwd", dy.device, *problem
-    shared = _problems.get(key) or _problems.keep(key, Shared(*problem))
-    saved = x, weight, lora_A, lora_B, y, room, bits, z, x8, row_scale, columns, col_scale
+    """The gradients that are needed, in the order of ``Needs``; flags are dora, fp8, keep_x8 and keep_z."""
+    key = dy.device, dy.dtype, dy.shape, *shape, *kinds, *needs, *flags
+    problem = _problems.get(key)
+    if problem is None:
+        (k, r), (dora, fp8, keep_x8, keep_z) = shape, flags
+        problem = Problem(dy.shape[:-1], k, dy.shape[-1], r, Kinds(dy.dtype, *kinds), Needs(*needs), dora=dora, fp8=fp8,
+                          keep_x8=keep_x8, keep_z=keep_z)  # fmt: skip
+        _problems.keep(key, problem)
     with on(dy.device):
-        grads = gradients(dy, shared, Needs(*needs), saved, scaling, p, (bias_dtype, m_dtype))
+        grads = gradients(problem, dy, saved, scaling, p)
     return [grad for grad in grads if grad is not None]
 
 
-def _gradients_fake(dy, *rest) -> list[torch.Tensor]:
-    needs, (k, r), _, _, _, *kinds = rest[14:]
-    n = dy.shape[-1]
+def _gradients_fake(dy, saved, scaling, p, shape, kinds, needs, flags) -> list[torch.Tensor]:
+    (k, r), n = shape, dy.shape[-1]
     shapes = (*dy.shape[:-1], k), (r, k), (n, r), (n,), (n,)
     return [dy.new_empty(shape, dtype=kind)
             for shape, kind, need in zip(shapes, (dy.dtype, *kinds), needs, strict=True) if need]  # fmt: skip
@@ -94,27 +127,27 @@ def _gradients_fake(dy, *rest) -> list[torch.Tensor]:
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> torch.Tensor:
-        x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, ctx.p, _, keep_z, save_x8, *base = given
-        y, room, *rest = torch.ops.lora_fast.lora_linear_fwd(*given)
-        bits, z, x8 = (rest.pop(0) if there else None for there in (seed is not None, keep_z, save_x8))
-        ctx.needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
-        fp8 = None if not base or base[0] is None else Fp8(*base)
-        shared = shared_of(x, weight, lora_A, lora_B, magnitude, fp8 is not None, save_x8, x.dtype)
-        made: Made = Made(room, bits, z, x8)
-        saved: tuple[MaybeTensor, ...] = to_save(x, weight, lora_A, lora_B, y, made, shared, fp8, ctx.needs, save_x8)
-        ctx.save_for_backward(*saved, scaling)
-        ctx.rest = (
-            [shared.k, shared.r], shared.dora, shared.fp8, shared.quantised, lora_A.dtype, lora_B.dtype,
-            dtype_of(bias) or x.dtype, dtype_of(magnitude) or x.dtype,
-        )  # fmt: skip
-        ctx.given = len(given)
+    def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        given = _Given(*args)
+        x, weight, lora_A, lora_B, *_ = given
+        problem = given.problem(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
+        y, room, *rest = torch.ops.lora_fast.lora_linear_fwd(*args)
+        there = given.seed is not None, given.keep_z, given.save_x8
+        bits, z, x8 = (rest.pop(0) if one else None for one in there)
+        saved: Any = to_save(problem, Made(room, bits, z, x8), given.fp8, x, weight, lora_A, lora_B, y)
+        ctx.save_for_backward(*saved, given.scaling)
+        kinds = [kind or x.dtype for kind in problem.kinds[1:]]
+        flags = [problem.dora, problem.fp8, problem.keep_x8, problem.keep_z]
+        ctx.rest = given.p, [problem.k, problem.r], kinds, list(problem.needs), flags
+        ctx.given = len(args)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple:
-        found = torch.ops.lora_fast.lora_linear_bwd(dy, *ctx.saved_tensors, ctx.p, list(ctx.needs), *ctx.rest)
-        dx, grad_a, grad_b, grad_bias, grad_m = (found.pop(0) if need else None for need in ctx.needs)
+        *saved, scaling = ctx.saved_tensors
+        needs = ctx.rest[3]
+        found = torch.ops.lora_fast.lora_linear_bwd(dy, saved, scaling, *ctx.rest)
+        dx, grad_a, grad_b, grad_bias, grad_m = (found.pop(0) if need else None for need in needs)
         return dx, None, grad_a, grad_b, grad_bias, grad_m, *(None,) * (ctx.given - 6)
 
 

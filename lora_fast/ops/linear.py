@@ -1,54 +1,49 @@
 """The fused kernels as one differentiable operator: an autograd Function in eager, a custom op (custom_op.py) under
 torch.compile."""
 
-from typing import Any
-
 import torch
 from torch.autograd.function import once_differentiable
 
 from lora_fast.dispatch import autocast_dtype, tell
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.kernels import launchers
-from lora_fast.kernels.layout import Fp8, Made, Needs
-from lora_fast.kernels.lora import lora_fwd
+from lora_fast.kernels.lora import forward
+from lora_fast.kernels.problem import Call, Fp8, Needs, Problem
 from lora_fast.ops import custom_op
-from lora_fast.ops.parts import addressable, contiguous, dtype_of, gradients, one_gpu, shared_of, to_save
+from lora_fast.ops.parts import addressable, contiguous, gradients, kinds_of, one_gpu, to_save
 
 if (_why := launchers.why_not_direct()) is not None:
     tell("starts its kernels slowly", _why)
 
 
-class Fused:
+class FusedLinear:
     """The fused form of ``reference.lora_linear`` (with a magnitude of ``reference.dora_linear``) for calls, checked
     before, whose tensors agree in dtype, shape, strides, device and in whether they ask for a gradient, and which ask
     for the same under one state of autocast: what follows from that is decided once. For a small layer the host's time
     is the layer's time."""
 
     def __init__(
-        self, x, weight, lora_A, lora_B, bias, magnitude=None, save: str = "auto", round_norm: bool = False,
+        self, x, weight, lora_A, lora_B, bias, magnitude=None, *, save: str = "auto", round_norm: bool = False,
         save_x: str = "x",
     ) -> None:  # fmt: skip
-        self.compiling, self.fp8 = torch.compiler.is_compiling(), isinstance(weight, Fp8Weight)
-        dtype = autocast_dtype(x.device)
-        self.kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
-        self.casts = self.kind != x.dtype or self.kind != weight.dtype
-        self.contiguous = all(t is None or t.is_contiguous() for t in (lora_A, lora_B, bias, magnitude))
-        self.as_given = not (self.fp8 or self.casts) and self.contiguous
-        self.addressable = x.dim() == 2 or x.is_contiguous()
-        self.round_norm = round_norm and not self.fp8
-        train = torch.is_grad_enabled()
-        self.needs = Needs(*(t is not None and train and t.requires_grad for t in (x, lora_A, lora_B, bias, magnitude)))
-        self.records = any(self.needs)
-        self.save_x8 = save_x == "fp8" and self.needs.a and self.kind != torch.float64
+        fp8, dtype, train = isinstance(weight, Fp8Weight), autocast_dtype(x.device), torch.is_grad_enabled()
+        kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
+        needs = Needs(*(t is not None and train and t.requires_grad for t in (x, lora_A, lora_B, bias, magnitude)))
+        keep_x8 = save_x == "fp8" and needs.a and kind != torch.float64
         # z is kept where y cannot stand for it: y lacks what the bias drowns, and z again takes all that A and B keep.
-        keeps_y = save == "auto" and bias is None and not self.save_x8 and self.needs.a and self.needs.b
-        self.keep_z = self.needs.m and not keeps_y
-        self.kinds = dtype_of(bias), dtype_of(magnitude)
-        self.shared: Any = None
-        self.elsewhere = None  # the tensors' device, where there are others
-        if not self.compiling:
-            self.elsewhere = None if one_gpu() or x.device.type != "cuda" else x.device
-            self.shared = shared_of(x, weight, lora_A, lora_B, magnitude, self.fp8, self.save_x8, self.kind)
+        keeps_y = save == "auto" and bias is None and not keep_x8 and needs.a and needs.b
+        (n, k), kinds = weight.shape, kinds_of(kind, lora_A, lora_B, bias, magnitude)
+        self.problem = Problem(
+            tuple(x.shape[:-1]), k, n, len(lora_A), kinds, needs, dora=magnitude is not None, fp8=fp8, keep_x8=keep_x8,
+            keep_z=needs.m and not keeps_y, round_norm=round_norm and not fp8,
+        )  # fmt: skip
+        self.records, self.compiling = any(needs), torch.compiler.is_compiling()
+        self.kind, self.fp8, self.casts = kind, fp8, kind != x.dtype or kind != weight.dtype
+        self.contiguous = all(t is None or t.is_contiguous() for t in (lora_A, lora_B, bias, magnitude))
+        self.as_given = not (fp8 or self.casts) and self.contiguous
+        self.addressable = x.dim() == 2 or x.is_contiguous()
+        # The tensors' device, where there are others.
+        self.elsewhere = None if self.compiling or x.device.type != "cuda" or one_gpu() else x.device
 
     def __call__(self, x, weight, lora_A, lora_B, scaling, bias, p: float, magnitude=None) -> torch.Tensor:
         """y; p = 0 means no dropout."""
@@ -60,33 +55,21 @@ class Fused:
             if self.fp8:
                 weight, fp8 = weight.rows, Fp8(weight.row_scale, weight.columns, weight.col_scale)
             if self.casts:
-                x, weight = x.to(self.kind), weight if fp8 is not None else weight.to(self.kind)
+                x, weight = x.to(self.kind), weight if self.fp8 else weight.to(self.kind)
             if not self.contiguous:
                 lora_A, lora_B, bias, magnitude = map(contiguous, (lora_A, lora_B, bias, magnitude))
-        seed = draw_seed(x.device) if p > 0 else None
+        call = Call(scaling, draw_seed(x.device) if p > 0 else None, p, fp8)
         if self.compiling:
-            if not isinstance(scaling, torch.Tensor):
-                scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
-            return custom_op.lora_linear(
-                x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, self.round_norm, self.keep_z,
-                self.save_x8, *(fp8 or ()),
-            )  # fmt: skip
+            return custom_op.linear(self.problem, call, x, weight, lora_A, lora_B, bias, magnitude)
         if not self.records:
-            return self.forward(x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, fp8)[0]
-        late: list = []
+            x = x if self.addressable else addressable(x)
+            return forward(self.problem, call, x, weight, lora_A, lora_B, bias, magnitude)[0]
         apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply
-        y = apply(x, weight, lora_A, lora_B, bias, magnitude, (self, scaling, seed, p, fp8), late)
-        if late:
-            program, bound = late
+        y = apply(x, weight, lora_A, lora_B, bias, magnitude, self, call)
+        if call.deferred is not None:
+            program, bound = call.deferred
             program.run(bound, -1)
         return y
-
-    def forward(
-        self, x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, fp8, late: list | None = None
-    ) -> tuple[torch.Tensor, Made]:
-        """y and what was made on the way to it; ``late`` as in ``lora_fwd``."""
-        return lora_fwd(self.shared, x if self.addressable else addressable(x), weight, lora_A, lora_B, scaling, bias,
-                        seed, p, magnitude, self.round_norm, self.keep_z, fp8, late)  # fmt: skip
 
 
 def draw_seed(device: torch.device) -> torch.Tensor | int:
@@ -106,22 +89,22 @@ def draw_seed(device: torch.device) -> torch.Tensor | int:
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Where the product makes nothing that the backward reads, its launch goes to the list ``late``, for when ``apply``
-    has saved what it does read. A checkpoint's second forward (not reentrant) ends when the last tensor is saved: it
-    then skips the product of its last layer, as it does that of a frozen ``nn.Linear``.
+    """Where the last product makes nothing that the backward reads, its launch waits until ``apply`` has saved what it
+    does read. A checkpoint's second forward (not reentrant) ends when the last tensor is saved: it then skips the
+    product of its last layer, as it does that of a frozen ``nn.Linear``.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, magnitude, call, late):
-        fused, scaling, seed, p, fp8 = call
-        needs = fused.needs  # the gradient of the magnitude reads y or z
-        y, made = fused.forward(x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, fp8,
-                                None if needs.m else late)  # fmt: skip
-        saved = to_save(x, weight, lora_A, lora_B, y, made, fused.shared, fp8, needs, fused.save_x8)
+    def forward(ctx, x, weight, lora_A, lora_B, bias, magnitude, fused, call):
+        problem, scaling = fused.problem, call.scaling
+        call.defers = not problem.needs.m  # the gradient of the magnitude reads y or z
+        rows = x if fused.addressable else addressable(x)
+        y, made = forward(problem, call, rows, weight, lora_A, lora_B, bias, magnitude)
+        saved = to_save(problem, made, call.fp8, x, weight, lora_A, lora_B, y)
         if isinstance(scaling, torch.Tensor):
             saved, scaling = (*saved, scaling), None
         ctx.save_for_backward(*saved)
-        ctx.rest = fused, scaling, p
+        ctx.rest = problem, scaling, call.p
         return y
 
     @staticmethod
@@ -145,10 +128,10 @@ def _backward_of(ctx, dy):
             "argument of dora_linear, an attribute of DoRALinear and of patched PEFT layers) it keeps a tensor of its "
             "own, and the output may be changed in place."
         ) from error
-    fused, scaling, p = ctx.rest
+    problem, scaling, p = ctx.rest
     if scaling is None:
         *saved, scaling = saved
-    dx, *grads = gradients(dy, fused.shared, fused.needs, saved, scaling, p, fused.kinds)
+    dx, *grads = gradients(problem, dy, saved, scaling, p)
     return dx, None, *grads, None, None
 
 

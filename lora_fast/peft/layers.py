@@ -147,17 +147,17 @@ class FastLinear(KeepingLinear):
             magnitude = self.lora_magnitude_vector[name]
             if peft_norms.wanted(magnitude):
                 norm = peft_norms.norm_of(magnitude, name, weight, a, b, scaling)
-                z = lora_linear(x, weight, a, b, scaling, None, p, dropout.training, save_x=self.save_x)
+                z = lora_linear(x, weight, a, b, scaling, dropout_p=p, training=dropout.training, save_x=self.save_x)
                 return dora_scale(z, magnitude.weight, norm, bias, (x, weight))
             return dora_linear(
-                x, weight, a, b, magnitude.weight, scaling, bias, p, dropout.training,
+                x, weight, a, b, magnitude.weight, scaling, bias, dropout_p=p, training=dropout.training,
                 save=self.save, round_norm=True, save_x=self.save_x,
             )  # fmt: skip
         if len(parts) > 1:  # the sum of the adapters is one adapter, stacked along r
             a = torch.cat([a for _, a, _, _ in parts])
             b = torch.cat([b * scalings.of(name, x.device) for name, _, b, _ in parts], 1)
             scaling = 1.0
-        return lora_linear(x, weight, a, b, scaling, bias, p, dropout.training, save_x=self.save_x)
+        return lora_linear(x, weight, a, b, scaling, bias, dropout_p=p, training=dropout.training, save_x=self.save_x)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in PEFT, but for the weight of a head, which PEFT's files take along: if it is fp8 it is plain there, and

@@ -62,8 +62,8 @@ def test_a_fresh_adapter_is_the_base(device, backend, dora, dropout):
 
         def fn(x, w, a, b, bias, norm=norm):
             if dora:
-                return functional.dora_linear(x, w, a, b, norm, 64.0, bias, dropout, backend=backend)
-            return functional.lora_linear(x, w, a, b, 64.0, bias, dropout, backend=backend)
+                return functional.dora_linear(x, w, a, b, norm, 64.0, bias, dropout_p=dropout, backend=backend)
+            return functional.lora_linear(x, w, a, b, 64.0, bias, dropout_p=dropout, backend=backend)
 
         found = gradients(fn, inputs)
         torch.testing.assert_close(found["y"], F.linear(inputs.x, inputs.weight, inputs.bias), rtol=2e-3, atol=1e-2)

@@ -361,7 +361,7 @@ def test_float64_gradients():
 
     def op(x, a, b, bias):
         torch.manual_seed(3)
-        return lora_linear(x, inputs.weight, a, b, 1.7, bias, 0.4, backend="triton")
+        return lora_linear(x, inputs.weight, a, b, 1.7, bias, dropout_p=0.4, backend="triton")
 
     leaves = (inputs.x, inputs.lora_A, inputs.lora_B, inputs.bias)
     assert torch.autograd.gradcheck(op, [t.clone().requires_grad_() for t in leaves], fast_mode=True)

@@ -120,7 +120,8 @@ def test_the_operator_uses_one_mask(device, p):
 
     def run(dy):
         torch.manual_seed(0)
-        y = lora_linear(leaves[0], torch.zeros(n, n, device=device), *leaves[1:], 1.0, None, p, backend="triton")
+        weight = torch.zeros(n, n, device=device)
+        y = lora_linear(leaves[0], weight, *leaves[1:], 1.0, dropout_p=p, backend="triton")
         return y.detach(), *torch.autograd.grad(y, leaves[:2], dy)
 
     y, dx, _ = run(torch.ones(n, n, device=device))

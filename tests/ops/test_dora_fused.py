@@ -31,7 +31,7 @@ def fused(p=0.0, **kwargs):
     def of(inputs):
         def fn(x, w, a, b, m, bias):
             torch.manual_seed(1)
-            return dora_linear(x, w, a, b, m, inputs.scaling, bias, p, backend="triton", **kwargs)
+            return dora_linear(x, w, a, b, m, inputs.scaling, bias, dropout_p=p, backend="triton", **kwargs)
 
         return fn
 
@@ -107,7 +107,7 @@ def saved(inputs, bias, save="auto", p=0.0, **frozen):
     names = {"x": inputs.x, "a": inputs.lora_A, "b": inputs.lora_B, "m": magnitude(inputs)}
     x, a, b, m = (t.detach().requires_grad_(not frozen.get(name, False)) for name, t in names.items())
     with saving() as kept:
-        y = dora_linear(x, inputs.weight, a, b, m, 2.0, bias, p, save=save, backend="triton")
+        y = dora_linear(x, inputs.weight, a, b, m, 2.0, bias, dropout_p=p, save=save, backend="triton")
     assert not [v for v in vars(y.grad_fn).values() if isinstance(v, torch.Tensor)]
     return y, sorted(tuple(t.shape) for t in kept)
 
@@ -231,7 +231,7 @@ def test_cuda_graph_replays_draw_new_masks():
     outputs = []
 
     def step():
-        y = dora_linear(leaves[0], inputs.weight, *leaves[1:], m, 2.0, None, 0.5, backend="triton")
+        y = dora_linear(leaves[0], inputs.weight, *leaves[1:], m, 2.0, dropout_p=0.5, backend="triton")
         outputs[:] = y, *torch.autograd.grad(y, [*leaves, m], inputs.dy)
 
     replay, seen = graphed(step), []
@@ -276,7 +276,9 @@ def test_peak_memory(p, with_bias, trains):
     m = magnitude(inputs).requires_grad_(trains)
 
     frozen = peak(lambda: F.linear(inputs.x, inputs.weight, inputs.bias), leaves, inputs.dy)
-    ours = peak(lambda: dora_linear(leaves[0], inputs.weight, *leaves[1:], m, 2.0, inputs.bias, p, backend="triton"),
-                [*leaves, m], inputs.dy)  # fmt: skip
+    ours = peak(
+        lambda: dora_linear(leaves[0], inputs.weight, *leaves[1:], m, 2.0, inputs.bias, dropout_p=p, backend="triton"),
+        [*leaves, m], inputs.dy,
+    )  # fmt: skip
     kept = rows * n * 2 if trains and with_bias else 0  # y is the output itself, which frozen has, too
     assert ours <= 1.05 * (frozen + kept + rows * n * 2) + rows * r * 2 + (rows * k / 8 if p else 0)

@@ -78,7 +78,7 @@ def test_mutant_that_drops_the_lora_term_fails(device, dtype, monkeypatch):
         return launch
 
     monkeypatch.setattr(lora, "product", mutant)
-    monkeypatch.setattr(functional, "_known", {})
+    monkeypatch.setattr(functional, "_calls", {})
     with pytest.raises(AssertionError, match="y: .*dx: "):
         check(fused(), [inputs])
 
@@ -113,10 +113,10 @@ def test_error_rule_everywhere(examples):
 
 def test_rows_of_a_wider_tensor_are_read_where_they_lie(device, monkeypatch):
     given = draw(24, 64, 48, 4, FLOAT, device, bias=False)
-    seen, fwd, bwd = [], ops.lora_fwd, op_parts.lora_bwd
-    monkeypatch.setattr(ops, "lora_fwd", lambda *args: seen.append(args[1].data_ptr()) or fwd(*args))
+    seen, fwd, bwd = [], ops.forward, op_parts.backward
+    monkeypatch.setattr(ops, "forward", lambda *args: seen.append(args[2].data_ptr()) or fwd(*args))
     monkeypatch.setattr(
-        op_parts, "lora_bwd", lambda *args: seen.extend([args[2].data_ptr(), args[3][0].data_ptr()]) or bwd(*args)
+        op_parts, "backward", lambda *args: seen.extend([args[1].data_ptr(), args[2][0].data_ptr()]) or bwd(*args)
     )
     x = torch.cat([given.x, given.x], 1).view(2, 12, 128)[..., 64:].requires_grad_()
     dy = torch.cat([given.dy, given.dy], 1).view(2, 12, 96)[..., 48:]
@@ -135,7 +135,7 @@ def test_rows_of_a_wider_tensor_are_read_where_they_lie(device, monkeypatch):
 def test_adapters_are_cast_with_the_first_pass_or_ahead_of_it(device, first, monkeypatch):
     monkeypatch.setattr(down, "casts_first", lambda *problem: first)
     monkeypatch.setattr(operands, "_programs", operands.Memo())
-    monkeypatch.setattr(functional, "_known", {})
+    monkeypatch.setattr(functional, "_calls", {})
     inputs = draw(33, 64, 45, 19, HALF, device, bias=False, adapter=FLOAT)
     check(fused(0.3), [masked(inputs, 0.3)])
     s, a, b = down.down_cast_fwd(inputs.x, inputs.lora_A, inputs.lora_B, 1.0)
@@ -143,8 +143,8 @@ def test_adapters_are_cast_with_the_first_pass_or_ahead_of_it(device, first, mon
     torch.testing.assert_close(s[:, :19], inputs.x @ a.T, rtol=2e-3, atol=2e-3)
     (alone,) = [made for key, made in operands._programs.items() if key[0] is down.cast_and_down]
     assert len(alone.launches) == 1 + first
-    (call,) = functional._known.values()
-    (forward,) = call.shared.forwards.values()
+    (call,) = functional._calls.values()
+    (forward,) = [made for key, made in call.problem.programs.items() if key[0] is lora._forward]
     assert len(forward.launches) == 3 + first
 
 
@@ -197,7 +197,7 @@ def test_nothing_but_saved_tensors_is_kept(device):
         tensors = {name: getattr(inputs, name).detach().requires_grad_(needs.get(name, False))
                    for name in ("x", "lora_A", "lora_B")}  # fmt: skip
         with saving() as kept:
-            y = lora_linear(tensors["x"], inputs.weight, tensors["lora_A"], tensors["lora_B"], scaling, None, p,
+            y = lora_linear(tensors["x"], inputs.weight, tensors["lora_A"], tensors["lora_B"], scaling, dropout_p=p,
                             backend="triton")  # fmt: skip
         assert not [v for v in vars(y.grad_fn).values() if isinstance(v, torch.Tensor)]
         return sorted((tuple(t.shape) for t in kept), key=lambda s: (len(s), s))
@@ -267,8 +267,8 @@ def test_a_checkpoint_makes_no_product_that_the_backward_does_not_read(device, m
     def layer(x):
         torch.manual_seed(3)
         if m is None:
-            return lora_linear(x, given.weight, given.lora_A, given.lora_B, 2.0, None, 0.3, backend="triton")
-        return dora_linear(x, given.weight, given.lora_A, given.lora_B, m, 2.0, None, 0.3, backend="triton")
+            return lora_linear(x, given.weight, given.lora_A, given.lora_B, 2.0, dropout_p=0.3, backend="triton")
+        return dora_linear(x, given.weight, given.lora_A, given.lora_B, m, 2.0, dropout_p=0.3, backend="triton")
 
     def step(forward):
         ran.clear()

@@ -35,7 +35,7 @@ def large_offsets(columns, r):
     dy = torch.zeros_like(x)
     x[-last:], dy[-last:] = few.x, few.dy
     weight, a, b = few.weight, few.lora_A.requires_grad_(), few.lora_B.requires_grad_()
-    y = lora_linear(x.requires_grad_(), weight, a, b, 2.0, None, 0.0, backend="triton")
+    y = lora_linear(x.requires_grad_(), weight, a, b, 2.0, backend="triton")
     dx, grad_a, grad_b = torch.autograd.grad(y, [x, a, b], dy)
     few.bias = None
     truth = gradients(lambda *args: lora_linear(*args[:4], 2.0, backend="reference"), few, torch.float64)
@@ -58,7 +58,7 @@ def test_offsets_past_32_bits_under_a_mask():
     x = torch.ones(rows, k, dtype=BF16, device="cuda")
     eye = torch.eye(k, 16, device="cuda", dtype=BF16)  # y [:, :16] = 2 * keep of the first 16 columns
     y = lora_linear(x, torch.zeros(32, k, dtype=BF16, device="cuda"), eye.T.contiguous(), eye[:32].contiguous(), 1.0,
-                    None, 0.5, backend="triton")  # fmt: skip
+                    dropout_p=0.5, backend="triton")  # fmt: skip
     tail = y[-4096:, :16]
     assert set(tail.unique().tolist()) == {0.0, 2.0}
     assert abs(tail.mean().item() - 1) < 5 / math.sqrt(tail.numel())
@@ -73,7 +73,7 @@ def test_cuda_graph_replays_draw_new_masks():
     outputs = []
 
     def step():
-        y = lora_linear(x, weight, a, b, 2.0, None, 0.5, backend="triton")
+        y = lora_linear(x, weight, a, b, 2.0, dropout_p=0.5, backend="triton")
         outputs[:] = y, *torch.autograd.grad(y, [x, a, b], inputs.dy)
 
     replay, seen = graphed(step), []
@@ -137,6 +137,6 @@ def test_peak_memory(p):
     leaves = [t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B)]
 
     frozen = peak(lambda: torch.nn.functional.linear(inputs.x, inputs.weight), leaves, inputs.dy)
-    ours = peak(lambda: lora_linear(inputs.x, inputs.weight, *leaves[1:], 2.0, None, p, backend="triton"),
+    ours = peak(lambda: lora_linear(inputs.x, inputs.weight, *leaves[1:], 2.0, dropout_p=p, backend="triton"),
                 leaves, inputs.dy)  # fmt: skip
     assert ours <= 1.05 * frozen + m * r * 2 + (m * k / 8 if p else 0)

@@ -198,8 +198,8 @@ def test_report_tells_what_the_kernels_run(kind, monkeypatch):
     """As many calls of the fused operator as there are fused layers in the report, in every state."""
     from lora_fast.ops import linear as ops
 
-    calls, run = [], ops.Fused.__call__
-    monkeypatch.setattr(ops.Fused, "__call__", lambda *args, **options: calls.append(args) or run(*args, **options))
+    calls, run = [], ops.FusedLinear.__call__
+    monkeypatch.setattr(ops.FusedLinear, "__call__", lambda *args: calls.append(args) or run(*args))
     stock = stock_model(more=[{}, {"use_dora": True}], use_dora=kind == "dora")
     model, x = patched(stock, ("triton", "cpu")), inputs()
     up, down = model.base_model.model.up, model.base_model.model.down

@@ -60,4 +60,4 @@ def hold(fn, draws, detach=True):
 
 def op(backend, p=0.0, **kwargs):
     """dora_linear as ``results`` calls it."""
-    return lambda x, w, a, b, m, bias: dora_linear(x, w, a, b, m, 2.0, bias, p, backend=backend, **kwargs)
+    return lambda x, w, a, b, m, bias: dora_linear(x, w, a, b, m, 2.0, bias, dropout_p=p, backend=backend, **kwargs)

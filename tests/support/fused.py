@@ -30,7 +30,7 @@ def fused(p=0.0, seed=1, scaling=None):
         def fn(x, weight, lora_A, lora_B, bias):
             torch.manual_seed(seed)
             by = inputs.scaling if scaling is None else scaling
-            return lora_linear(x, weight, lora_A, lora_B, by, bias, p, backend="triton")
+            return lora_linear(x, weight, lora_A, lora_B, by, bias, dropout_p=p, backend="triton")
 
         return fn
 

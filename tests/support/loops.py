@@ -61,7 +61,7 @@ def watched() -> Iterator[Seen]:
     """Counts what the fused operator and the kernels' launcher are called for."""
     from lora_fast.kernels.program import Program
 
-    seen, run, start = Seen(), ops.Fused.__call__, Program.run
+    seen, run, start = Seen(), ops.FusedLinear.__call__, Program.run
 
     def operator(*args, **kwargs):
         seen.calls += 1
@@ -71,11 +71,11 @@ def watched() -> Iterator[Seen]:
         seen.launches += len(program.launches[first:last])
         return start(program, bound, first, last)
 
-    ops.Fused.__call__, Program.run = operator, launch  # type: ignore[method-assign]
+    ops.FusedLinear.__call__, Program.run = operator, launch  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        ops.Fused.__call__, Program.run = run, start  # type: ignore[method-assign]
+        ops.FusedLinear.__call__, Program.run = run, start  # type: ignore[method-assign]
 
 
 def trained(model: nn.Module, loop: Callable[[nn.Module], object]) -> Seen:

@@ -1,0 +1,139 @@
+"""What a layer's programs are decided by, and what passes from its forward to its backward."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from lora_fast.kernels.cast import cast_wanted
+from lora_fast.kernels.common import padded_rank
+from lora_fast.kernels.operands import Operand, Size, rounded
+from lora_fast.kernels.program import Bound, Program
+
+MaybeTensor = torch.Tensor | None
+
+
+class Fp8(NamedTuple):
+    """What an fp8 base has beside ``weight``, W's rows in e4m3 [N, K]: row i of W is row_scale[i] * weight[i]; and W
+    once more by its columns, column k of W being col_scale[k] * columns[k]. Scales are float32. A backward has of them
+    what it reads."""
+
+    row_scale: MaybeTensor  # [N]
+    columns: MaybeTensor  # [K, N]
+    col_scale: MaybeTensor  # [K]
+
+
+class Made(NamedTuple):
+    """What a forward leaves for the backward."""
+
+    room: MaybeTensor  # bytes, see ``Small``
+    bits: MaybeTensor = None  # of the dropout mask
+    z: MaybeTensor = None  # [..., N], the output before gain and bias, if wanted
+    x8: MaybeTensor = None  # x in e4m3 [M, K], which an fp8 base's product reads, or dA
+
+
+class Saved(NamedTuple):
+    """What a backward reads, each None where it does not."""
+
+    x: MaybeTensor  # [..., K]
+    weight: MaybeTensor
+    a: MaybeTensor
+    b: MaybeTensor
+    y: MaybeTensor
+    room: MaybeTensor  # from here on as in ``Made``
+    bits: MaybeTensor
+    z: MaybeTensor
+    x8: MaybeTensor
+    row_scale: MaybeTensor  # from here on as in ``Fp8``
+    columns: MaybeTensor
+    col_scale: MaybeTensor
+
+
+class Needs(NamedTuple):
+    """Whose gradients a backward makes."""
+
+    x: bool = False
+    a: bool = False
+    b: bool = False
+    bias: bool = False
+    m: bool = False
+
+
+class Kinds(NamedTuple):
+    """The dtypes of the products, of the adapters, and of the gradients of bias and magnitude, if there are any."""
+
+    x: torch.dtype
+    a: torch.dtype
+    b: torch.dtype
+    bias: torch.dtype | None = None
+    m: torch.dtype | None = None
+
+
+class Small(NamedTuple):
+    """The small things that a forward makes: operands, each None where the problem has none, that lie in one piece of
+    memory, the room, which it leaves for the backward."""
+
+    a: Any = None  # [R, K] and b [N, padded R] in x's dtype, where the products cannot read the adapters
+    b: Any = None
+    norm: Any = None  # [N], DoRA's norm n and gain g
+    gain: Any = None
+    x_scale: Any = None  # [M], scales of the rows of an e4m3 x
+    s: Any = None  # [M, padded R]
+
+
+@dataclass(eq=False)
+class Problem:
+    """What the programs of a layer are decided by, but for what may vary from call to call: dropout, and how scaling,
+    seed and dY are given. It serves calls whose tensors agree in dtype, shape, strides and device, and keeps the
+    programs that were made for them."""
+
+    lead: Size  # x is [*lead, K]
+    k: int
+    n: int
+    r: int
+    kinds: Kinds
+    needs: Needs
+    dora: bool = False
+    fp8: bool = False  # the base is e4m3
+    keep_x8: bool = False  # the backward reads x in e4m3
+    keep_z: bool = False  # and z, which the forward keeps for it
+    round_norm: bool = False
+    programs: dict[tuple, Program] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.m, self.kind = math.prod(self.lead), self.kinds.x
+        self.x_shape, self.y_shape = (*self.lead, self.k), (*self.lead, self.n)
+        self.is_float32 = self.kind == torch.float32
+        # In float16 B carries a part of the scaling: in a copy.
+        self.lifted = self.kind == torch.float16
+        self.casts = self.lifted or cast_wanted(self.kinds[:3], self.r)
+        self.quantises = self.fp8 or self.keep_x8  # x in the forward, for the product or to be kept
+        gains, s_shape = torch.float64 if self.kind == torch.float64 else torch.float32, (self.m, padded_rank(self.r))
+        self.shapes: dict[str, tuple[Size, torch.dtype]] = {}  # of the small things
+        if self.casts:
+            self.shapes |= {"a": ((self.r, self.k), self.kind), "b": ((self.n, s_shape[1]), self.kind)}
+        if self.dora:
+            self.shapes |= {"norm": ((self.n,), gains), "gain": ((self.n,), gains)}
+        if self.quantises:
+            self.shapes["x_scale"] = (self.m,), torch.float32
+        self.shapes["s"] = s_shape, self.kind
+        self.bytes = sum(rounded(math.prod(shape) * kind.itemsize) for shape, kind in self.shapes.values())  # together
+
+    def small(self, room: Operand) -> Small:
+        start, found = 0, {}
+        for name, (shape, kind) in self.shapes.items():
+            found[name] = room.part(shape, kind, start)
+            start += rounded(found[name].nbytes)
+        return Small(**found)
+
+
+class Call:
+    """What one call has beside its tensors. If it ``defers`` its last product is not launched but left here, to be run
+    as ``program.run(bound, -1)`` once what the backward reads is saved."""
+
+    defers = False
+    deferred: tuple[Program, Bound] | None = None
+
+    def __init__(self, scaling: float | torch.Tensor, seed: torch.Tensor | int | None, p: float, fp8: Fp8 | None):
+        self.scaling, self.seed, self.p, self.fp8 = scaling, seed, p, fp8
