@@ -4,6 +4,9 @@ One read of x. The same kernel gives dS = scaling * dY B from A = B^T (strides e
 also makes dB would need too large an accumulator. Adapters kept in float32 on a 16-bit base are cast on the way. In
 float16 (LIFTED) the copy of B carries a power of two of the scaling, and S lacks it: see ``lift_of``.
 
+With few rows there are few programs, and each has a long way along K. There the warps take it side by side (WAYS), each
+with a sum of its own: 8.7 -> 4.5 us for 256 x 4096 and 16 ranks on an H200.
+
 For an fp8 base the same launch writes x (or x * gain) in e4m3 with a scale for each row: between any two programs that
 make S are those that quantise the same rows, so that one of the two reads comes from the cache.
 """
@@ -70,12 +73,38 @@ def _quantise(x_ptr, x8_ptr, row_scale_ptr, gain_ptr, first, M, K, stride_xm, st
                 store_tile(x8_ptr, later, row, k, M, K, tl.float8e4nv, False)
 
 
+@triton.jit
+def _side_by_side(x_ptr, a_ptr, bits_ptr, row, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, stride_bits,
+                  WAYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+                  MASK: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """drop(x) A^T [BLOCK_M, BLOCK_R] for these rows and all ranks, each of so many WAYS making a part of each step."""
+    rows, ks, ranks = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    way = tl.arange(0, WAYS)[:, None, None] * BLOCK_K
+    x_ptrs = x_ptr + rows.to(tl.int64)[None, :, None] * stride_xm + (way + ks[None, None, :]) * stride_xk
+    a_ptrs = a_ptr + ranks.to(tl.int64)[None, None, :] * stride_ar + (way + ks[None, :, None]) * stride_ak
+    acc = tl.zeros([WAYS, BLOCK_M, BLOCK_R], dtype=tl.float32)
+    zero = tl.full((), 0, tl.int64)
+    for k in range(0, K, WAYS * BLOCK_K):
+        inside = (rows < M)[None, :, None] & (k + way + ks[None, None, :] < K)
+        tile = tl.load(x_ptrs + (zero + k) * stride_xk, mask=inside, other=0.0)  # [WAYS, BLOCK_M, BLOCK_K]
+        inside = (k + way + ks[None, :, None] < K) & (ranks < R)[None, None, :]
+        a = tl.load(a_ptrs + (zero + k) * stride_ak, mask=inside, other=0.0)  # [WAYS, BLOCK_K, BLOCK_R]
+        if MASK:
+            word = (k + way) // 32 + tl.arange(0, BLOCK_K // 32)[None, None, :]
+            bits_ptrs = bits_ptr + tl.minimum(rows, M - 1).to(tl.int64)[None, :, None] * stride_bits + word
+            words = tl.load(bits_ptrs, mask=word < stride_bits, other=0)  # [WAYS, BLOCK_M, BLOCK_K // 32]
+            bits = (words[:, :, :, None] >> tl.arange(0, 32)[None, None, None, :]) & 1
+            tile = tl.where(tl.reshape(bits, (WAYS, BLOCK_M, BLOCK_K)) == 1, tile, 0.0)
+        acc = tl.dot(tile, a.to(DTYPE), acc)
+    return tl.sum(acc, 0)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _down_fwd_kernel(
     x, a_ptr, s_ptr, bits_ptr, b_ptr, a_cast_ptr, b_cast_ptr, scaling, keep_scale,
     x_ptr, x8_ptr, row_scale_ptr, gain_ptr, M, K, R, RS, N,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_bits,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    WAYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     QUANT_ROWS: tl.constexpr, QUANT_STEP: tl.constexpr, QUANT_K: tl.constexpr, ONE: tl.constexpr, GAIN: tl.constexpr,
     CAST_BLOCK: tl.constexpr, CAST_STEPS: tl.constexpr,
     MASK: tl.constexpr, CAST: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, TMA: tl.constexpr,
@@ -97,16 +126,20 @@ def _down_fwd_kernel(
     elif row < M:
         rows = row + tl.arange(0, BLOCK_M)
         ranks = rank + tl.arange(0, BLOCK_R)
-        acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
-        for k in range(0, K, BLOCK_K):
-            tile = load_tile(x, row, k, M, K, stride_xm, stride_xk, TMA, BLOCK_M, BLOCK_K)  # [BLOCK_M, BLOCK_K]
-            a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, A_TMA, BLOCK_R, BLOCK_K)  # [BLOCK_R, BLOCK_K]
-            if GAIN:
-                a = a.to(ACC) * _gain(gain_ptr, k, K, BLOCK_K, GAIN, ACC)
-            if MASK:
-                words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
-                tile = tl.where(unpack_words(words), tile, 0.0)
-            acc = mma(tile, a.to(DTYPE).T, acc, PRECISION)
+        if WAYS:
+            acc = _side_by_side(x, a_ptr, bits_ptr, row, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak,
+                                stride_bits, WAYS, BLOCK_M, BLOCK_K, BLOCK_R, MASK, DTYPE)  # fmt: skip
+        else:
+            acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
+            for k in range(0, K, BLOCK_K):
+                tile = load_tile(x, row, k, M, K, stride_xm, stride_xk, TMA, BLOCK_M, BLOCK_K)  # [BLOCK_M, BLOCK_K]
+                a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, A_TMA, BLOCK_R, BLOCK_K)
+                if GAIN:
+                    a = a.to(ACC) * _gain(gain_ptr, k, K, BLOCK_K, GAIN, ACC)
+                if MASK:
+                    words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
+                    tile = tl.where(unpack_words(words), tile, 0.0)
+                acc = mma(tile, a.to(DTYPE).T, acc, PRECISION)
         s = acc * (low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale)
         s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * RS + ranks[None, :]
         tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < RS))
@@ -135,6 +168,8 @@ def down(
     a_tma = tma and cast is None and a.dtype == x.dtype and tma_fits(a)
     tile, options = down_tile(m, k, r, x.dtype, a.dtype, x.device, tma, bits is not None, quantised is not None,
                               gain is not None)  # fmt: skip
+    if tile["WAYS"]:
+        tma = a_tma = False
     blocks, n = triton.cdiv(m, tile["BLOCK_M"]), 0
     if cast is not None:
         n = cast.b.shape[0]

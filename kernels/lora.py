@@ -13,10 +13,12 @@ import torch
 from lora_fast.kernels.cast import Cast
 from lora_fast.kernels.common import FP8, padded_rank, precision, wide
 from lora_fast.kernels.down import Quantised, cast_and_down, down
+from lora_fast.kernels.few_rows import makes_s, product_with_s
 from lora_fast.kernels.gemm import product
 from lora_fast.kernels.mask import keep_count, keep_scale, mask
 from lora_fast.kernels.norm import norms
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling, operand
+from lora_fast.kernels.pair import dz_and_dm, pair, takes_pair
 from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of, needs_dz
 from lora_fast.kernels.problem import Call, Made, MaybeTensor, Problem
 from lora_fast.kernels.program import Bound, Launch, Program, starts
@@ -49,22 +51,31 @@ class Forward(NamedTuple):
 
 def _forward(at: Forward, problem: Problem) -> list[Launch]:
     x, y, small, lifted = at.x.rows(), at.y.rows(), problem.small(at.room), problem.lifted
-    launches, a, b, quantised = [], at.a, at.b, None
+    launches: list[Launch] = []
+    a, b, quantised = at.a, at.b, None
     if at.seed is not None:
         launches.append(mask(at.seed, at.bits, at.keep_count, at.n_words))
     if at.x8 is not None:
         quantised = Quantised(at.x8, small.x_scale)
     if problem.casts:
         a, b = small.a, small.b
-        launches += cast_and_down(x, Cast(at.a, at.b, a, b), small.s, at.scaling, at.keep, bits=at.bits,
-                                  quantised=quantised, lifted=lifted)  # fmt: skip
+        made = cast_and_down(x, Cast(at.a, at.b, a, b), small.s, at.scaling, at.keep, bits=at.bits,
+                             quantised=quantised, lifted=lifted)  # fmt: skip
     else:
-        launches.append(down(x, a, small.s, at.scaling, at.keep, bits=at.bits, quantised=quantised))
+        made = [down(x, a, small.s, at.scaling, at.keep, bits=at.bits, quantised=quantised)]
+    z = None if at.z is None else at.z.rows()
+    whole = None
+    if not problem.casts and at.bits is None and quantised is None:
+        whole = product_with_s(x, at.weight, a, b, y, s=small.s, scaling=at.scaling, keep=at.keep, transposed=True,
+                               bias=at.bias, gain=small.gain, z=z)  # fmt: skip
+    if whole is None:
+        launches += made
     if problem.dora:  # whose parts take y's memory, until y is there
         launches += norms(at.weight, a, b, at.scaling, small.norm, m=at.magnitude, gain=small.gain, w_scale=at.w_scale,
                           round_norm=problem.round_norm, room=y, lifted=lifted)  # fmt: skip
+    if whole is not None:
+        return [*launches, whole]
     x, x_scale = (at.x8, small.x_scale) if problem.fp8 else (x, None)
-    z = None if at.z is None else at.z.rows()
     return [*launches, product(x, at.weight, small.s, b, y, transposed=True, bias=at.bias, gain=small.gain, z=z,
                                x_scale=x_scale, w_scale=at.w_scale)]  # fmt: skip
 
@@ -108,7 +119,7 @@ def forward(
     program = problem.programs.get(key)
     if program is None or (bound := program.bind(*given)) is None:
         program, bound = _bound(problem, key, Forward, given)
-    if call.defers:
+    if call.defers and not makes_s(program.launches[-1]):
         program.run(bound, 0, -1)
         call.deferred = program, bound
     else:
@@ -177,6 +188,9 @@ def _backward(at: Backward, problem: Problem) -> list[Launch]:
         dora = Dora(gain, small.norm, kept, at.dz, at.grad_m)
         if needs.m and at.z is None:
             dora = Dora(gain, small.norm, kept, at.dz, at.grad_m, x, at.weight, s, b, at.row_scale)
+    wanted = all(grad is not None for grad in (at.dx, at.grad_a, at.grad_b))
+    if wanted and x is not None and not problem.fp8 and takes_pair(x, dy, r, problem.dora):
+        return _few_rows(at, problem, x, s, a, b, dora)
     passes: list[Pass] = []
     ds: Maybe = scratch.part((problem.m, padded_rank(r)), problem.kind) if needs.x or needs.a else None
     dz_scale, ds_here = None, ds
@@ -198,6 +212,28 @@ def _backward(at: Backward, problem: Problem) -> list[Launch]:
         source, weight = at.dz8, at.columns
     return [*launches, product(source, weight, ds, a, at.dx.rows(), transposed=False, bits=at.bits, x_scale=dz_scale,
                                w_scale=at.col_scale)]  # fmt: skip
+
+
+def _few_rows(
+    at: Backward, problem: Problem, x: Operand, s: Operand, a: Operand, b: Operand, dora: Dora[Operand] | None
+) -> list[Launch]:
+    """The backward of few rows over a plain base, with dX, dA and dB."""
+    dy, dx, scratch, lifted = at.dy.rows(), at.dx.rows(), Scratch(at.dy.device), problem.lifted
+    launches: list[Launch] = []
+    source = dy
+    if dora is not None:
+        launches, source = dz_and_dm(dy, dora, scratch), at.dz
+    ds = scratch.part((problem.m, padded_rank(problem.r)), problem.kind)
+    whole = product_with_s(source, at.weight, b, a, dx, s=ds, scaling=at.scaling, keep=at.keep, transposed=False,
+                           bits=at.bits, lifted=lifted)  # fmt: skip
+    if whole is None:
+        launches.append(down(source, b.t(), ds, at.scaling, at.keep, lifted=lifted))
+        launches.append(product(source, at.weight, ds, a, dx, transposed=False, bits=at.bits))
+    else:
+        launches.append(whole)
+    launches.append(pair(x, dy, ds, s, at.grad_a, at.grad_b, bits=at.bits, grad_bias=at.grad_bias,
+                         gain=dora and dora.gain, scaling=at.scaling if lifted else None))  # fmt: skip
+    return launches
 
 
 def backward(

@@ -49,12 +49,26 @@ def rank_block(r: int, most: int) -> int:
     return min(max(triton.next_power_of_2(r), 16), most)
 
 
+def few_rows(m: int, r: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the launches for few rows serve: those that leave most of the processors idle would, and those that pass
+    over all rows in each program do not take too long for it."""
+    return m <= 2048 and r <= 32 and dtype.itemsize == 2 and arch(device) >= 90 and not is_small(device)
+
+
 def down_tile(
     m: int, k: int, r: int, dtype: torch.dtype, kind: torch.dtype, device: torch.device, tma: bool, masked: bool,
     quantised: bool = False, with_gain: bool = False,
 ) -> tuple[dict, dict]:  # fmt: skip
     """S = x A^T: BLOCK_M rows a program, which walks over K with up to 128 ranks in its accumulator. ``kind`` is A's
-    dtype. Quantised: QUANT_ROWS rows a program that does that, QUANT_STEP at a time, QUANT_K elements of each."""
+    dtype. With few rows WAYS along K are taken side by side. Quantised: QUANT_ROWS rows a program that does that,
+    QUANT_STEP at a time, QUANT_K elements of each."""
+    column = kind.itemsize * rank_block(r, 32)  # bytes of a column of A's tile: more spills, on newer chips sooner
+    fits = tma and not quantised and r <= 32 and column <= (64 if arch(device) < 100 else 32)
+    if fits and few_rows(m if not masked else m // 2, r, dtype, device):
+        block_m, block_k = (16, 256 if column <= 32 else 128) if m <= 2048 else (32, 128)  # 21 -> 12 us, 4096 x 4096
+        tile = {"WAYS": 4, "BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": rank_block(r, 32),
+                "QUANT_ROWS": 0, "QUANT_STEP": 0, "QUANT_K": 0}  # fmt: skip
+        return tile, {"num_warps": 4, "num_stages": 3}
     block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
     block_m, warps, stages = (64 if m > 2048 else 16), 4, 3 if is_small(device) else 4
     roomy = tma and not is_small(device) and dtype.itemsize <= 2
@@ -79,7 +93,7 @@ def down_tile(
         quant_step = min(max(1, 8192 // quant_k), quant_rows)
         if with_gain and quant_k > 8192:  # a row and its gains in registers
             warps = 8
-    tile = {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r,
+    tile = {"WAYS": 0, "BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r,
             "QUANT_ROWS": quant_rows, "QUANT_STEP": quant_step, "QUANT_K": quant_k}  # fmt: skip
     return tile, {"num_warps": warps, "num_stages": stages}
 
@@ -215,8 +229,8 @@ PRODUCT_TILES = (
     ProductTile(64, 128, 64, 4, 6, 285),  # six stages: 22 -> 18 us for 256 x 4096 x 4096
     ProductTile(64, 64, 128, 4, 4, 195),
 )
-# With four warps 128 x 128 spills there, and so does 64 x 128.
-NEWER_PRODUCT_TILES = PRODUCT_TILES[0], PRODUCT_TILES[1]._replace(warps=8), PRODUCT_TILES[3]
+# There 128 x 128 spills with four warps, and so do tiles of 64 rows.
+NEWER_PRODUCT_TILES = PRODUCT_TILES[0], PRODUCT_TILES[1]._replace(warps=8), ProductTile(128, 64, 64, 4, 4, 285)
 
 
 def product_tile(m: int, n: int, device: torch.device, roomy: bool) -> ProductTile:
@@ -230,6 +244,32 @@ def product_tile(m: int, n: int, device: torch.device, roomy: bool) -> ProductTi
         return triton.cdiv(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), n_programs(device)) * tile.cost
 
     return min(tiles, key=busiest)
+
+
+# The same where S is made on the way (few_rows.py), by what ``product_tile`` would pick. With 256 columns the second
+# accumulator's share of the loop is least: 18.7 -> 15.9 us for dX of 1024 x 2048 x 2048 beside 128 x 128.
+WITH_S = {
+    PRODUCT_TILES[1]: ProductTile(64, 256, 64, 4, 4, 0),
+    PRODUCT_TILES[2]: PRODUCT_TILES[2],
+    PRODUCT_TILES[3]: PRODUCT_TILES[3],
+}
+
+
+def low_rank_tile_of(m: int, n: int, c: int, device: torch.device, masked: bool) -> ProductTile | None:
+    """The tile of a product [M, N] over C that makes S, too. None where S is better made by a launch of its own: for
+    the largest tile, whose loop the matrix units bound; where processors would make more than one tile, or much of the
+    tiles lies outside; along a very long way; under a mask for many columns, which leave it no registers; and on chips
+    where it was not tried."""
+    tile = WITH_S.get(product_tile(m, n, device, roomy=not masked))
+    if tile is None or arch(device) // 10 != 9 or c > 8192 or (tile.n > 128 and (masked or n % tile.n)):
+        return None
+    return tile if triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) <= n_programs(device) else None
+
+
+def pair_tile(masked: bool) -> tuple[dict, dict]:
+    """dA and dB of few rows: BLOCK_M rows a step, more under a mask, which is applied in registers."""
+    tile = {"BLOCK_M": 256 if masked else 128, "BLOCK_N": 64}
+    return tile, {"num_warps": 4, "num_stages": 3 if masked else 4}
 
 
 def gemm_tile(

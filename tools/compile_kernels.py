@@ -71,11 +71,31 @@ def longest_run(cubin: bytes) -> int:
     return best
 
 
-def compile_for(capability: int, problems) -> list[dict]:
-    from lora_fast.kernels import cast, down, gemm, launchers, lora, mask, operands, passes, sums, tiles, weight
+PRODUCTS = "_gemm_kernel", "_few_rows_kernel"
+BF16, FLOAT = torch.bfloat16, torch.float32
+
+
+def layer(m, k, n, r, dtype, p, adapter, with_bias, magnitude):
+    """A whole layer's launches, forward and backward."""
+    from lora_fast.kernels import lora
+    from lora_fast.kernels.problem import Call, Kinds, Needs, Problem, Saved
+
+    x, w, dy = (torch.empty(*s, dtype=dtype) for s in ((m, k), (n, k), (m, n)))
+    a, b, bias = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter), None
+    if with_bias:
+        bias = torch.empty(n, dtype=dtype)
+    dora = magnitude is not None
+    kinds, needs = Kinds(dtype, adapter, adapter, dtype, dtype), Needs(True, True, True, with_bias, dora)
+    problem = Problem((m,), k, n, r, kinds, needs, dora=dora, keep_z=dora and with_bias)
+    y, made = lora.forward(problem, Call(2.0, 1 if p else None, p, None), x, w, a, b, bias, magnitude)
+    saved = Saved(x, w, a, b, y if dora and not with_bias else None, *made, None, None, None)
+    lora.backward(problem, dy, saved, 2.0, p)
+
+
+def compile_for(capability: int, problems, few=()) -> list[dict]:
+    from lora_fast.kernels import cast, down, gemm, launchers, mask, operands, passes, sums, tiles, weight
     from lora_fast.kernels import norm as norm_module
     from lora_fast.kernels.common import FP8
-    from lora_fast.kernels.problem import Call, Kinds, Needs, Problem, Saved
     from lora_fast.kernels.program import Launch
 
     driver.set_active(TargetOnly(capability))
@@ -100,7 +120,7 @@ def compile_for(capability: int, problems) -> list[dict]:
         found.append({
             "kernel": self.__name__, "problem": problem, "shared": kernel.metadata.shared,
             "registers": registers, "stack": stack, "dots": kernel.asm["ttir"].count("tt.dot"),
-            "run": longest_run(kernel.asm["cubin"]) if capability == 90 and self.__name__ == "_gemm_kernel" else 0,
+            "run": longest_run(kernel.asm["cubin"]) if capability == 90 and self.__name__ in PRODUCTS else 0,
             **{name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in MATRIX.items()},
         })  # fmt: skip
         return kernel
@@ -143,29 +163,17 @@ def compile_for(capability: int, problems) -> list[dict]:
                       w_scale=torch.empty(k))  # fmt: skip
             passes.a_bwd(x8, ds, torch.empty(r, k), bits, scale)
         a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
-        if dtype == torch.float16:  # whose B carries a part of the scaling: a whole layer's launches
+        if dtype == torch.float16:  # whose B carries a part of the scaling
             problem += " lifted"
             for magnitude in (None, torch.empty(n)):
-                with_gain = magnitude is not None
-                kinds, needs = (
-                    Kinds(dtype, adapter, adapter, dtype, dtype),
-                    Needs(True, True, True, with_bias, with_gain),
-                )
-                layer = Problem((m,), k, n, r, kinds, needs, dora=with_gain)
-                y, made = lora.forward(layer, Call(2.0, 1 if p else None, p, None), x, w, a, b, bias, magnitude)
-                saved = Saved(x, w, a, b, y if with_gain else None, *made, None, None, None)
-                lora.backward(layer, dy, saved, 2.0, p)
+                layer(m, k, n, r, dtype, p, adapter, with_bias, magnitude)
         for magnitude in (None, torch.empty(n)):
             v, row_norm = weight.weight_fwd(w, a, b, 2.0, magnitude)
             weight.weight_bwd(v, None if magnitude is None else w, a, b, 2.0, magnitude, row_norm, True)
-    for shape in SMALL_PRODUCTS:  # the product's other tiles
-        m, k, n = shape
-        problem = f"{m}x{k}x{n} r=64 bfloat16 p=0.1 bfloat16"
-        x, w, s, b = (torch.empty(*size, dtype=torch.bfloat16) for size in ((m, k), (n, k), (m, 64), (n, 64)))
-        bits = mask.mask_bits(torch.zeros(1, dtype=torch.int64), 0.1, m, n)
-        gemm.gemm(x, w, s, b, transposed=True)
-        gemm.gemm(x, w, s, b, transposed=True, bias=x.new_empty(n), gain=torch.empty(n), z=x.new_empty(m, n))
-        gemm.gemm(x, w.t().contiguous(), s, b.t().contiguous(), transposed=False, bits=bits)
+    for m, k, n, r, dtype, p, adapter, with_bias in few:
+        for magnitude in (None, torch.empty(n)):
+            problem = f"{m}x{k}x{n} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]} layer"
+            layer(m, k, n, r, dtype, p, adapter, with_bias, magnitude)
     return found
 
 
@@ -180,8 +188,16 @@ PROBLEMS = [
     (4096, 4096, 4096, 16, torch.float32, 0.1, torch.float32, False),
     (4096, 128, 192, 16, torch.float32, 0.1, torch.float32, False),
 ]
-SMALL_PRODUCTS = [(1024, 2048, 2048), (256, 4096, 4096), (256, 2048, 512)]
+FEW_ROWS = [  # which among them take every tile
+    (1024, 2048, 2048, 16, BF16, 0.0, BF16, True),
+    (256, 4096, 4096, 32, BF16, 0.1, BF16, False),
+    (256, 2048, 512, 16, BF16, 0.1, BF16, False),
+    (256, 4096, 4096, 16, BF16, 0.0, BF16, False),
+    (2048, 14336, 4096, 16, BF16, 0.0, BF16, True),
+    (256, 2048, 512, 8, torch.float16, 0.1, FLOAT, False),
+    (4096, 4096, 4096, 40, BF16, 0.0, BF16, False),  # whose B would be loaded by single elements, and spill
+]
 
 if __name__ == "__main__":
-    for row in compile_for(int(sys.argv[1]), PROBLEMS):
+    for row in compile_for(int(sys.argv[1]), PROBLEMS, FEW_ROWS):
         print(json.dumps(row))

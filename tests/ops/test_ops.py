@@ -69,15 +69,18 @@ def test_error_rule(device, dtype, shape, p, bias, adapter):
 def test_mutant_that_drops_the_lora_term_fails(device, dtype, monkeypatch):
     inputs = draw(40, 64, 48, 16, dtype, device, b_std=0.002)
     check(fused(), [inputs])
-    honest = lora.product
 
-    def mutant(*args, **others):
-        launch = honest(*args, **others)
-        m, n, c, _, *rest = launch.ints
-        launch.ints = m, n, c, 0, *rest  # no ranks
-        return launch
+    def forgetful(honest):
+        def mutant(*args, **others):
+            launch = honest(*args, **others)
+            if launch is not None:
+                launch.ints = (*launch.ints[:3], 0, *launch.ints[4:])  # no ranks
+            return launch
 
-    monkeypatch.setattr(lora, "product", mutant)
+        return mutant
+
+    for honest in (lora.product, lora.product_with_s):
+        monkeypatch.setattr(lora, honest.__name__, forgetful(honest))
     monkeypatch.setattr(functional, "_calls", {})
     with pytest.raises(AssertionError, match="y: .*dx: "):
         check(fused(), [inputs])

@@ -16,6 +16,7 @@ from lora_fast.kernels.tiles import SHARED_MEMORY
 
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 PRODUCT = "_gemm_kernel"
+PRODUCTS = PRODUCT, "_few_rows_kernel"
 PASSES = "_down_fwd_kernel", "_grad_kernel", "_weight_kernel", "_weight_bwd_kernel"
 
 
@@ -26,11 +27,11 @@ def faults(chip, kernel):
         yield f"{kernel['shared']} bytes of shared memory, the chip has {SHARED_MEMORY[chip]}"
     if kernel["stack"]:
         yield f"spills: {kernel['stack']} bytes of stack"
-    if sixteen_bit and name in (PRODUCT, *PASSES) and kernel["dots"] and not kernel[INSTRUCTION[chip]]:
+    if sixteen_bit and name in (*PRODUCTS, *PASSES) and kernel["dots"] and not kernel[INSTRUCTION[chip]]:
         # A pass's product, 16 ranks wide, may take the warp's own instruction on a newer chip.
-        if name == PRODUCT or not kernel["mma.sync"]:
+        if name in PRODUCTS or not kernel["mma.sync"]:
             yield f"no {INSTRUCTION[chip]}"
-    if chip == 90 and name == PRODUCT and sixteen_bit and kernel["run"] < 2:
+    if chip == 90 and name in PRODUCTS and sixteen_bit and kernel["run"] < 2:
         yield "its wgmma wait for each other: ptxas has serialised them"
 
 
@@ -44,10 +45,13 @@ def test_kernels_of(chip):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert all(k["dots"] for k in kernels if k["kernel"] == PRODUCT)
+    assert all(k["dots"] for k in kernels if k["kernel"] in PRODUCTS)
     for p in ("p=0.0", "p=0.1"):
         assert {k["kernel"] for k in kernels if p in k["problem"]} >= {PRODUCT, *PASSES, "_sum_kernel"}
     assert {"_mask_kernel", "_norm_kernel"} <= {k["kernel"] for k in kernels}
+    few = {k["kernel"] for k in kernels if "layer" in k["problem"]}
+    assert {"_pair_kernel", "_dz_kernel"} <= few or chip not in (90, 100)
+    assert PRODUCTS[1] in few or chip != 90
     found = [f"{k['kernel']} {k['problem']}: {fault}" for k in kernels for fault in faults(chip, k)]
     assert not found, "\n" + "\n".join(found)
 

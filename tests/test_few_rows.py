@@ -1,0 +1,171 @@
+"""Layers of few rows: with every tile, S made with the product or ahead of it, the same bits each time."""
+
+import math
+
+import pytest
+import torch
+from accuracy import check, draw, gradients
+from conftest import TRITON
+
+if not TRITON:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+from fused import fused, masked
+from test_dora import hold, magnitude, results
+from test_dora_fused import fused as fused_dora
+
+from lora_fast import functional
+from lora_fast.kernels import few_rows, lora, pair, tiles
+from lora_fast.timing import graphed
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
+ROWS = {"cpu": (1, 17, 65, 130), "cuda": (1, 2, 17, 63, 64, 65, 127, 256, 511, 1023, 2048)}
+CASES = [pytest.param("cpu", HALF, (96, 136, 16), marks=pytest.mark.interpreted)]
+LARGE = [(512, 776, 16), (4096, 1024, 8), (1032, 2048, 32), (896, 520, 24)]
+CASES += [pytest.param("cuda", dtype, shape, marks=pytest.mark.gpu) for dtype in (BF16, HALF) for shape in LARGE]
+
+
+def ids(value):
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@pytest.fixture(params=tiles.PRODUCT_TILES, ids=lambda tile: f"{tile.m}x{tile.n}")
+def tile(request, monkeypatch):
+    """All products take this tile."""
+    monkeypatch.setattr(tiles, "product_tile", lambda *args, **kwargs: request.param)
+    monkeypatch.setattr(functional, "_calls", {})
+    return request.param
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The names of the launches for few rows that were planned."""
+    found = set()
+    for module, name in ((few_rows, "launch"), (pair, "launch")):
+        honest = getattr(module, name)
+
+        def seen(kernel, *args, honest=honest, **given):
+            found.add(kernel.fn.__name__)
+            return honest(kernel, *args, **given)
+
+        monkeypatch.setattr(module, name, seen)
+    monkeypatch.setattr(functional, "_calls", {})
+    return found
+
+
+@pytest.mark.parametrize("device, dtype, shape", CASES, ids=ids)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("adapter", [None, FLOAT], ids=str)
+def test_error_rule(device, dtype, shape, p, adapter, tile, made):
+    for m in ROWS[device]:
+        draws = 16 if device == "cuda" and m < 64 else 2
+        check(fused(p), [masked(draw(m, *shape, dtype, device, seed, bias=m % 2 > 0, adapter=adapter), p)
+                         for seed in range(draws)])  # fmt: skip
+    assert "_pair_kernel" in made
+
+
+@pytest.mark.parametrize("device, dtype, shape", CASES, ids=ids)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_error_rule_of_dora(device, dtype, shape, p, tile, made):
+    for m in ROWS[device]:
+        draws = 16 if device == "cuda" and m < 64 else 2
+        hold(fused_dora(p), [masked(draw(m, *shape, dtype, device, seed, bias=m % 2 > 0), p) for seed in range(draws)])
+    assert {"_pair_kernel", "_dz_kernel"} <= made, "up to 1024 rows"
+
+
+@pytest.mark.parametrize("dtype", [HALF, pytest.param(BF16, marks=pytest.mark.gpu)])
+def test_s_comes_with_the_product(device, dtype, made):
+    """Where the adapters need no copies: in bfloat16, which the interpreter cannot multiply, in the forward, too."""
+    inputs = draw(40, 64, 48, 16, dtype, device)
+    check(fused(), [inputs])
+    assert "_few_rows_kernel" in made
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_two_runs_give_the_same_bits(device, dora, p):
+    inputs = draw(130, 72, 136, 8, HALF, device)
+    if dora:
+        first, again = (results(fused_dora(p)(inputs), inputs, magnitude(inputs)) for _ in range(2))
+    else:
+        first, again = (gradients(fused(p)(inputs), inputs) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_nan_stays_in_its_row(device):
+    inputs = draw(130, 72, 136, 8, HALF, device)
+    clean = gradients(fused()(inputs), inputs)
+    inputs.x[17], inputs.dy[17] = math.nan, math.nan
+    ours, others = gradients(fused()(inputs), inputs), torch.arange(130) != 17
+    for name in ("y", "dx"):
+        assert ours[name][17].isnan().all() and torch.equal(ours[name][others], clean[name][others])
+
+
+@pytest.mark.parametrize("dtype", [HALF, pytest.param(BF16, marks=pytest.mark.gpu)])
+def test_checkpoint_of_a_layer(device, dtype):
+    """The second forward ends when all is saved, without the product of its last layer, unless that makes S."""
+    inputs = draw(40, 64, 48, 16, dtype, device)
+    plain = gradients(fused()(inputs), inputs)
+
+    def fn(*args):
+        return torch.utils.checkpoint.checkpoint(fused()(inputs), *args, use_reentrant=False)
+
+    ours = gradients(fn, inputs)
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(256, 2048, 2048, 16), (512, 4096, 1024, 16), (1024, 2048, 4096, 16)], ids=ids)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_graph_replays_in_poisoned_memory(shape, dora):
+    """Kernels that start while the one before them ends wait for what it makes: 2,000 replays of two graphs on two
+    streams at once, each in memory full of NaN but for the inputs, give the same bits."""
+    steps = []
+    for seed in range(2):
+        inputs, out = draw(*shape, BF16, "cuda", seed), []
+        m, leaves = magnitude(inputs), [t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B)]
+
+        def step(inputs=inputs, m=m, leaves=leaves, out=out):
+            x, a, b = leaves
+            if dora:
+                y = functional.dora_linear(x, inputs.weight, a, b, m, 2.0, backend="triton")
+            else:
+                y = functional.lora_linear(x, inputs.weight, a, b, 2.0, backend="triton")
+            out[:] = y.detach(), *torch.autograd.grad(y, leaves, inputs.dy)
+
+        replay = graphed(step)
+        replay()
+        steps.append((replay, out, [t.clone() for t in out], torch.zeros((), device="cuda"), torch.cuda.Stream()))
+    torch.cuda.synchronize()
+    for _ in range(2000):
+        for replay, out, expected, wrong, stream in steps:
+            with torch.cuda.stream(stream):
+                for t in out:
+                    t.fill_(math.nan)
+                replay()
+                for t, want in zip(out, expected, strict=True):
+                    wrong += (t != want).any()
+        torch.cuda.synchronize()
+    assert [wrong.item() for *_, wrong, _ in steps] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["product", "product_with_s"])
+def test_mutants_fail(device, name, monkeypatch):
+    """Products that forget the low-rank term, with a B so small that nothing else shows it."""
+    dtype = HALF if device == "cpu" else BF16
+    adapter = FLOAT if name == "product" else None  # whose copies the launch that makes S ahead of it makes, too
+    inputs = draw(40, 64, 48, 16, dtype, device, adapter=adapter, b_std=0.002)
+    honest = getattr(lora, name)
+
+    def mutant(*args, **others):
+        launch = honest(*args, **others)
+        if launch is not None:
+            launch.ints = (*launch.ints[:3], 0, *launch.ints[4:])  # no ranks
+        return launch
+
+    monkeypatch.setattr(lora, name, mutant)
+    monkeypatch.setattr(functional, "_calls", {})
+    with pytest.raises(AssertionError, match="error too large"):
+        check(fused(), [inputs])
