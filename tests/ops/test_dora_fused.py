@@ -12,6 +12,7 @@ from dora_forms import eager, hold, magnitude, op, plain, results
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
+from fused import fused_dora as fused
 from fused import masked, peak
 
 import lora_fast
@@ -23,19 +24,6 @@ from lora_fast.timing import graphed
 
 HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-def fused(p=0.0, **kwargs):
-    """dora_linear as ``hold`` calls it, with the mask of ``masked``."""
-
-    def of(inputs):
-        def fn(x, w, a, b, m, bias):
-            torch.manual_seed(1)
-            return dora_linear(x, w, a, b, m, inputs.scaling, bias, dropout_p=p, backend="triton", **kwargs)
-
-        return fn
-
-    return of
 
 
 def without_bias(*args, **kwargs):

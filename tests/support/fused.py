@@ -3,7 +3,7 @@
 import torch
 from accuracy import with_mask
 
-from lora_fast.functional import lora_linear
+from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.kernels import mask
 from lora_fast.ops import linear as ops
 
@@ -31,6 +31,19 @@ def fused(p=0.0, seed=1, scaling=None):
             torch.manual_seed(seed)
             by = inputs.scaling if scaling is None else scaling
             return lora_linear(x, weight, lora_A, lora_B, by, bias, dropout_p=p, backend="triton")
+
+        return fn
+
+    return of
+
+
+def fused_dora(p=0.0, **kwargs):
+    """dora_linear as ``hold`` of dora_forms calls it, with the mask of ``masked``."""
+
+    def of(inputs):
+        def fn(x, w, a, b, m, bias):
+            torch.manual_seed(1)
+            return dora_linear(x, w, a, b, m, inputs.scaling, bias, dropout_p=p, backend="triton", **kwargs)
 
         return fn
 

@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 from accuracy import check, draw, gradients
-from conftest import TRITON
+from devices import TRITON
+from dora_forms import hold, magnitude, results
 
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from fused import fused, masked
-from test_dora import hold, magnitude, results
-from test_dora_fused import fused as fused_dora
+from fused import fused, fused_dora, masked
 
 from lora_fast import functional
 from lora_fast.kernels import few_rows, lora, pair, tiles
