@@ -5,7 +5,7 @@ In float16 (LIFTED) the copy of B carries a power of two of the scaling: see ``l
 their own, or by programs of the launch that makes S (down.py), on processors that would idle.
 """
 
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 import triton
@@ -19,30 +19,40 @@ CAST_BLOCK = 4096
 CAST_STEPS = 4  # in the launch that makes S, whose own programs come first
 
 
+class Copied(NamedTuple):
+    """A contiguous matrix as device code sees it, and its copy, which has more columns, zero, where ``copy_cols`` is
+    more than ``cols``."""
+
+    ptr: Any
+    copy: Any
+    rows: Any
+    cols: Any
+    copy_cols: Any
+
+
 @triton.jit
-def _cast(src, dst, block, rows, cols, dst_cols, lift, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """dst [rows, dst_cols] from src [rows, cols], the columns beyond those of src zero; both contiguous. A ``lift``
-    multiplies it."""
+def _cast(t, block, lift, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """STEPS blocks of the copy of t. A ``lift`` multiplies it."""
     for step in range(STEPS):
         i = (block * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        row, col, inside = i // dst_cols, i % dst_cols, i < rows * dst_cols
-        value = tl.load(src + row.to(tl.int64) * cols + col, mask=inside & (col < cols), other=0.0)
+        row, col, inside = i // t.copy_cols, i % t.copy_cols, i < t.rows * t.copy_cols
+        value = tl.load(t.ptr + row.to(tl.int64) * t.cols + col, mask=inside & (col < t.cols), other=0.0)
         if lift is not None:
             value = value.to(tl.float32) * lift
-        tl.store(dst + i, value.to(dst.dtype.element_ty), mask=inside)
+        tl.store(t.copy + i, value.to(t.copy.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, scaling, block, K, N, R, RS, BLOCK: tl.constexpr,
-               STEPS: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr):  # fmt: skip
-    """A [R, K] and then B [N, R], which is padded to [N, RS]."""
-    a_blocks = tl.cdiv(R * K, BLOCK * STEPS)
+def cast_both(a, b, scaling, block, BLOCK: tl.constexpr, STEPS: tl.constexpr, LIFTED: tl.constexpr,
+              SCALING_PTR: tl.constexpr):  # fmt: skip
+    """A and then B."""
+    a_blocks = tl.cdiv(a.rows * a.cols, BLOCK * STEPS)
     if block < a_blocks:
-        _cast(a_ptr, a_cast_ptr, block, R, K, K, None, BLOCK, STEPS)
+        _cast(a, block, None, BLOCK, STEPS)
     elif LIFTED:
-        _cast(b_ptr, b_cast_ptr, block - a_blocks, N, R, RS, lift_of(scaling, SCALING_PTR), BLOCK, STEPS)
+        _cast(b, block - a_blocks, lift_of(scaling, SCALING_PTR), BLOCK, STEPS)
     else:
-        _cast(b_ptr, b_cast_ptr, block - a_blocks, N, R, RS, None, BLOCK, STEPS)
+        _cast(b, block - a_blocks, None, BLOCK, STEPS)
 
 
 @triton.jit
@@ -50,8 +60,8 @@ def _cast_kernel(a_ptr, b_ptr, a_cast_ptr, b_cast_ptr, scaling, K, N, R, RS, CAS
                  CAST_STEPS: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
     wait_for_stream(PDL)
-    cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, scaling, tl.program_id(0), K, N, R, RS, CAST_BLOCK, CAST_STEPS,
-               LIFTED, SCALING_PTR)  # fmt: skip
+    a, b = Copied(a_ptr, a_cast_ptr, R, K, K), Copied(b_ptr, b_cast_ptr, N, R, RS)
+    cast_both(a, b, scaling, tl.program_id(0), CAST_BLOCK, CAST_STEPS, LIFTED, SCALING_PTR)
 
 
 class Cast(NamedTuple, Generic[T]):

@@ -1,5 +1,7 @@
 """Small device functions that several kernels call, and what their launchers share."""
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,17 @@ def wait_for_stream(PDL: tl.constexpr):
 def power_above(x):
     """The least power of two that is x or more, for positive float32 x."""
     return ((x.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+class Matrix(NamedTuple):
+    """A matrix as device code sees it. What is loaded through a descriptor needs no strides, what is stored is
+    contiguous."""
+
+    ptr: Any  # or a tensor descriptor
+    rows: Any
+    cols: Any
+    stride_r: Any
+    stride_c: Any
 
 
 @triton.jit
@@ -65,30 +78,29 @@ def late(t):
 
 
 @triton.jit
-def load_tile(t, row, col, n_rows, n_cols, stride_r, stride_c, TMA: tl.constexpr,
-              ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """The [ROWS, COLS] tile at (row, col) of a descriptor's or a pointer's matrix, zero past its ends."""
+def load_tile(t, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr = False):
+    """The [ROWS, COLS] tile at (row, col) of a matrix, by its descriptor or its pointer; zero past its ends."""
     if TMA:
-        tile = t.load([row, col])
+        tile = t.ptr.load([row, col])
     else:
         rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
         zero = tl.full((), 0, tl.int64)
-        first = t + (zero + row) * stride_r + (zero + col) * stride_c  # offsets within the tile fit 32 bits
-        inside = (rows < n_rows - row) & (cols < n_cols - col)
-        tile = tl.load(first + (rows * stride_r + cols * stride_c), mask=inside, other=0.0)
+        first = t.ptr + (zero + row) * t.stride_r + (zero + col) * t.stride_c  # offsets within the tile fit 32 bits
+        inside = (rows < t.rows - row) & (cols < t.cols - col)
+        tile = tl.load(first + (rows * t.stride_r + cols * t.stride_c), mask=inside, other=0.0)
     return tile
 
 
 @triton.jit
-def store_tile(t, tile, row, col, n_rows, n_cols, DTYPE: tl.constexpr, TMA: tl.constexpr):
-    """Put a tile to (row, col) of a descriptor's or a pointer's contiguous matrix [n_rows, n_cols], what is inside."""
+def store_tile(t, tile, row, col, DTYPE: tl.constexpr, TMA: tl.constexpr = False):
+    """Put a tile to (row, col) of a contiguous matrix, what is inside of it."""
     if TMA:
-        t.store([row, col], tile.to(DTYPE))
+        t.ptr.store([row, col], tile.to(DTYPE))
     else:
         rows, cols = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
         zero = tl.full((), 0, tl.int64)
-        first = t + (zero + row) * n_cols + col
-        tl.store(first + (rows * n_cols + cols), tile.to(DTYPE), mask=(rows < n_rows - row) & (cols < n_cols - col))
+        first = t.ptr + (zero + row) * t.cols + col
+        tl.store(first + (rows * t.cols + cols), tile.to(DTYPE), mask=(rows < t.rows - row) & (cols < t.cols - col))
 
 
 @triton.jit

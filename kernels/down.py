@@ -17,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.cast import CAST_BLOCK, CAST_STEPS, Cast, cast_adapters, cast_blocks, cast_both
+from lora_fast.kernels.cast import CAST_BLOCK, CAST_STEPS, Cast, Copied, cast_adapters, cast_blocks, cast_both
 from lora_fast.kernels.common import (
     FP8,
     TL,
+    Matrix,
     acc_dtype,
     fp8_scale,
     load_tile,
@@ -39,63 +40,61 @@ from lora_fast.kernels.tiles import casts_first, down_tile, tma_fits
 
 
 @triton.jit
-def _gain(gain_ptr, k, K, BLOCK_K: tl.constexpr, GAIN: tl.constexpr, ACC: tl.constexpr):
+def _gain(gain_ptr, k, K, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
     """A row [1, BLOCK_K] of gains from k on; ones without."""
     gain = tl.full([1, BLOCK_K], 1, ACC)
-    if GAIN:
+    if gain_ptr is not None:
         ks = k + tl.arange(0, BLOCK_K)
         gain = tl.load(gain_ptr + ks, mask=ks < K, other=0.0).to(ACC)[None, :]
     return gain
 
 
 @triton.jit
-def _quantise(x_ptr, x8_ptr, row_scale_ptr, gain_ptr, first, M, K, stride_xm, stride_xk, ROWS: tl.constexpr,
-              STEP: tl.constexpr, BLOCK_K: tl.constexpr, ONE: tl.constexpr, GAIN: tl.constexpr,
-              ACC: tl.constexpr):  # fmt: skip
+def _quantise(x, x8, row_scale_ptr, gain_ptr, first, ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK_K: tl.constexpr,
+              ONE: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """x * gain over its rows' scales in e4m3, for ROWS rows, STEP at a time; ONE: a row fits BLOCK_K, is read once."""
-    gain = _gain(gain_ptr, 0, K, BLOCK_K, GAIN, ACC)
+    gain = _gain(gain_ptr, 0, x.cols, BLOCK_K, ACC)
     for row in range(first, first + ROWS, STEP):
         rows = row + tl.arange(0, STEP)
-        tile = load_tile(x_ptr, row, 0, M, K, stride_xm, stride_xk, False, STEP, BLOCK_K).to(ACC) * gain
+        tile = load_tile(x, row, 0, STEP, BLOCK_K).to(ACC) * gain
         peak = tl.max(tl.abs(tile), 1)
         if not ONE:
-            for k in range(BLOCK_K, K, BLOCK_K):
-                later = load_tile(x_ptr, row, k, M, K, stride_xm, stride_xk, False, STEP, BLOCK_K).to(ACC)
-                peak = tl.maximum(peak, tl.max(tl.abs(later * _gain(gain_ptr, k, K, BLOCK_K, GAIN, ACC)), 1))
+            for k in range(BLOCK_K, x.cols, BLOCK_K):
+                later = load_tile(x, row, k, STEP, BLOCK_K).to(ACC)
+                peak = tl.maximum(peak, tl.max(tl.abs(later * _gain(gain_ptr, k, x.cols, BLOCK_K, ACC)), 1))
         scale = fp8_scale(peak)
-        tl.store(row_scale_ptr + rows, scale, mask=rows < M)
+        tl.store(row_scale_ptr + rows, scale, mask=rows < x.rows)
         by = (1 / scale)[:, None]
-        store_tile(x8_ptr, tile * by, row, 0, M, K, tl.float8e4nv, False)
+        store_tile(x8, tile * by, row, 0, tl.float8e4nv)
         if not ONE:
-            for k in range(BLOCK_K, K, BLOCK_K):
-                later = load_tile(x_ptr, row, k, M, K, stride_xm, stride_xk, False, STEP, BLOCK_K).to(ACC)
-                later *= _gain(gain_ptr, k, K, BLOCK_K, GAIN, ACC) * by
-                store_tile(x8_ptr, later, row, k, M, K, tl.float8e4nv, False)
+            for k in range(BLOCK_K, x.cols, BLOCK_K):
+                later = load_tile(x, row, k, STEP, BLOCK_K).to(ACC)
+                later *= _gain(gain_ptr, k, x.cols, BLOCK_K, ACC) * by
+                store_tile(x8, later, row, k, tl.float8e4nv)
 
 
 @triton.jit
-def _side_by_side(x_ptr, a_ptr, bits_ptr, row, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, stride_bits,
-                  WAYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-                  MASK: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def _side_by_side(x, a, bits_ptr, row, stride_bits, WAYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+                  BLOCK_R: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """drop(x) A^T [BLOCK_M, BLOCK_R] for these rows and all ranks, each of so many WAYS making a part of each step."""
     rows, ks, ranks = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     way = tl.arange(0, WAYS)[:, None, None] * BLOCK_K
-    x_ptrs = x_ptr + rows.to(tl.int64)[None, :, None] * stride_xm + (way + ks[None, None, :]) * stride_xk
-    a_ptrs = a_ptr + ranks.to(tl.int64)[None, None, :] * stride_ar + (way + ks[None, :, None]) * stride_ak
+    x_ptrs = x.ptr + rows.to(tl.int64)[None, :, None] * x.stride_r + (way + ks[None, None, :]) * x.stride_c
+    a_ptrs = a.ptr + ranks.to(tl.int64)[None, None, :] * a.stride_r + (way + ks[None, :, None]) * a.stride_c
     acc = tl.zeros([WAYS, BLOCK_M, BLOCK_R], dtype=tl.float32)
     zero = tl.full((), 0, tl.int64)
-    for k in range(0, K, WAYS * BLOCK_K):
-        inside = (rows < M)[None, :, None] & (k + way + ks[None, None, :] < K)
-        tile = tl.load(x_ptrs + (zero + k) * stride_xk, mask=inside, other=0.0)  # [WAYS, BLOCK_M, BLOCK_K]
-        inside = (k + way + ks[None, :, None] < K) & (ranks < R)[None, None, :]
-        a = tl.load(a_ptrs + (zero + k) * stride_ak, mask=inside, other=0.0)  # [WAYS, BLOCK_K, BLOCK_R]
-        if MASK:
+    for k in range(0, x.cols, WAYS * BLOCK_K):
+        inside = (rows < x.rows)[None, :, None] & (k + way + ks[None, None, :] < x.cols)
+        tile = tl.load(x_ptrs + (zero + k) * x.stride_c, mask=inside, other=0.0)  # [WAYS, BLOCK_M, BLOCK_K]
+        inside = (k + way + ks[None, :, None] < x.cols) & (ranks < a.rows)[None, None, :]
+        a_tile = tl.load(a_ptrs + (zero + k) * a.stride_c, mask=inside, other=0.0)  # [WAYS, BLOCK_K, BLOCK_R]
+        if bits_ptr is not None:
             word = (k + way) // 32 + tl.arange(0, BLOCK_K // 32)[None, None, :]
-            bits_ptrs = bits_ptr + tl.minimum(rows, M - 1).to(tl.int64)[None, :, None] * stride_bits + word
+            bits_ptrs = bits_ptr + tl.minimum(rows, x.rows - 1).to(tl.int64)[None, :, None] * stride_bits + word
             words = tl.load(bits_ptrs, mask=word < stride_bits, other=0)  # [WAYS, BLOCK_M, BLOCK_K // 32]
             bits = (words[:, :, :, None] >> tl.arange(0, 32)[None, None, None, :]) & 1
             tile = tl.where(tl.reshape(bits, (WAYS, BLOCK_M, BLOCK_K)) == 1, tile, 0.0)
-        acc = tl.dot(tile, a.to(DTYPE), acc)
+        acc = tl.dot(tile, a_tile.to(DTYPE), acc)
     return tl.sum(acc, 0)
 
 
@@ -105,10 +104,10 @@ def _down_fwd_kernel(
     x_ptr, x8_ptr, row_scale_ptr, gain_ptr, M, K, R, RS, N,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_bits,
     WAYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    QUANT_ROWS: tl.constexpr, QUANT_STEP: tl.constexpr, QUANT_K: tl.constexpr, ONE: tl.constexpr, GAIN: tl.constexpr,
-    CAST_BLOCK: tl.constexpr, CAST_STEPS: tl.constexpr,
-    MASK: tl.constexpr, CAST: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, TMA: tl.constexpr,
-    A_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    QUANT_ROWS: tl.constexpr, QUANT_STEP: tl.constexpr, QUANT_K: tl.constexpr, ONE: tl.constexpr,
+    CAST_BLOCK: tl.constexpr, CAST_STEPS: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr,
+    TMA: tl.constexpr, A_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     program, rank = tl.program_id(0), tl.program_id(1) * BLOCK_R
@@ -121,32 +120,32 @@ def _down_fwd_kernel(
     row = program * BLOCK_M
     if quantises:
         if rank == 0:
-            _quantise(x_ptr, x8_ptr, row_scale_ptr, gain_ptr, row + (part - 1) * QUANT_ROWS, M, K, stride_xm, stride_xk,
-                      QUANT_ROWS, QUANT_STEP, QUANT_K, ONE, GAIN, ACC)  # fmt: skip
+            _quantise(Matrix(x_ptr, M, K, stride_xm, stride_xk), Matrix(x8_ptr, M, K, K, 1), row_scale_ptr, gain_ptr,
+                      row + (part - 1) * QUANT_ROWS, QUANT_ROWS, QUANT_STEP, QUANT_K, ONE, ACC)  # fmt: skip
     elif row < M:
         rows = row + tl.arange(0, BLOCK_M)
         ranks = rank + tl.arange(0, BLOCK_R)
+        whole_x, whole_a = Matrix(x, M, K, stride_xm, stride_xk), Matrix(a_ptr, R, K, stride_ar, stride_ak)
         if WAYS:
-            acc = _side_by_side(x, a_ptr, bits_ptr, row, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak,
-                                stride_bits, WAYS, BLOCK_M, BLOCK_K, BLOCK_R, MASK, DTYPE)  # fmt: skip
+            acc = _side_by_side(whole_x, whole_a, bits_ptr, row, stride_bits, WAYS, BLOCK_M, BLOCK_K, BLOCK_R, DTYPE)
         else:
             acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
             for k in range(0, K, BLOCK_K):
-                tile = load_tile(x, row, k, M, K, stride_xm, stride_xk, TMA, BLOCK_M, BLOCK_K)  # [BLOCK_M, BLOCK_K]
-                a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, A_TMA, BLOCK_R, BLOCK_K)
-                if GAIN:
-                    a = a.to(ACC) * _gain(gain_ptr, k, K, BLOCK_K, GAIN, ACC)
-                if MASK:
+                tile = load_tile(whole_x, row, k, BLOCK_M, BLOCK_K, TMA)  # [BLOCK_M, BLOCK_K]
+                a = load_tile(whole_a, rank, k, BLOCK_R, BLOCK_K, A_TMA)  # [BLOCK_R, BLOCK_K]
+                if gain_ptr is not None:
+                    a = a.to(ACC) * _gain(gain_ptr, k, K, BLOCK_K, ACC)
+                if bits_ptr is not None:
                     words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
                     tile = tl.where(unpack_words(words), tile, 0.0)
                 acc = mma(tile, a.to(DTYPE).T, acc, PRECISION)
         s = acc * (low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale)
         s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * RS + ranks[None, :]
         tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < RS))
-    elif CAST:  # the programs past the last rows, on processors that would idle
+    elif b_ptr is not None:  # the programs past the last rows, on processors that would idle
         if rank == 0:
-            cast_both(a_ptr, a_cast_ptr, b_ptr, b_cast_ptr, scaling, program - tl.cdiv(M, BLOCK_M), K, N, R, RS,
-                       CAST_BLOCK, CAST_STEPS, LIFTED, SCALING_PTR)  # fmt: skip
+            cast_both(Copied(a_ptr, a_cast_ptr, R, K, K), Copied(b_ptr, b_cast_ptr, N, R, RS), scaling,
+                      program - tl.cdiv(M, BLOCK_M), CAST_BLOCK, CAST_STEPS, LIFTED, SCALING_PTR)  # fmt: skip
 
 
 class Quantised(NamedTuple, Generic[T]):
@@ -187,8 +186,7 @@ def down(
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
         stride_bits=0 if bits is None else triton.cdiv(k, 32),
         **tile, ONE=k <= tile["QUANT_K"], CAST_BLOCK=CAST_BLOCK, CAST_STEPS=CAST_STEPS,
-        GAIN=gain is not None, MASK=bits is not None, CAST=cast is not None, LIFTED=lifted,
-        SCALING_PTR=isinstance(scaling, Operand), TMA=tma, A_TMA=a_tma,
+        LIFTED=lifted, SCALING_PTR=isinstance(scaling, Operand), TMA=tma, A_TMA=a_tma,
         ACC=acc_dtype(x.dtype), PRECISION=precision(x.dtype, k), DTYPE=TL[x.dtype],
     )  # fmt: skip
 

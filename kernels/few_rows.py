@@ -23,8 +23,7 @@ def _few_rows_kernel(
     x, w, d, u_ptr, out, s_ptr, z, gain_ptr, bias_ptr, bits_ptr, scaling, keep_scale,
     M, N, C, R, RS, stride_un, stride_ur, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    TRANSPOSED: tl.constexpr, KEEP_Z: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-    LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    TRANSPOSED: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     grid_m = tl.cdiv(M, BLOCK_M)
@@ -45,16 +44,16 @@ def _few_rows_kernel(
             acc = tl.dot(tile, w.load([c, col]), acc)
             low = tl.dot(tile, d.load([c, 0]), low)
     s = (low * (low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale)).to(DTYPE)
-    if MASK:
+    if bits_ptr is not None:
         words = mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, BLOCK_N)
         acc += tl.where(unpack_words(words), tl.dot(s, late(u).T), 0.0)
     else:
         acc = tl.dot(s, late(u).T, acc)
-    if KEEP_Z:
+    if z is not None:
         z.store([row, col], acc.to(DTYPE))
-    if GAIN:
+    if gain_ptr is not None:
         acc *= tl.load(gain_ptr + cols, mask=cols < N, other=0.0)[None, :]
-    if BIAS:
+    if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     out.store([row, col], acc.to(DTYPE))
     if pid_n == 0:
@@ -88,8 +87,7 @@ def product_with_s(
         keep_scale=keep, M=m, N=n, C=c, R=u.shape[1 if transposed else 0], RS=padded_rank(r),
         stride_un=u.stride(0 if transposed else 1), stride_ur=u.stride(1 if transposed else 0),
         stride_bits=0 if bits is None else triton.cdiv(n, 32),
-        BLOCK_M=bm, BLOCK_N=bn, BLOCK_C=bc, BLOCK_R=br, TRANSPOSED=transposed, KEEP_Z=z is not None,
-        GAIN=gain is not None, BIAS=bias is not None, MASK=bits is not None, LIFTED=lifted,
+        BLOCK_M=bm, BLOCK_N=bn, BLOCK_C=bc, BLOCK_R=br, TRANSPOSED=transposed, LIFTED=lifted,
         SCALING_PTR=isinstance(scaling, Operand), DTYPE=TL[x.dtype],
     )  # fmt: skip
 

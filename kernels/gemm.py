@@ -15,6 +15,8 @@ next tile are under way while this one is stored. The accumulator is touched out
 (``turn``): where ptxas finds two, it makes all products wait for each other.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ import triton.language as tl
 from lora_fast.kernels.common import (
     FP8,
     TL,
+    Matrix,
     acc_dtype,
     late,
     load_tile,
@@ -57,17 +60,16 @@ def _halves(tile):
 
 
 @triton.jit
-def _store(out, z, acc, row, col, M, N, gain_ptr, bias_ptr, DTYPE: tl.constexpr, TMA: tl.constexpr,
-           GAIN: tl.constexpr, BIAS: tl.constexpr, KEEP_Z: tl.constexpr):  # fmt: skip
-    """The epilogue; KEEP_Z also stores the tile as it is before gain and bias."""
+def _store(out, z_ptr, acc, row, col, gain_ptr, bias_ptr, DTYPE: tl.constexpr, TMA: tl.constexpr):
+    """The epilogue; to z goes the tile as it is before gain and bias."""
     cols = col + tl.arange(0, acc.shape[1])
-    if KEEP_Z:
-        store_tile(z, acc, row, col, M, N, DTYPE, TMA)
-    if GAIN:
-        acc *= tl.load(gain_ptr + cols, mask=cols < N, other=0.0).to(acc.dtype)[None, :]
-    if BIAS:
-        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(acc.dtype)[None, :]
-    store_tile(out, acc, row, col, M, N, DTYPE, TMA)
+    if z_ptr is not None:
+        store_tile(Matrix(z_ptr, out.rows, out.cols, out.cols, 1), acc, row, col, DTYPE, TMA)
+    if gain_ptr is not None:
+        acc *= tl.load(gain_ptr + cols, mask=cols < out.cols, other=0.0).to(acc.dtype)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + cols, mask=cols < out.cols, other=0.0).to(acc.dtype)[None, :]
+    store_tile(out, acc, row, col, DTYPE, TMA)
 
 
 @triton.jit
@@ -77,28 +79,43 @@ def _part(ptr, first, end, SIZE: tl.constexpr):
     return tl.load(ptr + i, mask=i < end, other=1.0)
 
 
+class Bits(NamedTuple):
+    """A dropout mask as device code sees it: words, so many a row."""
+
+    ptr: Any
+    stride: Any
+    rows: Any
+
+
+class Scales(NamedTuple):
+    """Of the rows of an e4m3 x and of those of w: pointers."""
+
+    x: Any
+    w: Any
+
+
 @triton.jit
-def _words(bits_ptr, row, col, M, stride_bits, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+def _words(bits, row, col, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
     """The mask words of a tile or a part of its columns."""
-    return mask_words(bits_ptr, tl.minimum(row + tl.arange(0, BLOCK_M), M - 1), col, stride_bits, WIDTH)
+    rows = tl.minimum(row + tl.arange(0, BLOCK_M), bits.rows - 1)
+    return mask_words(bits.ptr, rows, col, bits.stride, WIDTH)
 
 
 @triton.jit
-def _ranks(p_ptr, q_ptr, row, col, rank, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M: tl.constexpr,
-           BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, Q_T: tl.constexpr, TMA: tl.constexpr = False):  # fmt: skip
+def _ranks(p, q, row, col, rank, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+           Q_T: tl.constexpr, TMA: tl.constexpr = False):  # fmt: skip
     """A tile's rows of P and columns of Q', BLOCK_R ranks of them."""
-    a = load_tile(p_ptr, row, rank, M, R, stride_p, 1, TMA, BLOCK_M, BLOCK_R)
+    a = load_tile(p, row, rank, BLOCK_M, BLOCK_R, TMA)
     if Q_T:
-        b = load_tile(q_ptr, col, rank, N, R, stride_qr, stride_qc, TMA, BLOCK_N, BLOCK_R).T
+        b = load_tile(q, col, rank, BLOCK_N, BLOCK_R, TMA).T
     else:
-        b = load_tile(q_ptr, rank, col, R, N, stride_qr, stride_qc, TMA, BLOCK_R, BLOCK_N)
+        b = load_tile(q, rank, col, BLOCK_R, BLOCK_N, TMA)
     return a, b
 
 
 @triton.jit
-def _store_masked(out, acc, p_ptr, q_ptr, bits_ptr, x_scale_ptr, w_scale_ptr, row, col, M, N, R, stride_p, stride_qr,
-                  stride_qc, stride_bits, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, Q_T: tl.constexpr,
-                  ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+def _store_masked(out, acc, p, q, bits, scales, row, col, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
+                  Q_T: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """A tile of an fp8 product under a mask, a part of its columns at a time: scales, and their low-rank product."""
     BLOCK_M: tl.constexpr = acc.shape[0]
     PIECES: tl.constexpr = 4 if acc.shape[1] >= 128 else 2  # that fit the registers beside a low-rank product
@@ -109,14 +126,14 @@ def _store_masked(out, acc, p_ptr, q_ptr, bits_ptr, x_scale_ptr, w_scale_ptr, ro
         if PIECES == 4:
             first, second = _halves(piece)
             piece = first if i % 2 == 0 else second
-        low = tl.zeros([BLOCK_M, WIDTH], dtype=ACC)
+        low = tl.zeros([BLOCK_M, WIDTH], dtype=acc.dtype)
         for step in tl.static_range(RANK_STEPS):  # at run time it would make ptxas serialise the base product
-            a, b = _ranks(p_ptr, q_ptr, row, col, step * BLOCK_R, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M,
-                          WIDTH, BLOCK_R, Q_T, TMA)  # fmt: skip
+            a, b = _ranks(p, q, row, col, step * BLOCK_R, BLOCK_M, WIDTH, BLOCK_R, Q_T, TMA)
             low = mma(a, b, low, PRECISION)
-        low = tl.where(unpack_words(_words(bits_ptr, row, col, M, stride_bits, BLOCK_M, WIDTH)), low, 0.0)
-        x_scale, w_scale = _part(x_scale_ptr, row, M, BLOCK_M).to(ACC), _part(w_scale_ptr, col, N, WIDTH).to(ACC)
-        store_tile(out, piece * x_scale[:, None] * w_scale[None, :] + low, row, col, M, N, DTYPE, TMA)
+        low = tl.where(unpack_words(_words(bits, row, col, BLOCK_M, WIDTH)), low, 0.0)
+        x_scale = _part(scales.x, row, out.rows, BLOCK_M).to(acc.dtype)
+        w_scale = _part(scales.w, col, out.cols, WIDTH).to(acc.dtype)
+        store_tile(out, piece * x_scale[:, None] * w_scale[None, :] + low, row, col, DTYPE, TMA)
         col += WIDTH
 
 
@@ -127,18 +144,17 @@ def _over(t, scale, AXIS: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _low_rank(a, b, x_scale, w_scale, p_ptr, q_ptr, row, col, M, N, R, stride_p, stride_qr, stride_qc,
-              BLOCK_R: tl.constexpr, Q_T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+def _low_rank(a, b, x_scale, w_scale, p, q, row, col, Q_T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
               KIND: tl.constexpr):  # fmt: skip
     """P Q' of a tile over its scales: where an fp8 product begins. a, b: the first ranks."""
     BLOCK_M: tl.constexpr = a.shape[0]
+    BLOCK_R: tl.constexpr = a.shape[1]
     BLOCK_N: tl.constexpr = b.shape[1]
     acc = mma(_over(a, x_scale, 1, KIND), _over(b, w_scale, 0, KIND), tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC),
               PRECISION)  # fmt: skip
-    if R > BLOCK_R:
-        for rank in tl.range(BLOCK_R, R, BLOCK_R, num_stages=1):
-            a, b = _ranks(p_ptr, q_ptr, row, col, rank, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M, BLOCK_N,
-                          BLOCK_R, Q_T)  # fmt: skip
+    if p.cols > BLOCK_R:
+        for rank in tl.range(BLOCK_R, p.cols, BLOCK_R, num_stages=1):
+            a, b = _ranks(p, q, row, col, rank, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
             acc = mma(_over(a, x_scale, 1, KIND), _over(b, w_scale, 0, KIND), acc, PRECISION)
     return acc
 
@@ -148,13 +164,15 @@ def _gemm_kernel(
     x, w, p, q, out, z, gain_ptr, bias_ptr, bits_ptr, x_scale_ptr, w_scale_ptr, M, N, C, R,
     stride_xm, stride_xc, stride_wr, stride_wc, stride_p, stride_qr, stride_qc, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
-    BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, W_T: tl.constexpr, Q_T: tl.constexpr, FP8: tl.constexpr,
-    TMA: tl.constexpr, KEEP_Z: tl.constexpr,
-    GAIN: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KIND: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, W_T: tl.constexpr, Q_T: tl.constexpr, TMA: tl.constexpr,
+    KIND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
+    FP8: tl.constexpr = x_scale_ptr is not None
+    MASK: tl.constexpr = bits_ptr is not None
     LOW_FIRST: tl.constexpr = FP8 and not MASK
+    whole_p, whole_out = Matrix(p, M, R, stride_p, 1), Matrix(out, M, N, N, 1)
+    whole_q = Matrix(q, N if Q_T else R, R if Q_T else N, stride_qr, stride_qc)
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
     n_rank = 0 if FP8 else tl.cdiv(R, BLOCK_C) * BLOCK_C
@@ -170,13 +188,11 @@ def _gemm_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     words, x_scale, w_scale = 0, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     if MASK and not FP8:
-        words = _words(bits_ptr, row_next, col_next, M, stride_bits, BLOCK_M, BLOCK_N)
+        words = _words(Bits(bits_ptr, stride_bits, M), row_next, col_next, BLOCK_M, BLOCK_N)
     if LOW_FIRST:
         x_scale, w_scale = _part(x_scale_ptr, row_next, M, BLOCK_M), _part(w_scale_ptr, col_next, N, BLOCK_N)
-        p0, q0 = _ranks(p, q, row_next, col_next, 0, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M, BLOCK_N, BLOCK_R,
-                        Q_T)  # fmt: skip
-        acc = _low_rank(p0, q0, x_scale, w_scale, p, q, row_next, col_next, M, N, R, stride_p, stride_qr, stride_qc,
-                        BLOCK_R, Q_T, ACC, PRECISION, KIND)  # fmt: skip
+        p0, q0 = _ranks(whole_p, whole_q, row_next, col_next, 0, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
+        acc = _low_rank(p0, q0, x_scale, w_scale, whole_p, whole_q, row_next, col_next, Q_T, ACC, PRECISION, KIND)
     for _ in range(0, mine * (end // BLOCK_C)):
         c += BLOCK_C
         if c == end:
@@ -191,11 +207,11 @@ def _gemm_kernel(
             if c < n_rank:
                 xs, ws, at, to = p, q, c, R
                 xr, xc, wr, wc = stride_p, 1, stride_qr, stride_qc
-        a = load_tile(xs, row, at, M, to, xr, xc, TMA, BLOCK_M, BLOCK_C)
+        a = load_tile(Matrix(xs, M, to, xr, xc), row, at, BLOCK_M, BLOCK_C, TMA)
         if W_T:
-            b = load_tile(ws, col, at, N, to, wr, wc, TMA, BLOCK_N, BLOCK_C).T
+            b = load_tile(Matrix(ws, N, to, wr, wc), col, at, BLOCK_N, BLOCK_C, TMA).T
         else:
-            b = load_tile(ws, at, col, to, N, wr, wc, TMA, BLOCK_C, BLOCK_N)
+            b = load_tile(Matrix(ws, to, N, wr, wc), at, col, BLOCK_C, BLOCK_N, TMA)
         acc = mma(a, b, acc, PRECISION)
         if MASK and not FP8:
             turn = (c == n_rank - BLOCK_C) | (c == end - BLOCK_C)
@@ -208,28 +224,26 @@ def _gemm_kernel(
             if c == end - BLOCK_C:
                 if LOW_FIRST:  # comes in while this tile is stored
                     x_next, w_next = _part(x_scale_ptr, row_next, M, BLOCK_M), _part(w_scale_ptr, col_next, N, BLOCK_N)
-                    p0, q0 = _ranks(p, q, row_next, col_next, 0, M, N, R, stride_p, stride_qr, stride_qc, BLOCK_M,
-                                    BLOCK_N, BLOCK_R, Q_T)  # fmt: skip
+                    p0, q0 = _ranks(whole_p, whole_q, row_next, col_next, 0, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
                     acc *= x_scale.to(ACC)[:, None]
                     acc *= late(w_scale).to(ACC)[None, :]
                     x_scale, w_scale = x_next, w_next
                 if FP8 and MASK:
-                    _store_masked(out, acc, p, q, bits_ptr, x_scale_ptr, w_scale_ptr, row, col, M, N, R, stride_p,
-                                  stride_qr, stride_qc, stride_bits, BLOCK_R, RANK_STEPS, Q_T, ACC, PRECISION, DTYPE,
-                                  TMA)  # fmt: skip
+                    _store_masked(whole_out, acc, whole_p, whole_q, Bits(bits_ptr, stride_bits, M),
+                                  Scales(x_scale_ptr, w_scale_ptr), row, col, BLOCK_R, RANK_STEPS, Q_T, PRECISION,
+                                  DTYPE, TMA)  # fmt: skip
                 else:
-                    left, right = _halves(acc)
-                    _store(out, z, left, row, col, M, N, gain_ptr, bias_ptr, DTYPE, TMA, GAIN, BIAS, KEEP_Z)
-                    _store(out, z, right, row, col + BLOCK_N // 2, M, N, gain_ptr, bias_ptr, DTYPE, TMA, GAIN, BIAS,
-                           KEEP_Z)  # fmt: skip
+                    left_half, right_half = _halves(acc)
+                    _store(whole_out, z, left_half, row, col, gain_ptr, bias_ptr, DTYPE, TMA)
+                    _store(whole_out, z, right_half, row, col + BLOCK_N // 2, gain_ptr, bias_ptr, DTYPE, TMA)
                 if LOW_FIRST:
-                    acc = _low_rank(late(p0), late(q0), late(x_scale), late(w_scale), p, q, row_next, col_next, M, N, R,
-                                    stride_p, stride_qr, stride_qc, BLOCK_R, Q_T, ACC, PRECISION, KIND)  # fmt: skip
+                    acc = _low_rank(late(p0), late(q0), late(x_scale), late(w_scale), whole_p, whole_q, row_next,
+                                    col_next, Q_T, ACC, PRECISION, KIND)  # fmt: skip
                 else:
                     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
             elif MASK and not FP8:
                 acc = tl.where(unpack_words(words), acc, 0.0)
-                words = _words(bits_ptr, row_next, col_next, M, stride_bits, BLOCK_M, BLOCK_N)
+                words = _words(Bits(bits_ptr, stride_bits, M), row_next, col_next, BLOCK_M, BLOCK_N)
 
 
 def product(
@@ -268,8 +282,8 @@ def product(
         **read, gain_ptr=gain, bias_ptr=bias, bits_ptr=bits, x_scale_ptr=x_scale, w_scale_ptr=w_scale,
         M=m, N=n, C=c, R=r, stride_xm=x.stride(0), stride_xc=x.stride(1), stride_wr=w.stride(0), stride_wc=w.stride(1),
         stride_p=ranks, stride_qr=q.stride(0), stride_qc=q.stride(1), stride_bits=triton.cdiv(n, 32) if masked else 0,
-        **tile, PROGRAMS=programs, RANK_STEPS=steps, W_T=w_t, Q_T=transposed, FP8=fp8, TMA=tma, KEEP_Z=z is not None,
-        GAIN=gain is not None, BIAS=bias is not None, MASK=masked, KIND=TL[over if kind == torch.float16 else kind],
+        **tile, PROGRAMS=programs, RANK_STEPS=steps, W_T=w_t, Q_T=transposed, TMA=tma,
+        KIND=TL[over if kind == torch.float16 else kind],
         ACC=acc_dtype(kind), PRECISION=exact, DTYPE=TL[kind],
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from lora_fast.kernels.common import (
     TL,
+    Matrix,
     acc_dtype,
     lift_of,
     load_tile,
@@ -41,73 +42,72 @@ def _grad_kernel(
     M, N, R, RS, rows_each, sum_at, dm_at, g_at,
     stride_zm, stride_zn, stride_bn, stride_br, stride_gs, stride_gn, stride_gr, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DM_ROWS: tl.constexpr,
-    WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, GAIN: tl.constexpr, WITH_DZ: tl.constexpr,
-    WITH_DM: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr,
-    TMA: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    WITH_SUM: tl.constexpr, SCALING_PTR: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
+    ONES: tl.constexpr = WITH_SUM and gain_ptr is None  # a column of ones beside P makes the sums
     pid_n, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     col, rank = pid_n * BLOCK_N, pid_r * BLOCK_R
     cols = col + tl.arange(0, BLOCK_N)
     ranks = rank + tl.arange(0, BLOCK_R)
-    if GAIN:
+    if gain_ptr is not None:
         gain = tl.load(gain_ptr + cols, mask=cols < N, other=0.0)
-    if WITH_DS:
-        b = load_tile(b_ptr, col, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R)
-        if GAIN:
+    if b_ptr is not None:
+        b = load_tile(Matrix(b_ptr, N, R, stride_bn, stride_br), col, rank, BLOCK_N, BLOCK_R)
+        if gain_ptr is not None:
             b = (b.to(ACC) * gain[:, None]).to(DTYPE)
-    if WITH_DM:
+    if kept_ptr is not None:
         dm = tl.zeros([DM_ROWS, BLOCK_N], dtype=ACC)
-    if WITH_SUM and GAIN:
+    if WITH_SUM and not ONES:
         sums = tl.zeros([DM_ROWS, BLOCK_N], dtype=ACC)
     g = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
     first = split * rows_each  # a multiple of BLOCK_M
-    if WITH_DM:
-        y = load_tile(kept_ptr, first, col, M, N, N, 1, False, BLOCK_M, BLOCK_N)
+    if kept_ptr is not None:
+        y = load_tile(Matrix(kept_ptr, M, N, N, 1), first, col, BLOCK_M, BLOCK_N)
     for m in range(first, tl.minimum(first + rows_each, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
-        tile = load_tile(z, m, col, M, N, stride_zm, stride_zn, TMA, BLOCK_M, BLOCK_N)
-        if WITH_DM:
+        tile = load_tile(Matrix(z, M, N, stride_zm, stride_zn), m, col, BLOCK_M, BLOCK_N, TMA)
+        if kept_ptr is not None:
             dots = tl.reshape(tile.to(ACC) * y.to(ACC), (BLOCK_M // DM_ROWS, DM_ROWS, BLOCK_N))
             dm += tl.sum(dots, 0)
             # The next step's, by hand: the compiler's pipeline takes the operands of products alone.
-            y = load_tile(kept_ptr, m + BLOCK_M, col, M, N, N, 1, False, BLOCK_M, BLOCK_N)
-        if WITH_SUM and GAIN:  # in registers, where the tile is anyway
+            y = load_tile(Matrix(kept_ptr, M, N, N, 1), m + BLOCK_M, col, BLOCK_M, BLOCK_N)
+        if WITH_SUM and not ONES:  # in registers, where the tile is anyway
             sums += tl.sum(tl.reshape(tile.to(ACC), (BLOCK_M // DM_ROWS, DM_ROWS, BLOCK_N)), 0)
-        if WITH_DZ:
-            store_tile(dz, tile.to(ACC) * gain[None, :], m, col, M, N, DTYPE, TMA)
-        if MASK:
+        if dz is not None:
+            store_tile(Matrix(dz, M, N, N, 1), tile.to(ACC) * gain[None, :], m, col, DTYPE, TMA)
+        if bits_ptr is not None:
             words = mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, BLOCK_N)
             tile = tl.where(unpack_words(words), tile, 0.0)
-        if SCALED:
+        if row_scale_ptr is not None:
             tile = tile.to(DTYPE)
-        if WITH_G:
-            p = load_tile(p_ptr, m, rank, M, RS, RS, 1, False, BLOCK_M, BLOCK_R)
-            if SCALED:
+        if p_ptr is not None:
+            p = load_tile(Matrix(p_ptr, M, RS, RS, 1), m, rank, BLOCK_M, BLOCK_R)
+            if row_scale_ptr is not None:
                 scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
                 p = (p.to(ACC) * scale[:, None]).to(DTYPE)
         else:
             p = tl.zeros([BLOCK_M, BLOCK_R], dtype=DTYPE)
-        if WITH_SUM and not GAIN:
+        if ONES:
             p = tl.where(ranks[None, :] == R, 1.0, p.to(ACC)).to(DTYPE)
-        if WITH_G or (WITH_SUM and not GAIN):
+        if p_ptr is not None or ONES:
             g = mma(tile.T, p, g, PRECISION)
-        if WITH_DS:
+        if b_ptr is not None:
             ds = mma(tile, b, tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC), PRECISION)
             ds_ptrs = parts_ptr + (pid_n.to(tl.int64) * M + rows[:, None]) * RS + ranks[None, :]
             tl.store(ds_ptrs, ds, mask=(rows[:, None] < M) & (ranks[None, :] < RS))
-    if WITH_SUM and GAIN:
-        tl.store(parts_ptr + sum_at + split * N + cols, tl.sum(sums, 0), mask=cols < N)
-    elif WITH_SUM:
+    if ONES:
         sum_ptrs = parts_ptr + sum_at + split * N + cols[:, None] + ranks[None, :] * 0
         tl.store(sum_ptrs, g, mask=(cols[:, None] < N) & (ranks[None, :] == R))
-    if WITH_DM:
+    elif WITH_SUM:
+        tl.store(parts_ptr + sum_at + split * N + cols, tl.sum(sums, 0), mask=cols < N)
+    if kept_ptr is not None:
         tl.store(parts_ptr + dm_at + split * N + cols, tl.sum(dm, 0), mask=cols < N)
-    if WITH_G:
-        if GAIN:
+    if p_ptr is not None:
+        if gain_ptr is not None:
             g *= gain[:, None]
-        if LIFTED:
+        if scaling is not None:  # the part of it that B carries, and P = S lacks
             g *= lift_of(scaling, SCALING_PTR)
         g_ptrs = g_ptr + g_at + split * stride_gs + cols.to(tl.int64)[:, None] * stride_gn + ranks[None, :] * stride_gr
         tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=(cols[:, None] < N) & (ranks[None, :] < R))
@@ -172,12 +172,13 @@ class ColumnPass:
         exact = precision(kind, m if b is None else min(m, n))
         if exact == "tf32" and self.ones:
             exact = "ieee"  # dbias is no product: it stays exact
+        kept = dora.kept if dora is not None and dora.dm is not None else None
+        scaling = self.scaling if self.lifted else None
         return launch(
             _grad_kernel, self.grid, self.options, z,
             z=Tiles(z, block) if self.tma else z, dz=Tiles(dz, block) if self.tma and dz is not None else dz,
-            kept_ptr=dora and dora.kept, p_ptr=self.p, b_ptr=b, bits_ptr=self.bits, gain_ptr=dora and dora.gain,
-            g_ptr=memory if self.parts.g else g, parts_ptr=memory, row_scale_ptr=self.row_scale,
-            scaling=self.scaling if self.lifted else None,
+            kept_ptr=kept, p_ptr=self.p, b_ptr=b, bits_ptr=self.bits, gain_ptr=dora and dora.gain,
+            g_ptr=memory if self.parts.g else g, parts_ptr=memory, row_scale_ptr=self.row_scale, scaling=scaling,
             M=m, N=n, R=self.r, RS=padded_rank(max(self.r, 1)), rows_each=self.rows_each,
             sum_at=self.parts.sums_at, dm_at=self.parts.dm_at, g_at=self.parts.g_at if self.parts.g else 0,
             stride_zm=z.stride(0), stride_zn=z.stride(1),
@@ -185,9 +186,6 @@ class ColumnPass:
             # Parts of G lie as the gradient does: [N, R], or [R, N] seen from the side.
             stride_gs=0 if g is None else n * self.r, stride_gn=0 if g is None else g.stride(0),
             stride_gr=0 if g is None else g.stride(1), stride_bits=0 if self.bits is None else triton.cdiv(n, 32),
-            **tile, WITH_G=g is not None, WITH_DS=self.ds is not None, WITH_SUM=self.sums is not None,
-            GAIN=dora is not None, WITH_DZ=dz is not None, WITH_DM=self.dm is not None, MASK=self.bits is not None,
-            SCALED=self.row_scale is not None, LIFTED=self.lifted,
-            SCALING_PTR=self.lifted and isinstance(self.scaling, Operand), TMA=self.tma,
+            **tile, WITH_SUM=self.sums is not None, SCALING_PTR=isinstance(scaling, Operand), TMA=self.tma,
             ACC=acc_dtype(kind), PRECISION=exact, DTYPE=TL[kind],
         )  # fmt: skip

@@ -12,45 +12,45 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import TL, acc_dtype, load_tile, low_scale, wait_for_stream, wide
+from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, low_scale, wait_for_stream, wide
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling, launch, run
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import norm_has_parts, norm_parts_tile, norm_tile
 
 
 @triton.jit
-def low_rank_tile(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ONE: tl.constexpr,
-                  ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """The [BLOCK_N, BLOCK_K] tile of B A at (row, k); ONE: all ranks are in b, B's first tile."""
-    a = load_tile(a_ptr, 0, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K).to(DTYPE)
-    v = tl.dot(b, a, input_precision=PRECISION, out_dtype=ACC)
+def low_rank_tile(a, b, b_tile, row, k, BLOCK_K: tl.constexpr, ONE: tl.constexpr, ACC: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """The tile of B A at (row, k), BLOCK_K columns of it, from B's first tile of these rows, in whose dtype the product
+    is made; ONE: all ranks are in that."""
+    BLOCK_N: tl.constexpr = b_tile.shape[0]
+    BLOCK_R: tl.constexpr = b_tile.shape[1]
+    a_tile = load_tile(a, 0, k, BLOCK_R, BLOCK_K).to(b_tile.dtype)
+    v = tl.dot(b_tile, a_tile, input_precision=PRECISION, out_dtype=ACC)
     if not ONE:
-        for rank in range(BLOCK_R, R, BLOCK_R):
-            b = load_tile(b_ptr, row, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(DTYPE)
-            a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K).to(DTYPE)
-            v = tl.dot(b, a, v, input_precision=PRECISION, out_dtype=ACC)
+        for rank in range(BLOCK_R, a.rows, BLOCK_R):
+            later = load_tile(b, row, rank, BLOCK_N, BLOCK_R).to(b_tile.dtype)
+            a_tile = load_tile(a, rank, k, BLOCK_R, BLOCK_K).to(b_tile.dtype)
+            v = tl.dot(later, a_tile, v, input_precision=PRECISION, out_dtype=ACC)
     return v
 
 
 @triton.jit
-def row_norm(w_ptr, a_ptr, b_ptr, b, w_scale, s, row, N, K, R,
-             stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
-             ONE: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-             DTYPE: tl.constexpr):  # fmt: skip
-    """The norms [BLOCK_N] of V's rows from ``row`` on; b as in ``low_rank_tile``. SCALED: W's rows times w_scale."""
+def row_norm(w, a, b, b_tile, w_scale, s, row, BLOCK_K: tl.constexpr, SUMS: tl.constexpr, ONE: tl.constexpr,
+             ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The norms [BLOCK_N] of V's rows from ``row`` on; b_tile as in ``low_rank_tile``. With a w_scale [BLOCK_N] W's
+    rows are multiplied by it."""
+    BLOCK_N: tl.constexpr = b_tile.shape[0]
     squares = tl.zeros([BLOCK_N, SUMS], dtype=ACC)
-    tile = load_tile(w_ptr, row, 0, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
-    for k in range(0, K, BLOCK_K):
+    tile = load_tile(w, row, 0, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+    for k in range(0, w.cols, BLOCK_K):
         # The next step's, by hand: the compiler's pipeline takes the operands of products alone.
-        later = load_tile(w_ptr, row, k + BLOCK_K, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)
-        update = low_rank_tile(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br,
-                               BLOCK_N, BLOCK_K, BLOCK_R, ONE, ACC, PRECISION, DTYPE)  # fmt: skip
-        w = tile.to(ACC)
-        if SCALED:
-            w *= w_scale[:, None]
-        v = w + s * update
+        later = load_tile(w, row, k + BLOCK_K, BLOCK_N, BLOCK_K)
+        update = low_rank_tile(a, b, b_tile, row, k, BLOCK_K, ONE, ACC, PRECISION)
+        base = tile.to(ACC)
+        if w_scale is not None:
+            base *= w_scale[:, None]
+        v = base + s * update
         squares += tl.sum(tl.reshape(v * v, (BLOCK_N, BLOCK_K // SUMS, SUMS)), 1)
         tile = later
     return tl.sqrt(tl.sum(squares, 1))
@@ -65,12 +65,12 @@ def gain_of(m_ptr, norm, rows, N, ACC: tl.constexpr):
 
 
 @triton.jit
-def _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, GAIN: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr):
+def _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, ROUND: tl.constexpr, ACC: tl.constexpr):
     """The norms of these rows, rounded to a dtype or not, and their gains if wanted."""
     if ROUND is not None:
         norm = norm.to(ROUND).to(ACC)
     tl.store(n_ptr + rows, norm, mask=rows < N)
-    if GAIN:
+    if g_ptr is not None:
         tl.store(g_ptr + rows, gain_of(m_ptr, norm, rows, N, ACC), mask=rows < N)
 
 
@@ -79,21 +79,21 @@ def _norm_kernel(
     w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr, scaling, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr, ONE: tl.constexpr,
-    SCALED: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, GAIN: tl.constexpr, ROUND: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
+    w, a = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(a_ptr, R, K, stride_ar, stride_ak)
+    b = Matrix(b_ptr, N, R, stride_bn, stride_br)
     row = tl.program_id(0) * BLOCK_N
     s = low_scale(scaling, SCALING_PTR, LIFTED)
     rows = row + tl.arange(0, BLOCK_N)
-    w_scale = 1.0
-    if SCALED:
+    w_scale = None
+    if w_scale_ptr is not None:
         w_scale = tl.load(w_scale_ptr + rows, mask=rows < N, other=0.0).to(ACC)
-    b = load_tile(b_ptr, row, 0, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
-    norm = row_norm(w_ptr, a_ptr, b_ptr, b, w_scale, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak,
-                    stride_bn, stride_br, BLOCK_N, BLOCK_K, BLOCK_R, SUMS, ONE, SCALED, ACC, PRECISION,
-                    DTYPE)  # fmt: skip
-    _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, GAIN, ROUND, ACC)
+    b_tile = load_tile(b, row, 0, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
+    norm = row_norm(w, a, b, b_tile, w_scale, s, row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
+    _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, ROUND, ACC)
 
 
 @triton.jit(do_not_specialize=["steps"])
@@ -101,10 +101,12 @@ def _norm_parts_kernel(
     w_ptr, a_ptr, b_ptr, parts_ptr, w_scale_ptr, scaling, N, K, R, steps,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
-    SCALED: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
+    LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares of V's rows, over ``steps`` blocks of columns a program: parts [splits, N]."""
     wait_for_stream(PDL)
+    w, a = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(a_ptr, R, K, stride_ar, stride_ak)
+    b = Matrix(b_ptr, N, R, stride_bn, stride_br)
     row, first = tl.program_id(0) * BLOCK_N, tl.program_id(1) * steps
     s = low_scale(scaling, SCALING_PTR, LIFTED)
     rows = row + tl.arange(0, BLOCK_N)
@@ -113,14 +115,13 @@ def _norm_parts_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     for step in range(0, steps * rank_blocks):
         k, rank = (first + step // rank_blocks) * BLOCK_K, (step % rank_blocks) * BLOCK_R
-        b = load_tile(b_ptr, row, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R)
-        a = load_tile(a_ptr, rank, k, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K)
-        acc = tl.dot(b, a, acc, out_dtype=ACC)
+        acc = tl.dot(load_tile(b, row, rank, BLOCK_N, BLOCK_R), load_tile(a, rank, k, BLOCK_R, BLOCK_K), acc,
+                     out_dtype=ACC)  # fmt: skip
         if rank + BLOCK_R >= R:
-            w = load_tile(w_ptr, row, k, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K).to(ACC)
-            if SCALED:
-                w *= tl.load(w_scale_ptr + rows, mask=rows < N, other=0.0).to(ACC)[:, None]
-            v = w + s * acc
+            tile = load_tile(w, row, k, BLOCK_N, BLOCK_K).to(ACC)
+            if w_scale_ptr is not None:
+                tile *= tl.load(w_scale_ptr + rows, mask=rows < N, other=0.0).to(ACC)[:, None]
+            v = tile + s * acc
             squares += tl.sum(tl.reshape(v * v, (BLOCK_N, BLOCK_K // SUMS, SUMS)), 1)
             acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     tl.store(parts_ptr + tl.program_id(1) * N + rows, tl.sum(squares, 1), mask=rows < N)
@@ -128,8 +129,8 @@ def _norm_parts_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _gain_kernel(
-    parts_ptr, m_ptr, n_ptr, g_ptr, splits, N, BLOCK: tl.constexpr, GAIN: tl.constexpr, ROUND: tl.constexpr,
-    ACC: tl.constexpr, PDL: tl.constexpr,
+    parts_ptr, m_ptr, n_ptr, g_ptr, splits, N, BLOCK: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -137,7 +138,7 @@ def _gain_kernel(
     for split in range(0, splits):
         total += tl.load(parts_ptr + split * N + rows, mask=rows < N, other=0.0)
     norm = tl.sqrt(total)
-    _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, GAIN, ROUND, ACC)
+    _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, ROUND, ACC)
 
 
 def norms(
@@ -150,12 +151,12 @@ def norms(
     w_scale[i] * w[i]. What lies between two launches takes the memory of ``room``, if there is enough of it."""
     (rows, k), r = w.shape, a.shape[0]
     kind, to = torch.promote_types(a.dtype, b.dtype), TL[w.dtype] if round_norm else None
-    found = {"m_ptr": m, "n_ptr": n, "g_ptr": gain, "N": rows, "GAIN": gain is not None, "ROUND": to}
+    found = {"m_ptr": m, "n_ptr": n, "g_ptr": gain, "N": rows, "ROUND": to}
     read = {
         "w_ptr": w, "a_ptr": a, "b_ptr": b, "w_scale_ptr": w_scale, "scaling": scaling, "N": rows, "K": k, "R": r,
         "stride_wn": w.stride(0), "stride_wk": w.stride(1), "stride_ar": a.stride(0), "stride_ak": a.stride(1),
         "stride_bn": b.stride(0), "stride_br": b.stride(1),
-        "SCALED": w_scale is not None, "LIFTED": lifted, "SCALING_PTR": isinstance(scaling, Operand),
+        "LIFTED": lifted, "SCALING_PTR": isinstance(scaling, Operand),
     }  # fmt: skip
     if norm_has_parts(r, w.dtype, kind, w.device):
         tile, options, splits = norm_parts_tile(rows, k, w.device)

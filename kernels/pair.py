@@ -10,6 +10,7 @@ import triton.language as tl
 
 from lora_fast.kernels.common import (
     TL,
+    Matrix,
     lift_of,
     load_tile,
     mask_words,
@@ -25,23 +26,23 @@ from lora_fast.kernels.tiles import few_rows, pair_tile, rank_block, tma_fits
 
 
 @triton.jit
-def _walk(t, p_ptr, bits_ptr, sum_ptr, col, M, N, RS, stride_bits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-          BLOCK_R: tl.constexpr, MASK: tl.constexpr, WITH_SUM: tl.constexpr):  # fmt: skip
+def _walk(t, p, bits_ptr, sum_ptr, col, stride_bits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+          BLOCK_R: tl.constexpr):  # fmt: skip
     """T^T P for BLOCK_N columns of T from col on, and their sums if wanted."""
     g = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
     sums = tl.zeros([8, BLOCK_N], dtype=tl.float32)
-    tl.assume(M > 0)
-    for row in range(0, M, BLOCK_M):
-        tile = t.load([row, col])  # [BLOCK_M, BLOCK_N]
-        if MASK:
-            rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1)
+    tl.assume(t.rows > 0)
+    for row in range(0, t.rows, BLOCK_M):
+        tile = load_tile(t, row, col, BLOCK_M, BLOCK_N, True)
+        if bits_ptr is not None:
+            rows = tl.minimum(row + tl.arange(0, BLOCK_M), t.rows - 1)
             tile = tl.where(unpack_words(mask_words(bits_ptr, rows, col, stride_bits, BLOCK_N)), tile, 0.0)
-        if WITH_SUM:
+        if sum_ptr is not None:
             sums += tl.sum(tl.reshape(tile.to(tl.float32), (BLOCK_M // 8, 8, BLOCK_N)), 0)
-        g = tl.dot(tile.T, load_tile(p_ptr, row, 0, M, RS, RS, 1, False, BLOCK_M, BLOCK_R), g)
-    if WITH_SUM:
+        g = tl.dot(tile.T, load_tile(p, row, 0, BLOCK_M, BLOCK_R), g)
+    if sum_ptr is not None:
         cols = col + tl.arange(0, BLOCK_N)
-        tl.store(sum_ptr + cols, tl.sum(sums, 0).to(sum_ptr.dtype.element_ty), mask=cols < N)
+        tl.store(sum_ptr + cols, tl.sum(sums, 0).to(sum_ptr.dtype.element_ty), mask=cols < t.cols)
     return g
 
 
@@ -49,25 +50,27 @@ def _walk(t, p_ptr, bits_ptr, sum_ptr, col, M, N, RS, stride_bits, BLOCK_M: tl.c
 def _pair_kernel(
     x, dy, ds_ptr, s_ptr, bits_ptr, grad_a_ptr, grad_b_ptr, grad_bias_ptr, gain_ptr, scaling,
     M, K, N, R, RS, stride_bits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, MASK: tl.constexpr, GAIN: tl.constexpr,
-    WITH_SUM: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    SCALING_PTR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     program, ranks = tl.program_id(0), tl.arange(0, BLOCK_R)
     over_x = tl.cdiv(K, BLOCK_N)
     if program < over_x:
         col = program * BLOCK_N
-        g = _walk(x, ds_ptr, bits_ptr, None, col, M, K, RS, stride_bits, BLOCK_M, BLOCK_N, BLOCK_R, MASK, False)
+        t, p = Matrix(x, M, K, K, 1), Matrix(ds_ptr, M, RS, RS, 1)
+        g = _walk(t, p, bits_ptr, None, col, stride_bits, BLOCK_M, BLOCK_N, BLOCK_R)
         cols = col + tl.arange(0, BLOCK_N)
         ptrs = grad_a_ptr + ranks.to(tl.int64)[None, :] * K + cols[:, None]
         tl.store(ptrs, g.to(grad_a_ptr.dtype.element_ty), mask=(cols[:, None] < K) & (ranks[None, :] < R))
     else:
         col = (program - over_x) * BLOCK_N
-        g = _walk(dy, s_ptr, None, grad_bias_ptr, col, M, N, RS, 0, BLOCK_M, BLOCK_N, BLOCK_R, False, WITH_SUM)
+        t, p = Matrix(dy, M, N, N, 1), Matrix(s_ptr, M, RS, RS, 1)
+        g = _walk(t, p, None, grad_bias_ptr, col, 0, BLOCK_M, BLOCK_N, BLOCK_R)
         cols = col + tl.arange(0, BLOCK_N)
-        if GAIN:
+        if gain_ptr is not None:
             g *= tl.load(gain_ptr + cols, mask=cols < N, other=0.0)[:, None]
-        if LIFTED:
+        if scaling is not None:  # the part of it that B carries
             g *= lift_of(scaling, SCALING_PTR)
         ptrs = grad_b_ptr + cols.to(tl.int64)[:, None] * R + ranks[None, :]
         tl.store(ptrs, g.to(grad_b_ptr.dtype.element_ty), mask=(cols[:, None] < N) & (ranks[None, :] < R))
@@ -96,25 +99,24 @@ def pair(
         x=Tiles(x, [rows, cols]), dy=Tiles(dy, [rows, cols]), ds_ptr=ds, s_ptr=s, bits_ptr=bits, grad_a_ptr=grad_a,
         grad_b_ptr=grad_b, grad_bias_ptr=grad_bias, gain_ptr=gain, scaling=scaling,
         M=m, K=k, N=n, R=r, RS=padded_rank(r), stride_bits=0 if bits is None else triton.cdiv(k, 32),
-        **tile, BLOCK_R=rank_block(r, 32), MASK=bits is not None, GAIN=gain is not None,
-        WITH_SUM=grad_bias is not None, LIFTED=scaling is not None, SCALING_PTR=isinstance(scaling, Operand),
+        **tile, BLOCK_R=rank_block(r, 32), SCALING_PTR=isinstance(scaling, Operand),
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def _dz_kernel(
     dy_ptr, kept_ptr, dz_ptr, parts_ptr, gain_ptr, M, N, stride_ym, stride_yn,
-    ROWS: tl.constexpr, COLS: tl.constexpr, WITH_DM: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     row, col = tl.program_id(1) * ROWS, tl.program_id(0) * COLS
     cols = col + tl.arange(0, COLS)
     gain = tl.load(gain_ptr + cols, mask=cols < N, other=0.0)
-    tile = load_tile(dy_ptr, row, col, M, N, stride_ym, stride_yn, False, ROWS, COLS).to(tl.float32)
-    if WITH_DM:
-        kept = load_tile(kept_ptr, row, col, M, N, N, 1, False, ROWS, COLS).to(tl.float32)
+    tile = load_tile(Matrix(dy_ptr, M, N, stride_ym, stride_yn), row, col, ROWS, COLS).to(tl.float32)
+    if parts_ptr is not None:
+        kept = load_tile(Matrix(kept_ptr, M, N, N, 1), row, col, ROWS, COLS).to(tl.float32)
         tl.store(parts_ptr + tl.program_id(1).to(tl.int64) * N + cols, tl.sum(tile * kept, 0), mask=cols < N)
-    store_tile(dz_ptr, tile * gain[None, :], row, col, M, N, DTYPE, False)
+    store_tile(Matrix(dz_ptr, M, N, N, 1), tile * gain[None, :], row, col, DTYPE)
 
 
 def dz_and_dm(dy: Operand, dora: Dora[Operand], scratch: Scratch) -> list[Launch]:
@@ -127,7 +129,6 @@ def dz_and_dm(dy: Operand, dora: Dora[Operand], scratch: Scratch) -> list[Launch
     made = launch(
         _dz_kernel, (triton.cdiv(n, cols), parts.splits), {"num_warps": 4}, dy,
         dy_ptr=dy, kept_ptr=dora.kept, dz_ptr=dora.dz, parts_ptr=memory, gain_ptr=dora.gain, M=m, N=n,
-        stride_ym=dy.stride(0), stride_yn=dy.stride(1), ROWS=rows, COLS=cols, WITH_DM=memory is not None,
-        DTYPE=TL[dy.dtype],
+        stride_ym=dy.stride(0), stride_yn=dy.stride(1), ROWS=rows, COLS=cols, DTYPE=TL[dy.dtype],
     )  # fmt: skip
     return [made] if memory is None else [made, add_parts(parts, memory, dy, dy.dtype, dora=dora)]

@@ -10,7 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import acc_dtype, load_tile, low_scale, mma, padded_rank, precision, wait_for_stream
+from lora_fast.kernels.common import (
+    Matrix,
+    acc_dtype,
+    load_tile,
+    low_scale,
+    mma,
+    padded_rank,
+    precision,
+    wait_for_stream,
+)
 from lora_fast.kernels.operands import Number, Operand, T, launch
 from lora_fast.kernels.program import Launch
 
@@ -38,28 +47,21 @@ def _add_parts(src, dst, block, parts, size, scale, BLOCK: tl.constexpr, ACC: tl
 
 
 @triton.jit
-def _column_dots(dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr, w_scale_ptr, col, M, N, K, R, RS,
-                 stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, stride_wk, stride_bn, stride_br,
-                 BLOCK: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+def _column_dots(dy, x, w, s, b, w_scale_ptr, col, BLOCK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """sum over rows of dY * (x W^T + S B^T), for BLOCK columns from col on."""
     total = tl.zeros([BLOCK], dtype=ACC)
-    for m in range(0, M, BLOCK):
+    for m in range(0, dy.rows, BLOCK):
         z = tl.zeros([BLOCK, BLOCK], dtype=ACC)
-        for k in range(0, K, 16):
-            x = load_tile(x_ptr, m, k, M, K, stride_xm, stride_xk, False, BLOCK, 16)
-            w = load_tile(w_ptr, col, k, N, K, stride_wn, stride_wk, False, BLOCK, 16)
-            if SCALED:  # x as it is: where y was too small to carry z, z's own rounding is no matter
+        for k in range(0, x.cols, 16):
+            x_tile, w_tile = load_tile(x, m, k, BLOCK, 16), load_tile(w, col, k, BLOCK, 16)
+            if w_scale_ptr is not None:  # x as it is: where y was too small to carry z, z's own rounding is no matter
                 cols = col + tl.arange(0, BLOCK)
-                scale = tl.load(w_scale_ptr + cols, mask=cols < N, other=0.0)
-                w = (w.to(ACC) * scale[:, None]).to(x.dtype)
-            z = mma(x, w.T, z, PRECISION)
-        for rank in range(0, R, 16):
-            s = load_tile(s_ptr, m, rank, M, RS, RS, 1, False, BLOCK, 16)
-            b = load_tile(b_ptr, col, rank, N, R, stride_bn, stride_br, False, BLOCK, 16)
-            z = mma(s, b.T, z, PRECISION)
-        dy = load_tile(dy_ptr, m, col, M, N, stride_ym, stride_yn, False, BLOCK, BLOCK)
-        total += tl.sum(dy.to(ACC) * z, 0)
+                scale = tl.load(w_scale_ptr + cols, mask=cols < w.rows, other=0.0)
+                w_tile = (w_tile.to(ACC) * scale[:, None]).to(x_tile.dtype)
+            z = mma(x_tile, w_tile.T, z, PRECISION)
+        for rank in range(0, b.cols, 16):
+            z = mma(load_tile(s, m, rank, BLOCK, 16), load_tile(b, col, rank, BLOCK, 16).T, z, PRECISION)
+        total += tl.sum(load_tile(dy, m, col, BLOCK, BLOCK).to(ACC) * z, 0)
     return total
 
 
@@ -69,24 +71,23 @@ def _sum_kernel(
     dm_ptr, gain_ptr, norm_ptr, dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr, w_scale_ptr,
     splits, col_blocks, ds_size, sum_size, dm_size, g_size, sum_at, dm_at, g_at, M, N, K, R, RS,
     stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, stride_wk, stride_bn, stride_br,
-    WITH_G: tl.constexpr, WITH_DS: tl.constexpr, WITH_SUM: tl.constexpr, WITH_DM: tl.constexpr, WEAK: tl.constexpr,
-    SCALED: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, BLOCK: tl.constexpr, DM_BLOCK: tl.constexpr,
+    WEAK: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, BLOCK: tl.constexpr, DM_BLOCK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     block = tl.program_id(0)
-    if WITH_DS:
+    if ds_ptr is not None:
         n = tl.cdiv(ds_size, BLOCK)
         if block < n:
             scale = low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale
             _add_parts(parts_ptr, ds_ptr, block, col_blocks, ds_size, scale, BLOCK, ACC)
         block -= n
-    if WITH_SUM:
+    if sum_ptr is not None:
         n = tl.cdiv(sum_size, BLOCK)
         if (block >= 0) & (block < n):
             _add_parts(parts_ptr + sum_at, sum_ptr, block, splits, sum_size, 1.0, BLOCK, ACC)
         block -= n
-    if WITH_DM:
+    if dm_ptr is not None:
         n = tl.cdiv(dm_size, DM_BLOCK)
         if (block >= 0) & (block < n):
             cols = block * DM_BLOCK + tl.arange(0, DM_BLOCK)
@@ -97,14 +98,15 @@ def _sum_kernel(
                 weak = (tl.abs(gain) < WEAK) & (norm != 0)
                 total /= tl.where(tl.abs(gain) < WEAK, 1.0, gain)
                 if tl.max(weak.to(tl.int32), 0) > 0:
-                    again = _column_dots(dy_ptr, x_ptr, w_ptr, s_ptr, b_ptr, w_scale_ptr, block * DM_BLOCK, M, N, K,
-                                         R, RS, stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, stride_wk,
-                                         stride_bn, stride_br, DM_BLOCK, SCALED, ACC, PRECISION)  # fmt: skip
+                    dy, x = Matrix(dy_ptr, M, N, stride_ym, stride_yn), Matrix(x_ptr, M, K, stride_xm, stride_xk)
+                    w, s = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(s_ptr, M, RS, RS, 1)
+                    b = Matrix(b_ptr, N, R, stride_bn, stride_br)
+                    again = _column_dots(dy, x, w, s, b, w_scale_ptr, block * DM_BLOCK, DM_BLOCK, ACC, PRECISION)
                     total = tl.where(weak, again, total)
             dm = tl.where(norm != 0, total / tl.where(norm != 0, norm, 1.0), 0.0)
             tl.store(dm_ptr + cols, dm.to(dm_ptr.dtype.element_ty), mask=cols < N)
         block -= n
-    if WITH_G:
+    if g_ptr is not None:
         if block >= 0:
             _add_parts(parts_ptr + g_at, g_ptr, block, splits, g_size, 1.0, BLOCK, ACC)
 
@@ -181,8 +183,6 @@ def add_parts(
         ds_size=parts.ds, sum_size=parts.sums, dm_size=parts.dm, g_size=parts.g,
         sum_at=parts.sums_at, dm_at=parts.dm_at, g_at=parts.g_at,
         M=m, N=n, K=k, R=r, RS=padded_rank(max(r, 1)), **strides,
-        WITH_G=parts.g > 0, WITH_DS=ds is not None, WITH_SUM=sums is not None,
-        WITH_DM=dora is not None and dora.dm is not None, WEAK=weak, SCALED=w_scale is not None, LIFTED=lifted,
-        SCALING_PTR=isinstance(scaling, Operand), BLOCK=SUM_BLOCK, DM_BLOCK=columns,
+        WEAK=weak, LIFTED=lifted, SCALING_PTR=isinstance(scaling, Operand), BLOCK=SUM_BLOCK, DM_BLOCK=columns,
         ACC=acc_dtype(kind), PRECISION=precision(kind, k),
     )  # fmt: skip

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import TL, acc_dtype, load_tile, mma, precision, scalar, store_tile, wait_for_stream, wide
+from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, mma, precision, store_tile, wait_for_stream, wide
 from lora_fast.kernels.norm import gain_of, low_rank_tile, row_norm
 from lora_fast.kernels.operands import Number, Operand, launch, run
 from lora_fast.kernels.program import Launch
@@ -33,71 +33,68 @@ def _weight_kernel(
     w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, v_ptr, bias_ptr, scaling, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr, ONE: tl.constexpr,
-    DORA: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-    OUT: tl.constexpr, PDL: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
+    w, a = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(a_ptr, R, K, stride_ar, stride_ak)
+    b, v = Matrix(b_ptr, N, R, stride_bn, stride_br), Matrix(v_ptr, N, K, K, 1)
     row = tl.program_id(0) * BLOCK_N
-    s = scalar(scaling, False)
     rows = row + tl.arange(0, BLOCK_N)
-    b = load_tile(b_ptr, row, 0, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
+    b_tile = load_tile(b, row, 0, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
     gain = tl.full([BLOCK_N], 1, ACC)
-    if DORA:
-        norm = row_norm(w_ptr, a_ptr, b_ptr, b, 1.0, s, row, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak,
-                        stride_bn, stride_br, BLOCK_N, BLOCK_K, BLOCK_R, SUMS, ONE, False, ACC, PRECISION,
-                        DTYPE)  # fmt: skip
+    if m_ptr is not None:
+        norm = row_norm(w, a, b, b_tile, None, scaling, row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
         tl.store(n_ptr + rows, norm, mask=rows < N)
         gain = gain_of(m_ptr, norm, rows, N, ACC)
     for k in range(0, K, BLOCK_K):
-        w = load_tile(w_ptr, row, k, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
-        update = low_rank_tile(a_ptr, b_ptr, b, row, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br,
-                               BLOCK_N, BLOCK_K, BLOCK_R, ONE, ACC, PRECISION, DTYPE)  # fmt: skip
-        v = w.to(ACC) + s * update
-        if DORA:
-            v = v * gain[:, None]
-        if BIAS:
+        tile = load_tile(w, row, k, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        update = low_rank_tile(a, b, b_tile, row, k, BLOCK_K, ONE, ACC, PRECISION)
+        found = tile.to(ACC) + scaling * update
+        if m_ptr is not None:
+            found = found * gain[:, None]
+        if bias_ptr is not None:
             cols = k + tl.arange(0, BLOCK_K)
-            v += tl.load(bias_ptr + cols, mask=cols < K, other=0.0).to(ACC)[None, :]
-        store_tile(v_ptr, v, row, k, N, K, OUT, False)
+            found += tl.load(bias_ptr + cols, mask=cols < K, other=0.0).to(ACC)[None, :]
+        store_tile(v, found, row, k, OUT)
 
 
 @triton.jit
 def _weight_bwd_kernel(
     g_ptr, w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, da_ptr, db_ptr, dm_ptr, dw_ptr, scaling, N, K, R, rows_each,
     stride_gn, stride_gk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DORA: tl.constexpr, WITH_DW: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_stream(PDL)
     block, split, rank_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     col, rank = block * BLOCK_K, rank_block * BLOCK_R
-    s = scalar(scaling, False)
-    a = load_tile(a_ptr, rank, col, R, K, stride_ar, stride_ak, False, BLOCK_R, BLOCK_K).to(DTYPE)
+    a = load_tile(Matrix(a_ptr, R, K, stride_ar, stride_ak), rank, col, BLOCK_R, BLOCK_K).to(DTYPE)
     da = tl.zeros([BLOCK_R, BLOCK_K], dtype=ACC)
     db_ptr += block.to(tl.int64) * N * R
-    if DORA:
+    if dm_ptr is not None:
         dm_ptr += (rank_block * tl.num_programs(0) + block).to(tl.int64) * N
     for row in range(split * rows_each, min((split + 1) * rows_each, N), BLOCK_N):
-        g = load_tile(g_ptr, row, col, N, K, stride_gn, stride_gk, False, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
-        b = load_tile(b_ptr, row, rank, N, R, stride_bn, stride_br, False, BLOCK_N, BLOCK_R)  # [BLOCK_N, BLOCK_R]
-        db = mma(g, tl.trans(a), tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC), PRECISION) * s
-        if DORA:
+        g = load_tile(Matrix(g_ptr, N, K, stride_gn, stride_gk), row, col, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        b = load_tile(Matrix(b_ptr, N, R, stride_bn, stride_br), row, rank, BLOCK_N, BLOCK_R)  # [BLOCK_N, BLOCK_R]
+        db = mma(g, tl.trans(a), tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC), PRECISION) * scaling
+        if dm_ptr is not None:
             rows = row + tl.arange(0, BLOCK_N)
             norm = tl.load(n_ptr + rows, mask=rows < N, other=0.0)
             gain = gain_of(m_ptr, norm, rows, N, ACC)
             dm = tl.sum(db * b.to(ACC), 1)
             if rank_block == 0:
-                w = load_tile(w_ptr, row, col, N, K, stride_wn, stride_wk, False, BLOCK_N, BLOCK_K)
+                w = load_tile(Matrix(w_ptr, N, K, stride_wn, stride_wk), row, col, BLOCK_N, BLOCK_K)
                 dm += tl.sum(g.to(ACC) * w.to(ACC), 1)
-                if WITH_DW:
-                    store_tile(dw_ptr, g.to(ACC) * gain[:, None], row, col, N, K, DTYPE, False)
+                if dw_ptr is not None:
+                    store_tile(Matrix(dw_ptr, N, K, K, 1), g.to(ACC) * gain[:, None], row, col, DTYPE)
             dm = tl.where(norm != 0, dm / tl.where(norm != 0, norm, 1.0), 0.0)
             tl.store(dm_ptr + rows, dm, mask=rows < N)
             db *= gain[:, None]
             b = b.to(ACC) * gain[:, None]
-        store_tile(db_ptr, db, row, rank, N, R, ACC, False)
+        store_tile(Matrix(db_ptr, N, R, R, 1), db, row, rank, ACC)
         da = mma(tl.trans(b.to(DTYPE)), g, da, PRECISION)
-    store_tile(da_ptr + split.to(tl.int64) * R * K, da * s, rank, col, R, K, ACC, False)
+    da_part = Matrix(da_ptr + split.to(tl.int64) * R * K, R, K, K, 1)
+    store_tile(da_part, da * scaling, rank, col, ACC)
 
 
 def weight(
@@ -115,8 +112,8 @@ def weight(
         _weight_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), options, w,
         w_ptr=w, a_ptr=a, b_ptr=b, m_ptr=m, n_ptr=n, v_ptr=v, bias_ptr=bias, scaling=scaling, N=rows, K=k, R=r,
         stride_wn=w.stride(0), stride_wk=w.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
-        stride_bn=b.stride(0), stride_br=b.stride(1), **tile, ONE=r <= tile["BLOCK_R"], DORA=m is not None,
-        BIAS=bias is not None, ACC=acc_dtype(wide(w, a, b)), PRECISION="ieee" if exact else "tf32x3", DTYPE=TL[kind],
+        stride_bn=b.stride(0), stride_br=b.stride(1), **tile, ONE=r <= tile["BLOCK_R"],
+        ACC=acc_dtype(wide(w, a, b)), PRECISION="ieee" if exact else "tf32x3", DTYPE=TL[kind],
         OUT=TL[w.dtype],
     )  # fmt: skip
 
@@ -164,7 +161,7 @@ def weight_gradients(
         scaling=scaling, N=rows, K=k, R=r, rows_each=shares.rows_each,
         stride_gn=g.stride(0), stride_gk=g.stride(1), stride_wn=read.stride(0), stride_wk=read.stride(1),
         stride_ar=a.stride(0), stride_ak=a.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1),
-        **shares.tile, DORA=w is not None, WITH_DW=dw is not None, ACC=acc_dtype(g.dtype),
+        **shares.tile, ACC=acc_dtype(g.dtype),
         PRECISION=precision(g.dtype, max(rows, k)), DTYPE=TL[g.dtype],
     )  # fmt: skip
 
