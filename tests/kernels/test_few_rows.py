@@ -20,8 +20,8 @@ from lora_fast.timing import graphed
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
-ROWS = {"cpu": (1, 17, 65, 130), "cuda": (1, 2, 17, 63, 64, 65, 127, 256, 511, 1023, 2048)}
-CASES = [pytest.param("cpu", HALF, (96, 136, 16), marks=pytest.mark.interpreted)]
+ROWS = {"cpu": (1, 65), "cuda": (1, 2, 17, 63, 64, 65, 127, 256, 511, 1023, 2048)}
+CASES = [pytest.param("cpu", HALF, (72, 96, 16), marks=pytest.mark.interpreted)]
 LARGE = [(512, 776, 16), (4096, 1024, 8), (1032, 2048, 32), (896, 520, 24)]
 CASES += [pytest.param("cuda", dtype, shape, marks=pytest.mark.gpu) for dtype in (BF16, HALF) for shape in LARGE]
 
@@ -55,9 +55,10 @@ def made(monkeypatch):
 
 
 @pytest.mark.parametrize("device, dtype, shape", CASES, ids=ids)
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("adapter", [None, FLOAT], ids=str)
+@pytest.mark.parametrize("p, adapter", [(0.0, None), (0.1, FLOAT), (0.0, FLOAT), (0.1, None)], ids=ids)
 def test_error_rule(device, dtype, shape, p, adapter, tile, made):
+    if device == "cpu" and (p > 0) != (adapter == FLOAT):
+        pytest.skip("the interpreter is slow; float16 needs copies of the adapters in any case")
     for m in ROWS[device]:
         draws = 16 if device == "cuda" and m < 64 else 2
         check(fused(p), [masked(draw(m, *shape, dtype, device, seed, bias=m % 2 > 0, adapter=adapter), p)
@@ -66,8 +67,10 @@ def test_error_rule(device, dtype, shape, p, adapter, tile, made):
 
 
 @pytest.mark.parametrize("device, dtype, shape", CASES, ids=ids)
-@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("p", [0.1, 0.0])
 def test_error_rule_of_dora(device, dtype, shape, p, tile, made):
+    if device == "cpu" and p == 0:
+        pytest.skip("the interpreter is slow")
     for m in ROWS[device]:
         draws = 16 if device == "cuda" and m < 64 else 2
         hold(fused_dora(p), [masked(draw(m, *shape, dtype, device, seed, bias=m % 2 > 0), p) for seed in range(draws)])
