@@ -12,6 +12,7 @@ import torch
 
 from lora_fast.kernels.cast import Cast
 from lora_fast.kernels.common import FP8, padded_rank, precision, wide
+from lora_fast.kernels.decode import decode, takes_decode
 from lora_fast.kernels.down import Quantised, cast_and_down, down
 from lora_fast.kernels.few_rows import makes_s, product_with_s
 from lora_fast.kernels.gemm import product
@@ -55,6 +56,11 @@ def _forward(at: Forward, problem: Problem) -> list[Launch]:
     a, b, quantised = at.a, at.b, None
     if at.seed is not None:
         launches.append(mask(at.seed, at.bits, at.keep_count, at.n_words))
+    if problem.alone and at.bits is None and not problem.quantises and takes_decode(x, at.weight, a):
+        if problem.dora:
+            launches += norms(at.weight, a, b, at.scaling, small.norm, m=at.magnitude, gain=small.gain,
+                              round_norm=problem.round_norm, room=y)  # fmt: skip
+        return launches + decode(x, at.weight, a, b, y, at.scaling, Scratch(x.device), bias=at.bias, gain=small.gain)
     if at.x8 is not None:
         quantised = Quantised(at.x8, small.x_scale)
     if problem.casts:

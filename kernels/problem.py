@@ -99,6 +99,7 @@ class Problem:
     keep_x8: bool = False  # the backward reads x in e4m3
     keep_z: bool = False  # and z, which the forward keeps for it
     round_norm: bool = False
+    alone: bool = False  # no backward will come, so nothing need be left for it
     programs: dict[tuple, Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -266,6 +266,28 @@ def low_rank_tile_of(m: int, n: int, c: int, device: torch.device, masked: bool)
     return tile if triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) <= n_programs(device) else None
 
 
+def decodes(m: int, r: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a forward alone is made with its operands the other way round."""
+    return m <= 64 and r <= 64 and dtype.itemsize == 2 and arch(device) // 10 == 9
+
+
+def decode_tile(m: int, n: int, kind: torch.dtype) -> tuple[dict, dict]:
+    """The forward of few rows without a backward: BLOCK_N rows of W, BLOCK_K columns a step, as many stages as fit.
+    ``kind`` is A's dtype."""
+    block_m, block_n, block_k = rank_block(m, 64), *((128, 64) if n >= 4096 else (64, 128))
+    stage = block_k * (2 * block_n + 2 * block_m + kind.itemsize * 64)  # bytes
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64}
+    return tile, {"num_warps": 4, "num_stages": min(6, 200_000 // stage)}
+
+
+def decode_splits(n: int, k: int, tile: dict, device: torch.device) -> tuple[int, int]:
+    """(how many programs share the way along K, steps of each): one program a processor, four steps at least."""
+    steps = triton.cdiv(k, tile["BLOCK_K"])
+    splits = max(1, min(n_programs(device) // triton.cdiv(n, tile["BLOCK_N"]), steps // 4))
+    each = triton.cdiv(steps, splits)
+    return triton.cdiv(steps, each), each
+
+
 def pair_tile(masked: bool) -> tuple[dict, dict]:
     """dA and dB of few rows: BLOCK_M rows a step, more under a mask, which is applied in registers."""
     tile = {"BLOCK_M": 256 if masked else 128, "BLOCK_N": 64}

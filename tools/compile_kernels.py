@@ -71,12 +71,12 @@ def longest_run(cubin: bytes) -> int:
     return best
 
 
-PRODUCTS = "_gemm_kernel", "_few_rows_kernel"
+PRODUCTS = "_gemm_kernel", "_few_rows_kernel", "_decode_kernel"
 BF16, FLOAT = torch.bfloat16, torch.float32
 
 
 def layer(m, k, n, r, dtype, p, adapter, with_bias, magnitude):
-    """A whole layer's launches, forward and backward."""
+    """A whole layer's launches, forward and backward; of 64 rows or fewer the forward alone, as in decoding."""
     from lora_fast.kernels import lora
     from lora_fast.kernels.problem import Call, Kinds, Needs, Problem, Saved
 
@@ -86,6 +86,10 @@ def layer(m, k, n, r, dtype, p, adapter, with_bias, magnitude):
         bias = torch.empty(n, dtype=dtype)
     dora = magnitude is not None
     kinds, needs = Kinds(dtype, adapter, adapter, dtype, dtype), Needs(True, True, True, with_bias, dora)
+    if m <= 64:
+        problem = Problem((m,), k, n, r, kinds, Needs(), dora=dora, alone=True)
+        lora.forward(problem, Call(2.0, None, 0.0, None), x, w, a, b, bias, magnitude)
+        return
     problem = Problem((m,), k, n, r, kinds, needs, dora=dora, keep_z=dora and with_bias)
     y, made = lora.forward(problem, Call(2.0, 1 if p else None, p, None), x, w, a, b, bias, magnitude)
     saved = Saved(x, w, a, b, y if dora and not with_bias else None, *made, None, None, None)
@@ -195,6 +199,9 @@ FEW_ROWS = [  # which among them take every tile
     (256, 4096, 4096, 16, BF16, 0.0, BF16, False),
     (2048, 14336, 4096, 16, BF16, 0.0, BF16, True),
     (256, 2048, 512, 8, torch.float16, 0.1, FLOAT, False),
+    (8, 14336, 4096, 16, BF16, 0.0, BF16, False),
+    (64, 4096, 14336, 64, torch.float16, 0.0, FLOAT, True),
+    (64, 2048, 2048, 16, BF16, 0.0, FLOAT, True),
     (4096, 4096, 4096, 40, BF16, 0.0, BF16, False),  # whose B would be loaded by single elements, and spill
 ]
 

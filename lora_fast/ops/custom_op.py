@@ -1,8 +1,9 @@
 """The fused kernels as an operator for torch.compile: ``torch.ops.lora_fast.lora_linear``, y of a layer.
 
-Under autograd it becomes ``lora_linear_fwd``, and its gradients ``lora_linear_bwd``: these two are what a compiled
-graph holds, and they have no kernel for autograd in between. They are defined by hand and give nothing empty, since the
-wrappers of ``torch.library.custom_op`` and each output take the host some microseconds in every call.
+Under autograd it becomes ``lora_linear_fwd``, and its gradients ``lora_linear_bwd``, else ``lora_linear_alone``: these
+are what a compiled graph holds, and they have no kernel for autograd in between. They are defined by hand and give
+nothing empty, since the wrappers of ``torch.library.custom_op`` and each output take the host some microseconds in
+every call.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ _GIVEN = """(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias
     Tensor? col_scale=None)"""
 _library = torch.library.Library("lora_fast", "FRAGMENT")
 _library.define(f"lora_linear{_GIVEN} -> Tensor")
+_library.define(f"lora_linear_alone{_GIVEN} -> Tensor")
 _library.define(f"lora_linear_fwd{_GIVEN} -> Tensor[]")
 _library.define("""lora_linear_bwd(Tensor dy, Tensor?[] saved, Tensor scaling, float p, SymInt[] shape,
     ScalarType[] kinds, bool[] needs, bool[] flags) -> Tensor[]""")
@@ -51,12 +53,13 @@ class _Given(NamedTuple):
     def fp8(self) -> Fp8 | None:
         return None if self.row_scale is None else Fp8(self.row_scale, self.columns, self.col_scale)
 
-    def problem(self, *needs: bool) -> Problem:
+    def problem(self, *needs: bool, alone: bool = False) -> Problem:
         (n, k), x = self.weight.shape, self.x
         kinds = kinds_of(x.dtype, self.lora_A, self.lora_B, self.bias, self.magnitude)
         return Problem(
             x.shape[:-1], k, n, len(self.lora_A), kinds, Needs(*needs), dora=self.magnitude is not None,
             fp8=self.row_scale is not None, keep_x8=self.save_x8, keep_z=self.keep_z, round_norm=self.round_norm,
+            alone=alone,
         )  # fmt: skip
 
 
@@ -71,15 +74,19 @@ def linear(problem: Problem, call: Call, x, weight, lora_A, lora_B, bias, magnit
     )  # fmt: skip
 
 
-def _forward(*args: Any) -> list[torch.Tensor]:
+def _alone(*args: Any) -> torch.Tensor:
+    return _forward(*args, alone=True)[0]
+
+
+def _forward(*args: Any, alone: bool = False) -> list[torch.Tensor]:
     """y, the room, and what there is of the mask's bits, z and an x in 8 bits, in this order."""
     given = _Given(*args)
     x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, *flags = given[:12]
     key = (
         x.device, x.dtype, x.shape, x.stride(), weight.dtype, weight.shape, weight.stride(), lora_A.dtype, lora_A.shape,
-        lora_B.dtype, dtype_of(bias), dtype_of(magnitude), *flags, given.fp8 is None,
+        lora_B.dtype, dtype_of(bias), dtype_of(magnitude), *flags, given.fp8 is None, alone,
     )  # fmt: skip
-    problem = _problems.get(key) or _problems.keep(key, given.problem())
+    problem = _problems.get(key) or _problems.keep(key, given.problem(alone=alone))
     small: Any = map(contiguous, (lora_A, lora_B, bias, magnitude))
     with on(x.device):
         call = Call(scaling, seed, p, given.fp8)
@@ -154,13 +161,15 @@ class _LoRALinear(torch.autograd.Function):
 def _recorded(*given: Any) -> torch.Tensor:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*given):
         return _LoRALinear.apply(*given)
-    return torch.ops.lora_fast.lora_linear_fwd(*given)[0]
+    return torch.ops.lora_fast.lora_linear_alone(*given)
 
 
-_library.impl("lora_linear", lambda *given: torch.ops.lora_fast.lora_linear_fwd(*given)[0], "CompositeExplicitAutograd")
+_library.impl("lora_linear", torch.ops.lora_fast.lora_linear_alone, "CompositeExplicitAutograd")
 _library.impl("lora_linear", _recorded, "Autograd")
+_library.impl("lora_linear_alone", _alone, "CompositeExplicitAutograd")
 _library.impl("lora_linear_fwd", _forward, "CompositeExplicitAutograd")
 _library.impl("lora_linear_bwd", _gradients, "CompositeExplicitAutograd")
-torch.library.register_fake("lora_fast::lora_linear", lambda *given: _forward_fake(*given)[0], lib=_library)
+for _name in ("lora_linear", "lora_linear_alone"):
+    torch.library.register_fake(f"lora_fast::{_name}", lambda *given: _forward_fake(*given)[0], lib=_library)
 torch.library.register_fake("lora_fast::lora_linear_fwd", _forward_fake, lib=_library)
 torch.library.register_fake("lora_fast::lora_linear_bwd", _gradients_fake, lib=_library)

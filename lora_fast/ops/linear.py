@@ -35,7 +35,7 @@ class FusedLinear:
         (n, k), kinds = weight.shape, kinds_of(kind, lora_A, lora_B, bias, magnitude)
         self.problem = Problem(
             tuple(x.shape[:-1]), k, n, len(lora_A), kinds, needs, dora=magnitude is not None, fp8=fp8, keep_x8=keep_x8,
-            keep_z=needs.m and not keeps_y, round_norm=round_norm and not fp8,
+            keep_z=needs.m and not keeps_y, round_norm=round_norm and not fp8, alone=not any(needs),
         )  # fmt: skip
         self.records, self.compiling = any(needs), torch.compiler.is_compiling()
         self.kind, self.fp8, self.casts = kind, fp8, kind != x.dtype or kind != weight.dtype

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from accuracy import check, draw, gradients
+from accuracy import check, compare, draw, eager, gradients
 from devices import TRITON
-from dora_forms import hold, magnitude, results
+from dora_forms import hold, magnitude, plain, results
 
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -14,7 +14,7 @@ if not TRITON:
 from fused import fused, fused_dora, masked
 
 from lora_fast import functional
-from lora_fast.kernels import few_rows, lora, pair, tiles
+from lora_fast.kernels import decode, few_rows, lora, pair, tiles
 from lora_fast.timing import graphed
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -42,14 +42,14 @@ def tile(request, monkeypatch):
 def made(monkeypatch):
     """The names of the launches for few rows that were planned."""
     found = set()
-    for module, name in ((few_rows, "launch"), (pair, "launch")):
-        honest = getattr(module, name)
+    for module in (few_rows, pair, decode):
+        honest = module.launch
 
         def seen(kernel, *args, honest=honest, **given):
             found.add(kernel.fn.__name__)
             return honest(kernel, *args, **given)
 
-        monkeypatch.setattr(module, name, seen)
+        monkeypatch.setattr(module, "launch", seen)
     monkeypatch.setattr(functional, "_calls", {})
     return found
 
@@ -83,6 +83,54 @@ def test_s_comes_with_the_product(device, dtype, made):
     inputs = draw(40, 64, 48, 16, dtype, device)
     check(fused(), [inputs])
     assert "_few_rows_kernel" in made
+
+
+DECODED = [pytest.param("cpu", HALF, shape, marks=pytest.mark.interpreted)
+           for shape in ((1, 64, 96, 8), (17, 1024, 72, 16), (33, 136, 200, 64))]  # fmt: skip
+DECODED += [pytest.param("cuda", dtype, (m, *shape), marks=pytest.mark.gpu) for dtype in (BF16, HALF)
+            for m in (1, 2, 17, 63, 64)
+            for shape in ((2048, 2048, 16), (14336, 4096, 8), (4096, 6152, 40))]  # fmt: skip
+
+
+@pytest.mark.parametrize("device, dtype, shape", DECODED, ids=ids)
+@pytest.mark.parametrize("adapter", [None, FLOAT], ids=str)
+def test_error_rule_without_a_backward(device, dtype, shape, adapter, made):
+    """As in decoding: y of 64 rows at most, where nothing asks for a gradient."""
+    ours, eagers, truths = [], [], []
+    for seed in range(4):
+        inputs = draw(*shape, dtype, device, seed, bias=seed % 2 > 0, adapter=adapter)
+        m = magnitude(inputs)
+
+        def formula(kind, inputs=inputs, m=m):
+            x, w, a, b, bias, size = (None if t is None else t.to(kind or t.dtype) for t in (
+                inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, m))  # fmt: skip
+            return {"y": eager(x, w, a, b, bias, 2.0), "dora": plain()(x, w, a, b, size, bias)}
+
+        given = inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B
+        dora = fused_dora()(inputs)(*given, m, inputs.bias)
+        ours.append({"y": fused()(inputs)(*given, inputs.bias), "dora": dora})
+        eagers.append(formula(None))
+        truths.append(formula(torch.float64))
+    compare(ours, eagers, truths, dtype)
+    assert "_decode_kernel" in made
+
+
+def test_a_compiled_forward_alone(device, made):
+    """The operator knows whether a backward will come, though inside it nothing asks for a gradient."""
+    inputs = draw(5, 64, 48, 8, HALF, device)
+
+    def fn(x, a, b):
+        return functional.lora_linear(x, inputs.weight, a, b, 2.0, backend="triton")
+
+    compiled = torch.compile(fn, backend="aot_eager", fullgraph=True)
+    leaves = [t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B)]
+    y = compiled(*leaves)
+    assert "_decode_kernel" not in made
+    ours, expected = (torch.autograd.grad(out, leaves, inputs.dy) for out in (y, fn(*leaves)))
+    assert all(map(torch.equal, ours, expected))
+    with torch.no_grad():
+        assert torch.allclose(compiled(*leaves), y, rtol=1e-2, atol=1e-2)
+    assert "_decode_kernel" in made
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

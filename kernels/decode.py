@@ -1,0 +1,108 @@
+"""y = g * (x W^T + s (x A^T) B^T) + bias for at most 64 rows and without a backward, as in decoding, where reading W is
+what takes the time.
+
+The operands stand the other way round, y^T = W x^T + B S^T with S^T = s A x^T, so that rows of W, and not the few rows
+of x, fill a tile of the matrix units. S is made on the way, by each program for itself. Where the columns of y are too
+few to keep all processors reading, programs share the way along K, and a second launch adds up their parts, in a fixed
+order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_fast.kernels.common import TL, late, lift_of, low_scale, wait_for_stream
+from lora_fast.kernels.operands import Number, Operand, Scratch, Tiles, launch
+from lora_fast.kernels.program import Launch
+from lora_fast.kernels.tiles import decode_splits, decode_tile, decodes, tma_fits
+
+ADD_BLOCK = 32  # columns of y whose parts a program adds up
+
+
+@triton.jit
+def _finish(acc, y_ptr, gain_ptr, bias_ptr, cols, rows, M, N):
+    """y of these columns and rows from the sums [columns, rows]."""
+    if gain_ptr is not None:
+        acc *= tl.load(gain_ptr + cols, mask=cols < N, other=0.0)[:, None]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
+    y_ptrs = y_ptr + rows.to(tl.int64)[None, :] * N + cols[:, None]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(cols[:, None] < N) & (rows[None, :] < M))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _decode_kernel(
+    x, w, a, b_ptr, y_ptr, parts_ptr, gain_ptr, bias_ptr, scaling, M, N, K, R, steps, stride_bn, stride_br,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
+    LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_stream(PDL)
+    blocks = tl.cdiv(N, BLOCK_N)
+    split, col = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BLOCK_N
+    rows, cols, ranks = tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    b_ptrs = b_ptr + cols.to(tl.int64)[:, None] * stride_bn + ranks[None, :] * stride_br
+    b = tl.load(b_ptrs, mask=(cols[:, None] < N) & (ranks[None, :] < R), other=0.0)  # [BLOCK_N, BLOCK_R]
+    if LIFTED:
+        b = b.to(tl.float32) * lift_of(scaling, SCALING_PTR)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    low = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32)
+    first = split * steps
+    last = tl.minimum(first + steps, tl.cdiv(K, BLOCK_K))
+    tl.assume(last > first)  # where the loop might not run, ptxas serialises the products of some tiles
+    for step in range(first, last):
+        k = step * BLOCK_K
+        tile = x.load([0, k])  # [BLOCK_M, BLOCK_K]
+        acc = tl.dot(w.load([col, k]), tile.T, acc)
+        low = tl.dot(a.load([0, k]).to(DTYPE), tile.T, low)
+    low *= low_scale(scaling, SCALING_PTR, LIFTED)
+    acc = tl.dot(late(b.to(DTYPE)), low.to(DTYPE), acc)
+    if SPLITS == 1:
+        _finish(acc, y_ptr, gain_ptr, bias_ptr, cols, rows, M, N)
+    else:
+        parts_ptrs = parts_ptr + (split.to(tl.int64) * N + cols[:, None]) * BLOCK_M + rows[None, :]
+        tl.store(parts_ptrs, acc, mask=cols[:, None] < N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _add_kernel(
+    parts_ptr, y_ptr, gain_ptr, bias_ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_stream(PDL)
+    rows, cols = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        parts_ptrs = parts_ptr + (split * N + cols.to(tl.int64)[:, None]) * BLOCK_M + rows[None, :]
+        acc += tl.load(parts_ptrs, mask=cols[:, None] < N, other=0.0)
+    _finish(acc, y_ptr, gain_ptr, bias_ptr, cols, rows, M, N)
+
+
+def takes_decode(x: Operand, w: Operand, a: Operand) -> bool:
+    """Whether x [M, K], w [N, K] and a [R, K] have so few rows and lie so that ``decode`` can read them."""
+    return decodes(len(x), len(a), x.dtype, x.device) and x.dtype == w.dtype and tma_fits(x, w, a)
+
+
+def decode(
+    x: Operand, w: Operand, a: Operand, b: Operand, y: Operand, scaling: Operand | Number, scratch: Scratch, *,
+    bias: Operand | None = None, gain: Operand | None = None,
+) -> list[Launch]:  # fmt: skip
+    """y [M, N] = gain * (x w^T + scaling * (x a^T) b^T) + bias; a [R, K] and b [N, R] in any float dtype."""
+    (m, k), n, r = x.shape, len(w), len(a)
+    tile, options = decode_tile(m, n, a.dtype)
+    splits, steps = decode_splits(n, k, tile, x.device)
+    block_m, block_n, block_k, block_r = (tile[f"BLOCK_{axis}"] for axis in "MNKR")
+    epilogue = {"y_ptr": y, "gain_ptr": gain, "bias_ptr": bias, "M": m, "N": n, "BLOCK_M": block_m,
+                "SPLITS": splits}  # fmt: skip
+    parts = scratch.part((splits, n, block_m), torch.float32) if splits > 1 else None
+    made = launch(
+        _decode_kernel, (triton.cdiv(n, block_n) * splits,), options, x,
+        x=Tiles(x, [block_m, block_k]), w=Tiles(w, [block_n, block_k]), a=Tiles(a, [block_r, block_k]), b_ptr=b,
+        parts_ptr=parts, scaling=scaling, K=k, R=r, steps=steps, stride_bn=b.stride(0), stride_br=b.stride(1),
+        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, LIFTED=x.dtype == torch.float16,
+        SCALING_PTR=isinstance(scaling, Operand), DTYPE=TL[x.dtype], **epilogue,
+    )  # fmt: skip
+    if parts is None:
+        return [made]
+    added = launch(_add_kernel, (triton.cdiv(n, ADD_BLOCK),), {"num_warps": 4}, x, parts_ptr=parts, BLOCK_N=ADD_BLOCK,
+                   **epilogue)  # fmt: skip
+    return [made, added]
