@@ -14,15 +14,16 @@ lora_fast_fp8_dora  DoRALinear over the same base (base_dtype="float8_e4m3")
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks import bench_lora, common, fp8
-from benchmarks.bench_lora import Candidate, Case, Suite
+from benchmarks.bench_lora import Case, Suite
 from benchmarks.summary import means
 from lora_fast import DoRALinear, LoRALinear, reference
+from lora_fast.timing import Candidate
 
 IMPLS = ("frozen", "frozen_again", "lora_fast_lora", "eager", "eager_compiled", "peft", "eager_fp8",
          "lora_fast_fp8_dora", "lora_fast_dora")  # fmt: skip
@@ -39,7 +40,9 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
     ours.reset_magnitude()
     leaves: list[Tensor] = [x, ours.lora_A, ours.lora_B, ours.lora_magnitude_vector]
 
-    def eager(linear: Callable[..., Tensor], weight: Tensor = ours.weight, adapter=tuple(leaves[1:])) -> Candidate:
+    def eager(
+        linear: Callable[..., Tensor], weight: Tensor = ours.weight, adapter: Sequence[Tensor] = leaves[1:]
+    ) -> Candidate:
         return Candidate(lambda x: linear(x, weight, *adapter, ours.scaling, None, case.p), x, dy, [x, *adapter])
 
     made = {impl: base[impl] for impl in impls if impl in base}

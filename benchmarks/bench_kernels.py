@@ -108,7 +108,7 @@ def build(case: Case, t: Inputs) -> tuple[list[Kernel], dict[str, Callable[[int]
     x, dy, ws, a, b, s, ds, seed, bits, grad_a, grad_b, dz, (magnitude, gain, norms, grad_m) = t
     w, keep = ws[0], mask.keep_scale(P)
 
-    def dora(i: int) -> Dora:  # another dY stands for z
+    def dora(i: int) -> Dora[Tensor]:  # another dY stands for z
         return Dora(gain, norms, dy[i - 1], dz[i], grad_m)
 
     small = m * r * x.itemsize  # bytes of S or dS; an adapter has 2 * r a column or row, its gradient 4 * r
@@ -183,7 +183,7 @@ def measured(case: Case, rounds: int, about: common.Row) -> tuple[list[common.Ro
 def table(rows: list[common.Row]) -> str:
     """A line for each case: time in microseconds and times the floor of each kernel, in bold where over the bound."""
     names = list(dict.fromkeys((row["kernel"], row["p"], row["bound"]) for row in rows))
-    lines: dict[tuple, dict[tuple, str]] = {}
+    lines: dict[tuple[Any, ...], dict[tuple[Any, ...], str]] = {}
     for row in rows:
         line = lines.setdefault(tuple(row[key] for key in Case._fields), {})
         over = row["bound"] != "" and row["ratio"] > row["bound"]

@@ -89,7 +89,7 @@ def processes(count: int, device: str, backend: str, worker: Callable[..., Any],
 
 
 def _process(
-    rank: int, count: int, device: str, backend: str, folder: Path, worker: Callable[..., Any], args: tuple
+    rank: int, count: int, device: str, backend: str, folder: Path, worker: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     gc.freeze()  # the modules; a collection before each model would look at them all
     torch.set_num_threads(1)  # as torchrun does: with a thread a core in each process, they wait for each other

@@ -6,16 +6,27 @@ import torch
 from torch import Tensor
 
 from lora_fast import reference
-from lora_fast.fp8 import emulated_product, fp8_linear, quantise_rows
+from lora_fast.fp8 import Fp8Weight, emulated_product, fp8_linear, quantise_rows
 
 
-def lora_linear(x, weight, lora_A, lora_B, scaling, bias, p) -> Tensor:
+def lora_linear(
+    x: Tensor, weight: Fp8Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: None, p: float
+) -> Tensor:
     dropped = torch.nn.functional.dropout(x, p) if p > 0 else x
     low = torch.nn.functional.linear(dropped, lora_A.to(x.dtype)) * scaling
     return torch.addmm(fp8_linear(x, weight, product=_product), low, lora_B.to(x.dtype).t())
 
 
-def dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, p) -> Tensor:
+def dora_linear(
+    x: Tensor,
+    weight: Fp8Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: None,
+    p: float,
+) -> Tensor:
     norm = reference.dora_norm(weight, lora_A, lora_B, scaling)
     return reference.dora_scale(lora_linear(x, weight, lora_A, lora_B, scaling, None, p), magnitude, norm, bias)
 

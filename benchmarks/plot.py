@@ -8,6 +8,7 @@ import argparse
 import csv
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import SHAPES
 
@@ -35,7 +36,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def extra(rows: list[dict[str, str]], impl: str, p: float, column: str) -> dict[tuple[int, int, int], float]:
     """By shape, how many percent more than the frozen layer an implementation takes: in time than that of its own run,
     since the rows of a file may come from several."""
-    values: dict[tuple, float] = {}
+    values: dict[tuple[str, tuple[int, ...]], float] = {}
     for row in rows:
         if float(row["p"]) == p:
             values[row["impl"], (int(row["M"]), int(row["K"]), int(row["N"]))] = float(row[column])
@@ -44,7 +45,7 @@ def extra(rows: list[dict[str, str]], impl: str, p: float, column: str) -> dict[
     return {shape: 100 * (values[impl, shape] / frozen[shape] - 1) for shape in shapes}
 
 
-def draw(rows: list[dict[str, str]]):
+def draw(rows: list[dict[str, str]]) -> Any:
     """The figure. Raises ValueError if the rows are none."""
     from matplotlib.figure import Figure  # without pyplot: no window, no display needed
 

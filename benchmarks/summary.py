@@ -57,7 +57,9 @@ def means(rows: list[Row], r: int) -> str:
 def summarise(rows: list[Row], graph_rows: list[Row]) -> str:
     """Two tables: every impl's geometric means, and ours beside the bounds; "-" where it was not measured."""
 
-    def both(label: str, value: Callable[[float], float | None], form: Callable[[float | None], str], bound: str):
+    def both(
+        label: str, value: Callable[[float], float | None], form: Callable[[float | None], str], bound: str
+    ) -> list[str]:
         return [label, *(form(value(p)) for p in PS), bound]
 
     def at(shapes: list[tuple[int, int, int]], rows: list[Row] = rows) -> Callable[[float], float | None]:

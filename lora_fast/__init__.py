@@ -8,7 +8,6 @@ from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.merging import merge_lora, merge_peft, unmerge_lora
 from lora_fast.models.adapt import (
-    LoRAConfig,
     add_lora,
     disable_lora,
     lora_parameters,
@@ -16,8 +15,10 @@ from lora_fast.models.adapt import (
     remove_lora,
 )
 from lora_fast.models.bottleneck import add_bottleneck, bottleneck_state_dict
+from lora_fast.models.config import LoRAConfig
 from lora_fast.models.state import load_lora_state_dict, lora_state_dict
-from lora_fast.peft import PeftReport, patch_peft, peft_report, unpatch_peft
+from lora_fast.peft import patch_peft, unpatch_peft
+from lora_fast.peft.report import PeftReport, peft_report
 
 __version__ = "0.1.0"
 

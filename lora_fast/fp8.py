@@ -52,7 +52,7 @@ class Fp8Weight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, rows, row_scale, columns, col_scale, dtype):  # type: ignore[no-untyped-def]
-        self = torch.Tensor._make_wrapper_subclass(cls, rows.shape, dtype=dtype, device=rows.device)  # type: ignore[attr-defined]
+        self = torch.Tensor._make_wrapper_subclass(cls, rows.shape, dtype=dtype, device=rows.device)
         self.rows, self.row_scale, self.columns, self.col_scale = rows, row_scale, columns, col_scale
         self.acts_as = dtype  # as self.dtype, which takes the host longer to read
         return self
@@ -69,7 +69,7 @@ class Fp8Weight(torch.Tensor):
         cls.check(weight)
         weight = weight.detach()
         by_columns = quantise_rows(weight.t().contiguous())
-        return cls(*quantise_rows(weight), *by_columns, weight.dtype)  # type: ignore[call-arg]
+        return cls(*quantise_rows(weight), *by_columns, weight.dtype)
 
     @classmethod
     def check(cls, weight: torch.Tensor) -> None:
@@ -114,10 +114,10 @@ class Fp8Weight(torch.Tensor):
         return list(self.INNER), self.dtype
 
     @classmethod
-    def __tensor_unflatten__(cls, inner: dict, dtype: torch.dtype, *_: Any) -> Self:
+    def __tensor_unflatten__(cls, inner: dict[str, Any], dtype: torch.dtype, *_: Any) -> Self:
         return cls(*(inner[name] for name in cls.INNER), dtype)  # type: ignore[call-arg]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # As bytes: pickle, outside torch.save, does not know 8-bit floats.
         inner = (getattr(self, name) for name in self.INNER)
         stored = (t.view(torch.uint8) if t.dtype == E4M3 else t for t in inner)
@@ -190,7 +190,7 @@ class Fp8Shard(Fp8Weight):
     """What each of P processes keeps of an :class:`Fp8Weight` [N, K] under ``fully_shard``: rows [N/P, K] and columns
     [K/P, N] with their scales. It acts as its rows; FSDP2 gathers the whole weight from it before a layer runs."""
 
-    def fsdp_pre_all_gather(self, mesh: Any, size: Any, stride: Any, module: Any, mp_policy: Any) -> tuple:
+    def fsdp_pre_all_gather(self, mesh: Any, size: Any, stride: Any, module: Any, mp_policy: Any) -> tuple[Any, ...]:
         return (self.rows.view(torch.uint8), self.row_scale, self.columns.view(torch.uint8), self.col_scale), None
 
     def fsdp_post_all_gather(
@@ -266,7 +266,15 @@ def is_opaque(weight: torch.Tensor) -> bool:
     return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
-def _unpickled(rows, row_scale, columns, col_scale, dtype, parameter, shard=False) -> torch.Tensor:
+def _unpickled(
+    rows: torch.Tensor,
+    row_scale: torch.Tensor,
+    columns: torch.Tensor,
+    col_scale: torch.Tensor,
+    dtype: torch.dtype,
+    parameter: bool,
+    shard: bool = False,
+) -> torch.Tensor:
     kind = Fp8Shard if shard else Fp8Weight
     weight = kind(rows.view(E4M3), row_scale, columns.view(E4M3), col_scale, dtype)
     return nn.Parameter(weight, requires_grad=False) if parameter else weight
@@ -276,7 +284,10 @@ torch.serialization.add_safe_globals([_unpickled])  # for torch.load, which read
 
 
 def fp8_linear(
-    x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None = None, product: Callable | None = None
+    x: torch.Tensor,
+    weight: Fp8Weight,
+    bias: torch.Tensor | None = None,
+    product: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """``F.linear(x, weight, bias)`` over an fp8 weight in plain torch, which emulates the fused kernels' quantisation:
     x by rows in the forward, dY by rows in the backward. ``product`` makes both products in another way: called with x
@@ -294,14 +305,16 @@ class _Fp8Product(torch.autograd.Function):
     """x W^T, and dY W for the gradient."""
 
     @staticmethod
-    def forward(ctx, product, x, rows, row_scale, columns, col_scale):
+    def forward(
+        ctx: Any, product: Any, x: Any, rows: Any, row_scale: Any, columns: Any, col_scale: Any
+    ) -> torch.Tensor:
         ctx.save_for_backward(columns, col_scale)
         ctx.product = product
         return product(x, rows, row_scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, ctx.product(dy, *ctx.saved_tensors), None, None, None, None
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.models.adapt import lora_layers, noting
 from lora_fast.models.targets import holders, some
-from lora_fast.peft import lora_layers as peft_layers
+from lora_fast.peft.report import lora_layers as peft_layers
 from lora_fast.wrappers.gather import at_hand
 from lora_fast.wrappers.names import plain_modules
 from lora_fast.wrappers.placement import AWAY, offloading, place_of_weight
@@ -18,7 +18,7 @@ from lora_fast.wrappers.placement import AWAY, offloading, place_of_weight
 TIED = "weight: is sharded and tied to another layer's, which would change; merge before that"
 
 
-def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.PathLike | None = None) -> nn.Module:
+def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.PathLike[str] | None = None) -> nn.Module:
     """Merge every adapter into its layer's weight; return ``model``. Layers merged already stay as they are.
 
     ``original`` names the checkpoint that the model's fp8 bases were made from, a safetensors file or a directory with
@@ -63,7 +63,7 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
 
 
 def merge_peft(
-    model: nn.Module, original: str | os.PathLike, safe_merge: bool = False, adapter_names: list[str] | None = None
+    model: nn.Module, original: str | os.PathLike[str], safe_merge: bool = False, adapter_names: list[str] | None = None
 ) -> nn.Module:
     """Merge the adapters of a model under :func:`lora_fast.patch_peft` as PEFT's ``merge_adapter`` does, but where the
     base is fp8 into the weights of the checkpoint that it was made from; return ``model``.
@@ -112,7 +112,7 @@ def _merge_all(layers: Mapping[str, Any], merge: Callable[[str, Any], None]) -> 
 
 
 def _originals(
-    original: str | os.PathLike | None, bases: Mapping[str, Any], layers: Mapping[str, Any]
+    original: str | os.PathLike[str] | None, bases: Mapping[str, Any], layers: Mapping[str, Any]
 ) -> Callable[[str], torch.Tensor | None]:
     """A reader of the original weights of layers, by name; None of a layer whose base is not fp8."""
     if original is None:

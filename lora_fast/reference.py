@@ -201,7 +201,12 @@ def lora_weight(
 
 
 # All of them leave 0 as it is.
-ACTIVATIONS: dict[str, Callable] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 def bottleneck(

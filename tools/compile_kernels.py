@@ -11,7 +11,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +23,10 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 MATRIX = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
+
+
+# M, K, N, r, the dtype of x, p, the dtype of the adapters, whether there is a bias
+Case = tuple[int, int, int, int, torch.dtype, float, torch.dtype, bool]
 
 
 class TargetOnly:
@@ -35,7 +42,7 @@ class TargetOnly:
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, 32)
 
-    def get_device_interface(self):
+    def get_device_interface(self) -> ModuleType:
         return torch.cuda
 
 
@@ -75,11 +82,12 @@ PRODUCTS = "_gemm_kernel", "_few_rows_kernel", "_decode_kernel"
 BF16, FLOAT = torch.bfloat16, torch.float32
 
 
-def layer(m, k, n, r, dtype, p, adapter, with_bias, magnitude):
+def layer(case: Case, magnitude: torch.Tensor | None) -> None:
     """A whole layer's launches, forward and backward; of 64 rows or fewer the forward alone, as in decoding."""
     from lora_fast.kernels import lora
     from lora_fast.kernels.problem import Call, Kinds, Needs, Problem, Saved
 
+    m, k, n, r, dtype, p, adapter, with_bias = case
     x, w, dy = (torch.empty(*s, dtype=dtype) for s in ((m, k), (n, k), (m, n)))
     a, b, bias = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter), None
     if with_bias:
@@ -96,7 +104,7 @@ def layer(m, k, n, r, dtype, p, adapter, with_bias, magnitude):
     lora.backward(problem, dy, saved, 2.0, p)
 
 
-def compile_for(capability: int, problems, few=()) -> list[dict]:
+def compile_for(capability: int, problems: list[Case], few: Iterable[Case] = ()) -> list[dict[str, Any]]:
     from lora_fast.kernels import cast, down, gemm, launchers, mask, operands, passes, sums, tiles, weight
     from lora_fast.kernels import norm as norm_module
     from lora_fast.kernels.common import FP8
@@ -112,11 +120,11 @@ def compile_for(capability: int, problems, few=()) -> list[dict]:
         (gemm, "n_programs", lambda device: 132),
     ):
         setattr(module, name, value)
-    found: list[dict] = []
+    found: list[dict[str, Any]] = []
     run = JITFunction.run
     problem = ""
 
-    def compile_only(self, *args, grid, warmup, **kwargs):
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if hasattr(kernel, "result"):
             kernel = kernel.result()
@@ -170,14 +178,14 @@ def compile_for(capability: int, problems, few=()) -> list[dict]:
         if dtype == torch.float16:  # whose B carries a part of the scaling
             problem += " lifted"
             for magnitude in (None, torch.empty(n)):
-                layer(m, k, n, r, dtype, p, adapter, with_bias, magnitude)
+                layer((m, k, n, r, dtype, p, adapter, with_bias), magnitude)
         for magnitude in (None, torch.empty(n)):
             v, row_norm = weight.weight_fwd(w, a, b, 2.0, magnitude)
             weight.weight_bwd(v, None if magnitude is None else w, a, b, 2.0, magnitude, row_norm, True)
     for m, k, n, r, dtype, p, adapter, with_bias in few:
         for magnitude in (None, torch.empty(n)):
             problem = f"{m}x{k}x{n} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]} layer"
-            layer(m, k, n, r, dtype, p, adapter, with_bias, magnitude)
+            layer((m, k, n, r, dtype, p, adapter, with_bias), magnitude)
     return found
 
 

@@ -82,7 +82,7 @@ def compare(peft: Path, out: Path, arguments: list[str]) -> int:
     return 1 if different else 0
 
 
-def start(peft: Path, out: Path, mode: str, arguments: list[str]) -> subprocess.Popen:
+def start(peft: Path, out: Path, mode: str, arguments: list[str]) -> subprocess.Popen[bytes]:
     """pytest, at work."""
     outcomes = out / f"{mode}.jsonl"
     outcomes.unlink(missing_ok=True)
@@ -103,7 +103,7 @@ def start(peft: Path, out: Path, mode: str, arguments: list[str]) -> subprocess.
         return subprocess.Popen(command, cwd=peft, env=environment(out), stdout=log, stderr=subprocess.STDOUT)
 
 
-def outcomes_of(out: Path, mode: str, process: subprocess.Popen) -> dict[str, Outcome]:
+def outcomes_of(out: Path, mode: str, process: subprocess.Popen[bytes]) -> dict[str, Outcome]:
     """{test: its outcome}, once pytest is done."""
     process.wait()
     print(f"{mode}: {(out / f'{mode}.log').read_text().strip().rpartition(chr(10))[2].strip('= ')}", flush=True)

@@ -13,7 +13,7 @@ counts: Counter[str] = Counter()  # of the test that runs: models patched, forwa
 _depth = 0  # of calls to what PEFT offers
 
 
-class Everything(dict):
+class Everything(dict[str, Any]):
     """For PEFT's record of the hub's models that were read already: all were, so that none is asked for."""
 
     def __contains__(self, key: object) -> bool:
@@ -56,7 +56,7 @@ def patch_whatever_peft_makes() -> None:
             owner.from_pretrained = classmethod(make)
 
 
-def _then_patch(stock: Callable, model_of: Callable[[Any, tuple], Any]) -> Callable:
+def _then_patch(stock: Callable[..., Any], model_of: Callable[[Any, tuple[Any, ...]], Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         global _depth
@@ -122,7 +122,7 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report: pytest.TestReport = yield
     outcome: str = report.outcome
     message = ""

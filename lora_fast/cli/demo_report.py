@@ -4,6 +4,7 @@ import csv
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 
 @dataclass
@@ -25,7 +26,7 @@ def _mean_std(group: list[Run]) -> tuple[float, float]:
     return fmean(scores), stdev(scores) if len(scores) > 1 else 0.0
 
 
-def table(methods: dict[str, list[list[Run]]], full: list[Run]):
+def table(methods: dict[str, list[list[Run]]], full: list[Run]) -> Any:
     """A rich table: of each method ("LoRA") a group of runs for each rank, then those of the full fine-tune."""
     from rich.table import Table
 
@@ -57,7 +58,7 @@ def write_csv(path: Path, runs: list[Run]) -> None:
         writer.writerows(asdict(run) | {"rank": run.rank or "full"} for run in runs)
 
 
-def plot(methods: dict[str, list[list[Run]]], full: list[Run]):
+def plot(methods: dict[str, list[list[Run]]], full: list[Run]) -> Any:
     """A matplotlib figure of accuracy against trainable parameters, from the same groups."""
     from matplotlib.figure import Figure  # without pyplot: no window, no display needed
     from matplotlib.ticker import PercentFormatter

@@ -15,7 +15,8 @@ from torch import nn
 from lora_fast import dispatch
 from lora_fast.cli.machine import devices, versions
 from lora_fast.cli.selfcheck import Shape, check
-from lora_fast.files.adapter import fit_adapter, open_adapter, read_adapter
+from lora_fast.files.adapter import open_adapter, read_adapter
+from lora_fast.files.fitting import fit_adapter
 from lora_fast.files.format import TENSORS
 from lora_fast.files.skeleton import skeleton_of_adapter
 from lora_fast.layers.dora import DoRALinear
@@ -23,7 +24,7 @@ from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.rules import why_not_lora
 from lora_fast.models.adapt import lora_layers
 from lora_fast.models.projections import projections
-from lora_fast.peft import peft_report
+from lora_fast.peft.report import peft_report
 
 EPILOG = """\
 examples:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from lora_fast.files.adapter import fit_adapter, open_adapter, read_adapter
+from lora_fast.files.adapter import open_adapter, read_adapter
 from lora_fast.files.checkpoint import Base, folders_beside, open_base
 from lora_fast.files.checkpoint_ties import check_tied, twins
+from lora_fast.files.fitting import fit_adapter
 from lora_fast.files.format import PREFIX
 from lora_fast.files.hub_names import in_memory_of
 from lora_fast.files.skeleton import like, skeleton

@@ -38,7 +38,7 @@ from lora_fast.wrappers.gather import at_hand, whole
 from lora_fast.wrappers.names import plain_modules, unwrapped
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapters of ``model`` into ``directory`` in PEFT's format, which PEFT, transformers and vLLM read.
 
     Saved is what :func:`lora_state_dict` gives: adapters, and the biases and modules_to_save that train; where these
@@ -94,7 +94,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     })  # fmt: skip
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
     """Put the adapter in ``directory`` (ours or PEFT's: LoRA, DoRA, rank-stabilised, with patterns) into ``model``.
 
     A model without LoRA layers is converted first, exactly where the adapter has tensors; one that has them must have
@@ -120,7 +120,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
 
 
 @contextmanager
-def open_adapter(directory: str | os.PathLike) -> Iterator[tuple[Settings, Any]]:
+def open_adapter(directory: str | os.PathLike[str]) -> Iterator[tuple[Settings, Any]]:
     """(settings, safetensors' handle of the tensors) of an adapter in PEFT's format.
 
     Raises:
@@ -141,7 +141,7 @@ def open_adapter(directory: str | os.PathLike) -> Iterator[tuple[Settings, Any]]
         yield settings, file
 
 
-def read_adapter(model: nn.Module, directory: str | os.PathLike) -> Adapter:
+def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter:
     """The adapter in ``directory``, compared with ``model``, which is not changed and may be on the meta device.
 
     Raises:

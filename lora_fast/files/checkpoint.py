@@ -155,7 +155,7 @@ def _module_paths(path: Path) -> list[str]:
                          "writes it") from None  # fmt: skip
 
 
-def open_originals(original: str | os.PathLike, bases: Mapping[str, Fp8Weight]) -> Callable[[str], torch.Tensor]:
+def open_originals(original: str | os.PathLike[str], bases: Mapping[str, Fp8Weight]) -> Callable[[str], torch.Tensor]:
     """A reader of the weights, by name of layer, that the fp8 ``bases`` were made from, once a look at each in the
     checkpoint ``original`` has found that they were. A layer's name may have PEFT's prefix, a weight's has not.
 

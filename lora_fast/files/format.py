@@ -29,7 +29,7 @@ HEADS = {"lm_head", "embed_out"}
 VOCABULARY = {"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings", "shared", *HEADS}
 _OWN = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 # Settings of PEFT's under which the same tensors mean something else, with the values that are harmless.
-_PLAIN: dict[str, tuple] = {
+_PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False,),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others also change the base weight
     **dict.fromkeys(("lora_bias", "use_qalora"), (False,)),

@@ -49,7 +49,7 @@ def skeleton(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     return root
 
 
-def skeleton_of_adapter(directory: str | os.PathLike) -> nn.Module:
+def skeleton_of_adapter(directory: str | os.PathLike[str]) -> nn.Module:
     """The layers that the adapter in ``directory`` was made for, as far as its own file tells.
 
     Raises:

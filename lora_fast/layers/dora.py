@@ -142,7 +142,7 @@ class DoRALinear(LoRALinear):
                 self.reset_magnitude()
         super().merge(safe_merge, original)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         m = state_dict.get(prefix + "lora_magnitude_vector")
         is_own = m is self._parameters.get("lora_magnitude_vector")  # as torch fills a dict up, see _load_unmerged
         if isinstance(m, torch.Tensor) and has_data(m) and not is_own and not torch.isfinite(whole(m)).all():
@@ -150,7 +150,7 @@ class DoRALinear(LoRALinear):
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _load_unmerged(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_unmerged(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = self._parameters  # with which torch's set_model_state_dict fills what a dict lacks
         found = {name for name in own if state_dict.get(prefix + name) is not own[name] and prefix + name in state_dict}
         given, brought = PARTS & found, "lora_magnitude_vector" in found

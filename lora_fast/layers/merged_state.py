@@ -20,7 +20,9 @@ TO_COME = "_live_to_come"  # in a layer's __dict__: names whose live value a lat
 # those of the adapter's tensors that had not come with what was kept, or after it
 
 
-def add_kept(kept: Mapping[str, torch.Tensor | None], destination: dict, prefix: str, keep_vars: bool) -> None:
+def add_kept(
+    kept: Mapping[str, torch.Tensor | None], destination: dict[str, Any], prefix: str, keep_vars: bool
+) -> None:
     """Put what a merged layer kept of its base, by name, into the state dict."""
     for name, t in kept.items():
         if t is not None:
@@ -28,7 +30,7 @@ def add_kept(kept: Mapping[str, torch.Tensor | None], destination: dict, prefix:
 
 
 def read_base(
-    layer: Any, base: nn.Module, live: Mapping[str, Any], state_dict: dict, prefix: str, base_prefix: str
+    layer: Any, base: nn.Module, live: Mapping[str, Any], state_dict: dict[str, Any], prefix: str, base_prefix: str
 ) -> None:
     """Let ``state_dict``, about to be loaded into ``layer``, hold the base under weight and bias, as one that was taken
     unmerged does: what was kept where it is there, else what is there already.
@@ -62,7 +64,7 @@ def read_base(
 
 
 @torch.no_grad()
-def _was_announced(layer: Any, own: torch.Tensor, to_come: frozenset, name: str, given: Any, key: str) -> bool:
+def _was_announced(layer: Any, own: torch.Tensor, to_come: frozenset[str], name: str, given: Any, key: str) -> bool:
     """Whether ``given``, to be loaded as ``own``, is the live value that belongs to what a merge kept."""
     if not isinstance(given, torch.Tensor) or given.shape != own.shape:
         return False  # an error of torch's

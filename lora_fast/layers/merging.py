@@ -139,14 +139,14 @@ class MergingLinear(nn.Linear):
         """What a merge kept, by its name in a state dict, by which torch's distributed checkpoints ask for it."""
         return self.unmerged_weight
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         kept = self.unmerged_weight
         if kept is not None and self.base_is_tied and not keep_vars:
             kept = kept.clone()  # safetensors and transformers take no two names for one memory
         add_kept({"weight": kept}, destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         merged, live = self.merged, {"weight": self.weight}
         self.unmerge()
         own = {key: t for key, t in state_dict.items() if key.startswith(prefix)}

@@ -88,7 +88,11 @@ def holders(model: nn.Module) -> Counter[int]:
 
 
 def resolve_pattern(
-    argument: str, pattern: dict[str, Any], default: Any, targets: Collection[nn.Module], names: dict
+    argument: str,
+    pattern: dict[str, Any],
+    default: Any,
+    targets: Collection[nn.Module],
+    names: dict[nn.Module, list[str]],
 ) -> dict[nn.Module, Any]:
     """r or lora_alpha of each target; ValueError if a key stands for none of them."""
     values = dict.fromkeys(targets, default)

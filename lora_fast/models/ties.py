@@ -192,7 +192,7 @@ def _copies(model: nn.Module, tensors: Tensors, trained: Mapping[str, str]) -> d
     that both are in the file. Nor are tensors, norms at their beginning, which are the same number all over."""
     if not any(t.is_meta for t in tensors.values()):
         return {}
-    kinds: dict[tuple, list[str]] = {}
+    kinds: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
     for name in trained:
         kinds.setdefault((tensors[name].shape, tensors[name].dtype), []).append(name)
     alike = {name: t for name, t in tensors.items() if name not in trained and (t.shape, t.dtype) in kinds}

@@ -70,7 +70,7 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
     ranks = resolve_pattern("rank_pattern", config.rank_pattern, config.r, names, names)
     alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, config.lora_alpha, names, names)
     kind = DoRAParametrization if config.use_dora else LoRAParametrization
-    made: dict[tuple, LoRAParametrization] = {}
+    made: dict[tuple[int, ...], LoRAParametrization] = {}
     adapters: dict[nn.Module, LoRAParametrization] = {}
     for layer in names:
         key = tie(layer)
@@ -102,7 +102,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     without the adapters stays as it is there. ValueError without adapters, with parametrizations of another kind, or
     with weights in the keeping of FSDP or accelerate, which would put the old ones back.
     """
-    layers, done = adapted(model), dict[tuple, nn.Parameter]()
+    layers, done = adapted(model), dict[tuple[int, ...], nn.Parameter]()
     for at, layer in layers.items():
         if len(own(layer)) < len(parametrizations(layer)):
             raise ValueError(f"model: {at or 'it'} has other parametrizations too, expected LoRA and DoRA alone")

@@ -59,7 +59,9 @@ def patch_peft(
     if base_dtype_exclude is not None and base_dtype is None:
         raise ValueError(f"base_dtype_exclude: got {base_dtype_exclude!r}, expected None without a base_dtype")
     layers = lora_layers(model)
-    from lora_fast.peft.layers import FastLinear, FastLoraModel, LoraModel
+    from peft.tuners.lora import LoraModel
+
+    from lora_fast.peft.layers import FastLinear, FastLoraModel
     from lora_fast.peft.rules import why_never_fused
 
     asked = Asked(save, base_dtype, base_dtype_exclude)
@@ -85,7 +87,7 @@ def patch_peft(
             module.save = save
         elif type(module) in (LoraModel, FastLoraModel):
             module.__class__ = FastLoraModel
-            module.patch_later = asked._replace(prefix=f"{name}." if name else "")  # type: ignore[assignment]
+            module.patch_later = asked._replace(prefix=f"{name}." if name else "")
     return peft_report(model)
 
 
@@ -172,7 +174,9 @@ def unpatch_peft(model: nn.Module) -> None:
         TypeError, ValueError, ImportError: as :func:`patch_peft`.
     """
     layers = lora_layers(model)
-    from lora_fast.peft.layers import FastLinear, FastLoraModel, LoraModel
+    from peft.tuners.lora import LoraModel
+
+    from lora_fast.peft.layers import FastLinear, FastLoraModel
 
     for layer in layers.values():
         if isinstance(layer, FastLinear):

@@ -21,11 +21,13 @@ from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.gather import whole
 
 
-class Scalings(dict):
+class Scalings(dict[str, Any]):
     """PEFT's dict {adapter: scaling}, each number mirrored into a 0-dim float32 tensor on ``device``, which compiled
     graphs read: there a Python float would be a constant, and a new value a new compilation."""
 
-    def __init__(self, values: Mapping[str, Any], device: torch.device, mirrors: Mapping | None = None) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], device: torch.device, mirrors: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.device = device
         self.mirrors: dict[str, torch.Tensor] = dict(mirrors or {})
@@ -60,7 +62,7 @@ class Scalings(dict):
             self[name] = default
         return self[name]
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self), torch.device("cpu"))  # a pickle may be read where there is no such device
 
 
@@ -133,7 +135,7 @@ class FastLinear(KeepingLinear):
             return F.linear(x, weight, bias)  # type: ignore[arg-type]
         return super().forward(x, *args, **kwargs)
 
-    def _fused(self, x: torch.Tensor, parts: list[tuple]) -> torch.Tensor:
+    def _fused(self, x: torch.Tensor, parts: list[tuple[Any, ...]]) -> torch.Tensor:
         """The forward with what :func:`examine` found to be plain."""
         base: Any = self._modules["base_layer"]
         scalings = self._scalings

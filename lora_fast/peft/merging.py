@@ -176,7 +176,7 @@ class KeepingLinear(Linear):
                     base._parameters.update(held)
             yield values
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged and not for_an_adapters_file():
             add_kept(self._both_kept(), destination, prefix, keep_vars)
@@ -184,7 +184,7 @@ class KeepingLinear(Linear):
     def _both_kept(self) -> dict[str, torch.Tensor | None]:
         return {"weight": self.lora_unmerged_weight, "bias": self.lora_unmerged_offset}
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         live = self._base() if self.merged else {}
         if self.merged:
             self.unmerge()

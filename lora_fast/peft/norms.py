@@ -22,10 +22,10 @@ _steps = 0  # of all optimizers: those that are fused change a tensor without co
 class Sources(NamedTuple):
     """What a norm was made of: marks of the tensors, and on the CPU, where a look takes no waiting, the adapter."""
 
-    marks: tuple
+    marks: tuple[Any, ...]
     adapter: tuple[torch.Tensor, ...]
 
-    def are(self, marks: tuple, adapter: tuple[torch.Tensor, ...]) -> bool:
+    def are(self, marks: tuple[Any, ...], adapter: tuple[torch.Tensor, ...]) -> bool:
         return self.marks == marks and all(map(torch.equal, self.adapter, adapter))
 
 
@@ -73,7 +73,7 @@ def drop_stale(magnitude: Any, weight: Any, a: Any, b: Any, scaling: Any) -> Non
         _sources[magnitude] = Sources(marks, tuple(t.clone() for t in adapter))
 
 
-def _mark(t: Any) -> tuple | None:
+def _mark(t: Any) -> tuple[Any, ...] | None:
     """Another one for another number, or once the tensor has other elements, as far as torch counts; None where it
     does not count."""
     if isinstance(t, float | int):

@@ -62,7 +62,7 @@ def is_dora(layer: Any, name: str) -> bool:
     return type(layer.lora_variant.get(name)) is DoraLinearVariant
 
 
-def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[tuple]:
+def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[tuple[Any, ...]]:
     """Why the layer, in its present state and with these active adapters, runs stock PEFT's forward, in words; or, if
     it need not, (name, lora_A, lora_B, dropout) of each: two tensors and a module. The host waits for this in every
     call.
@@ -85,7 +85,7 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
     if weight.requires_grad:
         return "the base weight requires grad"
     downs, ups, dropouts = (modules[key]._modules for key in ("lora_A", "lora_B", "lora_dropout"))
-    parts: list[tuple] = []
+    parts: list[tuple[Any, ...]] = []
     for name in names:
         down, up, dropout = downs[name], ups[name], dropouts[name]
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
@@ -122,7 +122,7 @@ def rate(dropout: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def why_not_this_call(layer: Any, x: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> str | None:
+def why_not_this_call(layer: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why this call, other than the layer's state, needs stock PEFT's forward."""
     if args or kwargs:
         if kwargs.get("adapter_names") is not None:

@@ -74,7 +74,7 @@ def identities(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[st
     return {name: id(tensors[name]) if t is None else _memory(t) for name, t in found.items()}
 
 
-def _kept(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[int, tuple[Mapping, str]]:
+def _kept(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[int, tuple[Mapping[str, torch.Tensor], str]]:
     """{id of a tensor without data: where accelerate keeps its values}, if one of these may be such."""
     return dict((id(t), p) for t, p in _offloaded(model)) if any(t.is_meta for t in tensors.values()) else {}
 
@@ -102,7 +102,7 @@ def _memory(tensor: torch.Tensor) -> Hashable:
     return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if plain else id(tensor)
 
 
-def _offloaded(model: nn.Module) -> Iterator[tuple[torch.Tensor, tuple[Mapping, str]]]:
+def _offloaded(model: nn.Module) -> Iterator[tuple[torch.Tensor, tuple[Mapping[str, torch.Tensor], str]]]:
     """(tensor without data, (mapping of the values, its name there)) of all that accelerate's hooks bring in."""
     for module in model.modules():
         hook: Any = vars(module).get("_hf_hook")

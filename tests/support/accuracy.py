@@ -34,7 +34,7 @@ class Inputs:
     keep_scale: float = 1.0
 
 
-def draw(m, k, n, r, dtype, device="cpu", seed=0, bias=True, adapter=None, b_std=0.3) -> Inputs:
+def draw(m, k, n, r, dtype, device="cpu", seed=0, bias=True, adapter=None, *, b_std=0.3) -> Inputs:
     """Random inputs in which all terms of y are of the size of one (with the default ``b_std``, B's deviation)."""
     gen = torch.Generator(device).manual_seed(seed)
 

@@ -9,7 +9,7 @@ from lora_fast.functional import dora_linear
 NAMES = ("dx", "dA", "dB", "dm", "dbias")
 
 
-def eager(x, weight, a, b, m, bias, scaling, keep=None, keep_scale=1.0, detach=True):
+def eager(x, weight, a, b, m, bias, scaling, keep=None, keep_scale=1.0, *, detach=True):
     """The formula with V in memory: products in x's dtype, the gain m / n in float32 or better."""
     wide = torch.promote_types(x.dtype, torch.float32)
     n = torch.linalg.vector_norm(weight.to(wide) + scaling * (b.to(wide) @ a.to(wide)), dim=1)
@@ -40,7 +40,7 @@ def results(fn, inputs, m, dtype=None, grad=NAMES):
 
 def plain(detach=True, keep=None, keep_scale=1.0):
     """``eager`` as ``results`` calls it."""
-    return lambda *args: eager(*args, 2.0, keep, keep_scale, detach)
+    return lambda *args: eager(*args, 2.0, keep, keep_scale, detach=detach)
 
 
 def hold(fn, draws, detach=True):
