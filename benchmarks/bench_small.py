@@ -88,7 +88,7 @@ def measured(what: str, case: Case, impls: tuple[str, ...], rounds: int, about: 
 def summarise(rows: list[common.Row]) -> str:
     """Geometric means over the shapes of each number of rows."""
 
-    def key(row: common.Row) -> tuple:
+    def key(row: common.Row) -> tuple[Any, ...]:
         return row["what"], row["M"], row["p"], row["impl"]
 
     groups = [(*name, [row["ratio_to_frozen"] for row in found])
