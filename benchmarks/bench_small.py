@@ -17,6 +17,7 @@ import argparse
 import functools
 import gc
 import itertools
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -41,8 +42,8 @@ KEYS: dict[str, Callable[[str], Any]] = {"M": int, "K": int, "N": int, "p": floa
 def cases() -> list[tuple[str, Case]]:
     """(what, case) for all that is measured."""
     trained = [("fwd+bwd", Case("bf16", m, *shape, 16, p)) for m in TRAINED for shape in SHAPES for p in common.PS]
-    shapes = [*SHAPES, (14336, 4096)]
-    return trained + [("fwd", Case("bf16", m, *shape, 16, 0)) for m in DECODED for shape in shapes]
+    shapes = sorted([*SHAPES, (14336, 4096)], key=math.prod, reverse=True)  # of small ones there must be many
+    return trained + [("fwd", Case("bf16", m, *shape, 16, 0)) for shape in shapes for m in DECODED]
 
 
 def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidate]:
