@@ -66,6 +66,7 @@ def test_error_rule(device, dtype, shape, p, adapter, tile, made):
     assert "_pair_kernel" in made
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("device, dtype, shape", CASES, ids=ids)
 @pytest.mark.parametrize("p", [0.1, 0.0])
 def test_error_rule_of_dora(device, dtype, shape, p, tile, made):
@@ -92,6 +93,7 @@ DECODED += [pytest.param("cuda", dtype, (m, *shape), marks=pytest.mark.gpu) for 
             for shape in ((2048, 2048, 16), (14336, 4096, 8), (4096, 6152, 40))]  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("device, dtype, shape", DECODED, ids=ids)
 @pytest.mark.parametrize("adapter", [None, FLOAT], ids=str)
 def test_error_rule_without_a_backward(device, dtype, shape, adapter, made):
@@ -115,6 +117,7 @@ def test_error_rule_without_a_backward(device, dtype, shape, adapter, made):
     assert "_decode_kernel" in made
 
 
+@pytest.mark.medium
 def test_a_compiled_forward_alone(device, made):
     """The operator knows whether a backward will come, though inside it nothing asks for a gradient."""
     inputs = draw(5, 64, 48, 8, HALF, device)
@@ -133,6 +136,7 @@ def test_a_compiled_forward_alone(device, made):
     assert "_decode_kernel" in made
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_two_runs_give_the_same_bits(device, dora, p):
