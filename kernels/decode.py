@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import TL, late, lift_of, low_scale, wait_for_stream
+from lora_fast.kernels.common import TL, late, low_scale, wait_for_stream
 from lora_fast.kernels.operands import Number, Operand, Scratch, Tiles, launch
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import decode_splits, decode_tile, decodes, tma_fits
@@ -42,8 +42,6 @@ def _decode_kernel(
     rows, cols, ranks = tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     b_ptrs = b_ptr + cols.to(tl.int64)[:, None] * stride_bn + ranks[None, :] * stride_br
     b = tl.load(b_ptrs, mask=(cols[:, None] < N) & (ranks[None, :] < R), other=0.0)  # [BLOCK_N, BLOCK_R]
-    if LIFTED:
-        b = b.to(tl.float32) * lift_of(scaling, SCALING_PTR)
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     low = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32)
     first = split * steps
@@ -53,9 +51,9 @@ def _decode_kernel(
         k = step * BLOCK_K
         tile = x.load([0, k])  # [BLOCK_M, BLOCK_K]
         acc = tl.dot(w.load([col, k]), tile.T, acc)
-        low = tl.dot(a.load([0, k]).to(DTYPE), tile.T, low)
+        low = tl.dot(a.load([0, k]), tile.T, low)
     low *= low_scale(scaling, SCALING_PTR, LIFTED)
-    acc = tl.dot(late(b.to(DTYPE)), low.to(DTYPE), acc)
+    acc = tl.dot(late(b), low.to(DTYPE), acc)
     if SPLITS == 1:
         _finish(acc, y_ptr, gain_ptr, bias_ptr, cols, rows, M, N)
     else:
@@ -79,16 +77,17 @@ def _add_kernel(
 
 def takes_decode(x: Operand, w: Operand, a: Operand) -> bool:
     """Whether x [M, K], w [N, K] and a [R, K] have so few rows and lie so that ``decode`` can read them."""
-    return decodes(len(x), len(a), x.dtype, x.device) and x.dtype == w.dtype and tma_fits(x, w, a)
+    return decodes(len(x), len(a), x.dtype, x.device) and tma_fits(x, w, a)
 
 
 def decode(
     x: Operand, w: Operand, a: Operand, b: Operand, y: Operand, scaling: Operand | Number, scratch: Scratch, *,
-    bias: Operand | None = None, gain: Operand | None = None,
+    bias: Operand | None = None, gain: Operand | None = None, lifted: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """y [M, N] = gain * (x w^T + scaling * (x a^T) b^T) + bias; a [R, K] and b [N, R] in any float dtype."""
-    (m, k), n, r = x.shape, len(w), len(a)
-    tile, options = decode_tile(m, n, a.dtype)
+    """y [M, N] = gain * (x w^T + scaling * (x a^T) b^T) + bias; x, w [N, K], a [R, K] and b [N, R] in one dtype of 16
+    bits. ``lifted``: b carries a part of the scaling."""
+    (m, k), n = x.shape, len(w)
+    tile, options = decode_tile(m, n)
     splits, steps = decode_splits(n, k, tile, x.device)
     block_m, block_n, block_k, block_r = (tile[f"BLOCK_{axis}"] for axis in "MNKR")
     epilogue = {"y_ptr": y, "gain_ptr": gain, "bias_ptr": bias, "M": m, "N": n, "BLOCK_M": block_m,
@@ -97,8 +96,8 @@ def decode(
     made = launch(
         _decode_kernel, (triton.cdiv(n, block_n) * splits,), options, x,
         x=Tiles(x, [block_m, block_k]), w=Tiles(w, [block_n, block_k]), a=Tiles(a, [block_r, block_k]), b_ptr=b,
-        parts_ptr=parts, scaling=scaling, K=k, R=r, steps=steps, stride_bn=b.stride(0), stride_br=b.stride(1),
-        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, LIFTED=x.dtype == torch.float16,
+        parts_ptr=parts, scaling=scaling, K=k, R=b.shape[1], steps=steps, stride_bn=b.stride(0), stride_br=b.stride(1),
+        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, LIFTED=lifted,
         SCALING_PTR=isinstance(scaling, Operand), DTYPE=TL[x.dtype], **epilogue,
     )  # fmt: skip
     if parts is None:

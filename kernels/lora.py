@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.kernels.cast import Cast
+from lora_fast.kernels.cast import Cast, cast_adapters
 from lora_fast.kernels.common import FP8, padded_rank, precision, wide
 from lora_fast.kernels.decode import decode, takes_decode
 from lora_fast.kernels.down import Quantised, cast_and_down, down
@@ -56,11 +56,16 @@ def _forward(at: Forward, problem: Problem) -> list[Launch]:
     a, b, quantised = at.a, at.b, None
     if at.seed is not None:
         launches.append(mask(at.seed, at.bits, at.keep_count, at.n_words))
-    if problem.alone and at.bits is None and not problem.quantises and takes_decode(x, at.weight, a):
+    alone = problem.alone and at.bits is None and not problem.quantises
+    if alone and takes_decode(x, at.weight, small.a if problem.casts else a):
+        if problem.casts:
+            a, b = small.a, small.b
+            launches.append(cast_adapters(x, Cast(at.a, at.b, a, b), at.scaling, lifted))
         if problem.dora:
             launches += norms(at.weight, a, b, at.scaling, small.norm, m=at.magnitude, gain=small.gain,
-                              round_norm=problem.round_norm, room=y)  # fmt: skip
-        return launches + decode(x, at.weight, a, b, y, at.scaling, Scratch(x.device), bias=at.bias, gain=small.gain)
+                              round_norm=problem.round_norm, room=y, lifted=lifted)  # fmt: skip
+        return launches + decode(x, at.weight, a, b, y, at.scaling, Scratch(x.device), bias=at.bias, gain=small.gain,
+                                 lifted=lifted)  # fmt: skip
     if at.x8 is not None:
         quantised = Quantised(at.x8, small.x_scale)
     if problem.casts:

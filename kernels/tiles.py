@@ -271,11 +271,11 @@ def decodes(m: int, r: int, dtype: torch.dtype, device: torch.device) -> bool:
     return m <= 64 and r <= 64 and dtype.itemsize == 2 and arch(device) // 10 == 9
 
 
-def decode_tile(m: int, n: int, kind: torch.dtype) -> tuple[dict, dict]:
-    """The forward of few rows without a backward: BLOCK_N rows of W, BLOCK_K columns a step, as many stages as fit.
-    ``kind`` is A's dtype."""
+def decode_tile(m: int, n: int) -> tuple[dict, dict]:
+    """The forward of few rows without a backward: BLOCK_N rows of W, BLOCK_K columns a step, as many stages as
+    fit."""
     block_m, block_n, block_k = rank_block(m, 64), *((128, 64) if n >= 4096 else (64, 128))
-    stage = block_k * (2 * block_n + 2 * block_m + kind.itemsize * 64)  # bytes
+    stage = 2 * block_k * (block_n + block_m + 64)  # bytes
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64}
     return tile, {"num_warps": 4, "num_stages": min(6, 200_000 // stage)}
 

@@ -25,7 +25,8 @@ _library.define(f"lora_linear{_GIVEN} -> Tensor")
 _library.define(f"lora_linear_alone{_GIVEN} -> Tensor")
 _library.define(f"lora_linear_fwd{_GIVEN} -> Tensor[]")
 _library.define("""lora_linear_bwd(Tensor dy, Tensor?[] saved, Tensor scaling, float p, SymInt[] shape,
-    ScalarType[] kinds, bool[] needs, bool[] flags) -> Tensor[]""")
+    ScalarType a_kind, ScalarType b_kind, ScalarType bias_kind, ScalarType m_kind, bool[] needs,
+    bool[] flags) -> Tensor[]""")  # not ScalarType[], of which numbers arrive up to torch 2.11
 lora_linear = torch.ops.lora_fast.lora_linear
 _problems = Memo()
 
@@ -109,10 +110,10 @@ def _forward_fake(*args: Any) -> list[torch.Tensor]:
 
 
 def _gradients(
-    dy: torch.Tensor, saved: Sequence[MaybeTensor], scaling: torch.Tensor, p: float, shape: Sequence[int],
-    kinds: Sequence[torch.dtype], needs: Sequence[bool], flags: Sequence[bool],
-) -> list[torch.Tensor]:  # fmt: skip
+    dy: torch.Tensor, saved: Sequence[MaybeTensor], scaling: torch.Tensor, p: float, shape: Sequence[int], *rest: Any
+) -> list[torch.Tensor]:
     """The gradients that are needed, in the order of ``Needs``; flags are dora, fp8, keep_x8 and keep_z."""
+    *kinds, needs, flags = rest
     key = dy.device, dy.dtype, dy.shape, *shape, *kinds, *needs, *flags
     problem = _problems.get(key)
     if problem is None:
@@ -125,7 +126,8 @@ def _gradients(
     return [grad for grad in grads if grad is not None]
 
 
-def _gradients_fake(dy, saved, scaling, p, shape, kinds, needs, flags) -> list[torch.Tensor]:
+def _gradients_fake(dy, saved, scaling, p, shape, *rest) -> list[torch.Tensor]:
+    *kinds, needs, _ = rest
     (k, r), n = shape, dy.shape[-1]
     shapes = (*dy.shape[:-1], k), (r, k), (n, r), (n,), (n,)
     return [dy.new_empty(shape, dtype=kind)
@@ -145,14 +147,14 @@ class _LoRALinear(torch.autograd.Function):
         ctx.save_for_backward(*saved, given.scaling)
         kinds = [kind or x.dtype for kind in problem.kinds[1:]]
         flags = [problem.dora, problem.fp8, problem.keep_x8, problem.keep_z]
-        ctx.rest = given.p, [problem.k, problem.r], kinds, list(problem.needs), flags
+        ctx.rest = given.p, [problem.k, problem.r], *kinds, list(problem.needs), flags
         ctx.given = len(args)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple:
         *saved, scaling = ctx.saved_tensors
-        needs = ctx.rest[3]
+        needs = ctx.rest[-2]
         found = torch.ops.lora_fast.lora_linear_bwd(dy, saved, scaling, *ctx.rest)
         dx, grad_a, grad_b, grad_bias, grad_m = (found.pop(0) if need else None for need in needs)
         return dx, None, grad_a, grad_b, grad_bias, grad_m, *(None,) * (ctx.given - 6)

@@ -191,10 +191,11 @@ def test_graph_replays_in_poisoned_memory(shape, dora):
 
         replay = graphed(step)
         replay()
-        steps.append((replay, out, [t.clone() for t in out], torch.zeros((), device="cuda"), torch.cuda.Stream()))
+        expected, wrong = [t.clone() for t in out], torch.zeros((), device="cuda")
+        steps.append((step, replay, out, expected, wrong, torch.cuda.Stream()))  # the step holds the graph's inputs
     torch.cuda.synchronize()
     for _ in range(2000):
-        for replay, out, expected, wrong, stream in steps:
+        for _, replay, out, expected, wrong, stream in steps:
             with torch.cuda.stream(stream):
                 for t in out:
                     t.fill_(math.nan)
