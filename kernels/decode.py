@@ -1,5 +1,5 @@
-"""y = g * (x W^T + s (x A^T) B^T) + bias for at most 64 rows and without a backward, as in decoding, where reading W is
-what takes the time.
+"""y = g * (x W^T + s (x A^T) B^T) + bias for few rows and without a backward, as in decoding, where reading W is what
+takes the time.
 
 The operands stand the other way round, y^T = W x^T + B S^T with S^T = s A x^T, so that rows of W, and not the few rows
 of x, fill a tile of the matrix units. S is made on the way, by each program for itself. Where the columns of y are too
@@ -77,7 +77,7 @@ def _add_kernel(
 
 def takes_decode(x: Operand, w: Operand, a: Operand) -> bool:
     """Whether x [M, K], w [N, K] and a [R, K] have so few rows and lie so that ``decode`` can read them."""
-    return decodes(len(x), len(a), x.dtype, x.device) and tma_fits(x, w, a)
+    return decodes(len(x), len(w), x.shape[1], len(a), x.dtype, x.device) and tma_fits(x, w, a)
 
 
 def decode(

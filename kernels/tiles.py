@@ -266,15 +266,17 @@ def low_rank_tile_of(m: int, n: int, c: int, device: torch.device, masked: bool)
     return tile if triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) <= n_programs(device) else None
 
 
-def decodes(m: int, r: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a forward alone is made with its operands the other way round."""
-    return m <= 64 and r <= 64 and dtype.itemsize == 2 and arch(device) // 10 == 9
+def decodes(m: int, n: int, k: int, r: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a forward alone is made with its operands the other way round: of up to 64 rows, or 128 where few columns
+    have a long way along K, which programs share there."""
+    few = m <= 64 or (m <= 128 and k >= 2 * n)
+    return few and r <= 64 and dtype.itemsize == 2 and arch(device) // 10 == 9
 
 
 def decode_tile(m: int, n: int) -> tuple[dict, dict]:
     """The forward of few rows without a backward: BLOCK_N rows of W, BLOCK_K columns a step, as many stages as
     fit."""
-    block_m, block_n, block_k = rank_block(m, 64), *((128, 64) if n >= 4096 else (64, 128))
+    block_m, block_n, block_k = rank_block(m, 128), *((128, 64) if n >= 4096 else (64, 128))
     stage = 2 * block_k * (block_n + block_m + 64)  # bytes
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64}
     return tile, {"num_warps": 4, "num_stages": min(6, 200_000 // stage)}

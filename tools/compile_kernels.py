@@ -83,7 +83,7 @@ BF16, FLOAT = torch.bfloat16, torch.float32
 
 
 def layer(case: Case, magnitude: torch.Tensor | None) -> None:
-    """A whole layer's launches, forward and backward; of 64 rows or fewer the forward alone, as in decoding."""
+    """A whole layer's launches, forward and backward; of 128 rows or fewer the forward alone, as in decoding."""
     from lora_fast.kernels import lora
     from lora_fast.kernels.problem import Call, Kinds, Needs, Problem, Saved
 
@@ -94,7 +94,7 @@ def layer(case: Case, magnitude: torch.Tensor | None) -> None:
         bias = torch.empty(n, dtype=dtype)
     dora = magnitude is not None
     kinds, needs = Kinds(dtype, adapter, adapter, dtype, dtype), Needs(True, True, True, with_bias, dora)
-    if m <= 64:
+    if m <= 128:
         problem = Problem((m,), k, n, r, kinds, Needs(), dora=dora, alone=True)
         lora.forward(problem, Call(2.0, None, 0.0, None), x, w, a, b, bias, magnitude)
         return
@@ -210,6 +210,8 @@ FEW_ROWS = [  # which among them take every tile
     (8, 14336, 4096, 16, BF16, 0.0, BF16, False),
     (64, 4096, 14336, 64, torch.float16, 0.0, FLOAT, True),
     (64, 2048, 2048, 16, BF16, 0.0, FLOAT, True),
+    (128, 8192, 2048, 64, BF16, 0.0, BF16, True),
+    (128, 14336, 4096, 16, BF16, 0.0, BF16, False),
     (4096, 4096, 4096, 40, BF16, 0.0, BF16, False),  # whose B would be loaded by single elements, and spill
 ]
 
