@@ -1,7 +1,7 @@
 """The adapted weight itself: LoRA's V = W + s B A, DoRA's m V / |V| (0 where |V| = 0), |V| by row.
 
 The same sum with activations in the weight's place, X + P Q^T, and a bias to each row, is the second half of a
-bottleneck adapter (lora_fast/bottleneck_ops.py).
+bottleneck adapter (lora_fast/ops/bottleneck.py).
 
 Forward, one launch: a program owns BLOCK_N rows. For DoRA it walks over K for the norms (``row_norm``) and once more
 for the result, when its rows of W are still in the cache; for LoRA once. B A is made by matrix instructions, tile by
