@@ -11,10 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_fast.kernels import tiles
+from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import TL, late, low_scale, wait_for_stream
 from lora_fast.kernels.operands import Number, Operand, Scratch, Tiles, launch
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.tiles import decode_splits, decode_tile, decodes, tma_fits
+from lora_fast.kernels.tiles import decodes, tma_fits
 
 ADD_BLOCK = 32  # columns of y whose parts a program adds up
 
@@ -77,7 +79,8 @@ def _add_kernel(
 
 def takes_decode(x: Operand, w: Operand, a: Operand) -> bool:
     """Whether x [M, K], w [N, K] and a [R, K] have so few rows and lie so that ``decode`` can read them."""
-    return decodes(len(x), len(w), x.shape[1], len(a), x.dtype, x.device) and tma_fits(x, w, a)
+    few = decodes(len(x), len(w), x.shape[1], len(a), dtype=x.dtype, chip=Chip.of(x.device))
+    return few and tma_fits(x, w, a)
 
 
 def decode(
@@ -87,17 +90,15 @@ def decode(
     """y [M, N] = gain * (x w^T + scaling * (x a^T) b^T) + bias; x, w [N, K], a [R, K] and b [N, R] in one dtype of 16
     bits. ``lifted``: b carries a part of the scaling."""
     (m, k), n = x.shape, len(w)
-    tile, options = decode_tile(m, n)
-    splits, steps = decode_splits(n, k, tile, x.device)
-    block_m, block_n, block_k, block_r = (tile[f"BLOCK_{axis}"] for axis in "MNKR")
-    epilogue = {"y_ptr": y, "gain_ptr": gain, "bias_ptr": bias, "M": m, "N": n, "BLOCK_M": block_m,
-                "SPLITS": splits}  # fmt: skip
-    parts = scratch.part((splits, n, block_m), torch.float32) if splits > 1 else None
+    tile = tiles.decode(m, n)
+    splits, steps = tiles.decode_splits(n, k, tile=tile, chip=Chip.of(x.device))
+    epilogue = {"y_ptr": y, "gain_ptr": gain, "bias_ptr": bias, "M": m, "N": n, "BLOCK_M": tile.m, "SPLITS": splits}
+    parts = scratch.part((splits, n, tile.m), torch.float32) if splits > 1 else None
     made = launch(
-        _decode_kernel, (triton.cdiv(n, block_n) * splits,), options, x,
-        x=Tiles(x, [block_m, block_k]), w=Tiles(w, [block_n, block_k]), a=Tiles(a, [block_r, block_k]), b_ptr=b,
+        _decode_kernel, (triton.cdiv(n, tile.n) * splits,), tile.options, x,
+        x=Tiles(x, [tile.m, tile.k]), w=Tiles(w, [tile.n, tile.k]), a=Tiles(a, [tile.r, tile.k]), b_ptr=b,
         parts_ptr=parts, scaling=scaling, K=k, R=b.shape[1], steps=steps, stride_bn=b.stride(0), stride_br=b.stride(1),
-        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, LIFTED=lifted,
+        BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=tile.r, LIFTED=lifted,
         SCALING_PTR=isinstance(scaling, Operand), DTYPE=TL[x.dtype], **epilogue,
     )  # fmt: skip
     if parts is None:

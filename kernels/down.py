@@ -17,7 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_fast.kernels import pass_tiles
 from lora_fast.kernels.cast import CAST_BLOCK, CAST_STEPS, Cast, Copied, cast_adapters, cast_blocks, cast_both
+from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
     FP8,
     TL,
@@ -35,8 +37,9 @@ from lora_fast.kernels.common import (
     wait_for_stream,
 )
 from lora_fast.kernels.operands import Number, Operand, T, Tiles, as_scaling, launch, run
+from lora_fast.kernels.pass_tiles import casts_first
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.tiles import casts_first, down_tile, tma_fits
+from lora_fast.kernels.tiles import tma_fits
 
 
 @triton.jit
@@ -165,29 +168,33 @@ def down(
     gain [K], of which S is then made, too. ``lifted``: B carries a part of the scaling."""
     (m, k), r, tma = x.shape, a.shape[0], tma_fits(x)
     a_tma = tma and cast is None and a.dtype == x.dtype and tma_fits(a)
-    tile, options = down_tile(m, k, r, x.dtype, a.dtype, x.device, tma, bits is not None, quantised is not None,
-                              gain is not None)  # fmt: skip
-    if tile["WAYS"]:
+    chip, masked = Chip.of(x.device), bits is not None
+    if quantised is None:
+        tile = pass_tiles.down(m, r, dtype=x.dtype, kind=a.dtype, chip=chip, tma=tma, masked=masked)
+    else:
+        tile = pass_tiles.down_quantised(m, k, r, dtype=x.dtype, kind=a.dtype, chip=chip, tma=tma, masked=masked,
+                                         with_gain=gain is not None)  # fmt: skip
+    if tile.ways:
         tma = a_tma = False
-    blocks, n = triton.cdiv(m, tile["BLOCK_M"]), 0
+    blocks, n = triton.cdiv(m, tile.m), 0
     if cast is not None:
         n = cast.b.shape[0]
         blocks += cast_blocks(k, n, r, CAST_STEPS)
     if quantised is not None:
-        blocks *= 1 + tile["BLOCK_M"] // tile["QUANT_ROWS"]
+        blocks *= 1 + tile.m // tile.quant_rows
     return launch(
-        _down_fwd_kernel, (blocks, triton.cdiv(padded_rank(r), tile["BLOCK_R"])), options, x,
-        x=Tiles(x, [tile["BLOCK_M"], tile["BLOCK_K"]]) if tma else x,
-        a_ptr=Tiles(a, [tile["BLOCK_R"], tile["BLOCK_K"]]) if a_tma else a,
+        _down_fwd_kernel, (blocks, triton.cdiv(padded_rank(r), tile.r)), tile.options, x,
+        x=Tiles(x, [tile.m, tile.k]) if tma else x, a_ptr=Tiles(a, [tile.r, tile.k]) if a_tma else a,
         s_ptr=s, bits_ptr=bits, scaling=scaling, keep_scale=keep,
         b_ptr=cast and cast.b, a_cast_ptr=cast and cast.a_copy, b_cast_ptr=cast and cast.b_copy,
         x_ptr=quantised and x, x8_ptr=quantised and quantised.x8, row_scale_ptr=quantised and quantised.row_scale,
         gain_ptr=gain, M=m, K=k, R=r, RS=padded_rank(r), N=n,
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
         stride_bits=0 if bits is None else triton.cdiv(k, 32),
-        **tile, ONE=k <= tile["QUANT_K"], CAST_BLOCK=CAST_BLOCK, CAST_STEPS=CAST_STEPS,
-        LIFTED=lifted, SCALING_PTR=isinstance(scaling, Operand), TMA=tma, A_TMA=a_tma,
-        ACC=acc_dtype(x.dtype), PRECISION=precision(x.dtype, k), DTYPE=TL[x.dtype],
+        WAYS=tile.ways, BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=tile.r, QUANT_ROWS=tile.quant_rows,
+        QUANT_STEP=tile.quant_step, QUANT_K=tile.quant_k, ONE=k <= tile.quant_k,
+        CAST_BLOCK=CAST_BLOCK, CAST_STEPS=CAST_STEPS, LIFTED=lifted, SCALING_PTR=isinstance(scaling, Operand),
+        TMA=tma, A_TMA=a_tma, ACC=acc_dtype(x.dtype), PRECISION=precision(x.dtype, k), DTYPE=TL[x.dtype],
     )  # fmt: skip
 
 
@@ -234,7 +241,7 @@ def cast_and_down(
     bits: Operand | None = None, quantised: Quantised[Operand] | None = None, lifted: bool = False,
 ) -> list[Launch]:  # fmt: skip
     """``down`` for adapters that need copies, which are made with it or ahead of it."""
-    if casts_first(len(x), len(cast.a), x.dtype, bits is not None):
+    if casts_first(len(x), len(cast.a), dtype=x.dtype, masked=bits is not None):
         made = down(x, cast.a_copy, s, scaling, keep, bits=bits, quantised=quantised, lifted=lifted)
         return [cast_adapters(x, cast, scaling, lifted), made]
     return [down(x, cast.a, s, scaling, keep, bits=bits, cast=cast, quantised=quantised, lifted=lifted)]

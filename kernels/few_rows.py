@@ -12,10 +12,12 @@ costs less than a launch that makes S once; where the matrix units do, it does n
 import triton
 import triton.language as tl
 
+from lora_fast.kernels import tiles
+from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import TL, late, low_scale, mask_words, padded_rank, unpack_words, wait_for_stream
 from lora_fast.kernels.operands import Number, Operand, Tiles, launch
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.tiles import few_rows, low_rank_tile_of, rank_block, tma_fits
+from lora_fast.kernels.tiles import few_rows, rank_block, tma_fits
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -74,13 +76,15 @@ def product_with_s(
     that is filled with the sum before gain and bias. ``lifted``: d or u carries a part of the scaling.
     """
     (m, c), n, r = x.shape, out.shape[1], d.shape[0 if transposed else 1]
-    tile = low_rank_tile_of(m, n, c, x.device, masked=bits is not None)
-    if tile is None or not few_rows(m, r, x.dtype, x.device) or not tma_fits(x, w, d, out):
+    chip = Chip.of(x.device)
+    if not few_rows(m, r, dtype=x.dtype, chip=chip) or not tma_fits(x, w, d, out):
         return None
-    bm, bn, bc, br = tile.m, tile.n, tile.c, rank_block(r, 32)
+    tile = tiles.product_with_s(m, n, c, dtype=x.dtype, chip=chip, masked=bits is not None)
+    if tile is None:
+        return None
+    bm, bn, bc, br = tile.m, tile.n, tile.k, rank_block(r, 32)
     return launch(
-        _few_rows_kernel, (triton.cdiv(m, bm) * triton.cdiv(n, bn),),
-        {"num_warps": tile.warps, "num_stages": tile.stages}, x,
+        _few_rows_kernel, (triton.cdiv(m, bm) * triton.cdiv(n, bn),), tile.options, x,
         x=Tiles(x, [bm, bc]), w=Tiles(w, [bn, bc] if transposed else [bc, bn]),
         d=Tiles(d, [br, bc] if transposed else [bc, br]), u_ptr=u, out=Tiles(out, [bm, bn]), s_ptr=s,
         z=None if z is None else Tiles(z, [bm, bn]), gain_ptr=gain, bias_ptr=bias, bits_ptr=bits, scaling=scaling,

@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_fast.kernels import tiles
+from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
     FP8,
     TL,
@@ -39,7 +41,9 @@ from lora_fast.kernels.common import (
 from lora_fast.kernels.launchers import INTERPRETED
 from lora_fast.kernels.operands import Operand, Tiles, launch, run
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.tiles import gemm_tile, n_programs, tma_fits
+from lora_fast.kernels.tiles import tma_fits
+
+GROUP_M = 16  # row blocks that are walked together; 8 and 12 are no worse
 
 
 @triton.jit
@@ -261,9 +265,10 @@ def product(
     (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
     fp8, kind, masked, w_t = x.dtype == FP8, out.dtype, bits is not None, transposed or x.dtype == FP8
     exact, tma = precision(kind, r if fp8 else c), tma_fits(x, w, out, q)
-    tile, options = gemm_tile(m, n, x.dtype, kind, x.device, tma, masked, exact, z is not None, r)
-    programs = n_programs(x.device)
-    bm, bn, bc, br = (tile[f"BLOCK_{axis}"] for axis in "MNCR")
+    chip = Chip.of(x.device)
+    tile = tiles.product(m, n, dtype=x.dtype, kind=kind, chip=chip, tma=tma, masked=masked, exact=exact,
+                         keep_z=z is not None, r=r)  # fmt: skip
+    bm, bn, bc, br, programs = tile.m, tile.n, tile.k, tile.r, int(chip.processors * tile.fill)
     # float16 over a scale leaves its range; beside an fp8 product bfloat16's digits are enough.
     over = torch.float32 if INTERPRETED else torch.bfloat16
     steps, ranks = triton.cdiv(r, br) if fp8 and masked else 0, padded_rank(r)
@@ -278,11 +283,12 @@ def product(
         if z is not None:
             read["z"] = Tiles(z, stored)
     return launch(
-        _gemm_kernel, (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),), options, x,
+        _gemm_kernel, (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),), tile.options, x,
         **read, gain_ptr=gain, bias_ptr=bias, bits_ptr=bits, x_scale_ptr=x_scale, w_scale_ptr=w_scale,
         M=m, N=n, C=c, R=r, stride_xm=x.stride(0), stride_xc=x.stride(1), stride_wr=w.stride(0), stride_wc=w.stride(1),
         stride_p=ranks, stride_qr=q.stride(0), stride_qc=q.stride(1), stride_bits=triton.cdiv(n, 32) if masked else 0,
-        **tile, PROGRAMS=programs, RANK_STEPS=steps, W_T=w_t, Q_T=transposed, TMA=tma,
+        BLOCK_M=bm, BLOCK_N=bn, BLOCK_C=bc, BLOCK_R=br, GROUP_M=GROUP_M, PROGRAMS=programs,
+        RANK_STEPS=steps, W_T=w_t, Q_T=transposed, TMA=tma,
         KIND=TL[over if kind == torch.float16 else kind],
         ACC=acc_dtype(kind), PRECISION=exact, DTYPE=TL[kind],
     )  # fmt: skip

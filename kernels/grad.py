@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_fast.kernels import pass_tiles
+from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
     TL,
     Matrix,
@@ -33,7 +35,7 @@ from lora_fast.kernels.common import (
 from lora_fast.kernels.operands import Number, Operand, Tiles, launch
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.sums import Dora, Parts, add_parts
-from lora_fast.kernels.tiles import grad_splits, grad_tile, tma_fits
+from lora_fast.kernels.tiles import tma_fits
 
 
 @triton.jit(do_not_specialize=["M", "rows_each"])
@@ -142,11 +144,10 @@ class ColumnPass:
         self.ones = self.sums is not None and self.dora is None  # a column of ones beside P makes the sums
         ranks, fused = self.r + self.ones, self.ds is not None
         self.tma = tma_fits(self.z) and (self.dz is None or tma_fits(self.dz))
-        self.tile, self.options, fill = grad_tile(
-            m, n, ranks, self.dtype, self.z.device, self.tma, fused, self.bits is not None,
-            self.dz is not None or self.dm is not None, self.row_scale is not None,
-        )  # fmt: skip
-        col_blocks, splits, rank_blocks, self.rows_each = grad_splits(m, n, ranks, self.tile, fill, self.z.device)
+        chip, dora = Chip.of(self.z.device), self.dz is not None or self.dm is not None
+        self.tile = pass_tiles.grad(m, n, ranks, dtype=self.dtype, chip=chip, tma=self.tma, fused=fused, dora=dora,
+                                    masked=self.bits is not None, scaled=self.row_scale is not None)  # fmt: skip
+        col_blocks, splits, rank_blocks, self.rows_each = pass_tiles.grad_splits(m, n, ranks, tile=self.tile, chip=chip)
         self.grid = col_blocks, splits, rank_blocks
         self.parts = Parts(
             col_blocks, splits, ds=m * padded_rank(max(self.r, 1)) if fused else 0,
@@ -168,14 +169,14 @@ class ColumnPass:
 
     def _main(self, memory: Operand | None) -> Launch:
         z, g, b, dora, dz, tile, kind = self.z, self.g, self.b, self.dora, self.dz, self.tile, self.dtype
-        (m, n), block = z.shape, [tile["BLOCK_M"], tile["BLOCK_N"]]
+        (m, n), block = z.shape, [tile.m, tile.n]
         exact = precision(kind, m if b is None else min(m, n))
         if exact == "tf32" and self.ones:
             exact = "ieee"  # dbias is no product: it stays exact
         kept = dora.kept if dora is not None and dora.dm is not None else None
         scaling = self.scaling if self.lifted else None
         return launch(
-            _grad_kernel, self.grid, self.options, z,
+            _grad_kernel, self.grid, tile.options, z,
             z=Tiles(z, block) if self.tma else z, dz=Tiles(dz, block) if self.tma and dz is not None else dz,
             kept_ptr=kept, p_ptr=self.p, b_ptr=b, bits_ptr=self.bits, gain_ptr=dora and dora.gain,
             g_ptr=memory if self.parts.g else g, parts_ptr=memory, row_scale_ptr=self.row_scale, scaling=scaling,
@@ -186,6 +187,7 @@ class ColumnPass:
             # Parts of G lie as the gradient does: [N, R], or [R, N] seen from the side.
             stride_gs=0 if g is None else n * self.r, stride_gn=0 if g is None else g.stride(0),
             stride_gr=0 if g is None else g.stride(1), stride_bits=0 if self.bits is None else triton.cdiv(n, 32),
-            **tile, WITH_SUM=self.sums is not None, SCALING_PTR=isinstance(scaling, Operand), TMA=self.tma,
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=tile.r, DM_ROWS=tile.sum_rows,
+            WITH_SUM=self.sums is not None, SCALING_PTR=isinstance(scaling, Operand), TMA=self.tma,
             ACC=acc_dtype(kind), PRECISION=exact, DTYPE=TL[kind],
         )  # fmt: skip

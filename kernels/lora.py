@@ -150,7 +150,7 @@ def _bound(problem: Problem, key: tuple, args: type, given: tuple) -> tuple[Prog
     if (found := starts(given)) is not None:
         key = *key, found
     program = problem.programs.get(key)
-    if program is None:
+    if program is None or program.stale:
         at = args(*(operand(i, value) for i, value in enumerate(given)))
         program = problem.programs[key] = Program(len(given), key[0](at, problem), found is None)
     bound = program.bind(*given)

@@ -12,10 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_fast.kernels import pass_tiles
+from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, low_scale, wait_for_stream, wide
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling, launch, run
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.tiles import norm_has_parts, norm_parts_tile, norm_tile
+from lora_fast.kernels.tiles import Tile
+
+SUMS = 64  # of squares a row, at most: what lies side by side in a row of a product's registers
 
 
 @triton.jit
@@ -141,6 +145,11 @@ def _gain_kernel(
     _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, ROUND, ACC)
 
 
+def constants(tile: Tile) -> dict[str, int]:
+    """Of a kernel that makes the norms of rows of W."""
+    return {"BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": tile.r, "SUMS": min(SUMS, tile.k)}
+
+
 def norms(
     w: Operand, a: Operand, b: Operand, scaling: Operand | Number, n: Operand, *, m: Operand | None = None,
     gain: Operand | None = None, w_scale: Operand | None = None, round_norm: bool = False, room: Operand | None = None,
@@ -158,21 +167,23 @@ def norms(
         "stride_bn": b.stride(0), "stride_br": b.stride(1),
         "LIFTED": lifted, "SCALING_PTR": isinstance(scaling, Operand),
     }  # fmt: skip
-    if norm_has_parts(r, w.dtype, kind, w.device):
-        tile, options, splits = norm_parts_tile(rows, k, w.device)
-        steps = triton.cdiv(triton.cdiv(k, tile["BLOCK_K"]), splits)
-        splits = triton.cdiv(triton.cdiv(k, tile["BLOCK_K"]), steps)
+    chip = Chip.of(w.device)
+    if pass_tiles.norm_has_parts(r, dtype=w.dtype, kind=kind, chip=chip):
+        tile = pass_tiles.norm_parts()
+        blocks = triton.cdiv(k, tile.k)
+        steps = triton.cdiv(blocks, pass_tiles.norm_splits(rows, k, tile=tile, chip=chip))
+        splits = triton.cdiv(blocks, steps)
         if room is None or room.holds((splits, rows), torch.float32):
             parts = (Scratch(w.device) if room is None else room).part((splits, rows), torch.float32)
             return [
-                launch(_norm_parts_kernel, (triton.cdiv(rows, tile["BLOCK_N"]), splits), options, w,
-                       **read, parts_ptr=parts, steps=steps, **tile, ACC=tl.float32),
+                launch(_norm_parts_kernel, (triton.cdiv(rows, tile.n), splits), tile.options, w,
+                       **read, parts_ptr=parts, steps=steps, **constants(tile), ACC=tl.float32),
                 launch(_gain_kernel, (triton.cdiv(rows, 128),), {"num_warps": 4}, w,
                        **found, parts_ptr=parts, splits=splits, BLOCK=128, ACC=tl.float32),
             ]  # fmt: skip
-    tile, options = norm_tile(rows, r, w.dtype, kind, w.device)
-    return [launch(_norm_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), options, w, **read | found, **tile,
-                   ONE=r <= tile["BLOCK_R"], ACC=acc_dtype(wide(w, a, b)),
+    tile = pass_tiles.norm(rows, r, dtype=w.dtype, kind=kind, chip=chip)
+    return [launch(_norm_kernel, (triton.cdiv(rows, tile.n),), tile.options, w, **read | found, **constants(tile),
+                   ONE=r <= tile.r, ACC=acc_dtype(wide(w, a, b)),
                    PRECISION="tf32x3" if kind == torch.float32 else "ieee", DTYPE=TL[kind])]  # fmt: skip
 
 

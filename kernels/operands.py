@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import triton.language as tl
 
+from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.launchers import INTERPRETED
 from lora_fast.kernels.memo import Memo
 from lora_fast.kernels.program import OWN, Block, Launch, Program, View
-from lora_fast.kernels.tiles import arch
 
 Size = tuple[int, ...]
 
@@ -111,11 +111,11 @@ class Scratch:
         return found
 
 
-def pdl(device: torch.device, rows: int) -> int:
+def pdl(chip: Chip, rows: int) -> int:
     """Programmatic dependent launch (Hopper and later): a kernel is set up while the one ahead of it in the stream
     ends, and waits for it on the device. 0: not; 1: so; 2: already while that one runs, which pays for short kernels.
     """
-    if device.type != "cuda" or arch(device) < 90 or INTERPRETED:
+    if not chip.has_tma or INTERPRETED:
         return 0
     return 2 if rows <= 2048 else 1
 
@@ -136,7 +136,7 @@ def launch(kernel, grid: Size, options: dict[str, int], like: Operand, **given: 
     problem, then constants.
     """
     at_run_time, constants = _signature(kernel)
-    early = pdl(like.device, like.shape[0])
+    early = pdl(Chip.of(like.device), like.shape[0])
     given["PDL"] = early
     if wrong := given.keys() ^ {*at_run_time, *constants}:
         raise TypeError(f"{kernel.fn.__name__}: missing or unknown arguments {', '.join(sorted(wrong))}")

@@ -8,6 +8,8 @@ column sums of dY * z (or y, see sums.py), which make dm.
 import triton
 import triton.language as tl
 
+from lora_fast.kernels import pass_tiles
+from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
     TL,
     Matrix,
@@ -22,7 +24,7 @@ from lora_fast.kernels.common import (
 from lora_fast.kernels.operands import Number, Operand, Scratch, Tiles, launch
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.sums import Dora, Parts, add_parts
-from lora_fast.kernels.tiles import few_rows, pair_tile, rank_block, tma_fits
+from lora_fast.kernels.tiles import few_rows, rank_block, tma_fits
 
 
 @triton.jit
@@ -79,7 +81,8 @@ def _pair_kernel(
 def takes_pair(x: Operand, dy: Operand, r: int, dora: bool) -> bool:
     """Whether these matrices have few rows and lie as ``pair`` reads them. With a gain, half as many are few: beyond,
     one pass that makes all from dY is better (grad.py)."""
-    return few_rows(len(x) * (2 if dora else 1), r, x.dtype, x.device) and tma_fits(x, dy)
+    rows = len(x) * (2 if dora else 1)
+    return few_rows(rows, r, dtype=x.dtype, chip=Chip.of(x.device)) and tma_fits(x, dy)
 
 
 def pair(
@@ -92,14 +95,14 @@ def pair(
     x [M, K], dy [M, N], ds and s [M, padded R] are in one dtype; bits are of a mask of x's shape. The scaling is given
     where B carries a part of it."""
     (m, k), n, r = x.shape, dy.shape[1], len(grad_a)
-    tile, options = pair_tile(bits is not None)
-    rows, cols = tile["BLOCK_M"], tile["BLOCK_N"]
+    tile = pass_tiles.pair(masked=bits is not None)
+    rows, cols = tile.m, tile.n
     return launch(
-        _pair_kernel, (triton.cdiv(k, cols) + triton.cdiv(n, cols),), options, x,
+        _pair_kernel, (triton.cdiv(k, cols) + triton.cdiv(n, cols),), tile.options, x,
         x=Tiles(x, [rows, cols]), dy=Tiles(dy, [rows, cols]), ds_ptr=ds, s_ptr=s, bits_ptr=bits, grad_a_ptr=grad_a,
         grad_b_ptr=grad_b, grad_bias_ptr=grad_bias, gain_ptr=gain, scaling=scaling,
         M=m, K=k, N=n, R=r, RS=padded_rank(r), stride_bits=0 if bits is None else triton.cdiv(k, 32),
-        **tile, BLOCK_R=rank_block(r, 32), SCALING_PTR=isinstance(scaling, Operand),
+        BLOCK_M=rows, BLOCK_N=cols, BLOCK_R=rank_block(r, 32), SCALING_PTR=isinstance(scaling, Operand),
     )  # fmt: skip
 
 

@@ -11,12 +11,14 @@ import copy
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import lora_fast.kernels.launchers as launchers
+from lora_fast.kernels.memo import forget_all
 
 OWN = -1  # stands for the argument of a program that is memory for its launches alone
 
@@ -104,7 +106,10 @@ class Program:
     ``OWN`` lie in memory that each run makes anew, and that no caller gives.
     """
 
+    stale = False  # to be made anew, for what its launches rest on has changed
+
     def __init__(self, n: int, launches: list[Launch], aligned: bool = False) -> None:
+        _programs.add(self)
         self.launches, self.aligned = launches, aligned
         views = dict.fromkeys(arg for launch in launches for arg in launch.args if isinstance(arg, View))
         self.own = max((view.start + view.size for view in views if view.arg == OWN), default=None)  # bytes
@@ -117,7 +122,7 @@ class Program:
         self.direct: list[launchers.Launch] | None = None
 
     def __call__(self, *args) -> None:
-        bound = self.bind(*args)
+        bound = Program.bind(self, *args)  # stale or not: whoever holds it wants it
         assert bound is not None
         self.run(bound)
 
@@ -189,6 +194,18 @@ class Program:
             start, head, tail = form.prepare(compiled, len(launch.constants))
             direct.append((start, launch.grid, head, itemgetter(*picked), (*launch.ints, *tail)))
         self.direct = direct
+
+
+_programs: WeakSet[Program] = WeakSet()  # all that there are
+
+
+def forget_programs() -> None:
+    """Something that launches rest on without having it in their keys has changed: no layer binds a program again that
+    is there now."""
+    forget_all()
+    for program in list(_programs):
+        program.stale = True
+        program.bind = lambda *args: None  # type: ignore[method-assign]  # costs a step nothing
 
 
 class _Maps:

@@ -14,18 +14,20 @@ of the rows with dA in registers, and stores for each step what its columns give
 in memory and are summed in a fixed order.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from lora_fast.kernels import pass_tiles
+from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, mma, precision, store_tile, wait_for_stream, wide
-from lora_fast.kernels.norm import gain_of, low_rank_tile, row_norm
+from lora_fast.kernels.memo import Memo
+from lora_fast.kernels.norm import constants, gain_of, low_rank_tile, row_norm
 from lora_fast.kernels.operands import Number, Operand, launch, run
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.tiles import weight_grad_splits, weight_grad_tile, weight_tile
+from lora_fast.kernels.tiles import Tile
 
 
 @triton.jit
@@ -105,14 +107,14 @@ def weight(
     each in any float dtype; b may have more columns. A bias [K], contiguous, is added to each row."""
     (rows, k), r = w.shape, a.shape[0]
     kind = torch.promote_types(a.dtype, b.dtype)
-    tile, options = weight_tile(rows, r, w.dtype, kind, w.device)
+    tile = pass_tiles.weight(rows, r, dtype=w.dtype, kind=kind, chip=Chip.of(w.device))
     # Three tf32 products err by as much as float32 rounds: nothing beside the rounding to 16 bits.
     exact = kind != torch.float32 or w.dtype == kind
     return launch(
-        _weight_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), options, w,
+        _weight_kernel, (triton.cdiv(rows, tile.n),), tile.options, w,
         w_ptr=w, a_ptr=a, b_ptr=b, m_ptr=m, n_ptr=n, v_ptr=v, bias_ptr=bias, scaling=scaling, N=rows, K=k, R=r,
         stride_wn=w.stride(0), stride_wk=w.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
-        stride_bn=b.stride(0), stride_br=b.stride(1), **tile, ONE=r <= tile["BLOCK_R"],
+        stride_bn=b.stride(0), stride_br=b.stride(1), **constants(tile), ONE=r <= tile.r,
         ACC=acc_dtype(wide(w, a, b)), PRECISION="ieee" if exact else "tf32x3", DTYPE=TL[kind],
         OUT=TL[w.dtype],
     )  # fmt: skip
@@ -131,20 +133,25 @@ def weight_fwd(
 
 
 class Shares(NamedTuple):
-    """How a backward's work is shared out: its tile, compile options, and what ``weight_grad_splits`` says."""
+    """How a backward's work is shared out: its tile, and what ``weight_grad_splits`` says."""
 
-    tile: dict
-    options: dict
+    tile: Tile
     col_blocks: int
     splits: int
     rank_blocks: int
     rows_each: int
 
 
-@cache
+_known = Memo()
+
+
 def _shares(n: int, k: int, r: int, dtype: torch.dtype, device: torch.device, dora: bool) -> Shares:
-    tile, options = weight_grad_tile(r, dtype, device, dora)
-    return Shares(tile, options, *weight_grad_splits(n, k, r, tile, device))
+    key = n, k, r, dtype, device, dora
+    if (found := _known.get(key)) is not None:
+        return found
+    chip = Chip.of(device)
+    tile = pass_tiles.weight_grad(r, dtype=dtype, chip=chip, dora=dora)
+    return _known.keep(key, Shares(tile, *pass_tiles.weight_grad_splits(n, k, r, tile=tile, chip=chip)))
 
 
 def weight_gradients(
@@ -156,12 +163,12 @@ def weight_gradients(
     (rows, k), r = g.shape, a.shape[0]
     shares, read = _shares(rows, k, r, g.dtype, g.device, w is not None), g if w is None else w
     return launch(
-        _weight_bwd_kernel, (shares.col_blocks, shares.splits, shares.rank_blocks), shares.options, g,
+        _weight_bwd_kernel, (shares.col_blocks, shares.splits, shares.rank_blocks), shares.tile.options, g,
         g_ptr=g, w_ptr=w, a_ptr=a, b_ptr=b, m_ptr=m, n_ptr=n, da_ptr=da, db_ptr=db, dm_ptr=dm, dw_ptr=dw,
         scaling=scaling, N=rows, K=k, R=r, rows_each=shares.rows_each,
         stride_gn=g.stride(0), stride_gk=g.stride(1), stride_wn=read.stride(0), stride_wk=read.stride(1),
         stride_ar=a.stride(0), stride_ak=a.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1),
-        **shares.tile, ACC=acc_dtype(g.dtype),
+        BLOCK_N=shares.tile.n, BLOCK_K=shares.tile.k, BLOCK_R=shares.tile.r, ACC=acc_dtype(g.dtype),
         PRECISION=precision(g.dtype, max(rows, k)), DTYPE=TL[g.dtype],
     )  # fmt: skip
 

@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from lora_fast.kernels.chip import Chip, assume
+
 MATRIX = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
 
 
@@ -104,22 +106,24 @@ def layer(case: Case, magnitude: torch.Tensor | None) -> None:
     lora.backward(problem, dy, saved, 2.0, p)
 
 
-def compile_for(capability: int, problems: list[Case], few: Iterable[Case] = ()) -> list[dict[str, Any]]:
-    from lora_fast.kernels import cast, down, gemm, launchers, mask, operands, passes, sums, tiles, weight
+def compile_for(chip: Chip, problems: list[Case], few: Iterable[Case] = ()) -> list[dict[str, Any]]:
+    with assume(chip):
+        return _compile(chip.capability, problems, few)
+
+
+def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list[dict[str, Any]]:
+    from lora_fast.kernels import cast, down, gemm, launchers, mask, passes, sums, weight
     from lora_fast.kernels import norm as norm_module
     from lora_fast.kernels.common import FP8
     from lora_fast.kernels.program import Launch
 
     driver.set_active(TargetOnly(capability))
-    for module, name, value in (
-        (tiles, "arch", lambda device: capability),
-        (operands, "pdl", lambda device, rows: int(capability >= 90)),
+    # What was compiled is not started.
+    for owner, name, value in (
         (launchers, "known", lambda: None),
         (Launch, "start_again", lambda launch, compiled, args: None),
-        (tiles, "n_programs", lambda device: 132),
-        (gemm, "n_programs", lambda device: 132),
     ):
-        setattr(module, name, value)
+        setattr(owner, name, value)
     found: list[dict[str, Any]] = []
     run = JITFunction.run
     problem = ""
@@ -216,5 +220,5 @@ FEW_ROWS = [  # which among them take every tile
 ]
 
 if __name__ == "__main__":
-    for row in compile_for(int(sys.argv[1]), PROBLEMS, FEW_ROWS):
+    for row in compile_for(Chip(int(sys.argv[1]), 132), PROBLEMS, FEW_ROWS):
         print(json.dumps(row))

@@ -30,12 +30,11 @@ def ids(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-@pytest.fixture(params=tiles.PRODUCT_TILES, ids=lambda tile: f"{tile.m}x{tile.n}")
-def tile(request, monkeypatch):
+@pytest.fixture(params=tiles.PRODUCT, ids=lambda tile: f"{tile.m}x{tile.n}")
+def tile(request):
     """All products take this tile."""
-    monkeypatch.setattr(tiles, "product_tile", lambda *args, **kwargs: request.param)
-    monkeypatch.setattr(functional, "_calls", {})
-    return request.param
+    with tiles.override(product=request.param):
+        yield request.param
 
 
 @pytest.fixture

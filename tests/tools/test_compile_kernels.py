@@ -12,7 +12,7 @@ from devices import TRITON
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from lora_fast.kernels.tiles import SHARED_MEMORY
+from lora_fast.kernels.chip import SHARED_MEMORY, Chip
 
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 PRODUCT = "_gemm_kernel"
@@ -23,8 +23,8 @@ PASSES = "_down_fwd_kernel", "_grad_kernel", "_weight_kernel", "_weight_bwd_kern
 def faults(chip, kernel):
     """What is wrong with one compiled kernel, in words."""
     name, sixteen_bit = kernel["kernel"], "float32" not in kernel["problem"].split()[2]
-    if kernel["shared"] > SHARED_MEMORY[chip]:
-        yield f"{kernel['shared']} bytes of shared memory, the chip has {SHARED_MEMORY[chip]}"
+    if kernel["shared"] > (most := Chip(chip, 132).shared_memory):
+        yield f"{kernel['shared']} bytes of shared memory, the chip has {most}"
     if kernel["stack"]:
         yield f"spills: {kernel['stack']} bytes of stack"
     if sixteen_bit and name in (*PRODUCTS, *PASSES) and kernel["dots"] and not kernel[INSTRUCTION[chip]]:
