@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from benchmarks import bench_lora, common, plot, summary
+from benchmarks import bench_lora, common, plot, status, summary
 
 
 def fake_rows(ours: float = 1.1) -> list[dict]:
@@ -95,3 +95,13 @@ def test_plot_of_nothing(tmp_path, capsys):
     common.write_csv(path, bench_lora.COLUMNS, [])
     assert plot.main([str(path)]) == 1 and "no rows" in capsys.readouterr().err
     assert plot.main([str(tmp_path / "none.csv")]) == 1 and "none.csv" in capsys.readouterr().err
+
+
+def test_the_status_is_of_the_results():
+    assert status.PATH.read_text(encoding="utf-8") == status.page()
+
+
+def test_a_bound_without_its_rows_is_an_error():
+    bound = status.Bound("LoRA", "bench_lora_h200.csv", 1.0, [(1, 2, 3)], {"impl": "lora_fast_lora"})
+    with pytest.raises(ValueError, match="0 rows for LoRA"):
+        status.measured(bound)

@@ -1,0 +1,85 @@
+"""What must be reached beside what was measured: benchmarks/STATUS.md, made from the results.
+
+Run from the repository root after a benchmark: python -m benchmarks.status
+
+A row is the geometric mean over the shapes of a bound of the times beside the frozen layer, forward + backward, bf16,
+rank 16, and names the commit, the card and the Triton that it was measured with.
+"""
+
+import csv
+import statistics
+import sys
+from dataclasses import dataclass, field
+
+from benchmarks import bench_small, common
+
+PATH = common.ROOT / "benchmarks" / "STATUS.md"
+Shapes = list[tuple[int, int, int]]
+HOST = [(1024, 4096, 4096), (512, 2048, 2048)]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What must hold: a mean over shapes (M, K, N), or in each of them, of rows that agree with ``where``."""
+
+    what: str
+    file: str
+    must: float
+    shapes: Shapes
+    where: dict[str, str] = field(default_factory=dict)
+
+
+def of_few_rows(impl: str, p: str, musts: tuple[float, ...], name: str) -> list[Bound]:
+    return [Bound(f"{name}, {m} rows, CUDA graphs", "bench_small_h200.csv", must,
+                  [(m, *shape) for shape in bench_small.SHAPES], {"impl": impl, "p": p})
+            for m, must in zip(bench_small.TRAINED, musts, strict=True)]  # fmt: skip
+
+
+BOUNDS = [
+    Bound("LoRA, large layers", "bench_lora_h200.csv", 1.09, common.TARGETS, {"impl": "lora_fast_lora", "p": "0"}),
+    Bound("with dropout", "bench_lora_h200.csv", 1.13, common.TARGETS, {"impl": "lora_fast_lora", "p": "0.1"}),
+    Bound("DoRA, large layers", "bench_dora_h200.csv", 1.15, common.TARGETS, {"impl": "lora_fast_dora", "p": "0"}),
+    Bound("with dropout", "bench_dora_h200.csv", 1.19, common.TARGETS, {"impl": "lora_fast_dora", "p": "0.1"}),
+    *of_few_rows("lora_fast_lora", "0", (2.0, 1.9, 1.7, 1.45), "LoRA"),
+    *of_few_rows("lora_fast_lora", "0.1", (2.4, 2.2, 1.9, 1.65), "LoRA with dropout"),
+    *of_few_rows("lora_fast_dora", "0", (2.9, 2.5, 2.2, 1.7), "DoRA"),
+    *(Bound(f"{name}, {shape}, eager", "bench_host_h200.csv", must, [shape], {"impl": impl, "triton": "3.7.1"})
+      for name, impl, must in (("LoRA", "lora_fast_lora", 1.9), ("DoRA", "lora_fast_dora", 2.2)) for shape in HOST),
+]  # fmt: skip
+
+
+def measured(bound: Bound) -> list[dict[str, str]]:
+    """The rows that a bound speaks of."""
+    wanted = {"dtype": "bf16", "r": "16", "what": "fwd+bwd", **bound.where}
+    with (common.RESULTS / bound.file).open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if all(row[name] == value for name, value in wanted.items())]
+    rows = [row for row in rows if (int(row["M"]), int(row["K"]), int(row["N"])) in bound.shapes]
+    if len(rows) != len(bound.shapes):
+        raise ValueError(f"{bound.file}: {len(rows)} rows for {bound.what}, expected one for each of {bound.shapes}")
+    return rows
+
+
+def line(bound: Bound) -> tuple[str | float, ...]:
+    rows = measured(bound)
+    found = statistics.geometric_mean(float(row["ratio_to_frozen"]) for row in rows)
+    origin = {(row["commit"], row["gpu"], row["triton"]) for row in rows}
+    return (bound.what, bound.must, f"{found:.3f}", "yes" if found <= bound.must else "**no**",
+            "; ".join(", ".join(one) for one in sorted(origin)))  # fmt: skip
+
+
+def page() -> str:
+    table = common.markdown(("times the frozen layer", "must", "is", "reached", "measured at"), map(line, BOUNDS))
+    return (
+        "# Where it stands\n\nMade from `benchmarks/results` by `python -m benchmarks.status`: geometric means over "
+        f"shapes, forward and backward, bf16, rank 16.\n\n{table}\n"
+    )
+
+
+def main() -> int:
+    PATH.write_text(page(), encoding="utf-8")
+    print(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
