@@ -32,7 +32,6 @@ class Forward(NamedTuple):
     """The arguments of a forward's program, in this order."""
 
     x: Operand
-    weight: Operand
     a: Operand
     b: Operand
     bias: Maybe
@@ -42,29 +41,32 @@ class Forward(NamedTuple):
     bits: Maybe
     z: Maybe
     x8: Maybe
-    w_scale: Maybe
     seed: Maybe
     keep_count: Number
     n_words: Number
     scaling: Operand | Number
     keep: Number
+    held: tuple[Operand, ...]  # those of the base's tensors that y reads
 
 
 def _forward(at: Forward, problem: Problem) -> list[Launch]:
     x, y, small, lifted = at.x.rows(), at.y.rows(), problem.small(at.room), problem.lifted
     launches: list[Launch] = []
     a, b, quantised = at.a, at.b, None
+    scratch = Scratch(x.device)
+    w = problem.base.y(at.held, scratch)
     if at.seed is not None:
         launches.append(mask(at.seed, at.bits, at.keep_count, at.n_words))
     alone = problem.alone and at.bits is None and not problem.quantises
-    if alone and takes_decode(x, at.weight, small.a if problem.casts else a):
+    if alone and takes_decode(x, w.matrix, small.a if problem.casts else a):
+        launches += w.launches
         if problem.casts:
             a, b = small.a, small.b
             launches.append(cast_adapters(x, Cast(at.a, at.b, a, b), at.scaling, lifted))
         if problem.dora:
-            launches += norms(at.weight, a, b, at.scaling, small.norm, m=at.magnitude, gain=small.gain,
+            launches += norms(w.matrix, a, b, at.scaling, small.norm, m=at.magnitude, gain=small.gain,
                               round_norm=problem.round_norm, room=y, lifted=lifted)  # fmt: skip
-        return launches + decode(x, at.weight, a, b, y, at.scaling, Scratch(x.device), bias=at.bias, gain=small.gain,
+        return launches + decode(x, w.matrix, a, b, y, at.scaling, scratch, bias=at.bias, gain=small.gain,
                                  lifted=lifted)  # fmt: skip
     if at.x8 is not None:
         quantised = Quantised(at.x8, small.x_scale)
@@ -77,50 +79,51 @@ def _forward(at: Forward, problem: Problem) -> list[Launch]:
     z = None if at.z is None else at.z.rows()
     whole = None
     if not problem.casts and at.bits is None and quantised is None:
-        whole = product_with_s(x, at.weight, a, b, y, s=small.s, scaling=at.scaling, keep=at.keep, transposed=True,
+        whole = product_with_s(x, w.matrix, a, b, y, s=small.s, scaling=at.scaling, keep=at.keep, transposed=True,
                                bias=at.bias, gain=small.gain, z=z)  # fmt: skip
     if whole is None:
         launches += made
+    launches += w.launches
     if problem.dora:  # whose parts take y's memory, until y is there
-        launches += norms(at.weight, a, b, at.scaling, small.norm, m=at.magnitude, gain=small.gain, w_scale=at.w_scale,
+        launches += norms(w.matrix, a, b, at.scaling, small.norm, m=at.magnitude, gain=small.gain, w_scale=w.scale,
                           round_norm=problem.round_norm, room=y, lifted=lifted)  # fmt: skip
     if whole is not None:
         return [*launches, whole]
-    x, x_scale = (at.x8, small.x_scale) if problem.fp8 else (x, None)
-    return [*launches, product(x, at.weight, small.s, b, y, transposed=True, bias=at.bias, gain=small.gain, z=z,
-                               x_scale=x_scale, w_scale=at.w_scale)]  # fmt: skip
+    x, x_scale = (at.x8, small.x_scale) if problem.base.e4m3 else (x, None)
+    return [*launches, product(x, w.matrix, small.s, b, y, transposed=True, bias=at.bias, gain=small.gain, z=z,
+                               x_scale=x_scale, w_scale=w.scale)]  # fmt: skip
 
 
 def forward(
-    problem: Problem, call: Call, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
-    bias: MaybeTensor, magnitude: MaybeTensor = None,
+    problem: Problem, call: Call, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor,
+    magnitude: MaybeTensor = None,
 ) -> tuple[torch.Tensor, Made]:  # fmt: skip
     """y [*lead, N] = x W^T + S b^T + bias, or g * (x W^T + S b^T) + bias if magnitude [N] is given; and what it leaves
     for the backward.
 
-    x [..., K], contiguous or the matrix of its rows, weight [N, K], both in one dtype; a [R, K], b [N, R], bias and
-    magnitude [N] contiguous, in any; with a seed (as ``mask_bits`` takes it) elements are dropped with call.p.
-    ``round_norm`` rounds DoRA's norm to weight's dtype. Over an fp8 base (see ``Fp8``) weight is e4m3, and x is
-    quantised likewise for the product.
+    x [..., K], contiguous or the matrix of its rows; W [N, K] is in call.held, the problem's base says how; a [R, K], b
+    [N, R], bias and magnitude [N] contiguous, in any dtype; with a seed (as ``mask_bits`` takes it) elements are
+    dropped with call.p. ``round_norm`` rounds DoRA's norm to W's dtype.
     """
     m, k, seed = problem.m, problem.k, call.seed
     y = x.new_empty(problem.y_shape)
     z = torch.empty_like(y) if problem.keep_z else None
-    bits = x8 = w_scale = None
+    bits = x8 = None
     words, count, keep = 0, 0, 1.0
     if seed is not None:
         words, count, keep = -(-k // 32), keep_count(call.p), keep_scale(call.p)
         bits = x.new_empty(m, words, dtype=torch.int32)
     if problem.quantises:
         x8 = x.new_empty(m, k, dtype=FP8)
-    if call.fp8 is not None:
-        w_scale = call.fp8.row_scale
     room = x.new_empty(problem.bytes, dtype=torch.uint8)
     made = Made(room, bits, z, x8)
     if m == 0:
         return y, made
     scaling = as_scaling(call.scaling)
-    given = x, weight, a, b, bias, magnitude, y, room, bits, z, x8, w_scale, seed, count, m * words, scaling, keep
+    given = (
+        x, a, b, bias, magnitude, y, room, bits, z, x8, seed, count, m * words, scaling, keep,
+        *call.held[problem.for_y],
+    )  # fmt: skip
     key = (
         _forward,
         None if seed is None else _kind(seed),
@@ -143,15 +146,16 @@ def _kind(value: float | int | torch.Tensor) -> object:
     return (value.dtype, value.data_ptr() % 16) if isinstance(value, torch.Tensor) else type(value)
 
 
-def _bound(problem: Problem, key: tuple, args: type, given: tuple) -> tuple[Program, Bound]:
+def _bound(problem: Problem, key: tuple, args: Any, given: tuple) -> tuple[Program, Bound]:
     """The program for what is ``given``, bound to it. Programs are kept under their keys for tensors that start at
     multiples of 16 bytes, and under longer ones for other tensors. A key begins with the function that says what a new
-    one launches, from ``args`` of operands."""
+    one launches, from ``args`` of operands, the last of which is a tuple of those that are left."""
     if (found := starts(given)) is not None:
         key = *key, found
     program = problem.programs.get(key)
     if program is None or program.stale:
-        at = args(*(operand(i, value) for i, value in enumerate(given)))
+        operands, last = tuple(operand(i, value) for i, value in enumerate(given)), len(args._fields) - 1
+        at = args(*operands[:last], operands[last:])
         program = problem.programs[key] = Program(len(given), key[0](at, problem), found is None)
     bound = program.bind(*given)
     assert bound is not None
@@ -162,18 +166,6 @@ class Backward(NamedTuple):
     """The arguments of a backward's program, in this order."""
 
     dy: Operand
-    x: Maybe  # from here on as in ``Saved``
-    weight: Maybe
-    a: Maybe
-    b: Maybe
-    y: Maybe
-    room: Maybe
-    bits: Maybe
-    z: Maybe
-    x8: Maybe
-    row_scale: Maybe
-    columns: Maybe
-    col_scale: Maybe
     dx: Maybe  # the gradients
     grad_a: Maybe
     grad_b: Maybe
@@ -183,6 +175,15 @@ class Backward(NamedTuple):
     dz8: Maybe
     scaling: Operand | Number
     keep: Number
+    x: Maybe  # from here on as in ``Saved``
+    a: Maybe
+    b: Maybe
+    y: Maybe
+    room: Maybe
+    bits: Maybe
+    z: Maybe
+    x8: Maybe
+    held: tuple[Maybe, ...]
 
 
 def _backward(at: Backward, problem: Problem) -> list[Launch]:
@@ -194,15 +195,18 @@ def _backward(at: Backward, problem: Problem) -> list[Launch]:
         a, b = small.a, small.b
     x, x_scale = None if at.x is None else at.x.rows(), None
     dora = gain = None
+    again: Sequence[Launch] = ()
     if problem.dora and small is not None:
         gain, kept = small.gain, at.y if at.z is None else at.z
         dora = Dora(gain, small.norm, kept, at.dz, at.grad_m)
-        if needs.m and at.z is None:
-            dora = Dora(gain, small.norm, kept, at.dz, at.grad_m, x, at.weight, s, b, at.row_scale)
+        if problem.z_again:
+            w = problem.base.y(at.held, scratch)
+            again = w.launches
+            dora = Dora(gain, small.norm, kept, at.dz, at.grad_m, x, w.matrix, s, b, w.scale)
     wanted = all(grad is not None for grad in (at.dx, at.grad_a, at.grad_b))
-    if wanted and x is not None and not problem.fp8 and takes_pair(x, dy, r, problem.dora):
-        return _few_rows(at, problem, x, s, a, b, dora)
-    passes: list[Pass] = []
+    if wanted and x is not None and not problem.base.e4m3 and takes_pair(x, dy, r, problem.dora):
+        return [*again, *_few_rows(at, problem, x, s, a, b, dora, scratch)]
+    passes: list[Pass] = [*again]
     ds: Maybe = scratch.part((problem.m, padded_rank(r)), problem.kind) if needs.x or needs.a else None
     dz_scale, ds_here = None, ds
     if at.dz8 is not None:  # the launch that quantises makes dS, too
@@ -218,28 +222,30 @@ def _backward(at: Backward, problem: Problem) -> list[Launch]:
     launches = launches_of(passes, wide(dy), scratch, at.dx)
     if at.dx is None:
         return launches
-    source, weight = dy if at.dz is None else at.dz, at.weight
-    if at.dz8 is not None:
-        source, weight = at.dz8, at.columns
-    return [*launches, product(source, weight, ds, a, at.dx.rows(), transposed=False, bits=at.bits, x_scale=dz_scale,
-                               w_scale=at.col_scale)]  # fmt: skip
+    source = next(t for t in (at.dz8, at.dz, dy) if t is not None)
+    w = problem.base.dx(at.held, scratch)
+    return [*launches, *w.launches, product(source, w.matrix, ds, a, at.dx.rows(), transposed=False, bits=at.bits,
+                                            x_scale=dz_scale, w_scale=w.scale)]  # fmt: skip
 
 
 def _few_rows(
-    at: Backward, problem: Problem, x: Operand, s: Operand, a: Operand, b: Operand, dora: Dora[Operand] | None
-) -> list[Launch]:
-    """The backward of few rows over a plain base, with dX, dA and dB."""
-    dy, dx, scratch, lifted = at.dy.rows(), at.dx.rows(), Scratch(at.dy.device), problem.lifted
+    at: Backward, problem: Problem, x: Operand, s: Operand, a: Operand, b: Operand, dora: Dora[Operand] | None,
+    scratch: Scratch,
+) -> list[Launch]:  # fmt: skip
+    """The backward of few rows over a base that is not e4m3, with dX, dA and dB."""
+    dy, dx, lifted = at.dy.rows(), at.dx.rows(), problem.lifted
     launches: list[Launch] = []
     source = dy
     if dora is not None:
         launches, source = dz_and_dm(dy, dora, scratch), at.dz
+    w = problem.base.dx(at.held, scratch)
+    launches += w.launches
     ds = scratch.part((problem.m, padded_rank(problem.r)), problem.kind)
-    whole = product_with_s(source, at.weight, b, a, dx, s=ds, scaling=at.scaling, keep=at.keep, transposed=False,
+    whole = product_with_s(source, w.matrix, b, a, dx, s=ds, scaling=at.scaling, keep=at.keep, transposed=False,
                            bits=at.bits, lifted=lifted)  # fmt: skip
     if whole is None:
         launches.append(down(source, b.t(), ds, at.scaling, at.keep, lifted=lifted))
-        launches.append(product(source, at.weight, ds, a, dx, transposed=False, bits=at.bits))
+        launches.append(product(source, w.matrix, ds, a, dx, transposed=False, bits=at.bits))
     else:
         launches.append(whole)
     launches.append(pair(x, dy, ds, s, at.grad_a, at.grad_b, bits=at.bits, grad_bias=at.grad_bias,
@@ -253,9 +259,9 @@ def backward(
     """(dX [*lead, K], dA [R, K], dB [N, R], dbias [N], dm [N]), each None where the problem does not need it.
 
     dy [*lead, N], contiguous, or the matrix of its rows, each contiguous; ``saved``, as in ``Saved``, is what is read:
-    x and bits for dA, S for dB, b for dA and dX, weight (an fp8 base's columns), a and bits for dX, g for all of them,
-    n and z for dm. In place of z the output y can be given where there was no bias; that takes x, weight, S and b, too.
-    Without x, x8 stands for it. dX comes last, and till then its memory holds what the passes leave for their sums.
+    x and bits for dA, S for dB, b for dA and dX, W, a and bits for dX, g for all of them, n and z for dm. In place of z
+    the output y can be given where there was no bias; that takes x, W, S and b, too. Without x, x8 stands for it.
+    dX comes last, and till then its memory holds what the passes leave for their sums.
     """
     m, n, r, kinds = problem.m, problem.n, problem.r, problem.kinds
     need_x, need_a, need_b, need_bias, need_m = problem.needs
@@ -271,16 +277,16 @@ def backward(
                 grad.zero_()
         return grads
     dz = dz8 = None
-    if need_x and problem.fp8:
+    if need_x and problem.base.e4m3:
         dz8 = dy.new_empty(m, n, dtype=FP8)
     elif problem.dora and (need_x or needs_dz(r, need_x or need_a, need_b)):
         dz = dy.new_empty(m, n)
-    x, weight, _, _, _, _, bits, _, _, _, columns, _ = saved
+    x, _, _, _, _, bits, _, _, *held = saved
     scaling = as_scaling(scaling)
-    given = dy, *saved, *grads, dz, dz8, scaling, 1.0 if bits is None else keep_scale(p)
+    given = dy, *grads, dz, dz8, scaling, 1.0 if bits is None else keep_scale(p), *saved
     key = (
-        _backward, dy.stride(), x if x is None else x.stride(), weight if weight is None else weight.stride(),
-        columns if columns is None else columns.stride(), bits is None,
+        _backward, dy.stride(), x if x is None else x.stride(), bits is None,
+        *[t if t is None else t.stride() for t in held],
         None if type(scaling) is float else _kind(scaling), problem.is_float32 and precision(problem.kind, 256),
     )  # fmt: skip
     program = problem.programs.get(key)

@@ -1,11 +1,13 @@
 """What a layer's programs are decided by, and what passes from its forward to its backward."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
+from lora_fast.kernels.bases import PLAIN, Base
 from lora_fast.kernels.cast import cast_wanted
 from lora_fast.kernels.common import padded_rank
 from lora_fast.kernels.operands import Operand, Size, rounded
@@ -14,30 +16,19 @@ from lora_fast.kernels.program import Bound, Program
 MaybeTensor = torch.Tensor | None
 
 
-class Fp8(NamedTuple):
-    """What an fp8 base has beside ``weight``, W's rows in e4m3 [N, K]: row i of W is row_scale[i] * weight[i]; and W
-    once more by its columns, column k of W being col_scale[k] * columns[k]. Scales are float32. A backward has of them
-    what it reads."""
-
-    row_scale: MaybeTensor  # [N]
-    columns: MaybeTensor  # [K, N]
-    col_scale: MaybeTensor  # [K]
-
-
 class Made(NamedTuple):
     """What a forward leaves for the backward."""
 
     room: MaybeTensor  # bytes, see ``Small``
     bits: MaybeTensor = None  # of the dropout mask
     z: MaybeTensor = None  # [..., N], the output before gain and bias, if wanted
-    x8: MaybeTensor = None  # x in e4m3 [M, K], which an fp8 base's product reads, or dA
+    x8: MaybeTensor = None  # x in e4m3 [M, K], which the product reads over an e4m3 base, or dA
 
 
 class Saved(NamedTuple):
-    """What a backward reads, each None where it does not."""
+    """What a backward reads, each None where it does not; the base's tensors follow."""
 
     x: MaybeTensor  # [..., K]
-    weight: MaybeTensor
     a: MaybeTensor
     b: MaybeTensor
     y: MaybeTensor
@@ -45,9 +36,6 @@ class Saved(NamedTuple):
     bits: MaybeTensor
     z: MaybeTensor
     x8: MaybeTensor
-    row_scale: MaybeTensor  # from here on as in ``Fp8``
-    columns: MaybeTensor
-    col_scale: MaybeTensor
 
 
 class Needs(NamedTuple):
@@ -94,8 +82,8 @@ class Problem:
     r: int
     kinds: Kinds
     needs: Needs
+    base: Base = PLAIN
     dora: bool = False
-    fp8: bool = False  # the base is e4m3
     keep_x8: bool = False  # the backward reads x in e4m3
     keep_z: bool = False  # and z, which the forward keeps for it
     round_norm: bool = False
@@ -109,7 +97,11 @@ class Problem:
         # In float16 B carries a part of the scaling: in a copy.
         self.lifted = self.kind == torch.float16
         self.casts = self.lifted or cast_wanted(self.kinds[:3], self.r)
-        self.quantises = self.fp8 or self.keep_x8  # x in the forward, for the product or to be kept
+        self.quantises = self.base.e4m3 or self.keep_x8  # x in the forward, for the product or to be kept
+        # dm from y, which may have to make z again
+        self.z_again = self.needs.m and not self.keep_z
+        self.for_y, self.saved = self.base.for_y, self.base.read_by(y=self.z_again, dx=self.needs.x)
+        self.saves_base = all(self.saved)
         gains, s_shape = torch.float64 if self.kind == torch.float64 else torch.float32, (self.m, padded_rank(self.r))
         self.shapes: dict[str, tuple[Size, torch.dtype]] = {}  # of the small things
         if self.casts:
@@ -130,11 +122,14 @@ class Problem:
 
 
 class Call:
-    """What one call has beside its tensors. If it ``defers`` its last product is not launched but left here, to be run
-    as ``program.run(bound, -1)`` once what the backward reads is saved."""
+    """What one call has beside x, its adapter and its bias; ``held`` are the base's tensors. If it ``defers`` its last
+    product is not launched but left here, to be run as ``program.run(bound, -1)`` once what the backward reads is
+    saved."""
 
     defers = False
     deferred: tuple[Program, Bound] | None = None
 
-    def __init__(self, scaling: float | torch.Tensor, seed: torch.Tensor | int | None, p: float, fp8: Fp8 | None):
-        self.scaling, self.seed, self.p, self.fp8 = scaling, seed, p, fp8
+    def __init__(
+        self, scaling: float | torch.Tensor, seed: torch.Tensor | int | None, p: float, held: Sequence[torch.Tensor]
+    ) -> None:
+        self.scaling, self.seed, self.p, self.held = scaling, seed, p, held

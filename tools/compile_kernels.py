@@ -98,11 +98,11 @@ def layer(case: Case, magnitude: torch.Tensor | None) -> None:
     kinds, needs = Kinds(dtype, adapter, adapter, dtype, dtype), Needs(True, True, True, with_bias, dora)
     if m <= 128:
         problem = Problem((m,), k, n, r, kinds, Needs(), dora=dora, alone=True)
-        lora.forward(problem, Call(2.0, None, 0.0, None), x, w, a, b, bias, magnitude)
+        lora.forward(problem, Call(2.0, None, 0.0, (w,)), x, a, b, bias, magnitude)
         return
     problem = Problem((m,), k, n, r, kinds, needs, dora=dora, keep_z=dora and with_bias)
-    y, made = lora.forward(problem, Call(2.0, 1 if p else None, p, None), x, w, a, b, bias, magnitude)
-    saved = Saved(x, w, a, b, y if dora and not with_bias else None, *made, None, None, None)
+    y, made = lora.forward(problem, Call(2.0, 1 if p else None, p, (w,)), x, a, b, bias, magnitude)
+    saved = (*Saved(x, a, b, y if dora and not with_bias else None, *made), w)
     lora.backward(problem, dy, saved, 2.0, p)
 
 

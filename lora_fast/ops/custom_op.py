@@ -11,22 +11,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.fp8 import E4M3
+from lora_fast.kernels.bases import BASES
+from lora_fast.kernels.common import FP8
 from lora_fast.kernels.lora import forward
 from lora_fast.kernels.memo import Memo
-from lora_fast.kernels.problem import Call, Fp8, Kinds, Made, MaybeTensor, Needs, Problem
+from lora_fast.kernels.problem import Call, Kinds, Made, MaybeTensor, Needs, Problem
 from lora_fast.ops.parts import addressable, contiguous, dtype_of, gradients, kinds_of, on, to_save
 
-_GIVEN = """(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? magnitude, Tensor scaling,
-    Tensor? seed, float p, bool round_norm, bool keep_z, bool save_x8, Tensor? row_scale=None, Tensor? columns=None,
-    Tensor? col_scale=None)"""
+_GIVEN = """(Tensor x, Tensor[] held, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? magnitude, Tensor scaling,
+    Tensor? seed, float p, bool round_norm, bool keep_z, bool save_x8, str base)"""
 _library = torch.library.Library("lora_fast", "FRAGMENT")
 _library.define(f"lora_linear{_GIVEN} -> Tensor")
 _library.define(f"lora_linear_alone{_GIVEN} -> Tensor")
 _library.define(f"lora_linear_fwd{_GIVEN} -> Tensor[]")
 _library.define("""lora_linear_bwd(Tensor dy, Tensor?[] saved, Tensor scaling, float p, SymInt[] shape,
-    ScalarType a_kind, ScalarType b_kind, ScalarType bias_kind, ScalarType m_kind, bool[] needs,
-    bool[] flags) -> Tensor[]""")  # not ScalarType[], of which numbers arrive up to torch 2.11
+    ScalarType a_kind, ScalarType b_kind, ScalarType bias_kind, ScalarType m_kind, bool[] needs, bool[] flags,
+    str base) -> Tensor[]""")  # not ScalarType[], of which numbers arrive up to torch 2.11
 lora_linear = torch.ops.lora_fast.lora_linear
 _problems = Memo()
 
@@ -35,7 +35,7 @@ class _Given(NamedTuple):
     """The arguments of ``lora_linear``."""
 
     x: torch.Tensor
-    weight: torch.Tensor
+    held: Sequence[torch.Tensor]  # by the base
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     bias: MaybeTensor
@@ -46,32 +46,25 @@ class _Given(NamedTuple):
     round_norm: bool
     keep_z: bool
     save_x8: bool
-    row_scale: MaybeTensor = None
-    columns: MaybeTensor = None
-    col_scale: MaybeTensor = None
-
-    @property
-    def fp8(self) -> Fp8 | None:
-        return None if self.row_scale is None else Fp8(self.row_scale, self.columns, self.col_scale)
+    base: str
 
     def problem(self, *needs: bool, alone: bool = False) -> Problem:
-        (n, k), x = self.weight.shape, self.x
+        x, n, (r, k) = self.x, self.lora_B.shape[0], self.lora_A.shape
         kinds = kinds_of(x.dtype, self.lora_A, self.lora_B, self.bias, self.magnitude)
         return Problem(
-            x.shape[:-1], k, n, len(self.lora_A), kinds, Needs(*needs), dora=self.magnitude is not None,
-            fp8=self.row_scale is not None, keep_x8=self.save_x8, keep_z=self.keep_z, round_norm=self.round_norm,
-            alone=alone,
+            x.shape[:-1], k, n, r, kinds, Needs(*needs), BASES[self.base], dora=self.magnitude is not None,
+            keep_x8=self.save_x8, keep_z=self.keep_z, round_norm=self.round_norm, alone=alone,
         )  # fmt: skip
 
 
-def linear(problem: Problem, call: Call, x, weight, lora_A, lora_B, bias, magnitude) -> torch.Tensor:
+def linear(problem: Problem, call: Call, x, lora_A, lora_B, bias, magnitude) -> torch.Tensor:
     """y, by way of the operator."""
     scaling = call.scaling
     if not isinstance(scaling, torch.Tensor):
         scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
     return lora_linear(
-        x, weight, lora_A, lora_B, bias, magnitude, scaling, call.seed, call.p, problem.round_norm, problem.keep_z,
-        problem.keep_x8, *(call.fp8 or ()),
+        x, call.held, lora_A, lora_B, bias, magnitude, scaling, call.seed, call.p, problem.round_norm, problem.keep_z,
+        problem.keep_x8, problem.base.name,
     )  # fmt: skip
 
 
@@ -82,16 +75,17 @@ def _alone(*args: Any) -> torch.Tensor:
 def _forward(*args: Any, alone: bool = False) -> list[torch.Tensor]:
     """y, the room, and what there is of the mask's bits, z and an x in 8 bits, in this order."""
     given = _Given(*args)
-    x, weight, lora_A, lora_B, bias, magnitude, scaling, seed, p, *flags = given[:12]
+    x, held, lora_A, lora_B, bias, magnitude, scaling, seed, p, *flags = given
+    weight = held[0]
     key = (
         x.device, x.dtype, x.shape, x.stride(), weight.dtype, weight.shape, weight.stride(), lora_A.dtype, lora_A.shape,
-        lora_B.dtype, dtype_of(bias), dtype_of(magnitude), *flags, given.fp8 is None, alone,
+        lora_B.dtype, lora_B.shape, dtype_of(bias), dtype_of(magnitude), *flags, alone,
     )  # fmt: skip
     problem = _problems.get(key) or _problems.keep(key, given.problem(alone=alone))
     small: Any = map(contiguous, (lora_A, lora_B, bias, magnitude))
     with on(x.device):
-        call = Call(scaling, seed, p, given.fp8)
-        y, made = forward(problem, call, addressable(x), weight, *small)
+        call = Call(scaling, seed, p, held)
+        y, made = forward(problem, call, addressable(x), *small)
     found = [y, made.room, made.bits, made.z, made.x8 if given.save_x8 else None]
     return [t for t in found if t is not None]
 
@@ -105,21 +99,21 @@ def _forward_fake(*args: Any) -> list[torch.Tensor]:
     if given.keep_z:
         found.append(torch.empty_like(found[0]))
     if given.save_x8:
-        found.append(x.new_empty(problem.m, problem.k, dtype=E4M3))
+        found.append(x.new_empty(problem.m, problem.k, dtype=FP8))
     return found
 
 
 def _gradients(
     dy: torch.Tensor, saved: Sequence[MaybeTensor], scaling: torch.Tensor, p: float, shape: Sequence[int], *rest: Any
 ) -> list[torch.Tensor]:
-    """The gradients that are needed, in the order of ``Needs``; flags are dora, fp8, keep_x8 and keep_z."""
-    *kinds, needs, flags = rest
-    key = dy.device, dy.dtype, dy.shape, *shape, *kinds, *needs, *flags
+    """The gradients that are needed, in the order of ``Needs``; flags are dora, keep_x8 and keep_z."""
+    *kinds, needs, flags, base = rest
+    key = dy.device, dy.dtype, dy.shape, *shape, *kinds, *needs, *flags, base
     problem = _problems.get(key)
     if problem is None:
-        (k, r), (dora, fp8, keep_x8, keep_z) = shape, flags
-        problem = Problem(dy.shape[:-1], k, dy.shape[-1], r, Kinds(dy.dtype, *kinds), Needs(*needs), dora=dora, fp8=fp8,
-                          keep_x8=keep_x8, keep_z=keep_z)  # fmt: skip
+        (k, r), (dora, keep_x8, keep_z) = shape, flags
+        problem = Problem(dy.shape[:-1], k, dy.shape[-1], r, Kinds(dy.dtype, *kinds), Needs(*needs), BASES[base],
+                          dora=dora, keep_x8=keep_x8, keep_z=keep_z)  # fmt: skip
         _problems.keep(key, problem)
     with on(dy.device):
         grads = gradients(problem, dy, saved, scaling, p)
@@ -127,7 +121,7 @@ def _gradients(
 
 
 def _gradients_fake(dy, saved, scaling, p, shape, *rest) -> list[torch.Tensor]:
-    *kinds, needs, _ = rest
+    *kinds, needs, _, _ = rest
     (k, r), n = shape, dy.shape[-1]
     shapes = (*dy.shape[:-1], k), (r, k), (n, r), (n,), (n,)
     return [dy.new_empty(shape, dtype=kind)
@@ -138,23 +132,23 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
         given = _Given(*args)
-        x, weight, lora_A, lora_B, *_ = given
+        x, held, lora_A, lora_B, *_ = given
         problem = given.problem(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
         y, room, *rest = torch.ops.lora_fast.lora_linear_fwd(*args)
         there = given.seed is not None, given.keep_z, given.save_x8
         bits, z, x8 = (rest.pop(0) if one else None for one in there)
-        saved: Any = to_save(problem, Made(room, bits, z, x8), given.fp8, x, weight, lora_A, lora_B, y)
+        saved: Any = to_save(problem, Made(room, bits, z, x8), held, x, lora_A, lora_B, y)
         ctx.save_for_backward(*saved, given.scaling)
         kinds = [kind or x.dtype for kind in problem.kinds[1:]]
-        flags = [problem.dora, problem.fp8, problem.keep_x8, problem.keep_z]
-        ctx.rest = given.p, [problem.k, problem.r], *kinds, list(problem.needs), flags
+        flags = [problem.dora, problem.keep_x8, problem.keep_z]
+        ctx.rest = given.p, [problem.k, problem.r], *kinds, list(problem.needs), flags, given.base
         ctx.given = len(args)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple:
         *saved, scaling = ctx.saved_tensors
-        needs = ctx.rest[-2]
+        needs = ctx.rest[-3]
         found = torch.ops.lora_fast.lora_linear_bwd(dy, saved, scaling, *ctx.rest)
         dx, grad_a, grad_b, grad_bias, grad_m = (found.pop(0) if need else None for need in needs)
         return dx, None, grad_a, grad_b, grad_bias, grad_m, *(None,) * (ctx.given - 6)

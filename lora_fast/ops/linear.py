@@ -1,14 +1,17 @@
 """The fused kernels as one differentiable operator: an autograd Function in eager, a custom op (custom_op.py) under
 torch.compile."""
 
+from operator import attrgetter
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from lora_fast.dispatch import autocast_dtype, tell
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.kernels import launchers
+from lora_fast.kernels.bases import E4M3, PLAIN
 from lora_fast.kernels.lora import forward
-from lora_fast.kernels.problem import Call, Fp8, Needs, Problem
+from lora_fast.kernels.problem import Call, Needs, Problem
 from lora_fast.ops import custom_op
 from lora_fast.ops.parts import addressable, contiguous, gradients, kinds_of, one_gpu, to_save
 
@@ -26,7 +29,8 @@ class FusedLinear:
         self, x, weight, lora_A, lora_B, bias, magnitude=None, *, save: str = "auto", round_norm: bool = False,
         save_x: str = "x",
     ) -> None:  # fmt: skip
-        fp8, dtype, train = isinstance(weight, Fp8Weight), autocast_dtype(x.device), torch.is_grad_enabled()
+        base = E4M3 if isinstance(weight, Fp8Weight) else PLAIN
+        dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
         kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
         needs = Needs(*(t is not None and train and t.requires_grad for t in (x, lora_A, lora_B, bias, magnitude)))
         keep_x8 = save_x == "fp8" and needs.a and kind != torch.float64
@@ -34,13 +38,14 @@ class FusedLinear:
         keeps_y = save == "auto" and bias is None and not keep_x8 and needs.a and needs.b
         (n, k), kinds = weight.shape, kinds_of(kind, lora_A, lora_B, bias, magnitude)
         self.problem = Problem(
-            tuple(x.shape[:-1]), k, n, len(lora_A), kinds, needs, dora=magnitude is not None, fp8=fp8, keep_x8=keep_x8,
-            keep_z=needs.m and not keeps_y, round_norm=round_norm and not fp8, alone=not any(needs),
+            tuple(x.shape[:-1]), k, n, len(lora_A), kinds, needs, base, dora=magnitude is not None, keep_x8=keep_x8,
+            keep_z=needs.m and not keeps_y, round_norm=round_norm and base is PLAIN, alone=not any(needs),
         )  # fmt: skip
         self.records, self.compiling = any(needs), torch.compiler.is_compiling()
-        self.kind, self.fp8, self.casts = kind, fp8, kind != x.dtype or kind != weight.dtype
+        self.tensors_of = None if base is PLAIN else attrgetter(*base.tensors)
+        self.kind, self.casts = kind, kind != x.dtype or kind != weight.dtype
         self.contiguous = all(t is None or t.is_contiguous() for t in (lora_A, lora_B, bias, magnitude))
-        self.as_given = not (fp8 or self.casts) and self.contiguous
+        self.as_given = not self.casts and self.contiguous
         self.addressable = x.dim() == 2 or x.is_contiguous()
         # The tensors' device, where there are others.
         self.elsewhere = None if self.compiling or x.device.type != "cuda" or one_gpu() else x.device
@@ -50,22 +55,20 @@ class FusedLinear:
         if self.elsewhere is not None and self.elsewhere.index != torch.cuda.current_device():
             with torch.cuda.device(self.elsewhere):
                 return self(x, weight, lora_A, lora_B, scaling, bias, p, magnitude)
-        fp8 = None
+        held = (weight,) if self.tensors_of is None else self.tensors_of(weight)
         if not self.as_given:
-            if self.fp8:
-                weight, fp8 = weight.rows, Fp8(weight.row_scale, weight.columns, weight.col_scale)
             if self.casts:
-                x, weight = x.to(self.kind), weight if self.fp8 else weight.to(self.kind)
+                x, held = x.to(self.kind), held if len(held) > 1 else (weight.to(self.kind),)
             if not self.contiguous:
                 lora_A, lora_B, bias, magnitude = map(contiguous, (lora_A, lora_B, bias, magnitude))
-        call = Call(scaling, draw_seed(x.device) if p > 0 else None, p, fp8)
+        call = Call(scaling, draw_seed(x.device) if p > 0 else None, p, held)
         if self.compiling:
-            return custom_op.linear(self.problem, call, x, weight, lora_A, lora_B, bias, magnitude)
+            return custom_op.linear(self.problem, call, x, lora_A, lora_B, bias, magnitude)
         if not self.records:
             x = x if self.addressable else addressable(x)
-            return forward(self.problem, call, x, weight, lora_A, lora_B, bias, magnitude)[0]
+            return forward(self.problem, call, x, lora_A, lora_B, bias, magnitude)[0]
         apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply
-        y = apply(x, weight, lora_A, lora_B, bias, magnitude, self, call)
+        y = apply(x, lora_A, lora_B, bias, magnitude, self, call)
         if call.deferred is not None:
             program, bound = call.deferred
             program.run(bound, -1)
@@ -95,12 +98,12 @@ class _LoRALinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, magnitude, fused, call):
+    def forward(ctx, x, lora_A, lora_B, bias, magnitude, fused, call):
         problem, scaling = fused.problem, call.scaling
         call.defers = not problem.needs.m  # the gradient of the magnitude reads y or z
         rows = x if fused.addressable else addressable(x)
-        y, made = forward(problem, call, rows, weight, lora_A, lora_B, bias, magnitude)
-        saved = to_save(problem, made, call.fp8, x, weight, lora_A, lora_B, y)
+        y, made = forward(problem, call, rows, lora_A, lora_B, bias, magnitude)
+        saved = to_save(problem, made, call.held, x, lora_A, lora_B, y)
         if isinstance(scaling, torch.Tensor):
             saved, scaling = (*saved, scaling), None
         ctx.save_for_backward(*saved)
@@ -131,8 +134,7 @@ def _backward_of(ctx, dy):
     problem, scaling, p = ctx.rest
     if scaling is None:
         *saved, scaling = saved
-    dx, *grads = gradients(problem, dy, saved, scaling, p)
-    return dx, None, *grads, None, None
+    return *gradients(problem, dy, saved, scaling, p), None, None
 
 
 _backward_once = once_differentiable(_backward_of)

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from lora_fast.kernels.lora import backward
-from lora_fast.kernels.problem import Fp8, Kinds, Made, MaybeTensor, Problem
+from lora_fast.kernels.problem import Kinds, Made, MaybeTensor, Problem
 
 
 def contiguous(t: MaybeTensor) -> MaybeTensor:
@@ -34,7 +34,7 @@ def addressable(t: torch.Tensor) -> torch.Tensor:
 def gradients(
     problem: Problem, dy: torch.Tensor, saved: Sequence[MaybeTensor], scaling: float | torch.Tensor, p: float
 ) -> tuple[MaybeTensor, ...]:
-    """(dx, dA, dB, dbias, dm), each None where the problem does not need it. ``saved``: the fields of ``Saved``. On the
+    """(dx, dA, dB, dbias, dm), each None where the problem does not need it. ``saved``: what ``to_save`` gave. On the
     current device: autograd makes it dy's."""
     if (x := saved[0]) is not None and x.dim() != 2:
         saved = addressable(x), *saved[1:]
@@ -46,18 +46,16 @@ def gradients(
 
 
 def to_save(
-    problem: Problem, made: Made, fp8: Fp8 | None, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor,
+    problem: Problem, made: Made, held: Sequence[torch.Tensor], x: torch.Tensor, lora_A: torch.Tensor,
     lora_B: torch.Tensor, y: torch.Tensor,
 ) -> tuple[MaybeTensor, ...]:  # fmt: skip
-    """What the backward will read, and nothing else (but in the room, where all is small): the fields of ``Saved``."""
+    """What the backward will read, and nothing else (but in the room, where all is small): the fields of ``Saved``, and
+    the base's tensors, ``held``."""
     need_x, need_a, need_b, _, need_m = problem.needs
-    casts, keep_x8, need_ds = problem.casts, problem.keep_x8, need_x or need_a
-    again = need_m and not problem.keep_z  # dm from y, which may have to make z again
+    casts, keep_x8, again, need_ds = problem.casts, problem.keep_x8, problem.z_again, need_x or need_a
     room = need_b or need_m or (need_ds and (casts or problem.dora)) or (need_a and keep_x8)
-    row_scale, columns, col_scale = fp8 or (None, None, None)
     return (
         x if (need_a and not keep_x8) or again else None,
-        weight if (need_x and fp8 is None) or again else None,
         lora_A if need_x and not casts else None,
         lora_B if (need_ds or again) and not casts else None,
         y if again else None,
@@ -65,9 +63,7 @@ def to_save(
         made.bits if need_ds else None,
         made.z if need_m else None,
         made.x8 if need_a and keep_x8 else None,
-        row_scale if again else None,
-        columns if need_x else None,
-        col_scale if need_x else None,
+        *(held if problem.saves_base else [t if saved else None for t, saved in zip(held, problem.saved, strict=True)]),
     )
 
 

@@ -143,9 +143,10 @@ def test_second_derivatives_raise_a_clear_error(device):
 @pytest.mark.parametrize("bias", [False, True])
 def test_opcheck(device, bias):
     inputs = draw(6, 40, 24, 3, FLOAT, device)
-    leaves = [inputs.x.requires_grad_(), inputs.weight, inputs.lora_A.requires_grad_(), inputs.lora_B.requires_grad_(),
-              inputs.bias.requires_grad_() if bias else None, magnitude(inputs).requires_grad_(),
-              torch.tensor(2.0, device=device), None, 0.0, False, bias, False]  # fmt: skip
+    leaves = [inputs.x.requires_grad_(), [inputs.weight], inputs.lora_A.requires_grad_(),
+              inputs.lora_B.requires_grad_(), inputs.bias.requires_grad_() if bias else None,
+              magnitude(inputs).requires_grad_(),
+              torch.tensor(2.0, device=device), None, 0.0, False, bias, False, "plain"]  # fmt: skip
     torch.library.opcheck(custom_op.lora_linear, leaves, atol=1e-4, rtol=1e-4)
 
 

@@ -218,10 +218,10 @@ def test_opcheck(device):
     seed = torch.tensor([7], device=device)
     scaling = torch.tensor(2.0, device=device)
     for x_grad, bias, p in [(True, inputs.bias, 0.5), (False, None, 0.0)]:
-        leaves = [inputs.x.detach().view(2, 3, 40).requires_grad_(x_grad), inputs.weight,
+        leaves = [inputs.x.detach().view(2, 3, 40).requires_grad_(x_grad), [inputs.weight],
                   inputs.lora_A.detach().requires_grad_(), inputs.lora_B.detach().requires_grad_(),
                   bias if bias is None else bias.detach().requires_grad_(), None, scaling, seed if p else None, p,
-                  False, False, False]  # fmt: skip
+                  False, False, False, "plain"]  # fmt: skip
         torch.library.opcheck(custom_op.lora_linear, leaves, atol=1e-4, rtol=1e-4)
 
 
@@ -233,8 +233,8 @@ def test_compiled_op_keeps_to_the_error_rule(device):
             drawn = seed_drawn(x.device, 1)
             drawn = drawn if isinstance(drawn, torch.Tensor) else torch.tensor([drawn], device=x.device)
             scaling = torch.tensor(inputs.scaling, device=x.device)
-            rest = scaling, drawn, 0.25, False, False, False
-            return custom_op.lora_linear(x, weight, a, b, bias, None, *rest)
+            rest = scaling, drawn, 0.25, False, False, False, "plain"
+            return custom_op.lora_linear(x, [weight], a, b, bias, None, *rest)
 
         return fn
 
