@@ -1,5 +1,6 @@
 """Fused-kernel LoRA and DoRA layers for PyTorch: drop-in replacements of ``nn.Linear``."""
 
+from lora_fast import fp8 as fp8
 from lora_fast import functional, parametrize, reference
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
 from lora_fast.files.adapter import load_adapter, save_adapter

@@ -9,7 +9,7 @@ import torch
 from torch.compiler import is_compiling
 
 from lora_fast import dispatch, reference
-from lora_fast.fp8 import Fp8Shard, Fp8Weight, is_opaque
+from lora_fast.bases.packed import PackedWeight, is_opaque
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -145,7 +145,7 @@ def dora_norm(
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         got = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
         raise (ValueError if isinstance(weight, torch.Tensor) else TypeError)(f"weight: got {got}, expected [N, K]")
-    if isinstance(weight, Fp8Weight):
+    if isinstance(weight, PackedWeight):
         weight = weight.dequantise()
     _check(weight.detach()[:0], weight.detach(), lora_A, lora_B, scaling, None, 0.0)
     if isinstance(scaling, torch.Tensor):
@@ -185,7 +185,8 @@ def _settle(
 ) -> Callable[..., torch.Tensor]:  # fmt: skip
     """What takes this call, which passed the checks, and from now on those with the same facts."""
     x, weight, *_ = tensors
-    path = dispatch.choose(backend, x.device, dtype, isinstance(weight, Fp8Weight) or save_x == "fp8")
+    e4m3 = save_x == "fp8" or (isinstance(weight, PackedWeight) and weight.E4M3_PRODUCTS)
+    path = dispatch.choose(backend, x.device, dtype, e4m3)
     call: Callable[..., torch.Tensor]
     if path == "triton" and detach_norm:
         from lora_fast.ops.linear import FusedLinear  # needs Triton
@@ -232,9 +233,10 @@ def _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, *ask
     ):
         return None, None
     try:
-        if isinstance(weight, Fp8Weight):
-            with torch._C.DisableTorchFunctionSubclass():  # by way of Fp8Weight it takes six times as long
-                base, acts_as = weight.rows, (type(weight), weight.acts_as, weight.requires_grad)
+        if isinstance(weight, PackedWeight):
+            with torch._C.DisableTorchFunctionSubclass():  # by way of PackedWeight it takes six times as long
+                base = getattr(weight, weight.INNER[0])
+                acts_as = type(weight), weight.acts_as, weight.requires_grad
         facts = (
             _facts(x), _facts(base), _facts(lora_A), _facts(lora_B), None if bias is None else _facts(bias),
             None if magnitude is None else _facts(magnitude), acts_as,
@@ -264,8 +266,11 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:
     if bias is not None:
         tensors["bias"] = bias
     check_tensors(tensors)
-    if isinstance(weight, Fp8Shard):
-        raise TypeError("weight: got an Fp8Shard, expected the whole weight, as FSDP2 gathers it for a layer's forward")
+    if isinstance(weight, PackedWeight) and not weight.WHOLE:
+        raise TypeError(
+            f"weight: got an {type(weight).__name__}, expected the whole weight, as FSDP2 gathers it for a layer's "
+            "forward"
+        )
     if is_opaque(weight):
         raise TypeError(f"weight: got a {type(weight).__name__}, expected a plain tensor or an Fp8Weight")
     if x.dim() < 1:

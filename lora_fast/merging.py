@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast.fp8 import Fp8Weight
+from lora_fast.bases.packed import PackedWeight
 from lora_fast.models.adapt import lora_layers, noting
 from lora_fast.models.targets import holders, some
 from lora_fast.peft.report import lora_layers as peft_layers
@@ -117,12 +117,12 @@ def _originals(
     """A reader of the original weights of layers, by name; None of a layer whose base is not fp8."""
     if original is None:
         return lambda name: None
-    eight = {name: weight for name, weight in bases.items() if isinstance(weight, Fp8Weight)}
-    if not eight:
+    packed = {name: weight for name, weight in bases.items() if isinstance(weight, PackedWeight)}
+    if not packed:
         raise ValueError(f"original: got {str(original)!r}, expected None for a model without fp8 bases")
-    if before := [name for name in eight if layers[name].merged]:
+    if before := [name for name in packed if layers[name].merged]:
         raise ValueError(f"original: {some(before)}: merged already, expected unmerged layers")
     from lora_fast.files.checkpoint import open_originals  # needs safetensors
 
-    read = open_originals(original, eight)
-    return lambda name: read(name) if name in eight else None
+    read = open_originals(original, packed)
+    return lambda name: read(name) if name in packed else None

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from lora_fast.bases.packed import PackedWeight, rounds_norm
 from lora_fast.dispatch import has_data, no_autocast
-from lora_fast.fp8 import Fp8Weight
 
 
 def lora_linear(
@@ -73,7 +73,7 @@ def dora_norm(
     Returns:
         [N] float32, float64 if one of the tensors is.
     """
-    if isinstance(weight, Fp8Weight):
+    if isinstance(weight, PackedWeight):
         weight = weight.dequantise(torch.float32)
     dtype = torch.float32
     for t in (weight, lora_A, lora_B):
@@ -155,7 +155,7 @@ def dora_linear(
     """
     z = lora_linear(x, weight, lora_A, lora_B, scaling, None, dropout_p, training, keep)
     norm = (dora_norm if detach_norm else dense_norm)(weight, lora_A, lora_B, scaling)
-    if round_norm and not isinstance(weight, Fp8Weight):
+    if round_norm and rounds_norm(weight):
         norm = norm.to(weight.dtype).to(norm.dtype)
     return dora_scale(z, magnitude, norm, bias, (x, weight))
 

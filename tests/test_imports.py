@@ -24,8 +24,8 @@ ROOMS = [
     {"wrappers"},
     {"functional"},
     {"ops"},
-    {"reference"},
-    {"fp8"},
+    {"reference", "fp8"},
+    {"bases"},
     {"dispatch", "kernels"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(reversed(ROOMS)) for room in rooms}

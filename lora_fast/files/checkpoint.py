@@ -14,8 +14,8 @@ try:
     from safetensors import safe_open
 except ImportError as error:
     raise ImportError("checkpoints on disk need safetensors: pip install safetensors") from error
+from lora_fast.bases.packed import PackedWeight
 from lora_fast.files.format import PREFIX, inside
-from lora_fast.fp8 import Fp8Weight
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 INDEX_BYTES = 1 << 26
@@ -155,7 +155,9 @@ def _module_paths(path: Path) -> list[str]:
                          "writes it") from None  # fmt: skip
 
 
-def open_originals(original: str | os.PathLike[str], bases: Mapping[str, Fp8Weight]) -> Callable[[str], torch.Tensor]:
+def open_originals(
+    original: str | os.PathLike[str], bases: Mapping[str, PackedWeight]
+) -> Callable[[str], torch.Tensor]:
     """A reader of the weights, by name of layer, that the fp8 ``bases`` were made from, once a look at each in the
     checkpoint ``original`` has found that they were. A layer's name may have PEFT's prefix, a weight's has not.
 

@@ -7,17 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fast.fp8 import Fp8Weight, is_fp8
+from lora_fast.bases import PACKED
 from lora_fast.functional import FLOATS, lora_linear
 from lora_fast.layers.merging import MergingLinear
 from lora_fast.layers.replacing import cleared, tell_of_freezing
 from lora_fast.layers.rules import (
-    BASE_DTYPES,
     check_base_dtype,
     check_hyperparameters,
     check_init,
     check_quantisable,
     init_adapter,
+    name_of_base,
     why_not_lora,
 )  # fmt: skip
 from lora_fast.wrappers import fsdp1
@@ -107,10 +107,10 @@ class LoRALinear(MergingLinear):
                     bias=linear.bias is not None, device="meta", init_lora_weights=init_lora_weights)  # fmt: skip
         layer.weight, layer.bias = linear.weight, linear.bias
         if base_dtype is not None:
-            check_quantisable(linear.weight)
+            check_quantisable(linear.weight, base_dtype)
         layer._add_adapter(init_lora_weights)
         if base_dtype is not None:
-            layer.quantise_base()
+            layer.quantise_base(base_dtype)
         return layer.train(linear.training)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
@@ -130,17 +130,18 @@ class LoRALinear(MergingLinear):
         self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, device=device, dtype=dtype))
         self.reset_lora_parameters(init_lora_weights)
 
-    def quantise_base(self) -> None:
-        """Put an :class:`lora_fast.fp8.Fp8Weight` in the weight's place, which is freed if nothing else holds it.
+    def quantise_base(self, base_dtype: str = "float8_e4m3") -> None:
+        """Put a packed weight (an :class:`lora_fast.fp8.Fp8Weight`) in the weight's place, which is freed if nothing
+        else holds it.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`from_linear` with a ``base_dtype``; a merged layer.
         """
         if self.merged:
             raise ValueError("quantise_base: the layer is merged; unmerge it first")
-        check_quantisable(self.weight)
-        if not isinstance(self.weight, Fp8Weight):
-            self.weight = nn.Parameter(Fp8Weight.quantise(self.weight), requires_grad=False)
+        check_quantisable(self.weight, base_dtype)
+        if not isinstance(self.weight, PACKED[base_dtype]):
+            self.weight = nn.Parameter(PACKED[base_dtype].quantise(self.weight), requires_grad=False)
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
@@ -204,7 +205,7 @@ class LoRALinear(MergingLinear):
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
-        if is_fp8(self.base_weight):
-            text += f", base_dtype={BASE_DTYPES[0]!r}"
+        if name := name_of_base(self.base_weight):
+            text += f", base_dtype={name!r}"
         flags = {"use_rslora=True": self.use_rslora, "merged": self.merged, "disabled": not self.enabled}
         return ", ".join([text, *(name for name, on in flags.items() if on)])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast.fp8 import as_plain, is_fp8
+from lora_fast.bases.packed import as_plain, packed_in
 from lora_fast.wrappers.gather import whole
 from lora_fast.wrappers.placement import alike, known_to_all, settle
 
@@ -84,7 +84,8 @@ def _was_announced(layer: Any, own: torch.Tensor, to_come: frozenset[str], name:
 
 def _is_merged(given: torch.Tensor, live: torch.Tensor, base: torch.Tensor) -> bool:
     """Whether ``given`` is ``live``, but for roundings and another order of sums."""
-    error = 2**-4 if is_fp8(base) else max(torch.finfo(t.dtype).eps for t in (given, base))
+    packed = packed_in(base)
+    error = max(torch.finfo(t.dtype).eps for t in (given, base)) if packed is None else packed.ROUNDING
     dtype = torch.promote_types(live.dtype, torch.float32)
     given, live, base = (as_plain(t).to(live.device, dtype) for t in (given, live, base))
     return bool((given - live).norm() <= error * live.norm() + 0.01 * (live - base).norm())

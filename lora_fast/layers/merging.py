@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast.fp8 import Fp8Weight, is_fp8, is_opaque
+from lora_fast.bases.packed import PackedWeight, is_opaque, is_packed, packed_in
 from lora_fast.layers.merged_state import add_kept, read_base
 from lora_fast.wrappers.gather import is_sharded
 from lora_fast.wrappers.placement import kind_of, offloading, place_of_weight, present, write
@@ -90,7 +90,7 @@ class MergingLinear(nn.Linear):
         if self.merged:
             return
         if original is not None:
-            if not isinstance(self.weight, Fp8Weight):
+            if not isinstance(self.weight, PackedWeight):
                 raise ValueError(
                     f"original: got a tensor, expected None over a base that is not fp8 ({self.weight.dtype})"
                 )
@@ -118,13 +118,16 @@ class MergingLinear(nn.Linear):
             self._put_back(base, place)
 
     def _put_back(self, base: torch.Tensor, place: torch.Tensor | None) -> None:
-        ignored = is_fp8(base) and not is_sharded(self.weight) and offloading(self) is None  # by FSDP2, if it is there
+        # By FSDP2, if it is there.
+        ignored = is_packed(base) and not is_sharded(self.weight) and offloading(self) is None
         if place is None or ignored:
             self.register_buffer("unmerged_weight", None)
             self.weight = base if isinstance(base, nn.Parameter) else nn.Parameter(base, requires_grad=False)
             return
-        if is_fp8(base):
-            raise ValueError("weight: is sharded or offloaded, expected it as it was merged to put the fp8 base back")
+        if (packed := packed_in(base)) is not None:
+            raise ValueError(
+                f"weight: is sharded or offloaded, expected it as it was merged to put the {packed.LABEL} base back"
+            )
         write(place, base)
         self.register_buffer("unmerged_weight", None)
 

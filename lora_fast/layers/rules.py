@@ -7,23 +7,29 @@ import torch
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.fp8 import Fp8Weight, is_opaque
+from lora_fast.bases import PACKED
+from lora_fast.bases.packed import is_opaque, packed_in
 from lora_fast.functional import FLOATS
-
-BASE_DTYPES = ("float8_e4m3",)
 
 
 def check_base_dtype(base_dtype: Any) -> None:
-    if base_dtype is not None and base_dtype not in BASE_DTYPES:
-        raise ValueError(f"base_dtype: got {base_dtype!r}, expected None or {BASE_DTYPES[0]!r}")
+    if base_dtype is not None and base_dtype not in list(PACKED):
+        raise ValueError(f"base_dtype: got {base_dtype!r}, expected None or {' or '.join(map(repr, PACKED))}")
 
 
-def check_quantisable(weight: torch.Tensor) -> None:
-    """Raise as :meth:`LoRALinear.from_linear` with a ``base_dtype`` where this weight cannot become an fp8 one."""
-    if dispatch.get_backend() != "reference" and (why := dispatch.why_not_fp8(weight.device)):
+def check_quantisable(weight: torch.Tensor, base_dtype: str) -> None:
+    """Raise as :meth:`LoRALinear.from_linear` with this ``base_dtype`` where the weight cannot become such a one."""
+    packed = PACKED[base_dtype]
+    if dispatch.get_backend() != "reference" and (why := packed.why_not(weight.device)):
         raise RuntimeError(f"base_dtype: {why}")
-    if not isinstance(weight, Fp8Weight):
-        Fp8Weight.check(weight)
+    if not isinstance(weight, packed):
+        packed.check(weight)
+
+
+def name_of_base(weight: torch.Tensor) -> str | None:
+    """The ``base_dtype`` that makes such a weight; None of a plain one."""
+    found = packed_in(weight)
+    return next((name for name, kind in PACKED.items() if isinstance(found, kind)), None)
 
 
 def why_not_lora(module: nn.Module) -> str | None:

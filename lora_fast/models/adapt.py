@@ -58,7 +58,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     if isinstance(unwrapped(model), nn.Linear):
         raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")
     for layer in _convert(model, config):
-        layer.quantise_base()
+        assert config.base_dtype is not None
+        layer.quantise_base(config.base_dtype)
     if missed := missed_by(model, config.target_modules):
         warnings.warn(
             f"add_lora: target_modules={config.target_modules!r} also means parameters that are no nn.Linear's, which "
@@ -98,8 +99,8 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
             hyperparameters = ranks[linear], alphas[linear], config.lora_dropout, config.use_rslora
             with noting(f"while converting {names[linear][0]!r}"):
                 layers[linear] = kind.from_linear(linear, *hyperparameters, init_lora_weights=config.init_lora_weights)
-                if linear in eight:
-                    check_quantisable(linear.weight)
+                if linear in eight and config.base_dtype is not None:
+                    check_quantisable(linear.weight, config.base_dtype)
         for parameter in model.parameters():
             parameter.requires_grad = parameter in to_train and parameter.is_floating_point()
     except BaseException:

@@ -6,10 +6,10 @@ from operator import attrgetter
 import torch
 from torch.autograd.function import once_differentiable
 
+from lora_fast.bases.packed import PackedWeight, rounds_norm
 from lora_fast.dispatch import autocast_dtype, tell
-from lora_fast.fp8 import Fp8Weight
 from lora_fast.kernels import launchers
-from lora_fast.kernels.bases import E4M3, PLAIN
+from lora_fast.kernels.bases import BASES, PLAIN
 from lora_fast.kernels.lora import forward
 from lora_fast.kernels.problem import Call, Needs, Problem
 from lora_fast.ops import custom_op
@@ -29,7 +29,7 @@ class FusedLinear:
         self, x, weight, lora_A, lora_B, bias, magnitude=None, *, save: str = "auto", round_norm: bool = False,
         save_x: str = "x",
     ) -> None:  # fmt: skip
-        base = E4M3 if isinstance(weight, Fp8Weight) else PLAIN
+        base = BASES[weight.BASE] if isinstance(weight, PackedWeight) else PLAIN
         dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
         kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
         needs = Needs(*(t is not None and train and t.requires_grad for t in (x, lora_A, lora_B, bias, magnitude)))
@@ -39,7 +39,7 @@ class FusedLinear:
         (n, k), kinds = weight.shape, kinds_of(kind, lora_A, lora_B, bias, magnitude)
         self.problem = Problem(
             tuple(x.shape[:-1]), k, n, len(lora_A), kinds, needs, base, dora=magnitude is not None, keep_x8=keep_x8,
-            keep_z=needs.m and not keeps_y, round_norm=round_norm and base is PLAIN, alone=not any(needs),
+            keep_z=needs.m and not keeps_y, round_norm=round_norm and rounds_norm(weight), alone=not any(needs),
         )  # fmt: skip
         self.records, self.compiling = any(needs), torch.compiler.is_compiling()
         self.tensors_of = None if base is PLAIN else attrgetter(*base.tensors)
@@ -58,7 +58,9 @@ class FusedLinear:
         held = (weight,) if self.tensors_of is None else self.tensors_of(weight)
         if not self.as_given:
             if self.casts:
-                x, held = x.to(self.kind), held if len(held) > 1 else (weight.to(self.kind),)
+                x = x.to(self.kind)
+                if self.tensors_of is None:
+                    held = (weight.to(self.kind),)
             if not self.contiguous:
                 lora_A, lora_B, bias, magnitude = map(contiguous, (lora_A, lora_B, bias, magnitude))
         call = Call(scaling, draw_seed(x.device) if p > 0 else None, p, held)

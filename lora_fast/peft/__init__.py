@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lora_fast.fp8 import Fp8Weight
+from lora_fast.bases import PACKED
 from lora_fast.layers.rules import check_base_dtype, check_quantisable
 from lora_fast.models.targets import holders, matching
 from lora_fast.peft.report import PeftReport, lora_layers, peft_report
@@ -76,12 +76,13 @@ def patch_peft(
         if base_dtype is not None:
             eight = _quantisable(model, {name: layer for name, layer in layers.items() if layer not in kept})
             for name, layer in eight.items():
-                _check_base(name, layer)
+                _check_base(name, layer, base_dtype)
     except BaseException:
         for layer in done:
             layer.release()
         raise
-    _quantise(model, eight.values())
+    if base_dtype is not None:
+        _quantise(model, eight.values(), base_dtype)
     for name, module in model.named_modules():
         if isinstance(module, FastLinear):
             module.save = save
@@ -116,13 +117,13 @@ class Asked(NamedTuple):
         fit = _quantisable(tuner, {name: layer for name, layer in new.items() if layer not in kept})
         for name in list(fit):
             try:
-                _check_base(name, fit[name])
+                _check_base(name, fit[name], self.base_dtype)
             except (TypeError, ValueError, RuntimeError) as error:
                 warnings.warn(
                     f"base_dtype: a layer that came later keeps its base weight as it is: {error}", stacklevel=2
                 )
                 del fit[name]
-        _quantise(tuner, fit.values())
+        _quantise(tuner, fit.values(), self.base_dtype)
 
 
 def _quantisable(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
@@ -140,17 +141,18 @@ def _quantisable(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_base(name: str, layer: Any) -> None:
+def _check_base(name: str, layer: Any, base_dtype: str) -> None:
     try:
-        check_quantisable(layer.base_layer.weight)
+        check_quantisable(layer.base_layer.weight, base_dtype)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
 
 
-def _quantise(model: nn.Module, layers: Iterable[Any]) -> None:
+def _quantise(model: nn.Module, layers: Iterable[Any], base_dtype: str) -> None:
     embeddings = set(_embeddings(model))
     for layer in layers:
-        layer.base_layer.weight = nn.Parameter(Fp8Weight.quantise(layer.base_layer.weight), requires_grad=False)
+        packed = PACKED[base_dtype].quantise(layer.base_layer.weight)
+        layer.base_layer.weight = nn.Parameter(packed, requires_grad=False)
         layer.is_embedding = layer in embeddings
 
 

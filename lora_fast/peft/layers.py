@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear, LoraModel
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.fp8 import Fp8Weight, as_plain
+from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
@@ -100,7 +100,7 @@ class FastLinear(KeepingLinear):
         del self._scalings
         for name in ("save", "save_x", "is_embedding", TO_COME):
             vars(self).pop(name, None)
-        if isinstance(self.base_layer.weight, Fp8Weight):
+        if isinstance(self.base_layer.weight, PackedWeight):
             self.base_layer.weight = nn.Parameter(self.base_layer.weight.dequantise(), requires_grad=False)
         self.__class__ = Linear  # type: ignore[assignment]
         self.scaling = scalings

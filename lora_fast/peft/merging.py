@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from torch import nn
 
-from lora_fast.fp8 import Fp8Weight, as_plain
+from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.layers.merged_state import add_kept, read_base
 from lora_fast.wrappers.gather import is_sharded, whole
 from lora_fast.wrappers.placement import (
@@ -55,7 +55,7 @@ class KeepingLinear(Linear):
         """
         weight = self.base_layer.weight
         if original is not None:
-            if self.merged or not isinstance(weight, Fp8Weight):
+            if self.merged or not isinstance(weight, PackedWeight):
                 what = "a merged layer" if self.merged else f"a base that is not fp8 ({weight.dtype})"
                 raise ValueError(f"original: got a tensor, expected None for {what}")
             weight.check_original(original)
@@ -112,13 +112,13 @@ class KeepingLinear(Linear):
             self.register_buffer(
                 f"unmerged_{name}", kept if offloading(self.base_layer) is None else kept.cpu(), persistent=False
             )
-        if isinstance(weight, Fp8Weight):
+        if isinstance(weight, PackedWeight):
             plain = weight.dequantise() if original is None else original.to(weight.device, torch.float32, copy=True)
             self.base_layer.weight = nn.Parameter(plain, requires_grad=False)
 
     def _put_back(self) -> None:
         for kept, tensor in self._kept():
-            if isinstance(kept, Fp8Weight):
+            if isinstance(kept, PackedWeight):
                 self.base_layer.weight = nn.Parameter(kept.to(tensor.device), requires_grad=False)
             elif is_sharded(tensor):
                 write(tensor, kept)

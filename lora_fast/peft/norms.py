@@ -13,7 +13,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lora_fast.fp8 import Fp8Weight
+from lora_fast.bases.packed import PackedWeight, rounds_norm
 from lora_fast.functional import dora_norm
 
 _steps = 0  # of all optimizers: those that are fused change a tensor without counting its version up
@@ -47,7 +47,7 @@ def norm_of(magnitude: Any, name: str, weight: torch.Tensor, a: torch.Tensor, b:
     kept, key = magnitude._dora_cache, f"weight-norm-{name}"
     if key not in kept:
         norm = dora_norm(weight, a, b, scaling)
-        kept[key] = norm if isinstance(weight, Fp8Weight) else norm.to(weight.dtype)
+        kept[key] = norm.to(weight.dtype) if rounds_norm(weight) else norm
     return kept[key].to(torch.promote_types(kept[key].dtype, torch.float32))
 
 
@@ -78,8 +78,8 @@ def _mark(t: Any) -> tuple[Any, ...] | None:
     does not count."""
     if isinstance(t, float | int):
         return "number", t
-    if isinstance(t, Fp8Weight):
-        t = t.rows
+    if isinstance(t, PackedWeight):
+        t = getattr(t, t.INNER[0])
     if type(t) not in (torch.Tensor, nn.Parameter) or t.is_inference():
         return None
     where = StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.stride()

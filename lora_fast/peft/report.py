@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.fp8 import is_fp8
+from lora_fast.bases.packed import is_packed, packed_in
 from lora_fast.wrappers import fsdp1
 
 
@@ -78,7 +78,7 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[bool, str]:
         return False, "nothing to fuse: " + ("adapters are disabled" if layer.disable_adapters else "merged")
     if not (names := active(layer)):
         return False, "nothing to fuse: none of its adapters is active"
-    if flat and is_fp8(layer.base_layer.weight):
+    if flat and is_packed(layer.base_layer.weight):
         return False, fsdp1.NO_FP8
     parts = examine(layer, names, gathered)
     if isinstance(parts, str):
@@ -87,11 +87,12 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[bool, str]:
     mesh = getattr(weight, "device_mesh", None)  # FSDP2 may keep on the CPU what it gathers on the mesh's devices
     device = weight.device if mesh is None else torch.device(mesh.device_type)
     slow = dispatch.why_slow(device, dispatch.autocast_dtype(device) or weight.dtype)
-    if slow is None and is_fp8(weight):
-        slow = dispatch.why_not_fp8(device)
+    packed = packed_in(weight)
+    if slow is None and packed is not None:
+        slow = packed.why_not(device)
     remarks = [] if slow is None else [slow]
-    if is_fp8(weight):
-        remarks.append("fp8 base")
+    if packed is not None:
+        remarks.append(f"{packed.LABEL} base")
     if is_dora(layer, names[0]):
         drops = isinstance(layer.lora_dropout[names[0]], nn.Dropout)
         remarks.append("DoRA, dropout in the low-rank branch alone" if drops else "DoRA")

@@ -8,7 +8,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.fp8 import Fp8Weight
+from lora_fast.bases import PACKED
 from lora_fast.functional import FLOATS
 from lora_fast.wrappers import fsdp1
 
@@ -20,6 +20,7 @@ except ImportError:  # before PEFT had variants, DoRA was the only one
 
 QUANTISED = {"aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "torchao"}  # PEFT's files of such layers
 PLAIN = (torch.Tensor, nn.Parameter)
+BASES = (*PLAIN, *PACKED.values())  # types of the base weights of layers that are fused
 
 
 def why_never_fused(module: Any) -> str | None:
@@ -78,7 +79,7 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
     weight = parameter(base, "weight")
     if type(weight) is torch.Tensor:
         weight = fsdp1.as_asked(weight, base)
-    if type(weight) not in (*PLAIN, Fp8Weight) and not gathered:
+    if type(weight) not in BASES and not gathered:
         return f"the base weight is a {type(weight).__name__}"
     if weight.dtype not in FLOATS:
         return f"the base weight is quantised ({weight.dtype})"

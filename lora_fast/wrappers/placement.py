@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast.fp8 import is_fp8
+from lora_fast.bases.packed import is_packed, packed_in
 from lora_fast.wrappers.gather import all_in_memory, in_memory, is_sharded, put, whole
 
 AWAY = "weight: is on the meta device, without data; where accelerate brings it for a module around, merge before that"
@@ -114,7 +114,7 @@ def present(layer: nn.Module) -> Iterator[None]:
 def in_its_memory(module: nn.Module) -> Iterator[None]:
     """What is put into the module's own parameters within, as their ``data``, is in the end in the memory that they
     had: FSDP1 takes that back, and nothing else."""
-    had = [(p, p.data) for p in module._parameters.values() if p is not None and not is_sharded(p) and not is_fp8(p)]
+    had = [(p, p.data) for p in module._parameters.values() if p is not None and not is_sharded(p) and not is_packed(p)]
     try:
         yield
     finally:
@@ -133,8 +133,11 @@ def place_of_weight(layer: Any) -> torch.Tensor | None:
     settle(layer)
     weight = layer.weight
     if is_sharded(weight):
-        if is_fp8(weight):
-            raise ValueError("weight: got an fp8 base in FSDP2's shards, which only hold fp8; merge before fully_shard")
+        if (packed := packed_in(weight)) is not None:
+            raise ValueError(
+                f"weight: got an {packed.LABEL} base in FSDP2's shards, which only hold {packed.LABEL}; merge before "
+                "fully_shard"
+            )
         return weight
     if (hook := offloading(layer)) is not None:
         return _offloaded(hook)
@@ -142,7 +145,7 @@ def place_of_weight(layer: Any) -> torch.Tensor | None:
     if weight.shape != shape:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {shape}: merge and unmerge within FSDP1's "
                          "summon_full_params(model, writeback=True)")  # fmt: skip
-    return weight if getattr(layer, "_is_fsdp_managed_module", False) and not is_fp8(weight) else None
+    return weight if getattr(layer, "_is_fsdp_managed_module", False) and not is_packed(weight) else None
 
 
 def offloading(module: nn.Module) -> Any:
@@ -162,8 +165,10 @@ def _offloaded(hook: Any) -> torch.Tensor:
     weight = in_memory(hook.weights_map, "weight")
     if weight is None:
         raise ValueError("weight: is offloaded to disk, expected one in memory (accelerate.cpu_offload) to merge into")
-    if is_fp8(weight):
-        raise ValueError("weight: got an offloaded fp8 base, expected one that is not; merge before offloading it")
+    if (packed := packed_in(weight)) is not None:
+        raise ValueError(
+            f"weight: got an offloaded {packed.LABEL} base, expected one that is not; merge before offloading it"
+        )
     others = all_in_memory(hook.weights_map).values()  # of those on disk none is the same
     if sum(t.data_ptr() == weight.data_ptr() for t in others) > 1:
         raise ValueError("weight: is offloaded and tied to another one, which would change with it; merge before that")
