@@ -220,5 +220,7 @@ FEW_ROWS = [  # which among them take every tile
 ]
 
 if __name__ == "__main__":
-    for row in compile_for(Chip(int(sys.argv[1]), 132), PROBLEMS, FEW_ROWS):
+    chip = Chip(int(sys.argv[1]), 132)
+    few = FEW_ROWS if chip.has_tma and not chip.small else FEW_ROWS[-1:]  # elsewhere few rows take what many do
+    for row in compile_for(chip, PROBLEMS, few):
         print(json.dumps(row))
