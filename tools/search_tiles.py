@@ -3,12 +3,12 @@
     python tools/search_tiles.py product --shape 1024,4096,4096 --shape 256,4096,4096
     python tools/search_tiles.py down --ways masked --shape 8192,4096,4096 --cold
 
-For every shape (M,K,N: rows of x, in_features, out_features) all candidates are compiled, by as many processes as there
-are cores, held against plain torch, and timed in CUDA graphs, in each round all of them in a new random order. Printed
-are the fastest, what is chosen now ("now", measured by itself: where its tile is a candidate, too, the two show the
-noise), for products cuBLAS without the low-rank term, and which of them spill registers. A tile that wins goes into
-kernels/tiles.py or pass_tiles.py, with what it gained; then compile it for the other chips (tools/compile_kernels.py),
-for what fits one may spill on another.
+(PYTHONPATH=. in front where the package is not installed.) For every shape (M,K,N: rows of x, in_features,
+out_features) all candidates are compiled, by as many processes as there are cores, held against plain torch, and timed
+in CUDA graphs, in each round all of them in a new random order. Printed are the fastest, what is chosen now ("now",
+measured by itself: where its tile is a candidate, too, the two show the noise), for products cuBLAS without the
+low-rank term, and which of them spill registers. A tile that wins goes into kernels/tiles.py or pass_tiles.py, with
+what it gained; then compile it for the other chips (tools/compile_kernels.py), for what fits one may spill on another.
 
 product         fwd y = x W^T + S B^T; dx dX = dY W + dS A; masked the same under dropout
 product_with_s  the same where the launch makes S, or dS, too; "apart" are the two launches that do it otherwise
@@ -168,8 +168,8 @@ def main(argv: list[str] | None = None) -> int:
         rows, failed = search(args.kernel, one, found, args.rounds, chip)
         print(f"{what}: {len(found)} candidates, of which {failed} did not run or were wrong")
         print("\n".join(table(rows, args.top)), flush=True)
-        best = next(row for row in rows if row.name != "cuBLAS")
-        winners.append(f"  {what}: {best.us:.2f} us, {best.name}")
+        best = next((f"{row.us:.2f} us, {row.name}" for row in rows if row.name != "cuBLAS"), "none")
+        winners.append(f"  {what}: {best}")
         del one
         torch.cuda.empty_cache()
     print("\nWinners\n" + "\n".join(winners))

@@ -129,7 +129,7 @@ def work(kernel: str, way: str, shape: Shape, r: int, dtype: torch.dtype, device
         a, b, s, ds = normal(r, k, std=k**-0.5), normal(n, r, std=0.3), normal(m, ranks), normal(m, ranks)
         bits, mask = None, torch.ones((), device=device)
         if masked:
-            bits = torch.randint(-(2**31), 2**31, (m, -(-k // 32)), dtype=torch.int32, device=device)
+            bits = torch.randint(-(2**31), 2**31 - 1, (m, -(-k // 32)), dtype=torch.int32, device=device)
             mask = ((bits[:, :, None] >> torch.arange(32, device=device)) & 1).flatten(1)[:, :k].float()
         xf, dyf, wf, af, bf = (t.float() for t in (x, dy, w, a, b))
         scaled: dict[str, Any] = {"scaling": 1.0, "keep": 1.0}

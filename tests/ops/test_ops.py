@@ -136,7 +136,7 @@ def test_rows_of_a_wider_tensor_are_read_where_they_lie(device, monkeypatch):
 
 @pytest.mark.parametrize("first", [False, True])
 def test_adapters_are_cast_with_the_first_pass_or_ahead_of_it(device, first, monkeypatch):
-    monkeypatch.setattr(down, "casts_first", lambda *problem: first)
+    monkeypatch.setattr(down, "casts_first", lambda *problem, **others: first)
     monkeypatch.setattr(operands, "_programs", operands.Memo())
     monkeypatch.setattr(functional, "_calls", {})
     inputs = draw(33, 64, 45, 19, HALF, device, bias=False, adapter=FLOAT)
