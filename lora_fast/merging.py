@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fast.bases import LABELS
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.models.adapt import lora_layers, noting
 from lora_fast.models.targets import holders, some
@@ -119,7 +120,7 @@ def _originals(
         return lambda name: None
     packed = {name: weight for name, weight in bases.items() if isinstance(weight, PackedWeight)}
     if not packed:
-        raise ValueError(f"original: got {str(original)!r}, expected None for a model without fp8 bases")
+        raise ValueError(f"original: got {str(original)!r}, expected None for a model without {LABELS} bases")
     if before := [name for name in packed if layers[name].merged]:
         raise ValueError(f"original: {some(before)}: merged already, expected unmerged layers")
     from lora_fast.files.checkpoint import open_originals  # needs safetensors

@@ -1,10 +1,13 @@
-"""Frozen weights in other forms than a plain tensor: packed.py says what each of them is and does, and a row of
-``PACKED`` makes one of them known.
+"""Frozen weights in other forms than a plain tensor, in 8 bits for instance.
 
-What kernels read of it has a row of its own, in ``lora_fast.kernels.bases``.
+packed.py says what each of them is and does. To add one: a subclass of its ``PackedWeight`` in a file here, and a row
+of ``PACKED``; what its products read, as a row of ``BASES`` in kernels/bases.py; and if that is not the inner tensors
+as they are, a kernel that writes the weight into memory which the product reads, with the launch as ``unpack`` of that
+row.
 """
 
 from lora_fast.bases.fp8 import Fp8Weight
 from lora_fast.bases.packed import PackedWeight
 
 PACKED: dict[str, type[PackedWeight]] = {"float8_e4m3": Fp8Weight}  # by what ``base_dtype`` calls them
+LABELS = " or ".join(kind.LABEL for kind in PACKED.values())

@@ -1,5 +1,7 @@
 """A frozen weight that is kept in other tensors, in fewer bits."""
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, Self
 
 import torch
@@ -191,6 +193,14 @@ def as_plain(weight: torch.Tensor) -> torch.Tensor:
         shard.dequantise(), whole.device_mesh, whole.placements, run_check=False, shape=whole.shape,
         stride=whole.stride(),
     )  # fmt: skip
+
+
+def tensors_of(weight: torch.Tensor) -> Callable[[Any], tuple[torch.Tensor, ...]] | None:
+    """What gives the inner tensors of such a packed weight, in the host's least time; None for another weight."""
+    if not isinstance(weight, PackedWeight):
+        return None
+    get: Any = attrgetter(*weight.INNER)  # of one name it gives no tuple
+    return get if len(weight.INNER) > 1 else lambda packed: (get(packed),)
 
 
 def rounds_norm(weight: torch.Tensor) -> bool:

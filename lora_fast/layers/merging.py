@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fast.bases import LABELS
 from lora_fast.bases.packed import PackedWeight, is_opaque, is_packed, packed_in
 from lora_fast.layers.merged_state import add_kept, read_base
 from lora_fast.wrappers.gather import is_sharded
@@ -92,7 +93,7 @@ class MergingLinear(nn.Linear):
         if original is not None:
             if not isinstance(self.weight, PackedWeight):
                 raise ValueError(
-                    f"original: got a tensor, expected None over a base that is not fp8 ({self.weight.dtype})"
+                    f"original: got a tensor, expected None over a base that is not {LABELS} ({self.weight.dtype})"
                 )
             self.weight.check_original(original)
         place = place_of_weight(self)

@@ -1,12 +1,10 @@
 """The fused kernels as one differentiable operator: an autograd Function in eager, a custom op (custom_op.py) under
 torch.compile."""
 
-from operator import attrgetter
-
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_fast.bases.packed import PackedWeight, rounds_norm
+from lora_fast.bases.packed import PackedWeight, rounds_norm, tensors_of
 from lora_fast.dispatch import autocast_dtype, tell
 from lora_fast.kernels import launchers
 from lora_fast.kernels.bases import BASES, PLAIN
@@ -42,7 +40,7 @@ class FusedLinear:
             keep_z=needs.m and not keeps_y, round_norm=round_norm and rounds_norm(weight), alone=not any(needs),
         )  # fmt: skip
         self.records, self.compiling = any(needs), torch.compiler.is_compiling()
-        self.tensors_of = None if base is PLAIN else attrgetter(*base.tensors)
+        self.tensors_of = tensors_of(weight)
         self.kind, self.casts = kind, kind != x.dtype or kind != weight.dtype
         self.contiguous = all(t is None or t.is_contiguous() for t in (lora_A, lora_B, bias, magnitude))
         self.as_given = not self.casts and self.contiguous

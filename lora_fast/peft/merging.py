@@ -11,6 +11,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from torch import nn
 
+from lora_fast.bases import LABELS
 from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.layers.merged_state import add_kept, read_base
 from lora_fast.wrappers.gather import is_sharded, whole
@@ -56,7 +57,7 @@ class KeepingLinear(Linear):
         weight = self.base_layer.weight
         if original is not None:
             if self.merged or not isinstance(weight, PackedWeight):
-                what = "a merged layer" if self.merged else f"a base that is not fp8 ({weight.dtype})"
+                what = "a merged layer" if self.merged else f"a base that is not {LABELS} ({weight.dtype})"
                 raise ValueError(f"original: got a tensor, expected None for {what}")
             weight.check_original(original)
         with self._at_hand():

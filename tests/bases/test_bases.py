@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_fast.bases import PACKED
-from lora_fast.bases.packed import PackedWeight, as_plain, is_opaque, is_packed, rounds_norm
+from lora_fast.bases.packed import as_plain, is_opaque, is_packed, rounds_norm
 from lora_fast.kernels.bases import BASES, PLAIN
 from lora_fast.kernels.operands import Operand, Scratch
 
@@ -59,27 +59,3 @@ def test_products_read_what_a_backward_saves_for_them(base):
 def test_a_plain_base_is_one_tensor_that_both_products_read():
     (weight,) = operands(PLAIN)
     assert PLAIN.y([weight], Scratch(DEVICE)) == PLAIN.dx([weight], Scratch(DEVICE)) == (weight, None, ())
-
-
-def test_another_kind_of_weight_is_a_class_of_its_own():
-    class Halves(PackedWeight):
-        INNER, BASE, LABEL, WHOLE = ("half",), "plain", "half", True
-
-        @staticmethod
-        def __new__(cls, half, dtype):
-            return cls.hold(half.shape, dtype, half)
-
-        @classmethod
-        def quantise(cls, weight):
-            return cls(weight / 2, weight.dtype)
-
-        def dequantise(self, dtype=None):
-            return (2 * self.half).to(dtype or self.dtype)
-
-    weight = torch.randn(3, 4)
-    packed = Halves.quantise(weight)
-    assert torch.equal(packed.dequantise(), weight) and torch.equal(packed @ weight.t(), weight @ weight.t())
-    moved = packed.to(torch.bfloat16)
-    assert type(moved) is Halves and moved.dtype == torch.bfloat16
-    packed.copy_(-weight)
-    assert torch.equal(as_plain(packed), -weight)
