@@ -78,10 +78,9 @@ def override(**tiles: Tile | None) -> Iterator[None]:
     """Within, kernels of these names (see ``KERNELS``) take these tiles, whatever the problem: ``with
     override(product=Tile(m=128, n=128, k=64)): ...``. With ``product_with_s=None`` S has a launch of its own.
 
-    Nothing checks that a tile suits the problem. Some follow another's: product_with_s product's, down_quantised down's,
-    weight norm's. Programs that were made before are forgotten, and at the end those
-    made within, so that neither uses the other's tiles; in all threads, for the backward has its own. A CUDA graph
-    stays what was captured.
+    Nothing checks that a tile suits the problem. Some follow another's: product_with_s product's, down_quantised
+    down's, weight norm's. Programs that were made before are forgotten, and at the end those made within, so that
+    neither uses the other's tiles; in all threads, for the backward has its own. A CUDA graph stays what was captured.
     """
     if unknown := tiles.keys() - set(KERNELS):
         raise TypeError(f"no kernel's tile is called {', '.join(sorted(unknown))}; they are {', '.join(KERNELS)}")
