@@ -39,11 +39,11 @@ class Base:
         """W for the product of dX, from those ``for_dx``."""
         return (self.unpack or _as_they_are)(held[self.for_dx], scratch)
 
-    def read_by(self, *, y: bool, dx: bool) -> tuple[bool, ...]:
+    def read_by(self, *, y: bool, dx: bool) -> slice:
         """Which of the tensors these products read."""
-        places = range(len(self.tensors))
-        read = {*(places[self.for_y] if y else ()), *(places[self.for_dx] if dx else ())}
-        return tuple(place in read for place in places)
+        if y and dx:
+            return slice(None)
+        return self.for_y if y else self.for_dx if dx else slice(0)
 
 
 def _as_they_are(tensors: Sequence[Operand], scratch: Scratch) -> Read:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_fast.kernels.bases import Read
 from lora_fast.kernels.cast import Cast, cast_adapters
 from lora_fast.kernels.common import FP8, padded_rank, precision, wide
 from lora_fast.kernels.decode import decode, takes_decode
@@ -183,7 +184,7 @@ class Backward(NamedTuple):
     bits: Maybe
     z: Maybe
     x8: Maybe
-    held: tuple[Maybe, ...]
+    held: tuple[Operand, ...]  # those of the base's tensors that are saved
 
 
 def _backward(at: Backward, problem: Problem) -> list[Launch]:
@@ -196,16 +197,19 @@ def _backward(at: Backward, problem: Problem) -> list[Launch]:
     x, x_scale = None if at.x is None else at.x.rows(), None
     dora = gain = None
     again: Sequence[Launch] = ()
+    held: list[Maybe] = [None] * len(problem.base.tensors)
+    held[problem.saved] = at.held
     if problem.dora and small is not None:
         gain, kept = small.gain, at.y if at.z is None else at.z
         dora = Dora(gain, small.norm, kept, at.dz, at.grad_m)
         if problem.z_again:
-            w = problem.base.y(at.held, scratch)
+            w = problem.base.y(held, scratch)
             again = w.launches
             dora = Dora(gain, small.norm, kept, at.dz, at.grad_m, x, w.matrix, s, b, w.scale)
     wanted = all(grad is not None for grad in (at.dx, at.grad_a, at.grad_b))
     if wanted and x is not None and not problem.base.e4m3 and takes_pair(x, dy, r, problem.dora):
-        return [*again, *_few_rows(at, problem, x, s, a, b, dora, scratch)]
+        w = problem.base.dx(held, scratch)
+        return [*again, *_few_rows(at, problem, x, s, a, b, dora, w, scratch)]
     passes: list[Pass] = [*again]
     ds: Maybe = scratch.part((problem.m, padded_rank(r)), problem.kind) if needs.x or needs.a else None
     dz_scale, ds_here = None, ds
@@ -223,14 +227,14 @@ def _backward(at: Backward, problem: Problem) -> list[Launch]:
     if at.dx is None:
         return launches
     source = next(t for t in (at.dz8, at.dz, dy) if t is not None)
-    w = problem.base.dx(at.held, scratch)
+    w = problem.base.dx(held, scratch)
     return [*launches, *w.launches, product(source, w.matrix, ds, a, at.dx.rows(), transposed=False, bits=at.bits,
                                             x_scale=dz_scale, w_scale=w.scale)]  # fmt: skip
 
 
 def _few_rows(
     at: Backward, problem: Problem, x: Operand, s: Operand, a: Operand, b: Operand, dora: Dora[Operand] | None,
-    scratch: Scratch,
+    w: Read, scratch: Scratch,
 ) -> list[Launch]:  # fmt: skip
     """The backward of few rows over a base that is not e4m3, with dX, dA and dB."""
     dy, dx, lifted = at.dy.rows(), at.dx.rows(), problem.lifted
@@ -238,7 +242,6 @@ def _few_rows(
     source = dy
     if dora is not None:
         launches, source = dz_and_dm(dy, dora, scratch), at.dz
-    w = problem.base.dx(at.held, scratch)
     launches += w.launches
     ds = scratch.part((problem.m, padded_rank(problem.r)), problem.kind)
     whole = product_with_s(source, w.matrix, b, a, dx, s=ds, scaling=at.scaling, keep=at.keep, transposed=False,

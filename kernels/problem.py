@@ -26,7 +26,7 @@ class Made(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward reads, each None where it does not; the base's tensors follow."""
+    """What a backward reads, each None where it does not. The base's tensors follow, but only those that it reads."""
 
     x: MaybeTensor  # [..., K]
     a: MaybeTensor
@@ -101,7 +101,6 @@ class Problem:
         # dm from y, which may have to make z again
         self.z_again = self.needs.m and not self.keep_z
         self.for_y, self.saved = self.base.for_y, self.base.read_by(y=self.z_again, dx=self.needs.x)
-        self.saves_base = all(self.saved)
         gains, s_shape = torch.float64 if self.kind == torch.float64 else torch.float32, (self.m, padded_rank(self.r))
         self.shapes: dict[str, tuple[Size, torch.dtype]] = {}  # of the small things
         if self.casts:

@@ -63,7 +63,7 @@ def to_save(
         made.bits if need_ds else None,
         made.z if need_m else None,
         made.x8 if need_a and keep_x8 else None,
-        *(held if problem.saves_base else [t if saved else None for t, saved in zip(held, problem.saved, strict=True)]),
+        *held[problem.saved],
     )
 
 

@@ -48,11 +48,12 @@ def operands(base):
 def test_products_read_what_a_backward_saves_for_them(base):
     held = operands(base)
     for name, of in (("y", base.y), ("dx", base.dx)):
+        saved: list = [None] * len(held)
         read = base.read_by(y=name == "y", dx=name == "dx")
-        saved = tuple(t if kept else None for t, kept in zip(held, read, strict=True))
+        saved[read] = held[read]
         found = of(saved, Scratch(DEVICE))
         assert found.matrix is not None and (found.scale is not None) == base.e4m3 and not found.launches
-    assert all(base.read_by(y=True, dx=True)) and not any(base.read_by(y=False, dx=False))
+    assert held[base.read_by(y=True, dx=True)] == held and not held[base.read_by(y=False, dx=False)]
     assert base.y(held[base.for_y], Scratch(DEVICE)).matrix is held[0]  # as a forward is given them
 
 
