@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.kernels.bases import PLAIN, Base
+from lora_fast.kernels.bases import BASES, PLAIN, Base
 from lora_fast.kernels.cast import cast_wanted
 from lora_fast.kernels.common import padded_rank
 from lora_fast.kernels.operands import Operand, Size, rounded
@@ -82,7 +83,7 @@ class Problem:
     r: int
     kinds: Kinds
     needs: Needs
-    base: Base = PLAIN
+    base_name: str = PLAIN.name  # its row: while torch.compile traces this, rows cannot be given, up to torch 2.11
     dora: bool = False
     keep_x8: bool = False  # the backward reads x in e4m3
     keep_z: bool = False  # and z, which the forward keeps for it
@@ -97,20 +98,46 @@ class Problem:
         # In float16 B carries a part of the scaling: in a copy.
         self.lifted = self.kind == torch.float16
         self.casts = self.lifted or cast_wanted(self.kinds[:3], self.r)
-        self.quantises = self.base.e4m3 or self.keep_x8  # x in the forward, for the product or to be kept
         # dm from y, which may have to make z again
         self.z_again = self.needs.m and not self.keep_z
-        self.for_y, self.saved = self.base.for_y, self.base.read_by(y=self.z_again, dx=self.needs.x)
+
+    # What rests on the base, and is read in each call but not while torch.compile traces.
+
+    @cached_property
+    def base(self) -> Base:
+        return BASES[self.base_name]
+
+    @cached_property
+    def for_y(self) -> slice:
+        return self.base.for_y
+
+    @cached_property
+    def saved(self) -> slice:
+        """Those of the base's tensors that the backward reads."""
+        return self.base.read_by(y=self.z_again, dx=self.needs.x)
+
+    @cached_property
+    def quantises(self) -> bool:
+        """Whether the forward writes x in e4m3, for the product or to be kept."""
+        return self.base.e4m3 or self.keep_x8
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[Size, torch.dtype]]:
+        """Of the small things."""
         gains, s_shape = torch.float64 if self.kind == torch.float64 else torch.float32, (self.m, padded_rank(self.r))
-        self.shapes: dict[str, tuple[Size, torch.dtype]] = {}  # of the small things
+        shapes: dict[str, tuple[Size, torch.dtype]] = {}
         if self.casts:
-            self.shapes |= {"a": ((self.r, self.k), self.kind), "b": ((self.n, s_shape[1]), self.kind)}
+            shapes |= {"a": ((self.r, self.k), self.kind), "b": ((self.n, s_shape[1]), self.kind)}
         if self.dora:
-            self.shapes |= {"norm": ((self.n,), gains), "gain": ((self.n,), gains)}
+            shapes |= {"norm": ((self.n,), gains), "gain": ((self.n,), gains)}
         if self.quantises:
-            self.shapes["x_scale"] = (self.m,), torch.float32
-        self.shapes["s"] = s_shape, self.kind
-        self.bytes = sum(rounded(math.prod(shape) * kind.itemsize) for shape, kind in self.shapes.values())  # together
+            shapes["x_scale"] = (self.m,), torch.float32
+        return {**shapes, "s": (s_shape, self.kind)}
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of the small things together."""
+        return sum(rounded(math.prod(shape) * kind.itemsize) for shape, kind in self.shapes.values())
 
     def small(self, room: Operand) -> Small:
         start, found = 0, {}

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.kernels.bases import BASES
 from lora_fast.kernels.common import FP8
 from lora_fast.kernels.lora import forward
 from lora_fast.kernels.memo import Memo
@@ -52,7 +51,7 @@ class _Given(NamedTuple):
         x, n, (r, k) = self.x, self.lora_B.shape[0], self.lora_A.shape
         kinds = kinds_of(x.dtype, self.lora_A, self.lora_B, self.bias, self.magnitude)
         return Problem(
-            x.shape[:-1], k, n, r, kinds, Needs(*needs), BASES[self.base], dora=self.magnitude is not None,
+            x.shape[:-1], k, n, r, kinds, Needs(*needs), self.base, dora=self.magnitude is not None,
             keep_x8=self.save_x8, keep_z=self.keep_z, round_norm=self.round_norm, alone=alone,
         )  # fmt: skip
 
@@ -64,7 +63,7 @@ def linear(problem: Problem, call: Call, x, lora_A, lora_B, bias, magnitude) -> 
         scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
     return lora_linear(
         x, call.held, lora_A, lora_B, bias, magnitude, scaling, call.seed, call.p, problem.round_norm, problem.keep_z,
-        problem.keep_x8, problem.base.name,
+        problem.keep_x8, problem.base_name,
     )  # fmt: skip
 
 
@@ -112,7 +111,7 @@ def _gradients(
     problem = _problems.get(key)
     if problem is None:
         (k, r), (dora, keep_x8, keep_z) = shape, flags
-        problem = Problem(dy.shape[:-1], k, dy.shape[-1], r, Kinds(dy.dtype, *kinds), Needs(*needs), BASES[base],
+        problem = Problem(dy.shape[:-1], k, dy.shape[-1], r, Kinds(dy.dtype, *kinds), Needs(*needs), base,
                           dora=dora, keep_x8=keep_x8, keep_z=keep_z)  # fmt: skip
         _problems.keep(key, problem)
     with on(dy.device):

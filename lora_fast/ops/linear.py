@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 from lora_fast.bases.packed import PackedWeight, rounds_norm, tensors_of
 from lora_fast.dispatch import autocast_dtype, tell
 from lora_fast.kernels import launchers
-from lora_fast.kernels.bases import BASES, PLAIN
+from lora_fast.kernels.bases import PLAIN
 from lora_fast.kernels.lora import forward
 from lora_fast.kernels.problem import Call, Needs, Problem
 from lora_fast.ops import custom_op
@@ -27,7 +27,7 @@ class FusedLinear:
         self, x, weight, lora_A, lora_B, bias, magnitude=None, *, save: str = "auto", round_norm: bool = False,
         save_x: str = "x",
     ) -> None:  # fmt: skip
-        base = BASES[weight.BASE] if isinstance(weight, PackedWeight) else PLAIN
+        base = weight.BASE if isinstance(weight, PackedWeight) else PLAIN.name
         dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
         kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
         needs = Needs(*(t is not None and train and t.requires_grad for t in (x, lora_A, lora_B, bias, magnitude)))
