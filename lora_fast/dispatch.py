@@ -9,6 +9,7 @@ import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -118,7 +119,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-def no_autocast(device: torch.device) -> AbstractContextManager:
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast switched off on this device; the meta device has none."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
@@ -148,7 +149,7 @@ def _callers_level() -> int:
     return level
 
 
-_decided: dict[tuple, str] = {}
+_decided: dict[tuple[Any, ...], str] = {}
 
 
 def _decide(backend: str, device: torch.device, dtype: torch.dtype) -> str:

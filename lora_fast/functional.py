@@ -12,6 +12,7 @@ from lora_fast import dispatch, reference
 from lora_fast.bases.packed import PackedWeight, is_opaque
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Facts = tuple[Any, ...]  # what the choice for a call rests on
 
 
 def lora_linear(
@@ -158,7 +159,7 @@ def dora_norm(
     return reference.dora_norm(weight, lora_A, lora_B, scaling)
 
 
-def _check_dora(magnitude, weight, detach_norm, round_norm, save) -> None:
+def _check_dora(magnitude: Any, weight: torch.Tensor, detach_norm: Any, round_norm: Any, save: Any) -> None:
     if not isinstance(magnitude, torch.Tensor):
         raise TypeError(f"magnitude: got {type(magnitude).__name__}, expected a tensor")
     if magnitude.dtype not in FLOATS:
@@ -174,14 +175,14 @@ def _check_dora(magnitude, weight, detach_norm, round_norm, save) -> None:
         raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
 
 
-def _check_save_x(save_x) -> None:
+def _check_save_x(save_x: Any) -> None:
     if save_x not in ("x", "fp8"):
         raise ValueError(f'save_x: got {save_x!r}, expected "x" or "fp8"')
 
 
 def _settle(
-    facts: tuple | None, dtype: torch.dtype, backend: str, tensors: tuple, detach_norm: bool = True, *, save_x: str,
-    **options: Any,
+    facts: Facts | None, dtype: torch.dtype, backend: str, tensors: tuple[Any, ...], detach_norm: bool = True, *,
+    save_x: str, **options: Any,
 ) -> Callable[..., torch.Tensor]:  # fmt: skip
     """What takes this call, which passed the checks, and from now on those with the same facts."""
     x, weight, *_ = tensors
@@ -202,8 +203,9 @@ def _settle(
 
 
 def _plain(
-    x, weight, lora_A, lora_B, scaling, bias, p: float, magnitude=None, *, detach_norm: bool, round_norm: bool
-) -> torch.Tensor:
+    x: Any, weight: Any, lora_A: Any, lora_B: Any, scaling: Any, bias: Any, p: float, magnitude: Any = None, *,
+    detach_norm: bool, round_norm: bool,
+) -> torch.Tensor:  # fmt: skip
     """The reference, called as the fused form is."""
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
@@ -213,14 +215,16 @@ def _plain(
                                  round_norm=round_norm)  # fmt: skip
 
 
-_calls: dict[tuple, Callable[..., torch.Tensor]] = {}  # what takes them, by their facts
+_calls: dict[Facts, Callable[..., torch.Tensor]] = {}  # what takes them, by their facts
 
 
-def _facts(t) -> tuple:
+def _facts(t: torch.Tensor) -> Facts:
     return t.dtype, t.shape, t.stride(), t.device, t.requires_grad
 
 
-def _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, *asked) -> tuple[tuple | None, Any]:
+def _recall(
+    x: Any, weight: Any, lora_A: Any, lora_B: Any, scaling: Any, bias: Any, magnitude: Any, dropout_p: Any, *asked: Any
+) -> tuple[Facts | None, Any]:
     """(facts, what takes calls with these facts): all that the checks of a call and the choice of its path rest on, but
     for numbers, which are right here. The host waits for this in every step. No facts where numbers are wrong or
     something is no tensor, which the checks will say, and under compilation."""
@@ -249,7 +253,7 @@ def _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, *ask
         return None, None
 
 
-def check_tensors(tensors: dict) -> None:
+def check_tensors(tensors: dict[str, Any]) -> None:
     """Raise where what goes by these names, "x" first, is no tensor, not floating, or not where x is."""
     for name, t in tensors.items():
         if not isinstance(t, torch.Tensor):
@@ -260,7 +264,7 @@ def check_tensors(tensors: dict) -> None:
             raise ValueError(f"{name}: got a tensor on {t.device}, expected {device}, where x is")
 
 
-def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> torch.dtype:
+def _check(x: Any, weight: Any, lora_A: Any, lora_B: Any, scaling: Any, bias: Any, dropout_p: Any) -> torch.dtype:
     """Raise on arguments that do not fit together; return the dtype that the products are made in."""
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:

@@ -6,6 +6,7 @@ passes over dY and x (kernels/grad.py), and that sum again: dx = dY + H D.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from lora_fast.reference import ACTIVATIONS
 MaybeTensor = torch.Tensor | None
 
 aten = torch.ops.aten
-DERIVATIVES: dict[str, Callable] = {  # of the sum's gradient and the activation's input
+DERIVATIVES: dict[str, Callable[..., torch.Tensor]] = {  # of the sum's gradient and the activation's input
     "gelu": aten.gelu_backward,
     "relu": lambda grad, h: aten.threshold_backward(grad, h, 0),
     "silu": aten.silu_backward,
@@ -63,7 +64,7 @@ def _bottleneck_op(
 
 
 @_bottleneck_op.register_fake
-def _(x, down, up, down_bias, up_bias, dtype, activation):
+def _(x: Any, down: Any, up: Any, down_bias: Any, up_bias: Any, dtype: Any, activation: Any) -> Any:
     return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], padded_rank(len(down)), dtype=dtype)
 
 
@@ -100,7 +101,9 @@ def _bottleneck_bwd_op(
 
 
 @_bottleneck_bwd_op.register_fake
-def _(dy, x, s, down, up, down_bias, up_bias_dtype, activation, needs):
+def _(
+    dy: Any, x: Any, s: Any, down: Any, up: Any, down_bias: Any, up_bias_dtype: Any, activation: Any, needs: Any
+) -> Any:
     (r, n), bias_dtype = down.shape, dtype_of(down_bias) or dy.dtype
     shapes = dy.shape, (r, n), (n, r), (r,), (n,)
     kinds = dy.dtype, down.dtype, up.dtype, bias_dtype, up_bias_dtype
@@ -108,13 +111,13 @@ def _(dy, x, s, down, up, down_bias, up_bias_dtype, activation, needs):
             for sh, kind, need in zip(shapes, kinds, needs, strict=True)]  # fmt: skip
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     x, down, up, down_bias, up_bias, _, ctx.activation = inputs
     ctx.save_for_backward(x, output[1], down, up, down_bias)
     ctx.up_bias_dtype, ctx.needs = dtype_of(up_bias) or x.dtype, list(ctx.needs_input_grad[:5])
 
 
-def _backward(ctx, dy, _):
+def _backward(ctx: Any, dy: Any, _: Any) -> Any:
     grads = torch.ops.lora_fast.bottleneck_bwd(dy, *ctx.saved_tensors, ctx.up_bias_dtype, ctx.activation, ctx.needs)
     return *(g if need else None for g, need in zip(grads, ctx.needs, strict=True)), None, None
 

@@ -56,13 +56,13 @@ class _Given(NamedTuple):
         )  # fmt: skip
 
 
-def linear(problem: Problem, call: Call, x, lora_A, lora_B, bias, magnitude) -> torch.Tensor:
-    """y, by way of the operator."""
+def linear(problem: Problem, call: Call, x: torch.Tensor, *small: MaybeTensor) -> torch.Tensor:
+    """y, by way of the operator; ``small``: lora_A, lora_B, bias and magnitude."""
     scaling = call.scaling
     if not isinstance(scaling, torch.Tensor):
         scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
     return lora_linear(
-        x, call.held, lora_A, lora_B, bias, magnitude, scaling, call.seed, call.p, problem.round_norm, problem.keep_z,
+        x, call.held, *small, scaling, call.seed, call.p, problem.round_norm, problem.keep_z,
         problem.keep_x8, problem.base_name,
     )  # fmt: skip
 
@@ -119,7 +119,9 @@ def _gradients(
     return [grad for grad in grads if grad is not None]
 
 
-def _gradients_fake(dy, saved, scaling, p, shape, *rest) -> list[torch.Tensor]:
+def _gradients_fake(
+    dy: torch.Tensor, saved: Any, scaling: Any, p: float, shape: Sequence[int], *rest: Any
+) -> list[torch.Tensor]:
     *kinds, needs, _, _ = rest
     (k, r), n = shape, dy.shape[-1]
     shapes = (*dy.shape[:-1], k), (r, k), (n, r), (n,), (n,)
@@ -145,7 +147,7 @@ class _LoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple:
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         *saved, scaling = ctx.saved_tensors
         needs = ctx.rest[-3]
         found = torch.ops.lora_fast.lora_linear_bwd(dy, saved, scaling, *ctx.rest)

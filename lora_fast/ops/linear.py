@@ -1,6 +1,8 @@
 """The fused kernels as one differentiable operator: an autograd Function in eager, a custom op (custom_op.py) under
 torch.compile."""
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -9,7 +11,7 @@ from lora_fast.dispatch import autocast_dtype, tell
 from lora_fast.kernels import launchers
 from lora_fast.kernels.bases import PLAIN
 from lora_fast.kernels.lora import forward
-from lora_fast.kernels.problem import Call, Needs, Problem
+from lora_fast.kernels.problem import Call, MaybeTensor, Needs, Problem
 from lora_fast.ops import custom_op
 from lora_fast.ops.parts import addressable, contiguous, gradients, kinds_of, one_gpu, to_save
 
@@ -24,7 +26,8 @@ class FusedLinear:
     is the layer's time."""
 
     def __init__(
-        self, x, weight, lora_A, lora_B, bias, magnitude=None, *, save: str = "auto", round_norm: bool = False,
+        self, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, bias: MaybeTensor,
+        magnitude: MaybeTensor = None, *, save: str = "auto", round_norm: bool = False,
         save_x: str = "x",
     ) -> None:  # fmt: skip
         base = weight.BASE if isinstance(weight, PackedWeight) else PLAIN.name
@@ -48,7 +51,10 @@ class FusedLinear:
         # The tensors' device, where there are others.
         self.elsewhere = None if self.compiling or x.device.type != "cuda" or one_gpu() else x.device
 
-    def __call__(self, x, weight, lora_A, lora_B, scaling, bias, p: float, magnitude=None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, lora_A: Any, lora_B: Any, scaling: float | torch.Tensor,
+        bias: MaybeTensor, p: float, magnitude: MaybeTensor = None,
+    ) -> torch.Tensor:  # fmt: skip
         """y; p = 0 means no dropout."""
         if self.elsewhere is not None and self.elsewhere.index != torch.cuda.current_device():
             with torch.cuda.device(self.elsewhere):
@@ -98,7 +104,7 @@ class _LoRALinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, bias, magnitude, fused, call):
+    def forward(ctx: Any, x: Any, lora_A: Any, lora_B: Any, bias: Any, magnitude: Any, fused: Any, call: Any) -> Any:
         problem, scaling = fused.problem, call.scaling
         call.defers = not problem.needs.m  # the gradient of the magnitude reads y or z
         rows = x if fused.addressable else addressable(x)
@@ -111,7 +117,7 @@ class _LoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Any) -> Any:
         # once_differentiable takes its time even where nobody will differentiate again.
         return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward_of(ctx, dy)
 
@@ -120,7 +126,7 @@ class _LoRALinear(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _LoRALinear).apply
 
 
-def _backward_of(ctx, dy):
+def _backward_of(ctx: Any, dy: Any) -> Any:
     try:
         saved = ctx.saved_tensors
     except RuntimeError as error:

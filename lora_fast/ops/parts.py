@@ -1,8 +1,9 @@
 """What the operators share: the device that they run on, tensors that kernels can address, what a backward reads."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ def one_gpu() -> bool:
     return torch.cuda.device_count() <= 1
 
 
-def on(device: torch.device):
+def on(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which this device is the current one."""
     if one_gpu() or device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()

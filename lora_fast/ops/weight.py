@@ -1,5 +1,7 @@
 """The fused weight kernels as one differentiable operator, a custom op in eager and under torch.compile alike."""
 
+from typing import Any
+
 import torch
 
 from lora_fast.kernels.common import wide
@@ -28,7 +30,7 @@ def _lora_weight_op(
 
 
 @_lora_weight_op.register_fake
-def _(weight, lora_A, lora_B, scaling, magnitude):
+def _(weight: Any, lora_A: Any, lora_B: Any, scaling: Any, magnitude: Any) -> Any:
     n = 0 if magnitude is None else weight.shape[0]
     kind = weight.dtype if magnitude is None else wide(weight, lora_A, lora_B)
     return weight.new_empty(weight.shape), weight.new_empty(n, dtype=kind)
@@ -48,20 +50,20 @@ def _lora_weight_bwd_op(
 
 
 @_lora_weight_bwd_op.register_fake
-def _(grad, weight, lora_A, lora_B, scaling, magnitude, norm, need_w):
+def _(grad: Any, weight: Any, lora_A: Any, lora_B: Any, scaling: Any, magnitude: Any, norm: Any, need_w: bool) -> Any:
     dm = grad.new_empty(0, dtype=wide(grad)) if magnitude is None else magnitude.new_empty(magnitude.shape)
     dw = grad.new_empty(grad.shape if need_w and weight is not None else 0)
     return [lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape), dm, dw]
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     weight, lora_A, lora_B, ctx.scaling, magnitude = inputs
     dora = magnitude is not None
     for_dora = (weight, magnitude, output[1]) if dora else (None, None, None)
     ctx.save_for_backward(lora_A, lora_B, *for_dora)
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx: Any, grad: Any, _: Any) -> Any:
     need_w, need_a, need_b, _, need_m = ctx.needs_input_grad
     lora_A, lora_B, weight, magnitude, norm = ctx.saved_tensors
     if magnitude is None and not (need_a or need_b):
