@@ -264,7 +264,7 @@ def backward(
     dy [*lead, N], contiguous, or the matrix of its rows, each contiguous; ``saved``, as in ``Saved``, is what is read:
     x and bits for dA, S for dB, b for dA and dX, W, a and bits for dX, g for all of them, n and z for dm. In place of z
     the output y can be given where there was no bias; that takes x, W, S and b, too. Without x, x8 stands for it.
-    dX comes last, and till then its memory holds what the passes leave for their sums.
+    With many rows dX comes last, and till then its memory holds what the passes leave for their sums.
     """
     m, n, r, kinds = problem.m, problem.n, problem.r, problem.kinds
     need_x, need_a, need_b, need_bias, need_m = problem.needs
