@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from fused import fused, masked, seed_drawn
+from fused import forgetful, fused, masked, seed_drawn
 
 from lora_fast import functional
 from lora_fast.functional import dora_linear, lora_linear
-from lora_fast.kernels import down, lora, operands, program
+from lora_fast.kernels import down, layer, operands, program
 from lora_fast.ops import custom_op
 from lora_fast.ops import linear as ops
 from lora_fast.ops import parts as op_parts
@@ -69,18 +69,8 @@ def test_error_rule(device, dtype, shape, p, bias, adapter):
 def test_mutant_that_drops_the_lora_term_fails(device, dtype, monkeypatch):
     inputs = draw(40, 64, 48, 16, dtype, device, b_std=0.002)
     check(fused(), [inputs])
-
-    def forgetful(honest):
-        def mutant(*args, **others):
-            launch = honest(*args, **others)
-            if launch is not None:
-                launch.ints = (*launch.ints[:3], 0, *launch.ints[4:])  # no ranks
-            return launch
-
-        return mutant
-
-    for honest in (lora.product, lora.product_with_s):
-        monkeypatch.setattr(lora, honest.__name__, forgetful(honest))
+    for honest in (layer.product, layer.product_with_s):
+        monkeypatch.setattr(layer, honest.__name__, forgetful(honest))
     monkeypatch.setattr(functional, "_calls", {})
     with pytest.raises(AssertionError, match="y: .*dx: "):
         check(fused(), [inputs])
@@ -147,7 +137,7 @@ def test_adapters_are_cast_with_the_first_pass_or_ahead_of_it(device, first, mon
     (alone,) = [made for key, made in operands._programs.items() if key[0] is down.cast_and_down]
     assert len(alone.launches) == 1 + first
     (call,) = functional._calls.values()
-    (forward,) = [made for key, made in call.problem.programs.items() if key[0] is lora._forward]
+    (forward,) = [made for key, made in call.problem.programs.items() if key[0] is layer.forward_launches]
     assert len(forward.launches) == 3 + first
 
 

@@ -50,6 +50,18 @@ def fused_dora(p=0.0, **kwargs):
     return of
 
 
+def forgetful(honest):
+    """What makes a product's launch, but for its low-rank term."""
+
+    def mutant(*args, **others):
+        launch = honest(*args, **others)
+        if launch is not None:
+            launch.ints = (*launch.ints[:3], 0, *launch.ints[4:])  # no ranks
+        return launch
+
+    return mutant
+
+
 def peak(forward, leaves, dy):
     """Bytes on the GPU beyond what was there before a step, which starts without gradients."""
     for _ in range(3):
