@@ -81,8 +81,8 @@ def _pair_kernel(
 def takes_pair(x: Operand, dy: Operand, r: int, dora: bool) -> bool:
     """Whether these matrices have few rows and lie as ``pair`` reads them. With a gain, half as many are few: beyond,
     one pass that makes all from dY is better (grad.py)."""
-    rows = len(x) * (2 if dora else 1)
-    return few_rows(rows, r, dtype=x.dtype, chip=Chip.of(x.device)) and tma_fits(x, dy)
+    few = few_rows(len(x), r, dtype=x.dtype, chip=Chip.of(x.device), most=1024 if dora else 2048)
+    return few and tma_fits(x, dy)
 
 
 def pair(

@@ -25,7 +25,7 @@ def down(
     ``quantised``: where ``down_quantised`` starts from."""
     column = kind.itemsize * rank_block(r, 32)  # bytes of a column of A's tile: more spills, on newer chips sooner
     if tma and not quantised and column <= (32 if chip.newer else 64) and (
-        few_rows(m // 2 if masked else m, r, dtype=dtype, chip=chip)
+        few_rows(m, r, dtype=dtype, chip=chip, most=4096 if masked else 2048)
     ):  # fmt: skip
         if m > 2048:  # under a mask: 21 -> 12, 4096 x 4096, H200
             return Tile(m=32, k=128, r=rank_block(r, 32), ways=4)
