@@ -11,11 +11,10 @@ import statistics
 import sys
 from dataclasses import dataclass, field
 
-from benchmarks import bench_small, common
+from benchmarks import bench_host, bench_small, common
 
 PATH = common.ROOT / "benchmarks" / "STATUS.md"
 Shapes = list[tuple[int, int, int]]
-HOST = [(1024, 4096, 4096), (512, 2048, 2048)]
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ BOUNDS = [
     *of_few_rows("lora_fast_lora", "0.1", (2.4, 2.2, 1.9, 1.65), "LoRA with dropout"),
     *of_few_rows("lora_fast_dora", "0", (2.9, 2.5, 2.2, 1.7), "DoRA"),
     *(Bound(f"{name}, {shape}, eager", "bench_host_h200.csv", must, [shape], {"impl": impl, "triton": "3.7.1"})
-      for name, impl, must in (("LoRA", "lora_fast_lora", 1.9), ("DoRA", "lora_fast_dora", 2.2)) for shape in HOST),
+      for name, impl, must in (("LoRA", "lora_fast_lora", 1.9), ("DoRA", "lora_fast_dora", 2.2))
+      for shape in bench_host.SHAPES),
 ]  # fmt: skip
 
 
