@@ -40,8 +40,10 @@ from benchmarks.bench_model import LARGE, TINY, Size
 from benchmarks.distributed import MODES, group_of, of_all, processes, step_of, wrap
 from lora_fast import timing
 
-COLUMNS = ("gpu torch triton commit gpus dtype layers tokens r p mode what impl median_us p20_us p80_us tokens_per_s "
-           "scaling peak_mib").split()  # fmt: skip
+COLUMNS = (
+    "gpu torch triton commit gpus dtype layers tokens r p mode what impl median_us p20_us p80_us tokens_per_s "
+    "scaling peak_mib"
+).split()
 IMPLS = ("peft_lora", "lora_fast_lora", "peft_dora", "lora_fast_dora")
 KINDS: dict[str, Callable[[str], Any]] = {"gpus": int, "mode": str, "p": float, "impl": str}
 LR = 1e-4
@@ -94,8 +96,9 @@ def ready(case: Case, base: torch.nn.Module, size: Size, mesh: DeviceMesh) -> Re
     return Ready(step, seconds, (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else "")
 
 
-def measured(cases: list[Case], base: torch.nn.Module, size: Size, mesh: DeviceMesh, rounds: int, limit: float,
-             about: common.Row) -> list[common.Row]:  # fmt: skip
+def measured(
+    cases: list[Case], base: torch.nn.Module, size: Size, mesh: DeviceMesh, rounds: int, limit: float, about: common.Row
+) -> list[common.Row]:
     """A row for each case; they share all but impl. Fewer rounds, though two, where all would take over ``limit``
     seconds."""
     gc.collect()  # the models before these, which are rings
@@ -112,11 +115,26 @@ def measured(cases: list[Case], base: torch.nn.Module, size: Size, mesh: DeviceM
         median, p20, p80 = timing.summary(slowest_times)
         tokens = size.batch * size.length * MODES[case.mode].accumulate
         peak = max(peaks[str(case)] for _, peaks in everywhere)
-        rows.append({**about, "gpus": case.gpus, "dtype": size.dtype, "layers": size.layers, "tokens": tokens,
-                     "r": bench_model.R, "p": case.p, "mode": case.mode, "what": "step", "impl": case.impl,
-                     "median_us": round(median), "p20_us": round(p20), "p80_us": round(p80),
-                     "tokens_per_s": round(tokens / median * 1e6), "scaling": "",
-                     "peak_mib": round(peak) if size.device == "cuda" else ""})  # fmt: skip
+        rows.append(
+            {
+                **about,
+                "gpus": case.gpus,
+                "dtype": size.dtype,
+                "layers": size.layers,
+                "tokens": tokens,
+                "r": bench_model.R,
+                "p": case.p,
+                "mode": case.mode,
+                "what": "step",
+                "impl": case.impl,
+                "median_us": round(median),
+                "p20_us": round(p20),
+                "p80_us": round(p80),
+                "tokens_per_s": round(tokens / median * 1e6),
+                "scaling": "",
+                "peak_mib": round(peak) if size.device == "cuda" else "",
+            }
+        )
     return rows
 
 
@@ -158,12 +176,36 @@ def summarise(rows: list[common.Row]) -> str:
     table = []
     for (*where, impl), row in found.items():
         stock = found.get((*where, impl.replace("lora_fast_", "peft_")), row)
-        of_stock = [f"{row[column] / stock[column]:.3f}" if row is not stock and row[column] else ""
-                    for column in ("median_us", "peak_mib")]  # fmt: skip
-        table.append([*where, impl, f"{row['median_us'] / 1000:.1f}", row["tokens_per_s"], row["scaling"],
-                      row["peak_mib"], *of_stock])  # fmt: skip
-    return common.markdown(["mode", "p", "GPUs", "step", "ms", "tokens/s a GPU", "scaling", "peak MiB",
-                            "time of stock's", "peak of stock's"], table)  # fmt: skip
+        of_stock = [
+            f"{row[column] / stock[column]:.3f}" if row is not stock and row[column] else ""
+            for column in ("median_us", "peak_mib")
+        ]
+        table.append(
+            [
+                *where,
+                impl,
+                f"{row['median_us'] / 1000:.1f}",
+                row["tokens_per_s"],
+                row["scaling"],
+                row["peak_mib"],
+                *of_stock,
+            ]
+        )
+    return common.markdown(
+        [
+            "mode",
+            "p",
+            "GPUs",
+            "step",
+            "ms",
+            "tokens/s a GPU",
+            "scaling",
+            "peak MiB",
+            "time of stock's",
+            "peak of stock's",
+        ],
+        table,
+    )
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
@@ -174,23 +216,48 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--gpus", type=positive, help="default: all that there are; 2 processes with --tiny")
-    parser.add_argument("--check", action="store_true", help="losses, adapters, checkpoints and reports instead of "
-                        "times; the exit status is 1 if anything is wrong")  # fmt: skip
-    parser.add_argument("--tiny", action="store_true", help="a tiny model in fp32 on the CPU, processes that talk by "
-                        "gloo; the file is bench_distributed_cpu_xGPUS.csv")  # fmt: skip
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="losses, adapters, checkpoints and reports instead of times; the exit status is 1 if anything is wrong",
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="a tiny model in fp32 on the CPU, processes that talk by "
+        "gloo; the file is bench_distributed_cpu_xGPUS.csv",
+    )
     parser.add_argument("--rounds", type=positive, default=4, help="at most (default 4)")
-    parser.add_argument("--limit", type=positive, default=6, metavar="SECONDS",
-                        help="fewer rounds, though two, where they would take a group longer (default 6)")  # fmt: skip
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        default=6,
+        metavar="SECONDS",
+        help="fewer rounds, though two, where they would take a group longer (default 6)",
+    )
     parser.add_argument("--steps", type=positive, default=20, help="of --check (default 20)")
-    parser.add_argument("--layers", type=positive, help=f"default {LARGE.layers}; "
-                        f"{check_distributed.LAYERS} with --check; 1 with --tiny")  # fmt: skip
-    parser.add_argument("--only", type=functools.partial(only, kinds=KINDS), action="append", default=[],
-                        metavar="KEY=VALUE[,VALUE]", help="a part only, for instance --only p=0 --only mode=ddp; "
-                        f"KEY is one of {', '.join(KINDS)}; --check goes by mode and, for LoRA or DoRA, "
-                        "impl")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR",
-                        help="where bench_distributed_CARD_xGPUS.csv is rewritten "
-                        "(default benchmarks/results)")  # fmt: skip
+    parser.add_argument(
+        "--layers",
+        type=positive,
+        help=f"default {LARGE.layers}; {check_distributed.LAYERS} with --check; 1 with --tiny",
+    )
+    parser.add_argument(
+        "--only",
+        type=functools.partial(only, kinds=KINDS),
+        action="append",
+        default=[],
+        metavar="KEY=VALUE[,VALUE]",
+        help="a part only, for instance --only p=0 --only mode=ddp; "
+        f"KEY is one of {', '.join(KINDS)}; --check goes by mode and, for LoRA or DoRA, "
+        "impl",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=common.RESULTS,
+        metavar="DIR",
+        help="where bench_distributed_CARD_xGPUS.csv is rewritten (default benchmarks/results)",
+    )
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
     args.gpus = args.gpus or (2 if args.tiny else max(1, torch.cuda.device_count()))
@@ -219,20 +286,27 @@ def main(argv: list[str] | None = None) -> int:
     if (reason := why_not(args)) is not None:
         print(reason, file=sys.stderr)
         return 1
-    size = (TINY._replace(hidden=32, intermediate=48, heads=4, kv_heads=2, vocabulary=64, layers=1, length=8)
-            if args.tiny else LARGE._replace(batch=1))  # fmt: skip
+    size = (
+        TINY._replace(hidden=32, intermediate=48, heads=4, kv_heads=2, vocabulary=64, layers=1, length=8)
+        if args.tiny
+        else LARGE._replace(batch=1)
+    )
     layers = min(size.layers, check_distributed.LAYERS) if args.check else size.layers
     size = size._replace(layers=args.layers or layers)
     if args.check:
-        kinds, modes = (list(dict.fromkeys(names)) for names in zip(
-            *((case.impl.rpartition("_")[2], case.mode) for case in cases), strict=True))  # fmt: skip
+        kinds, modes = (
+            list(dict.fromkeys(names))
+            for names in zip(*((case.impl.rpartition("_")[2], case.mode) for case in cases), strict=True)
+        )
         return check_distributed.main(args.gpus, size, kinds, modes, args.steps)
     about, start = common.run_columns(args.commit, size.device), time.monotonic()
     path = args.out / f"bench_distributed_{common.card(about['gpu'])}_x{args.gpus}.csv"
     backend = "auto" if args.tiny else "triton"  # on a GPU never the slow path unawares
     rows = processes(args.gpus, size.device, backend, measure, cases, size, args.rounds, args.limit, about, path)
-    print(f"\n{args.gpus} x {about['gpu']}, torch {about['torch']}, triton {about['triton']}, "
-          f"commit {about['commit']}, {time.monotonic() - start:.0f} s\n")  # fmt: skip
+    print(
+        f"\n{args.gpus} x {about['gpu']}, torch {about['torch']}, triton {about['triton']}, "
+        f"commit {about['commit']}, {time.monotonic() - start:.0f} s\n"
+    )
     print(summarise(rows))
     return 0
 

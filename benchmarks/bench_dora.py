@@ -25,8 +25,17 @@ from benchmarks.summary import means
 from lora_fast import DoRALinear, LoRALinear, reference
 from lora_fast.timing import Candidate
 
-IMPLS = ("frozen", "frozen_again", "lora_fast_lora", "eager", "eager_compiled", "peft", "eager_fp8",
-         "lora_fast_fp8_dora", "lora_fast_dora")  # fmt: skip
+IMPLS = (
+    "frozen",
+    "frozen_again",
+    "lora_fast_lora",
+    "eager",
+    "eager_compiled",
+    "peft",
+    "eager_fp8",
+    "lora_fast_fp8_dora",
+    "lora_fast_dora",
+)
 
 
 def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidate]:
@@ -68,8 +77,11 @@ def summarise(rows: list[common.Row], graph_rows: list[common.Row]) -> str:
     """The geometric means of every impl at r = 16, and of ours at the other ranks."""
     parts = [means(rows, r) for r in (16, 8, 64, 256, 384) if any(row["r"] == r for row in rows)]
     if graph_rows:
-        found = [(row["p"], row["ratio_to_frozen"]) for row in graph_rows
-                 if row["impl"] == "lora_fast_dora" and row["what"] == "fwd+bwd"]  # fmt: skip
+        found = [
+            (row["p"], row["ratio_to_frozen"])
+            for row in graph_rows
+            if row["impl"] == "lora_fast_dora" and row["what"] == "fwd+bwd"
+        ]
         parts.append("M=1024 in a CUDA graph: " + ", ".join(f"p={p}: {ratio:.3f}" for p, ratio in found))
     return "\n\n".join(parts)
 

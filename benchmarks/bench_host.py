@@ -54,9 +54,19 @@ def measured(case: Case, rounds: int, about: common.Row, device: str = "cuda") -
     rows = []
     for impl in steps:
         median, p20, p80 = timing.summary(times[impl])
-        rows.append({**about, **case._asdict(), "what": "fwd+bwd", "impl": impl, "median_us": round(median, 2),
-                     "p20_us": round(p20, 2), "p80_us": round(p80, 2), "ratio_to_frozen": round(median / frozen, 4),
-                     "peak_mib": ""})  # fmt: skip
+        rows.append(
+            {
+                **about,
+                **case._asdict(),
+                "what": "fwd+bwd",
+                "impl": impl,
+                "median_us": round(median, 2),
+                "p20_us": round(p20, 2),
+                "p80_us": round(p80, 2),
+                "ratio_to_frozen": round(median / frozen, 4),
+                "peak_mib": "",
+            }
+        )
     return rows, apart
 
 
@@ -69,11 +79,17 @@ def of_other_versions(path: Path, triton: str) -> list[common.Row]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.bench_host", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.bench_host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=bench_lora.positive, default=48)
-    parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR",
-                        help="where bench_host_CARD.csv is written (default benchmarks/results)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=common.RESULTS,
+        metavar="DIR",
+        help="where bench_host_CARD.csv is written (default benchmarks/results)",
+    )
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
     if (reason := common.why_no_gpu()) is not None:
@@ -88,10 +104,16 @@ def main(argv: list[str] | None = None) -> int:
         found, apart = measured(Case("bf16", m, k, n, 16, 0), args.rounds, about)
         rows += found
         common.write_csv(path, COLUMNS, rows)
-        print(f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, {shape}: the frozen layers differ "
-              f"by {apart:.1%}{'' if apart <= SPREAD else ', too much'}")  # fmt: skip
-        print(common.markdown(("impl", "us a step", "times frozen"),
-                              [(row["impl"], row["median_us"], row["ratio_to_frozen"]) for row in found]))  # fmt: skip
+        print(
+            f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, {shape}: the frozen layers differ "
+            f"by {apart:.1%}{'' if apart <= SPREAD else ', too much'}"
+        )
+        print(
+            common.markdown(
+                ("impl", "us a step", "times frozen"),
+                [(row["impl"], row["median_us"], row["ratio_to_frozen"]) for row in found],
+            )
+        )
     torch.cuda.synchronize()
     return 0
 

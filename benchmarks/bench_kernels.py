@@ -174,9 +174,18 @@ def measured(case: Case, rounds: int, about: common.Row) -> tuple[list[common.Ro
             floor = times[kernel.floor]
         else:
             floor = kernel.floor / rates["copy" if kernel.name == "mask_bits" else "read"]
-        rows.append({**about, **case._asdict(), "p": kernel.p, "kernel": kernel.name, "bound": kernel.bound,
-                     "median_us": round(median, 2), "floor_us": round(floor, 2),
-                     "ratio": round(median / floor, 3)})  # fmt: skip
+        rows.append(
+            {
+                **about,
+                **case._asdict(),
+                "p": kernel.p,
+                "kernel": kernel.name,
+                "bound": kernel.bound,
+                "median_us": round(median, 2),
+                "floor_us": round(floor, 2),
+                "ratio": round(median / floor, 3),
+            }
+        )
     return rows, rates
 
 
@@ -198,11 +207,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.bench_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=positive, default=24,
-                        help="in bf16 (default 24); a third of it, but 3 at least, in fp16 and fp32")  # fmt: skip
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=24,
+        help="in bf16 (default 24); a third of it, but 3 at least, in fp16 and fp32",
+    )
     parser.add_argument("--quick", action="store_true", help="the first shape alone, in bf16 at r=16")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR",
-                        help="where bench_kernels_CARD.csv is rewritten (default benchmarks/results)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=common.RESULTS,
+        metavar="DIR",
+        help="where bench_kernels_CARD.csv is rewritten (default benchmarks/results)",
+    )
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
     reason = common.why_no_gpu()
@@ -220,9 +238,11 @@ def main(argv: list[str] | None = None) -> int:
         common.write_csv(args.out / f"bench_kernels_{common.card(about['gpu'])}.csv", COLUMNS, rows)
         torch.cuda.empty_cache()
     read, copy = (sum(rate[name] for rate in rates) / len(rates) / 1e6 for name in ("read", "copy"))
-    print(f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}: reads "
-          f"{read:.2f} TB/s, copies {copy:.2f} TB/s (read and written bytes); {time.monotonic() - start:.0f} s\n\n"
-          "Microseconds (times the floor):\n")  # fmt: skip
+    print(
+        f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}: reads "
+        f"{read:.2f} TB/s, copies {copy:.2f} TB/s (read and written bytes); {time.monotonic() - start:.0f} s\n\n"
+        "Microseconds (times the floor):\n"
+    )
     print(table(rows))
     return 0
 

@@ -127,8 +127,13 @@ def peft_layer(ours: LoRALinear) -> nn.Module:
     """PEFT's layer on the same base weight, with equal adapters in the weight's dtype."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=ours.r, lora_alpha=int(ours.lora_alpha), lora_dropout=ours.lora_dropout, target_modules=["0"],
-                        use_dora=isinstance(ours, DoRALinear))  # fmt: skip
+    config = LoraConfig(
+        r=ours.r,
+        lora_alpha=int(ours.lora_alpha),
+        lora_dropout=ours.lora_dropout,
+        target_modules=["0"],
+        use_dora=isinstance(ours, DoRALinear),
+    )
     model: Any = get_peft_model(nn.Sequential(ours.to_linear()), config, autocast_adapter_dtype=False)
     layer = model.base_model.model[0]
     with torch.no_grad():
@@ -165,9 +170,19 @@ def measured(built: dict[Case, dict[str, Candidate]], rounds: int, graph: bool, 
             key = what, impl, of.r, of.p
             median, p20, p80 = timing.summary(times[name(*key)])
             ratio = median / timing.summary(times[name(what, "frozen", first.r, first.p)])[0]
-            rows.append({**about, **case._asdict(), "what": what, "impl": impl, "median_us": round(median, 2),
-                         "p20_us": round(p20, 2), "p80_us": round(p80, 2), "ratio_to_frozen": round(ratio, 4),
-                         "peak_mib": peaks[key]})  # fmt: skip
+            rows.append(
+                {
+                    **about,
+                    **case._asdict(),
+                    "what": what,
+                    "impl": impl,
+                    "median_us": round(median, 2),
+                    "p20_us": round(p20, 2),
+                    "p80_us": round(p80, 2),
+                    "ratio_to_frozen": round(ratio, 4),
+                    "peak_mib": peaks[key],
+                }
+            )
     return rows
 
 
@@ -196,15 +211,29 @@ def parse(argv: list[str] | None, suite: Suite) -> tuple[argparse.Namespace, lis
         description=suite.doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rounds", type=positive, default=24,
-                        help="in bf16 (default 24); a third of it, but 3 at least, in fp16 and fp32")  # fmt: skip
-    parser.add_argument("--only", type=only, action="append", default=[], metavar="KEY=VALUE[,VALUE]",
-                        help="a part only, for instance --only r=16 --only p=0; KEY is one of "
-                        f"{', '.join(KINDS)}; frozen always runs")  # fmt: skip
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=24,
+        help="in bf16 (default 24); a third of it, but 3 at least, in fp16 and fp32",
+    )
+    parser.add_argument(
+        "--only",
+        type=only,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE[,VALUE]",
+        help=f"a part only, for instance --only r=16 --only p=0; KEY is one of {', '.join(KINDS)}; frozen always runs",
+    )
     parser.add_argument("--quick", action="store_true", help="a first look: r=16 in bf16, a third of the rounds")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR",
-                        help=f"where {suite.name}_CARD.csv and, for M=1024 under CUDA graphs, "
-                        f"{suite.name}_graph_CARD.csv are rewritten (default benchmarks/results)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=common.RESULTS,
+        metavar="DIR",
+        help=f"where {suite.name}_CARD.csv and, for M=1024 under CUDA graphs, "
+        f"{suite.name}_graph_CARD.csv are rewritten (default benchmarks/results)",
+    )
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
     wanted = [(key, values) for key, values in args.only if key != "impl"]
@@ -248,8 +277,10 @@ def run(argv: list[str] | None, suite: Suite) -> int:
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    print(f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}, "
-          f"{time.monotonic() - start:.0f} s\n")  # fmt: skip
+    print(
+        f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}, "
+        f"{time.monotonic() - start:.0f} s\n"
+    )
     print(suite.summarise(rows, graph_rows))
     return 0
 

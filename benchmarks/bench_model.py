@@ -42,15 +42,29 @@ from benchmarks import common
 from benchmarks.bench_lora import FROZEN, only, positive
 from lora_fast import patch_peft, set_backend, timing
 
-COLUMNS = ("gpu torch triton commit dtype layers tokens r p checkpointing what impl median_us p20_us p80_us "
-           "ratio_to_frozen peak_mib").split()  # fmt: skip
-IMPLS = (*FROZEN, "peft_lora", "lora_fast_lora", "peft_dora", "lora_fast_dora", "lora_fast_lora_x8",
-         "lora_fast_fp8_lora", "lora_fast_fp8_dora")  # fmt: skip
+COLUMNS = (
+    "gpu torch triton commit dtype layers tokens r p checkpointing what impl median_us p20_us p80_us "
+    "ratio_to_frozen peak_mib"
+).split()
+IMPLS = (
+    *FROZEN,
+    "peft_lora",
+    "lora_fast_lora",
+    "peft_dora",
+    "lora_fast_dora",
+    "lora_fast_lora_x8",
+    "lora_fast_fp8_lora",
+    "lora_fast_fp8_dora",
+)
 KINDS: dict[str, Callable[[str], Any]] = {"p": float, "checkpointing": int, "impl": str}
 R = 16
-MUST = {("lora_fast_lora", 0): "1.07 / 1.08", ("lora_fast_lora", 0.1): "0.03 more than p=0",
-        ("lora_fast_dora", 0): "1.12 / 1.15", ("lora_fast_dora", 0.1): "1.12 / 1.15",
-        ("lora_fast_fp8_lora", 0): "0.80"}  # fmt: skip
+MUST = {
+    ("lora_fast_lora", 0): "1.07 / 1.08",
+    ("lora_fast_lora", 0.1): "0.03 more than p=0",
+    ("lora_fast_dora", 0): "1.12 / 1.15",
+    ("lora_fast_dora", 0.1): "1.12 / 1.15",
+    ("lora_fast_fp8_lora", 0): "0.80",
+}
 
 
 class Size(NamedTuple):
@@ -95,9 +109,16 @@ def all_cases() -> list[Case]:
 def base_model(size: Size) -> nn.Module:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(hidden_size=size.hidden, intermediate_size=size.intermediate, num_hidden_layers=size.layers,
-                         num_attention_heads=size.heads, num_key_value_heads=size.kv_heads, vocab_size=size.vocabulary,
-                         max_position_embeddings=size.length, use_cache=False)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        vocab_size=size.vocabulary,
+        max_position_embeddings=size.length,
+        use_cache=False,
+    )
     torch.manual_seed(0)
     with torch.device(size.device):
         model = AutoModelForCausalLM.from_config(config, dtype=common.DTYPES[size.dtype])
@@ -114,8 +135,14 @@ def model_of(case: Case, base: nn.Module) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(1)
-        config = LoraConfig(r=R, lora_alpha=2 * R, lora_dropout=case.p, target_modules="all-linear",
-                            use_dora=case.impl.endswith("dora"), init_lora_weights=False)  # fmt: skip
+        config = LoraConfig(
+            r=R,
+            lora_alpha=2 * R,
+            lora_dropout=case.p,
+            target_modules="all-linear",
+            use_dora=case.impl.endswith("dora"),
+            init_lora_weights=False,
+        )
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
     if case.impl.startswith("lora_fast"):
         report = patch_peft(model, base_dtype="float8_e4m3" if "fp8" in case.impl else None)
@@ -192,11 +219,24 @@ def measured(cases: list[Case], size: Size, rounds: int, about: common.Row, comp
     rows = []
     for case in cases:
         median, p20, p80 = timing.summary(times[str(case)])
-        rows.append({**about, "dtype": size.dtype, "layers": size.layers, "tokens": size.batch * size.length, "r": R,
-                     "p": case.p, "checkpointing": case.checkpointing,
-                     "what": "fwd+bwd compiled" if compiled else "fwd+bwd", "impl": case.impl,
-                     "median_us": round(median), "p20_us": round(p20), "p80_us": round(p80),
-                     "ratio_to_frozen": round(median / frozen, 4), "peak_mib": peaks[str(case)]})  # fmt: skip
+        rows.append(
+            {
+                **about,
+                "dtype": size.dtype,
+                "layers": size.layers,
+                "tokens": size.batch * size.length,
+                "r": R,
+                "p": case.p,
+                "checkpointing": case.checkpointing,
+                "what": "fwd+bwd compiled" if compiled else "fwd+bwd",
+                "impl": case.impl,
+                "median_us": round(median),
+                "p20_us": round(p20),
+                "p80_us": round(p80),
+                "ratio_to_frozen": round(median / frozen, 4),
+                "peak_mib": peaks[str(case)],
+            }
+        )
     return rows
 
 
@@ -206,13 +246,37 @@ def summarise(rows: list[common.Row]) -> str:
     table = []
     for (checkpointing, impl, p), row in found.items():
         stock = found.get((checkpointing, stock_of(impl), p), row)
-        of_stock = [f"{row[column] / stock[column]:.3f}" if row is not stock and row[column] else ""
-                    for column in ("median_us", "peak_mib")]  # fmt: skip
+        of_stock = [
+            f"{row[column] / stock[column]:.3f}" if row is not stock and row[column] else ""
+            for column in ("median_us", "peak_mib")
+        ]
         must = "" if row["gpu"] == "cpu" else MUST.get((impl, p), "")
-        table.append([impl, p, "yes" if checkpointing else "no", f"{row['median_us'] / 1000:.1f}",
-                      f"{row['ratio_to_frozen']:.3f}", must, row["peak_mib"], *of_stock])  # fmt: skip
-    return common.markdown(["fwd+bwd", "p", "checkpointing", "ms", "of frozen", "must H200 / H100", "peak MiB",
-                            "time of stock's", "peak of stock's"], table)  # fmt: skip
+        table.append(
+            [
+                impl,
+                p,
+                "yes" if checkpointing else "no",
+                f"{row['median_us'] / 1000:.1f}",
+                f"{row['ratio_to_frozen']:.3f}",
+                must,
+                row["peak_mib"],
+                *of_stock,
+            ]
+        )
+    return common.markdown(
+        [
+            "fwd+bwd",
+            "p",
+            "checkpointing",
+            "ms",
+            "of frozen",
+            "must H200 / H100",
+            "peak MiB",
+            "time of stock's",
+            "peak of stock's",
+        ],
+        table,
+    )
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
@@ -220,18 +284,35 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.bench_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tiny", action="store_true", help="a tiny model in fp32 on one core of the CPU, where "
-                        "patched steps may cost at most 1.05 of stock's; the file is bench_model_cpu.csv")  # fmt: skip
-    parser.add_argument("--compiled", action="store_true", help="a small model under torch.compile; the file is "
-                        "bench_compiled_CARD.csv")  # fmt: skip
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="a tiny model in fp32 on one core of the CPU, where "
+        "patched steps may cost at most 1.05 of stock's; the file is bench_model_cpu.csv",
+    )
+    parser.add_argument(
+        "--compiled", action="store_true", help="a small model under torch.compile; the file is bench_compiled_CARD.csv"
+    )
     parser.add_argument("--rounds", type=positive, help="default 8; 60 with --tiny or --compiled")
-    parser.add_argument("--layers", type=positive,
-                        help=f"default {LARGE.layers}; {TINY.layers} with --tiny or --compiled")  # fmt: skip
-    parser.add_argument("--only", type=functools.partial(only, kinds=KINDS), action="append", default=[],
-                        metavar="KEY=VALUE[,VALUE]", help="a part only, for instance --only p=0 --only impl=peft_lora; "
-                        f"KEY is one of {', '.join(KINDS)}; frozen always runs")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR",
-                        help="where bench_model_CARD.csv is rewritten (default benchmarks/results)")  # fmt: skip
+    parser.add_argument(
+        "--layers", type=positive, help=f"default {LARGE.layers}; {TINY.layers} with --tiny or --compiled"
+    )
+    parser.add_argument(
+        "--only",
+        type=functools.partial(only, kinds=KINDS),
+        action="append",
+        default=[],
+        metavar="KEY=VALUE[,VALUE]",
+        help="a part only, for instance --only p=0 --only impl=peft_lora; "
+        f"KEY is one of {', '.join(KINDS)}; frozen always runs",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=common.RESULTS,
+        metavar="DIR",
+        help="where bench_model_CARD.csv is rewritten (default benchmarks/results)",
+    )
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
     args.rounds = args.rounds or (60 if args.tiny or args.compiled else 8)
@@ -270,8 +351,10 @@ def main(argv: list[str] | None = None) -> int:
         rows += measured([case for case in cases if case.checkpointing == on], size, args.rounds, about, args.compiled)
         name = "bench_compiled" if args.compiled else "bench_model"
         common.write_csv(args.out / f"{name}_{common.card(about['gpu'])}.csv", COLUMNS, rows)
-    print(f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}, "
-          f"{time.monotonic() - start:.0f} s\n")  # fmt: skip
+    print(
+        f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}, "
+        f"{time.monotonic() - start:.0f} s\n"
+    )
     print(summarise(rows))
     return 0
 

@@ -33,8 +33,16 @@ from lora_fast.timing import Candidate
 
 SHAPES = [(2048, 2048), (2048, 8192), (8192, 2048), (2048, 512), (896, 4864), (4096, 4096), (4096, 14336), (4096, 1024)]
 TRAINED, DECODED = (256, 512, 1024, 2048), (1, 8, 64, 128)  # rows
-IMPLS = (*FROZEN, "eager", "peft", "eager_compiled", "lora_fast_lora", "peft_dora", "eager_compiled_dora",
-         "lora_fast_dora")  # fmt: skip
+IMPLS = (
+    *FROZEN,
+    "eager",
+    "peft",
+    "eager_compiled",
+    "lora_fast_lora",
+    "peft_dora",
+    "eager_compiled_dora",
+    "lora_fast_dora",
+)
 ROTATING = 256 * 2**20  # bytes of weights in turn
 KEYS: dict[str, Callable[[str], Any]] = {"M": int, "K": int, "N": int, "p": float, "impl": str}
 
@@ -65,8 +73,14 @@ def step_of(candidates: list[Candidate], what: str) -> Callable[[], None]:
     return torch.no_grad()(step) if what == "fwd" else step
 
 
-def measured(what: str, case: Case, impls: tuple[str, ...], rounds: int, about: common.Row, device: str = "cuda",
-             ) -> list[common.Row]:  # fmt: skip
+def measured(
+    what: str,
+    case: Case,
+    impls: tuple[str, ...],
+    rounds: int,
+    about: common.Row,
+    device: str = "cuda",
+) -> list[common.Row]:
     """A row for each candidate."""
     layers = 1 if what == "fwd+bwd" else max(2, -(-ROTATING // (2 * case.K * case.N)))
     built = [build(case, impls, device) for _ in range(layers)]
@@ -79,10 +93,20 @@ def measured(what: str, case: Case, impls: tuple[str, ...], rounds: int, about: 
     rows = []
     for impl in steps:
         median, p20, p80 = timing.summary(times[impl])
-        rows.append({**about, **case._asdict(), "what": what, "weights": "hot" if layers == 1 else "rotating",
-                     "impl": impl, "median_us": round(median / layers, 2), "p20_us": round(p20 / layers, 2),
-                     "p80_us": round(p80 / layers, 2), "ratio_to_frozen": round(median / frozen, 4),
-                     "peak_mib": ""})  # fmt: skip
+        rows.append(
+            {
+                **about,
+                **case._asdict(),
+                "what": what,
+                "weights": "hot" if layers == 1 else "rotating",
+                "impl": impl,
+                "median_us": round(median / layers, 2),
+                "p20_us": round(p20 / layers, 2),
+                "p80_us": round(p80 / layers, 2),
+                "ratio_to_frozen": round(median / frozen, 4),
+                "peak_mib": "",
+            }
+        )
     return rows
 
 
@@ -92,22 +116,38 @@ def summarise(rows: list[common.Row]) -> str:
     def key(row: common.Row) -> tuple[Any, ...]:
         return row["what"], row["M"], row["p"], row["impl"]
 
-    groups = [(*name, [row["ratio_to_frozen"] for row in found])
-              for name, found in itertools.groupby(sorted(rows, key=key), key)]  # fmt: skip
-    table = [(what, m, p, impl, round(statistics.geometric_mean(ratios), 3), max(ratios), len(ratios))
-             for what, m, p, impl, ratios in groups if impl != "frozen"]  # fmt: skip
+    groups = [
+        (*name, [row["ratio_to_frozen"] for row in found])
+        for name, found in itertools.groupby(sorted(rows, key=key), key)
+    ]
+    table = [
+        (what, m, p, impl, round(statistics.geometric_mean(ratios), 3), max(ratios), len(ratios))
+        for what, m, p, impl, ratios in groups
+        if impl != "frozen"
+    ]
     return common.markdown(("what", "M", "p", "impl", "times frozen", "worst", "shapes"), table)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.bench_small", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.bench_small", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=bench_lora.positive, default=12)
-    parser.add_argument("--only", type=functools.partial(bench_lora.only, kinds=KEYS), action="append", default=[],
-                        metavar="KEY=VALUE[,VALUE]",
-                        help=f"a part only; KEY is one of {', '.join(KEYS)}; frozen always runs")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR",
-                        help="where bench_small_CARD.csv is rewritten (default benchmarks/results)")  # fmt: skip
+    parser.add_argument(
+        "--only",
+        type=functools.partial(bench_lora.only, kinds=KEYS),
+        action="append",
+        default=[],
+        metavar="KEY=VALUE[,VALUE]",
+        help=f"a part only; KEY is one of {', '.join(KEYS)}; frozen always runs",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=common.RESULTS,
+        metavar="DIR",
+        help="where bench_small_CARD.csv is rewritten (default benchmarks/results)",
+    )
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
     impls: tuple[str, ...] = IMPLS

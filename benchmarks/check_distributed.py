@@ -140,8 +140,10 @@ class Bench:
         _, stock = self.alone("peft")
         fall = stock.losses[0] - min(stock.losses)
         rounding = differ(self.alone("peft", 1)[1].losses, stock.losses)
-        self.say(MORE * rounding <= FALL * fall,
-                 f"stock's losses on one GPU fall by {fall:.3f}, differ row by row by {rounding:.2e}")  # fmt: skip
+        self.say(
+            MORE * rounding <= FALL * fall,
+            f"stock's losses on one GPU fall by {fall:.3f}, differ row by row by {rounding:.2e}",
+        )
         model, ours = self.alone("lora_fast")
         apart = differ(ours.losses, stock.losses)
         self.say(apart <= FALL * fall, f"ours on one GPU differs from stock's by {apart:.2e}")
@@ -157,19 +159,28 @@ class Bench:
                 self.check_files(mode, wrapped, run, folder, bound)
                 again = wrap(loaded(folder / "one", self.base), MODES[mode], self.mesh)
                 apart = abs(everywhere([loss_of(again, [self.mine])])[0] - loss)
-                self.say(same(adapters_of(again), ours.adapters) and apart <= bound,
-                         f"{mode}: the adapter of one GPU on all, loss {loss:.4f} differs by {apart:.2e}")  # fmt: skip
+                self.say(
+                    same(adapters_of(again), ours.adapters) and apart <= bound,
+                    f"{mode}: the adapter of one GPU on all, loss {loss:.4f} differs by {apart:.2e}",
+                )
 
     def check_run(self, mode: str, run: Run, one: Run, bound: float, start: dict[str, Tensor]) -> None:
         apart = differ(run.losses, one.losses)
-        self.say(apart <= bound, f"{mode}: losses on {self.mesh.size()} differ from one GPU's by {apart:.2e}, "
-                 f"{bound=:.2e}, the last is {run.losses[-1]:.4f}")  # fmt: skip
-        still = [name for name, tensor in start.items() if torch.equal(run.adapters[name], tensor)
-                 and not ("magnitude" in name and tensor.dtype != torch.float32)]  # fmt: skip
+        self.say(
+            apart <= bound,
+            f"{mode}: losses on {self.mesh.size()} differ from one GPU's by {apart:.2e}, "
+            f"{bound=:.2e}, the last is {run.losses[-1]:.4f}",
+        )
+        still = [
+            name
+            for name, tensor in start.items()
+            if torch.equal(run.adapters[name], tensor) and not ("magnitude" in name and tensor.dtype != torch.float32)
+        ]
         alike = len(set(of_all(digest(run.adapters))))
-        self.say(alike == 1 and not still and run.adapters.keys() == start.keys(),
-                 f"{mode}: {len(still)} of {len(start)} adapters did not move, {alike} version of them "
-                 "in all processes")  # fmt: skip
+        self.say(
+            alike == 1 and not still and run.adapters.keys() == start.keys(),
+            f"{mode}: {len(still)} of {len(start)} adapters did not move, {alike} version of them in all processes",
+        )
         fused, slow = run.report.fused, run.report.not_fused
         self.say(not slow, f"{mode}: {fused} layers fused, {slow} not" + f"\n{run.report}" * (slow > 0))
 
@@ -178,8 +189,10 @@ class Bench:
         save(wrapped, run.adapters, folder / mode)
         one = loaded(folder / mode, self.base)
         apart = abs(loss_of(one, self.whole) - loss)
-        self.say(same(adapters_of(one), run.adapters) and apart <= bound,
-                 f"{mode}: the adapter of all GPUs on one, loss {loss:.4f} differs by {apart:.2e}")  # fmt: skip
+        self.say(
+            same(adapters_of(one), run.adapters) and apart <= bound,
+            f"{mode}: the adapter of all GPUs on one, loss {loss:.4f} differs by {apart:.2e}",
+        )
 
 
 def checked(size: Size, kinds: list[str], modes: list[str], steps: int, folder: Path) -> list[str]:

@@ -99,8 +99,13 @@ def _process(
     if backend == "triton":
         warnings.simplefilter("error", SlowPathWarning)  # of a layer that is left to stock PEFT
     # With gloo beside NCCL for what FSDP2 keeps on the CPU. No device_id: groups are then split from the NCCL one.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/store",
-                            rank=rank, world_size=count, timeout=datetime.timedelta(minutes=3))  # fmt: skip
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=count,
+        timeout=datetime.timedelta(minutes=3),
+    )
     result = worker(*args)
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(result))

@@ -29,9 +29,16 @@ class Bound:
 
 
 def of_few_rows(impl: str, p: str, musts: tuple[float, ...], name: str) -> list[Bound]:
-    return [Bound(f"{name}, {m} rows, CUDA graphs", "bench_small_h200.csv", must,
-                  [(m, *shape) for shape in bench_small.SHAPES], {"impl": impl, "p": p})
-            for m, must in zip(bench_small.TRAINED, musts, strict=True)]  # fmt: skip
+    return [
+        Bound(
+            f"{name}, {m} rows, CUDA graphs",
+            "bench_small_h200.csv",
+            must,
+            [(m, *shape) for shape in bench_small.SHAPES],
+            {"impl": impl, "p": p},
+        )
+        for m, must in zip(bench_small.TRAINED, musts, strict=True)
+    ]
 
 
 BOUNDS = [
@@ -42,10 +49,12 @@ BOUNDS = [
     *of_few_rows("lora_fast_lora", "0", (2.0, 1.9, 1.7, 1.45), "LoRA"),
     *of_few_rows("lora_fast_lora", "0.1", (2.4, 2.2, 1.9, 1.65), "LoRA with dropout"),
     *of_few_rows("lora_fast_dora", "0", (2.9, 2.5, 2.2, 1.7), "DoRA"),
-    *(Bound(f"{name}, {shape}, eager", "bench_host_h200.csv", must, [shape], {"impl": impl, "triton": "3.7.1"})
-      for name, impl, must in (("LoRA", "lora_fast_lora", 1.9), ("DoRA", "lora_fast_dora", 2.2))
-      for shape in bench_host.SHAPES),
-]  # fmt: skip
+    *(
+        Bound(f"{name}, {shape}, eager", "bench_host_h200.csv", must, [shape], {"impl": impl, "triton": "3.7.1"})
+        for name, impl, must in (("LoRA", "lora_fast_lora", 1.9), ("DoRA", "lora_fast_dora", 2.2))
+        for shape in bench_host.SHAPES
+    ),
+]
 
 
 def measured(bound: Bound) -> list[dict[str, str]]:
@@ -63,8 +72,13 @@ def line(bound: Bound) -> tuple[str | float, ...]:
     rows = measured(bound)
     found = statistics.geometric_mean(float(row["ratio_to_frozen"]) for row in rows)
     origin = {(row["commit"], row["gpu"], row["triton"]) for row in rows}
-    return (bound.what, bound.must, f"{found:.3f}", "yes" if found <= bound.must else "**no**",
-            "; ".join(", ".join(one) for one in sorted(origin)))  # fmt: skip
+    return (
+        bound.what,
+        bound.must,
+        f"{found:.3f}",
+        "yes" if found <= bound.must else "**no**",
+        "; ".join(", ".join(one) for one in sorted(origin)),
+    )
 
 
 def page() -> str:

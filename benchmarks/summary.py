@@ -18,8 +18,9 @@ def shape(row: Row) -> tuple[int, int, int]:
     return row["M"], row["K"], row["N"]
 
 
-def ratios(rows: list[Row], shapes: list[tuple[int, int, int]], impl: str, r: int, p: float,
-           what: str = "fwd+bwd") -> list[float] | None:  # fmt: skip
+def ratios(
+    rows: list[Row], shapes: list[tuple[int, int, int]], impl: str, r: int, p: float, what: str = "fwd+bwd"
+) -> list[float] | None:
     """ratio_to_frozen in bf16 at these shapes; None unless all of them were measured."""
     found = [pick(rows, dtype="bf16", shape=s, impl=impl, r=r, p=p, what=what) for s in shapes]
     return [f[0]["ratio_to_frozen"] for f in found] if all(found) else None
@@ -75,11 +76,15 @@ def summarise(rows: list[Row], graph_rows: list[Row]) -> str:
         both("r=64 minus r=16", lambda p: _less(mean(rows, OURS, 64, p), mean(rows, OURS, 16, p)), _ratio, "0.03"),
         both("M=1024, eager", at([SMALL_M]), _ratio, "2.0"),
         both("M=1024, CUDA graph", at([SMALL_M], graph_rows), _ratio, "1.35"),
-        both("peak memory over frozen + S (+ bits), worst at r=16 in bf16",
-             lambda p: memory_excess(rows, p, True), _percent, "5%"),
+        both(
+            "peak memory over frozen + S (+ bits), worst at r=16 in bf16",
+            lambda p: memory_excess(rows, p, True),
+            _percent,
+            "5%",
+        ),
         both("the same, worst of all points", lambda p: memory_excess(rows, p, False), _percent, "5%"),
         ["frozen_again, farthest from 1 at r=16", _ratio(max(again, default=None)), "", "0.01"],
-    ]  # fmt: skip
+    ]
     ours = markdown(["lora_fast_lora, fwd+bwd", "p=0", "p=0.1", "must H200 / H100"], table)
     return f"{means(rows, 16)}\n\n{ours}"
 

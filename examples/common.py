@@ -37,9 +37,16 @@ def base_model(args: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
     if args.model:
         return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     config = LlamaConfig(
-        vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        initializer_range=0.1, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     model: nn.Module = LlamaForCausalLM(config)
     return model.to(dtype)
 

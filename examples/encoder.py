@@ -34,9 +34,19 @@ from lora_fast.cli import Help
 from lora_fast.cli.arguments import whole_number, working_device
 
 PACKAGES = (
-    "asyncio", "concurrent", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib",
-    "wsgiref", "xml", "xmlrpc",
-)  # fmt: skip
+    "asyncio",
+    "concurrent",
+    "email",
+    "http",
+    "importlib",
+    "logging",
+    "multiprocessing",
+    "unittest",
+    "urllib",
+    "wsgiref",
+    "xml",
+    "xmlrpc",
+)
 TOKENS = 64  # of a text at most: all but one in a hundred are shorter
 
 
@@ -182,9 +192,13 @@ def fine_tune(
     name, began = "DoRA" if dora else "LoRA", time.perf_counter()
     torch.manual_seed(args.seed)
     config = lora_fast.LoRAConfig(
-        r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.1, use_dora=dora,
-        target_modules="all-linear", modules_to_save=["head"],
-    )  # fmt: skip
+        r=args.rank,
+        lora_alpha=2 * args.rank,
+        lora_dropout=0.1,
+        use_dora=dora,
+        target_modules="all-linear",
+        modules_to_save=["head"],
+    )
     model = lora_fast.add_lora(copy.deepcopy(base), config).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.lr)

@@ -24,9 +24,17 @@ import lora_fast
 
 GLM_4_9B = GlmConfig()
 SMALL = GlmConfig(
-    vocab_size=259, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=32, initializer_range=0.1, pad_token_id=0, eos_token_id=1,
-)  # fmt: skip
+    vocab_size=259,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    initializer_range=0.1,
+    pad_token_id=0,
+    eos_token_id=1,
+)
 R = 8
 FUSED = ["query_key_value", "o_proj", "gate_up_proj", "down_proj"]  # the original calls the last three dense,
 SPLIT = ["q_proj", "k_proj", "v_proj", *FUSED[1:]]  # dense_h_to_4h and dense_4h_to_h
@@ -119,9 +127,11 @@ def main(argv: list[str] | None = None) -> dict:
     print("GLM-4-9B, q, k and v apart, as in transformers:")
     split = count(fused=False)
     layers, width = GLM_4_9B.num_hidden_layers, GLM_4_9B.hidden_size
-    print(f"The difference, {split[0] - fused[0]:,}, is two more A of r x hidden in each layer: "
-          f"{layers} x 2 x {R} x {width} = {layers * 2 * R * width:,}. Three projections have three A; the fused one "
-          "has one, which they share, and its B is as tall as their three.")  # fmt: skip
+    print(
+        f"The difference, {split[0] - fused[0]:,}, is two more A of r x hidden in each layer: "
+        f"{layers} x 2 x {R} x {width} = {layers * 2 * R * width:,}. Three projections have three A; the fused one "
+        "has one, which they share, and its B is as tall as their three."
+    )
 
     set_seed(args.seed)
     model = glm(SMALL)

@@ -101,11 +101,18 @@ def fit(args: argparse.Namespace, progress: Progress, name: str, model: nn.Modul
     began, module = time.perf_counter(), Classifier(model)
     finder, best = QuietFinder(*SWEEP), KeepBest(progress, name, args.epochs)
     trainer = lightning.Trainer(
-        max_epochs=args.epochs, accelerator=args.accelerator, devices=1, default_root_dir=args.out,
-        logger=CSVLogger(args.out / "logs", name.replace(" ", "_")), log_every_n_steps=1,
+        max_epochs=args.epochs,
+        accelerator=args.accelerator,
+        devices=1,
+        default_root_dir=args.out,
+        logger=CSVLogger(args.out / "logs", name.replace(" ", "_")),
+        log_every_n_steps=1,
         callbacks=[finder, EarlyStopping("validation_loss", patience=PATIENCE), LearningRateMonitor("epoch"), best],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-    )  # fmt: skip
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
     loaders = {
         part: DataLoader(TensorDataset(*data), BATCH, shuffle=part == "train", pin_memory=torch.cuda.is_available())
         for part, data in digits.items()

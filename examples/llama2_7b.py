@@ -30,13 +30,24 @@ import lora_fast
 from lora_fast.cli import doctor
 
 LLAMA_2_7B = LlamaConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, max_position_embeddings=4096,
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    max_position_embeddings=4096,
     rms_norm_eps=1e-5,
-)  # fmt: skip
+)
 SMALL = LlamaConfig(
-    vocab_size=259, hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4,
-    initializer_range=0.1, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=259,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    initializer_range=0.1,
+    bos_token_id=None,
+    eos_token_id=1,
+    pad_token_id=0,
+)
 TARGETS: dict[str, str | list[str]] = {"q,v": ["q_proj", "v_proj"], "all": "all-linear"}
 KINDS = ("lora_fast", "PEFT, patched", "PEFT")
 WARM_UP = 2  # steps: the first compiles the kernels
@@ -162,11 +173,16 @@ def compare(args: argparse.Namespace, base: nn.Module, rows: list[dict], targets
 
 def write_csv(args: argparse.Namespace, table: dict[tuple[str, int], dict[str, Row]]) -> None:
     about = {
-        "gpu": torch.cuda.get_device_name() if GPU else "cpu", "torch": torch.__version__, "peft": peft.__version__,
-        "transformers": transformers.__version__, "python": platform.python_version(),
-        "model": "scaled down" if args.small else "Llama-2-7B", "length": args.length, "steps": args.steps,
+        "gpu": torch.cuda.get_device_name() if GPU else "cpu",
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "model": "scaled down" if args.small else "Llama-2-7B",
+        "length": args.length,
+        "steps": args.steps,
         "checkpointing": int(args.checkpointing),
-    }  # fmt: skip
+    }
     args.csv.mkdir(parents=True, exist_ok=True)
     with open(args.csv / "llama2_7b.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -205,9 +221,11 @@ def qlora(args: argparse.Namespace, base: nn.Module, rows: list[dict], library: 
     optimizer = torch.optim.AdamW(trainable(model), args.lr, fused=True)
     times = [timed(model, optimizer, row)[0] for row in rows[: WARM_UP + 3]]
     why = "; ".join(sorted({layer.reason for layer in report.layers if not layer.fused}))
-    return (f"{report.fused} fused, {report.not_fused} stock PEFT's ({why}): "
-            f"{args.length / statistics.median(times[WARM_UP:]):,.0f} tokens/s, "
-            f"peak {peak(model, optimizer, rows[-1]) / 2**20:,.1f} MiB")  # fmt: skip
+    return (
+        f"{report.fused} fused, {report.not_fused} stock PEFT's ({why}): "
+        f"{args.length / statistics.median(times[WARM_UP:]):,.0f} tokens/s, "
+        f"peak {peak(model, optimizer, rows[-1]) / 2**20:,.1f} MiB"
+    )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -257,9 +275,11 @@ def main(argv: list[str] | None = None) -> dict:
     rows = packed(args.length)
     starts = sum(int((row["position_ids"] == 0).sum()) for row in rows)
     where = torch.cuda.get_device_name() if GPU else DEVICE.type
-    print(f"{'scaled down' if args.small else 'whole'}, on {where}: {len(rows)} rows of {args.length} tokens, "
-          f"{starts / len(rows):.1f} documents begin in each; "
-          f"{time.perf_counter() - began:.0f} s so far")  # fmt: skip
+    print(
+        f"{'scaled down' if args.small else 'whole'}, on {where}: {len(rows)} rows of {args.length} tokens, "
+        f"{starts / len(rows):.1f} documents begin in each; "
+        f"{time.perf_counter() - began:.0f} s so far"
+    )
     print(f"{'':28}{'trainable':>12}{'fused':>12}{'tokens/s':>12}{'peak MiB':>12}{'last loss':>12}", flush=True)
     table: dict[tuple[str, int], dict[str, Row]] = {}
     for targets, r in ((on, r) for on in TARGETS for r in (8, 64)):
@@ -280,8 +300,14 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"all this took {time.perf_counter() - began:.0f} s")
     if failed:
         raise SystemExit("\n".join(["failed:", *failed]))
-    return {"counts": counts, "keys": keys, "table": table, "resume": (straight, resumed), "refusal": refused,
-            "four bits": four}  # fmt: skip
+    return {
+        "counts": counts,
+        "keys": keys,
+        "table": table,
+        "resume": (straight, resumed),
+        "refusal": refused,
+        "four bits": four,
+    }
 
 
 if __name__ == "__main__":

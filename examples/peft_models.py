@@ -46,16 +46,33 @@ IDS: dict[str, Any] = {"vocab_size": 259, "pad_token_id": 0, "eos_token_id": 1, 
 MT0_LARGE = MT5Config(vocab_size=250112, d_model=1024, d_ff=2816, num_layers=24, num_heads=16)
 T5 = T5Config(**IDS, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
 OPT = OPTConfig(
-    **IDS, bos_token_id=0, hidden_size=128, word_embed_proj_dim=64, num_hidden_layers=2, ffn_dim=256,
-    num_attention_heads=4, max_position_embeddings=256, do_layer_norm_before=False, init_std=0.1,
-)  # fmt: skip
+    **IDS,
+    bos_token_id=0,
+    hidden_size=128,
+    word_embed_proj_dim=64,
+    num_hidden_layers=2,
+    ffn_dim=256,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    do_layer_norm_before=False,
+    init_std=0.1,
+)
 GPT2 = GPT2Config(**IDS, bos_token_id=0, n_embd=64, n_layer=2, n_head=4, n_positions=256, initializer_range=0.1)
 BLOOM = BloomConfig(**IDS, bos_token_id=0, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.1)
 FRENCH = {
-    "Monday": "lundi", "Tuesday": "mardi", "Wednesday": "mercredi", "Thursday": "jeudi", "Friday": "vendredi",
-    "Saturday": "samedi", "Sunday": "dimanche", "good morning": "bonjour", "good evening": "bonsoir",
-    "thank you": "merci", "yes": "oui", "no": "non",
-}  # fmt: skip
+    "Monday": "lundi",
+    "Tuesday": "mardi",
+    "Wednesday": "mercredi",
+    "Thursday": "jeudi",
+    "Friday": "vendredi",
+    "Saturday": "samedi",
+    "Sunday": "dimanche",
+    "good morning": "bonjour",
+    "good evening": "bonsoir",
+    "thank you": "merci",
+    "yes": "oui",
+    "no": "non",
+}
 
 
 def mt0_large(tied: bool) -> tuple[int, int]:
@@ -168,8 +185,10 @@ def t5(args: argparse.Namespace, seen: dict) -> None:
     print("mt0-large, with a head of its own, as it was published:")
     seen["untied"] = mt0_large(tied=False)
     size = f"{MT0_LARGE.vocab_size:,} x {MT0_LARGE.d_model:,} = {seen['untied'][1] - seen['tied'][1]:,}"
-    print(f"The same adapters. The head, vocabulary x width, has {size} parameters; tied, they are the embedding's and "
-          "count once, and so the share that trains is larger.")  # fmt: skip
+    print(
+        f"The same adapters. The head, vocabulary x width, has {size} parameters; tied, they are the embedding's and "
+        "count once, and so the share that trains is larger."
+    )
 
     model = start(args, "T5", AutoModelForSeq2SeqLM, T5, seq2seq_lora())
     losses = train(args, "T5", model, translations())
@@ -222,8 +241,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--lr", type=float, default=5e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     parser.add_argument("--out", metavar="PATH", default="adapter", help="the folder (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="MODEL",
-                        help=f"some of {', '.join(RUNS)}")  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="MODEL", help=f"some of {', '.join(RUNS)}"
+    )
     args = parser.parse_args(argv)
     if "RANK" in os.environ and args.only != ["BLOOM"]:
         parser.error("torchrun: only BLOOM trains in several processes: --only BLOOM")

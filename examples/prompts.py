@@ -201,8 +201,14 @@ def train(base: nn.Module, method: str, ids: Tensor, held_out: Tensor, args: arg
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", nargs="+", choices=[*METHODS, "all"], default=["all"], metavar="METHOD",
-                        help=f"of {', '.join(METHODS)}; default all, in turn")  # fmt: skip
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=[*METHODS, "all"],
+        default=["all"],
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)}; default all, in turn",
+    )
     parser.add_argument("--steps", type=whole_number, default=20, help="of the optimiser (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the adapters and the order of the text (default 0)")
     parser.add_argument("--rank", type=whole_number, default=8, help="of LoRA; bottlenecks are 4 x as wide (default 8)")
@@ -213,8 +219,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--lr", type=float, help="at the start; falls to 0 (default: one for each kind, as the table tells)"
     )
     parser.add_argument("--layers", type=whole_number, help="only the first so many of the model's 30 layers")
-    parser.add_argument("--out", type=Path, default=Path("prompts-out"), metavar="DIR",
-                        help="where the adapters are saved (default prompts-out)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("prompts-out"),
+        metavar="DIR",
+        help="where the adapters are saved (default prompts-out)",
+    )
     return parser.parse_args(argv)
 
 

@@ -44,8 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=scripts, metavar="NAME", help=f"some of {', '.join(scripts)}")
     parser.add_argument("--seed", type=int, default=0, help="given to each (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("examples-out"), metavar="DIR",
-                        help="where the outputs go (default examples-out)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("examples-out"),
+        metavar="DIR",
+        help="where the outputs go (default examples-out)",
+    )
     args = parser.parse_args(argv)
     lines, failed = [], []
     for name in (progress := tqdm(args.only or scripts)):

@@ -116,8 +116,15 @@ def answer(model: Any, tokenizer: Any) -> str:
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def fine_tune(name: str, patch: Callable[[Any], object], base: Any, tokenizer: Any, train: Blocks, held_out: Blocks,
-              args: argparse.Namespace) -> Result:  # fmt: skip
+def fine_tune(
+    name: str,
+    patch: Callable[[Any], object],
+    base: Any,
+    tokenizer: Any,
+    train: Blocks,
+    held_out: Blocks,
+    args: argparse.Namespace,
+) -> Result:
     """A run with PEFT and the Trainer; patch is called on every PEFT model."""
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -206,8 +213,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=at_least_one, default=128, help="tokens a block (default 128)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate at the start; falls to 0 (default 1e-3)")
     parser.add_argument("--layers", type=at_least_one, help="only the first so many of the model's 30 layers")
-    parser.add_argument("--out", type=Path, default=Path("smollm2-out"), metavar="DIR",
-                        help="where the adapters are saved (default smollm2-out)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("smollm2-out"),
+        metavar="DIR",
+        help="where the adapters are saved (default smollm2-out)",
+    )
     return parser.parse_args(argv)
 
 

@@ -43,8 +43,9 @@ def _cast(t, block, lift, BLOCK: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
-def cast_both(a, b, scaling, block, BLOCK: tl.constexpr, STEPS: tl.constexpr, LIFTED: tl.constexpr,
-              SCALING_PTR: tl.constexpr):  # fmt: skip
+def cast_both(
+    a, b, scaling, block, BLOCK: tl.constexpr, STEPS: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr
+):
     """A and then B."""
     a_blocks = tl.cdiv(a.rows * a.cols, BLOCK * STEPS)
     if block < a_blocks:
@@ -56,9 +57,22 @@ def cast_both(a, b, scaling, block, BLOCK: tl.constexpr, STEPS: tl.constexpr, LI
 
 
 @triton.jit
-def _cast_kernel(a_ptr, b_ptr, a_cast_ptr, b_cast_ptr, scaling, K, N, R, RS, CAST_BLOCK: tl.constexpr,
-                 CAST_STEPS: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
+def _cast_kernel(
+    a_ptr,
+    b_ptr,
+    a_cast_ptr,
+    b_cast_ptr,
+    scaling,
+    K,
+    N,
+    R,
+    RS,
+    CAST_BLOCK: tl.constexpr,
+    CAST_STEPS: tl.constexpr,
+    LIFTED: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    PDL: tl.constexpr,
+):
     wait_for_stream(PDL)
     a, b = Copied(a_ptr, a_cast_ptr, R, K, K), Copied(b_ptr, b_cast_ptr, N, R, RS)
     cast_both(a, b, scaling, tl.program_id(0), CAST_BLOCK, CAST_STEPS, LIFTED, SCALING_PTR)
@@ -92,8 +106,21 @@ def cast_adapters(
     """The copies, by a launch of their own ahead of that which reads ``like``."""
     (r, k), n = cast.a.shape, cast.b.shape[0]
     return launch(
-        _cast_kernel, (cast_blocks(k, n, r, 1),), {"num_warps": 4}, like,
-        a_ptr=cast.a, b_ptr=cast.b, a_cast_ptr=cast.a_copy, b_cast_ptr=cast.b_copy, scaling=scaling,
-        K=k, N=n, R=r, RS=padded_rank(r), CAST_BLOCK=CAST_BLOCK, CAST_STEPS=1,
-        LIFTED=lifted, SCALING_PTR=isinstance(scaling, Operand),
-    )  # fmt: skip
+        _cast_kernel,
+        (cast_blocks(k, n, r, 1),),
+        {"num_warps": 4},
+        like,
+        a_ptr=cast.a,
+        b_ptr=cast.b,
+        a_cast_ptr=cast.a_copy,
+        b_cast_ptr=cast.b_copy,
+        scaling=scaling,
+        K=k,
+        N=n,
+        R=r,
+        RS=padded_rank(r),
+        CAST_BLOCK=CAST_BLOCK,
+        CAST_STEPS=1,
+        LIFTED=lifted,
+        SCALING_PTR=isinstance(scaling, Operand),
+    )

@@ -34,10 +34,32 @@ def _finish(acc, y_ptr, gain_ptr, bias_ptr, cols, rows, M, N):
 
 @triton.jit(do_not_specialize=["M"])
 def _decode_kernel(
-    x, w, a, b_ptr, y_ptr, parts_ptr, gain_ptr, bias_ptr, scaling, M, N, K, R, steps, stride_bn, stride_br,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
-    LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    a,
+    b_ptr,
+    y_ptr,
+    parts_ptr,
+    gain_ptr,
+    bias_ptr,
+    scaling,
+    M,
+    N,
+    K,
+    R,
+    steps,
+    stride_bn,
+    stride_br,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LIFTED: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):
     wait_for_stream(PDL)
     blocks = tl.cdiv(N, BLOCK_N)
     split, col = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BLOCK_N
@@ -65,9 +87,17 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _add_kernel(
-    parts_ptr, y_ptr, gain_ptr, bias_ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    parts_ptr,
+    y_ptr,
+    gain_ptr,
+    bias_ptr,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+):
     wait_for_stream(PDL)
     rows, cols = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
@@ -84,9 +114,18 @@ def takes_decode(x: Operand, w: Operand, a: Operand) -> bool:
 
 
 def decode(
-    x: Operand, w: Operand, a: Operand, b: Operand, y: Operand, scaling: Operand | Number, scratch: Scratch, *,
-    bias: Operand | None = None, gain: Operand | None = None, lifted: bool = False,
-) -> list[Launch]:  # fmt: skip
+    x: Operand,
+    w: Operand,
+    a: Operand,
+    b: Operand,
+    y: Operand,
+    scaling: Operand | Number,
+    scratch: Scratch,
+    *,
+    bias: Operand | None = None,
+    gain: Operand | None = None,
+    lifted: bool = False,
+) -> list[Launch]:
     """y [M, N] = gain * (x w^T + scaling * (x a^T) b^T) + bias; x, w [N, K], a [R, K] and b [N, R] in one dtype of 16
     bits. ``lifted``: b carries a part of the scaling."""
     (m, k), n = x.shape, len(w)
@@ -95,14 +134,32 @@ def decode(
     epilogue = {"y_ptr": y, "gain_ptr": gain, "bias_ptr": bias, "M": m, "N": n, "BLOCK_M": tile.m, "SPLITS": splits}
     parts = scratch.part((splits, n, tile.m), torch.float32) if splits > 1 else None
     made = launch(
-        _decode_kernel, (triton.cdiv(n, tile.n) * splits,), tile.options, x,
-        x=Tiles(x, [tile.m, tile.k]), w=Tiles(w, [tile.n, tile.k]), a=Tiles(a, [tile.r, tile.k]), b_ptr=b,
-        parts_ptr=parts, scaling=scaling, K=k, R=b.shape[1], steps=steps, stride_bn=b.stride(0), stride_br=b.stride(1),
-        BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=tile.r, LIFTED=lifted,
-        SCALING_PTR=isinstance(scaling, Operand), DTYPE=TL[x.dtype], **epilogue,
-    )  # fmt: skip
+        _decode_kernel,
+        (triton.cdiv(n, tile.n) * splits,),
+        tile.options,
+        x,
+        x=Tiles(x, [tile.m, tile.k]),
+        w=Tiles(w, [tile.n, tile.k]),
+        a=Tiles(a, [tile.r, tile.k]),
+        b_ptr=b,
+        parts_ptr=parts,
+        scaling=scaling,
+        K=k,
+        R=b.shape[1],
+        steps=steps,
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        BLOCK_R=tile.r,
+        LIFTED=lifted,
+        SCALING_PTR=isinstance(scaling, Operand),
+        DTYPE=TL[x.dtype],
+        **epilogue,
+    )
     if parts is None:
         return [made]
-    added = launch(_add_kernel, (triton.cdiv(n, ADD_BLOCK),), {"num_warps": 4}, x, parts_ptr=parts, BLOCK_N=ADD_BLOCK,
-                   **epilogue)  # fmt: skip
+    added = launch(
+        _add_kernel, (triton.cdiv(n, ADD_BLOCK),), {"num_warps": 4}, x, parts_ptr=parts, BLOCK_N=ADD_BLOCK, **epilogue
+    )
     return [made, added]

@@ -53,8 +53,18 @@ def _gain(gain_ptr, k, K, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _quantise(x, x8, row_scale_ptr, gain_ptr, first, ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK_K: tl.constexpr,
-              ONE: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def _quantise(
+    x,
+    x8,
+    row_scale_ptr,
+    gain_ptr,
+    first,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ONE: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """x * gain over its rows' scales in e4m3, for ROWS rows, STEP at a time; ONE: a row fits BLOCK_K, is read once."""
     gain = _gain(gain_ptr, 0, x.cols, BLOCK_K, ACC)
     for row in range(first, first + ROWS, STEP):
@@ -77,8 +87,18 @@ def _quantise(x, x8, row_scale_ptr, gain_ptr, first, ROWS: tl.constexpr, STEP: t
 
 
 @triton.jit
-def _side_by_side(x, a, bits_ptr, row, stride_bits, WAYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-                  BLOCK_R: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def _side_by_side(
+    x,
+    a,
+    bits_ptr,
+    row,
+    stride_bits,
+    WAYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     """drop(x) A^T [BLOCK_M, BLOCK_R] for these rows and all ranks, each of so many WAYS making a part of each step."""
     rows, ks, ranks = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     way = tl.arange(0, WAYS)[:, None, None] * BLOCK_K
@@ -103,15 +123,48 @@ def _side_by_side(x, a, bits_ptr, row, stride_bits, WAYS: tl.constexpr, BLOCK_M:
 
 @triton.jit(do_not_specialize=["M"])
 def _down_fwd_kernel(
-    x, a_ptr, s_ptr, bits_ptr, b_ptr, a_cast_ptr, b_cast_ptr, scaling, keep_scale,
-    x_ptr, x8_ptr, row_scale_ptr, gain_ptr, M, K, R, RS, N,
-    stride_xm, stride_xk, stride_ar, stride_ak, stride_bits,
-    WAYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    QUANT_ROWS: tl.constexpr, QUANT_STEP: tl.constexpr, QUANT_K: tl.constexpr, ONE: tl.constexpr,
-    CAST_BLOCK: tl.constexpr, CAST_STEPS: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr,
-    TMA: tl.constexpr, A_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    x,
+    a_ptr,
+    s_ptr,
+    bits_ptr,
+    b_ptr,
+    a_cast_ptr,
+    b_cast_ptr,
+    scaling,
+    keep_scale,
+    x_ptr,
+    x8_ptr,
+    row_scale_ptr,
+    gain_ptr,
+    M,
+    K,
+    R,
+    RS,
+    N,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    stride_bits,
+    WAYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    QUANT_ROWS: tl.constexpr,
+    QUANT_STEP: tl.constexpr,
+    QUANT_K: tl.constexpr,
+    ONE: tl.constexpr,
+    CAST_BLOCK: tl.constexpr,
+    CAST_STEPS: tl.constexpr,
+    LIFTED: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    TMA: tl.constexpr,
+    A_TMA: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+):
     wait_for_stream(PDL)
     program, rank = tl.program_id(0), tl.program_id(1) * BLOCK_R
     if QUANT_ROWS > 0:
@@ -123,8 +176,18 @@ def _down_fwd_kernel(
     row = program * BLOCK_M
     if quantises:
         if rank == 0:
-            _quantise(Matrix(x_ptr, M, K, stride_xm, stride_xk), Matrix(x8_ptr, M, K, K, 1), row_scale_ptr, gain_ptr,
-                      row + (part - 1) * QUANT_ROWS, QUANT_ROWS, QUANT_STEP, QUANT_K, ONE, ACC)  # fmt: skip
+            _quantise(
+                Matrix(x_ptr, M, K, stride_xm, stride_xk),
+                Matrix(x8_ptr, M, K, K, 1),
+                row_scale_ptr,
+                gain_ptr,
+                row + (part - 1) * QUANT_ROWS,
+                QUANT_ROWS,
+                QUANT_STEP,
+                QUANT_K,
+                ONE,
+                ACC,
+            )
     elif row < M:
         rows = row + tl.arange(0, BLOCK_M)
         ranks = rank + tl.arange(0, BLOCK_R)
@@ -147,8 +210,16 @@ def _down_fwd_kernel(
         tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < RS))
     elif b_ptr is not None:  # the programs past the last rows, on processors that would idle
         if rank == 0:
-            cast_both(Copied(a_ptr, a_cast_ptr, R, K, K), Copied(b_ptr, b_cast_ptr, N, R, RS), scaling,
-                      program - tl.cdiv(M, BLOCK_M), CAST_BLOCK, CAST_STEPS, LIFTED, SCALING_PTR)  # fmt: skip
+            cast_both(
+                Copied(a_ptr, a_cast_ptr, R, K, K),
+                Copied(b_ptr, b_cast_ptr, N, R, RS),
+                scaling,
+                program - tl.cdiv(M, BLOCK_M),
+                CAST_BLOCK,
+                CAST_STEPS,
+                LIFTED,
+                SCALING_PTR,
+            )
 
 
 class Quantised(NamedTuple, Generic[T]):
@@ -159,10 +230,18 @@ class Quantised(NamedTuple, Generic[T]):
 
 
 def down(
-    x: Operand, a: Operand, s: Operand, scaling: Operand | Number, keep: Number, *, bits: Operand | None = None,
-    cast: Cast[Operand] | None = None, quantised: Quantised[Operand] | None = None, gain: Operand | None = None,
+    x: Operand,
+    a: Operand,
+    s: Operand,
+    scaling: Operand | Number,
+    keep: Number,
+    *,
+    bits: Operand | None = None,
+    cast: Cast[Operand] | None = None,
+    quantised: Quantised[Operand] | None = None,
+    gain: Operand | None = None,
     lifted: bool = False,
-) -> Launch:  # fmt: skip
+) -> Launch:
     """S [M, padded R] = scaling * keep * drop(x) A^T from x [M, K], a [R, K] in any float dtype, and the mask's bits.
     With ``cast`` a is its A, and the copies are made on the way; with ``quantised`` that is filled from x, or from x *
     gain [K], of which S is then made, too. ``lifted``: B carries a part of the scaling."""
@@ -172,8 +251,9 @@ def down(
     if quantised is None:
         tile = pass_tiles.down(m, r, dtype=x.dtype, kind=a.dtype, chip=chip, tma=tma, masked=masked)
     else:
-        tile = pass_tiles.down_quantised(m, k, r, dtype=x.dtype, kind=a.dtype, chip=chip, tma=tma, masked=masked,
-                                         with_gain=gain is not None)  # fmt: skip
+        tile = pass_tiles.down_quantised(
+            m, k, r, dtype=x.dtype, kind=a.dtype, chip=chip, tma=tma, masked=masked, with_gain=gain is not None
+        )
     if tile.ways:
         tma = a_tma = False
     blocks, n = triton.cdiv(m, tile.m), 0
@@ -183,25 +263,60 @@ def down(
     if quantised is not None:
         blocks *= 1 + tile.m // tile.quant_rows
     return launch(
-        _down_fwd_kernel, (blocks, triton.cdiv(padded_rank(r), tile.r)), tile.options, x,
-        x=Tiles(x, [tile.m, tile.k]) if tma else x, a_ptr=Tiles(a, [tile.r, tile.k]) if a_tma else a,
-        s_ptr=s, bits_ptr=bits, scaling=scaling, keep_scale=keep,
-        b_ptr=cast and cast.b, a_cast_ptr=cast and cast.a_copy, b_cast_ptr=cast and cast.b_copy,
-        x_ptr=quantised and x, x8_ptr=quantised and quantised.x8, row_scale_ptr=quantised and quantised.row_scale,
-        gain_ptr=gain, M=m, K=k, R=r, RS=padded_rank(r), N=n,
-        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
+        _down_fwd_kernel,
+        (blocks, triton.cdiv(padded_rank(r), tile.r)),
+        tile.options,
+        x,
+        x=Tiles(x, [tile.m, tile.k]) if tma else x,
+        a_ptr=Tiles(a, [tile.r, tile.k]) if a_tma else a,
+        s_ptr=s,
+        bits_ptr=bits,
+        scaling=scaling,
+        keep_scale=keep,
+        b_ptr=cast and cast.b,
+        a_cast_ptr=cast and cast.a_copy,
+        b_cast_ptr=cast and cast.b_copy,
+        x_ptr=quantised and x,
+        x8_ptr=quantised and quantised.x8,
+        row_scale_ptr=quantised and quantised.row_scale,
+        gain_ptr=gain,
+        M=m,
+        K=k,
+        R=r,
+        RS=padded_rank(r),
+        N=n,
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_ar=a.stride(0),
+        stride_ak=a.stride(1),
         stride_bits=0 if bits is None else triton.cdiv(k, 32),
-        WAYS=tile.ways, BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=tile.r, QUANT_ROWS=tile.quant_rows,
-        QUANT_STEP=tile.quant_step, QUANT_K=tile.quant_k, ONE=k <= tile.quant_k,
-        CAST_BLOCK=CAST_BLOCK, CAST_STEPS=CAST_STEPS, LIFTED=lifted, SCALING_PTR=isinstance(scaling, Operand),
-        TMA=tma, A_TMA=a_tma, ACC=acc_dtype(x.dtype), PRECISION=precision(x.dtype, k), DTYPE=TL[x.dtype],
-    )  # fmt: skip
+        WAYS=tile.ways,
+        BLOCK_M=tile.m,
+        BLOCK_K=tile.k,
+        BLOCK_R=tile.r,
+        QUANT_ROWS=tile.quant_rows,
+        QUANT_STEP=tile.quant_step,
+        QUANT_K=tile.quant_k,
+        ONE=k <= tile.quant_k,
+        CAST_BLOCK=CAST_BLOCK,
+        CAST_STEPS=CAST_STEPS,
+        LIFTED=lifted,
+        SCALING_PTR=isinstance(scaling, Operand),
+        TMA=tma,
+        A_TMA=a_tma,
+        ACC=acc_dtype(x.dtype),
+        PRECISION=precision(x.dtype, k),
+        DTYPE=TL[x.dtype],
+    )
 
 
 def down_fwd(
-    x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, bits: torch.Tensor | None = None,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    scaling: float | torch.Tensor,
+    bits: torch.Tensor | None = None,
     keep_scale: float = 1.0,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """S [M, padded_rank(R)] from x [M, K], a [R, K] in any float dtype, mask bits of x or None, and what kept elements
     are multiplied by."""
     s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
@@ -211,23 +326,40 @@ def down_fwd(
 
 
 def quantise_fwd(
-    x: torch.Tensor, a: torch.Tensor, scaling: float | torch.Tensor, bits: torch.Tensor | None = None,
-    keep_scale: float = 1.0, gain: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    x: torch.Tensor,
+    a: torch.Tensor,
+    scaling: float | torch.Tensor,
+    bits: torch.Tensor | None = None,
+    keep_scale: float = 1.0,
+    gain: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """S as ``down_fwd`` gives it, of x * gain [K] if that is given, and x (or that product) in e4m3: [M, K], and the
     scales of its rows [M] in float32."""
     s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
     quantised = x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
     if x.shape[0]:
-        run(down, x=x, a=a, s=s, scaling=as_scaling(scaling), keep=float(keep_scale), bits=bits,
-            quantised=Quantised(*quantised), gain=gain)  # fmt: skip
+        run(
+            down,
+            x=x,
+            a=a,
+            s=s,
+            scaling=as_scaling(scaling),
+            keep=float(keep_scale),
+            bits=bits,
+            quantised=Quantised(*quantised),
+            gain=gain,
+        )
     return s, *quantised
 
 
 def down_cast_fwd(
-    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor, bits: torch.Tensor | None = None,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float | torch.Tensor,
+    bits: torch.Tensor | None = None,
     keep_scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """S as ``down_fwd`` gives it, and copies in x's dtype of contiguous a [R, K] and of b [N, R], which is padded with
     zeros to [N, padded_rank(R)]. x has rows."""
     s = x.new_empty(x.shape[0], padded_rank(a.shape[0]))
@@ -237,9 +369,16 @@ def down_cast_fwd(
 
 
 def cast_and_down(
-    x: Operand, cast: Cast[Operand], s: Operand, scaling: Operand | Number, keep: Number, *,
-    bits: Operand | None = None, quantised: Quantised[Operand] | None = None, lifted: bool = False,
-) -> list[Launch]:  # fmt: skip
+    x: Operand,
+    cast: Cast[Operand],
+    s: Operand,
+    scaling: Operand | Number,
+    keep: Number,
+    *,
+    bits: Operand | None = None,
+    quantised: Quantised[Operand] | None = None,
+    lifted: bool = False,
+) -> list[Launch]:
     """``down`` for adapters that need copies, which are made with it or ahead of it."""
     if casts_first(len(x), len(cast.a), dtype=x.dtype, masked=bits is not None):
         made = down(x, cast.a_copy, s, scaling, keep, bits=bits, quantised=quantised, lifted=lifted)

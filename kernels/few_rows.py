@@ -22,11 +22,36 @@ from lora_fast.kernels.tiles import few_rows, rank_block, tma_fits
 
 @triton.jit(do_not_specialize=["M"])
 def _few_rows_kernel(
-    x, w, d, u_ptr, out, s_ptr, z, gain_ptr, bias_ptr, bits_ptr, scaling, keep_scale,
-    M, N, C, R, RS, stride_un, stride_ur, stride_bits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    TRANSPOSED: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    d,
+    u_ptr,
+    out,
+    s_ptr,
+    z,
+    gain_ptr,
+    bias_ptr,
+    bits_ptr,
+    scaling,
+    keep_scale,
+    M,
+    N,
+    C,
+    R,
+    RS,
+    stride_un,
+    stride_ur,
+    stride_bits,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    LIFTED: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):
     wait_for_stream(PDL)
     grid_m = tl.cdiv(M, BLOCK_M)
     pid_m, pid_n = tl.program_id(0) % grid_m, tl.program_id(0) // grid_m
@@ -64,10 +89,22 @@ def _few_rows_kernel(
 
 
 def product_with_s(
-    x: Operand, w: Operand, d: Operand, u: Operand, out: Operand, *, s: Operand, scaling: Operand | Number,
-    keep: Number, transposed: bool, bias: Operand | None = None, bits: Operand | None = None,
-    gain: Operand | None = None, z: Operand | None = None, lifted: bool = False,
-) -> Launch | None:  # fmt: skip
+    x: Operand,
+    w: Operand,
+    d: Operand,
+    u: Operand,
+    out: Operand,
+    *,
+    s: Operand,
+    scaling: Operand | Number,
+    keep: Number,
+    transposed: bool,
+    bias: Operand | None = None,
+    bits: Operand | None = None,
+    gain: Operand | None = None,
+    z: Operand | None = None,
+    lifted: bool = False,
+) -> Launch | None:
     """s [M, padded R] = scaling * keep * x d' and out: if transposed gain * (x w^T + s u^T) + bias with w [N, C], d [R,
     C] and u [N, R], else x w + mask * (s u) with w [C, N], d [C, R] and u [R, N]. None where two launches are better,
     or one cannot do it.
@@ -84,16 +121,39 @@ def product_with_s(
         return None
     bm, bn, bc, br = tile.m, tile.n, tile.k, rank_block(r, 32)
     return launch(
-        _few_rows_kernel, (triton.cdiv(m, bm) * triton.cdiv(n, bn),), tile.options, x,
-        x=Tiles(x, [bm, bc]), w=Tiles(w, [bn, bc] if transposed else [bc, bn]),
-        d=Tiles(d, [br, bc] if transposed else [bc, br]), u_ptr=u, out=Tiles(out, [bm, bn]), s_ptr=s,
-        z=None if z is None else Tiles(z, [bm, bn]), gain_ptr=gain, bias_ptr=bias, bits_ptr=bits, scaling=scaling,
-        keep_scale=keep, M=m, N=n, C=c, R=u.shape[1 if transposed else 0], RS=padded_rank(r),
-        stride_un=u.stride(0 if transposed else 1), stride_ur=u.stride(1 if transposed else 0),
+        _few_rows_kernel,
+        (triton.cdiv(m, bm) * triton.cdiv(n, bn),),
+        tile.options,
+        x,
+        x=Tiles(x, [bm, bc]),
+        w=Tiles(w, [bn, bc] if transposed else [bc, bn]),
+        d=Tiles(d, [br, bc] if transposed else [bc, br]),
+        u_ptr=u,
+        out=Tiles(out, [bm, bn]),
+        s_ptr=s,
+        z=None if z is None else Tiles(z, [bm, bn]),
+        gain_ptr=gain,
+        bias_ptr=bias,
+        bits_ptr=bits,
+        scaling=scaling,
+        keep_scale=keep,
+        M=m,
+        N=n,
+        C=c,
+        R=u.shape[1 if transposed else 0],
+        RS=padded_rank(r),
+        stride_un=u.stride(0 if transposed else 1),
+        stride_ur=u.stride(1 if transposed else 0),
         stride_bits=0 if bits is None else triton.cdiv(n, 32),
-        BLOCK_M=bm, BLOCK_N=bn, BLOCK_C=bc, BLOCK_R=br, TRANSPOSED=transposed, LIFTED=lifted,
-        SCALING_PTR=isinstance(scaling, Operand), DTYPE=TL[x.dtype],
-    )  # fmt: skip
+        BLOCK_M=bm,
+        BLOCK_N=bn,
+        BLOCK_C=bc,
+        BLOCK_R=br,
+        TRANSPOSED=transposed,
+        LIFTED=lifted,
+        SCALING_PTR=isinstance(scaling, Operand),
+        DTYPE=TL[x.dtype],
+    )
 
 
 def makes_s(one: Launch) -> bool:

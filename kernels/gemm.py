@@ -106,8 +106,18 @@ def _words(bits, row, col, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _ranks(p, q, row, col, rank, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-           Q_T: tl.constexpr, TMA: tl.constexpr = False):  # fmt: skip
+def _ranks(
+    p,
+    q,
+    row,
+    col,
+    rank,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    Q_T: tl.constexpr,
+    TMA: tl.constexpr = False,
+):
     """A tile's rows of P and columns of Q', BLOCK_R ranks of them."""
     a = load_tile(p, row, rank, BLOCK_M, BLOCK_R, TMA)
     if Q_T:
@@ -118,8 +128,22 @@ def _ranks(p, q, row, col, rank, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, B
 
 
 @triton.jit
-def _store_masked(out, acc, p, q, bits, scales, row, col, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
-                  Q_T: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+def _store_masked(
+    out,
+    acc,
+    p,
+    q,
+    bits,
+    scales,
+    row,
+    col,
+    BLOCK_R: tl.constexpr,
+    RANK_STEPS: tl.constexpr,
+    Q_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """A tile of an fp8 product under a mask, a part of its columns at a time: scales, and their low-rank product."""
     BLOCK_M: tl.constexpr = acc.shape[0]
     PIECES: tl.constexpr = 4 if acc.shape[1] >= 128 else 2  # that fit the registers beside a low-rank product
@@ -148,14 +172,27 @@ def _over(t, scale, AXIS: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _low_rank(a, b, x_scale, w_scale, p, q, row, col, Q_T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-              KIND: tl.constexpr):  # fmt: skip
+def _low_rank(
+    a,
+    b,
+    x_scale,
+    w_scale,
+    p,
+    q,
+    row,
+    col,
+    Q_T: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
+):
     """P Q' of a tile over its scales: where an fp8 product begins. a, b: the first ranks."""
     BLOCK_M: tl.constexpr = a.shape[0]
     BLOCK_R: tl.constexpr = a.shape[1]
     BLOCK_N: tl.constexpr = b.shape[1]
-    acc = mma(_over(a, x_scale, 1, KIND), _over(b, w_scale, 0, KIND), tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC),
-              PRECISION)  # fmt: skip
+    acc = mma(
+        _over(a, x_scale, 1, KIND), _over(b, w_scale, 0, KIND), tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC), PRECISION
+    )
     if p.cols > BLOCK_R:
         for rank in tl.range(BLOCK_R, p.cols, BLOCK_R, num_stages=1):
             a, b = _ranks(p, q, row, col, rank, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
@@ -165,12 +202,45 @@ def _low_rank(a, b, x_scale, w_scale, p, q, row, col, Q_T: tl.constexpr, ACC: tl
 
 @triton.jit(do_not_specialize=["M"])
 def _gemm_kernel(
-    x, w, p, q, out, z, gain_ptr, bias_ptr, bits_ptr, x_scale_ptr, w_scale_ptr, M, N, C, R,
-    stride_xm, stride_xc, stride_wr, stride_wc, stride_p, stride_qr, stride_qc, stride_bits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
-    BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, W_T: tl.constexpr, Q_T: tl.constexpr, TMA: tl.constexpr,
-    KIND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    p,
+    q,
+    out,
+    z,
+    gain_ptr,
+    bias_ptr,
+    bits_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    M,
+    N,
+    C,
+    R,
+    stride_xm,
+    stride_xc,
+    stride_wr,
+    stride_wc,
+    stride_p,
+    stride_qr,
+    stride_qc,
+    stride_bits,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    RANK_STEPS: tl.constexpr,
+    W_T: tl.constexpr,
+    Q_T: tl.constexpr,
+    TMA: tl.constexpr,
+    KIND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):
     wait_for_stream(PDL)
     FP8: tl.constexpr = x_scale_ptr is not None
     MASK: tl.constexpr = bits_ptr is not None
@@ -233,16 +303,41 @@ def _gemm_kernel(
                     acc *= late(w_scale).to(ACC)[None, :]
                     x_scale, w_scale = x_next, w_next
                 if FP8 and MASK:
-                    _store_masked(whole_out, acc, whole_p, whole_q, Bits(bits_ptr, stride_bits, M),
-                                  Scales(x_scale_ptr, w_scale_ptr), row, col, BLOCK_R, RANK_STEPS, Q_T, PRECISION,
-                                  DTYPE, TMA)  # fmt: skip
+                    _store_masked(
+                        whole_out,
+                        acc,
+                        whole_p,
+                        whole_q,
+                        Bits(bits_ptr, stride_bits, M),
+                        Scales(x_scale_ptr, w_scale_ptr),
+                        row,
+                        col,
+                        BLOCK_R,
+                        RANK_STEPS,
+                        Q_T,
+                        PRECISION,
+                        DTYPE,
+                        TMA,
+                    )
                 else:
                     left_half, right_half = _halves(acc)
                     _store(whole_out, z, left_half, row, col, gain_ptr, bias_ptr, DTYPE, TMA)
                     _store(whole_out, z, right_half, row, col + BLOCK_N // 2, gain_ptr, bias_ptr, DTYPE, TMA)
                 if LOW_FIRST:
-                    acc = _low_rank(late(p0), late(q0), late(x_scale), late(w_scale), whole_p, whole_q, row_next,
-                                    col_next, Q_T, ACC, PRECISION, KIND)  # fmt: skip
+                    acc = _low_rank(
+                        late(p0),
+                        late(q0),
+                        late(x_scale),
+                        late(w_scale),
+                        whole_p,
+                        whole_q,
+                        row_next,
+                        col_next,
+                        Q_T,
+                        ACC,
+                        PRECISION,
+                        KIND,
+                    )
                 else:
                     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
             elif MASK and not FP8:
@@ -251,10 +346,20 @@ def _gemm_kernel(
 
 
 def product(
-    x: Operand, w: Operand, p: Operand, q: Operand, out: Operand, *, transposed: bool, bias: Operand | None = None,
-    bits: Operand | None = None, gain: Operand | None = None, z: Operand | None = None, x_scale: Operand | None = None,
+    x: Operand,
+    w: Operand,
+    p: Operand,
+    q: Operand,
+    out: Operand,
+    *,
+    transposed: bool,
+    bias: Operand | None = None,
+    bits: Operand | None = None,
+    gain: Operand | None = None,
+    z: Operand | None = None,
+    x_scale: Operand | None = None,
     w_scale: Operand | None = None,
-) -> Launch:  # fmt: skip
+) -> Launch:
     """out = gain * (x w^T + p q^T) + bias if transposed (w [N, C], q [N, R]), else x w + mask * (p q) ([C, N], [R, N]).
 
     x [M, C], w, p [M, padded R] (contiguous) and q in one dtype, rows of p and q contiguous; bits are of a mask of
@@ -266,8 +371,9 @@ def product(
     fp8, kind, masked, w_t = x.dtype == FP8, out.dtype, bits is not None, transposed or x.dtype == FP8
     exact, tma = precision(kind, r if fp8 else c), tma_fits(x, w, out, q)
     chip = Chip.of(x.device)
-    tile = tiles.product(m, n, dtype=x.dtype, kind=kind, chip=chip, tma=tma, masked=masked, exact=exact,
-                         keep_z=z is not None, r=r)  # fmt: skip
+    tile = tiles.product(
+        m, n, dtype=x.dtype, kind=kind, chip=chip, tma=tma, masked=masked, exact=exact, keep_z=z is not None, r=r
+    )
     bm, bn, bc, br, programs = tile.m, tile.n, tile.k, tile.r, int(chip.processors * tile.fill)
     # float16 over a scale leaves its range; beside an fp8 product bfloat16's digits are enough.
     over = torch.float32 if INTERPRETED else torch.bfloat16
@@ -283,15 +389,43 @@ def product(
         if z is not None:
             read["z"] = Tiles(z, stored)
     return launch(
-        _gemm_kernel, (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),), tile.options, x,
-        **read, gain_ptr=gain, bias_ptr=bias, bits_ptr=bits, x_scale_ptr=x_scale, w_scale_ptr=w_scale,
-        M=m, N=n, C=c, R=r, stride_xm=x.stride(0), stride_xc=x.stride(1), stride_wr=w.stride(0), stride_wc=w.stride(1),
-        stride_p=ranks, stride_qr=q.stride(0), stride_qc=q.stride(1), stride_bits=triton.cdiv(n, 32) if masked else 0,
-        BLOCK_M=bm, BLOCK_N=bn, BLOCK_C=bc, BLOCK_R=br, GROUP_M=GROUP_M, PROGRAMS=programs,
-        RANK_STEPS=steps, W_T=w_t, Q_T=transposed, TMA=tma,
+        _gemm_kernel,
+        (min(programs, triton.cdiv(m, bm) * triton.cdiv(n, bn)),),
+        tile.options,
+        x,
+        **read,
+        gain_ptr=gain,
+        bias_ptr=bias,
+        bits_ptr=bits,
+        x_scale_ptr=x_scale,
+        w_scale_ptr=w_scale,
+        M=m,
+        N=n,
+        C=c,
+        R=r,
+        stride_xm=x.stride(0),
+        stride_xc=x.stride(1),
+        stride_wr=w.stride(0),
+        stride_wc=w.stride(1),
+        stride_p=ranks,
+        stride_qr=q.stride(0),
+        stride_qc=q.stride(1),
+        stride_bits=triton.cdiv(n, 32) if masked else 0,
+        BLOCK_M=bm,
+        BLOCK_N=bn,
+        BLOCK_C=bc,
+        BLOCK_R=br,
+        GROUP_M=GROUP_M,
+        PROGRAMS=programs,
+        RANK_STEPS=steps,
+        W_T=w_t,
+        Q_T=transposed,
+        TMA=tma,
         KIND=TL[over if kind == torch.float16 else kind],
-        ACC=acc_dtype(kind), PRECISION=exact, DTYPE=TL[kind],
-    )  # fmt: skip
+        ACC=acc_dtype(kind),
+        PRECISION=exact,
+        DTYPE=TL[kind],
+    )
 
 
 def gemm(x: torch.Tensor, w: torch.Tensor, p: torch.Tensor, q: torch.Tensor, **others) -> torch.Tensor:

@@ -40,13 +40,45 @@ from lora_fast.kernels.tiles import tma_fits
 
 @triton.jit(do_not_specialize=["M", "rows_each"])
 def _grad_kernel(
-    z, dz, kept_ptr, p_ptr, b_ptr, bits_ptr, gain_ptr, g_ptr, parts_ptr, row_scale_ptr, scaling,
-    M, N, R, RS, rows_each, sum_at, dm_at, g_at,
-    stride_zm, stride_zn, stride_bn, stride_br, stride_gs, stride_gn, stride_gr, stride_bits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DM_ROWS: tl.constexpr,
-    WITH_SUM: tl.constexpr, SCALING_PTR: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    z,
+    dz,
+    kept_ptr,
+    p_ptr,
+    b_ptr,
+    bits_ptr,
+    gain_ptr,
+    g_ptr,
+    parts_ptr,
+    row_scale_ptr,
+    scaling,
+    M,
+    N,
+    R,
+    RS,
+    rows_each,
+    sum_at,
+    dm_at,
+    g_at,
+    stride_zm,
+    stride_zn,
+    stride_bn,
+    stride_br,
+    stride_gs,
+    stride_gn,
+    stride_gr,
+    stride_bits,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    DM_ROWS: tl.constexpr,
+    WITH_SUM: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    TMA: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):
     wait_for_stream(PDL)
     ONES: tl.constexpr = WITH_SUM and gain_ptr is None  # a column of ones beside P makes the sums
     pid_n, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -145,15 +177,28 @@ class ColumnPass:
         ranks, fused = self.r + self.ones, self.ds is not None
         self.tma = tma_fits(self.z) and (self.dz is None or tma_fits(self.dz))
         chip, dora = Chip.of(self.z.device), self.dz is not None or self.dm is not None
-        self.tile = pass_tiles.grad(m, n, ranks, dtype=self.dtype, chip=chip, tma=self.tma, fused=fused, dora=dora,
-                                    masked=self.bits is not None, scaled=self.row_scale is not None)  # fmt: skip
+        self.tile = pass_tiles.grad(
+            m,
+            n,
+            ranks,
+            dtype=self.dtype,
+            chip=chip,
+            tma=self.tma,
+            fused=fused,
+            dora=dora,
+            masked=self.bits is not None,
+            scaled=self.row_scale is not None,
+        )
         col_blocks, splits, rank_blocks, self.rows_each = pass_tiles.grad_splits(m, n, ranks, tile=self.tile, chip=chip)
         self.grid = col_blocks, splits, rank_blocks
         self.parts = Parts(
-            col_blocks, splits, ds=m * padded_rank(max(self.r, 1)) if fused else 0,
-            sums=0 if self.sums is None else n, dm=0 if self.dm is None else n,
+            col_blocks,
+            splits,
+            ds=m * padded_rank(max(self.r, 1)) if fused else 0,
+            sums=0 if self.sums is None else n,
+            dm=0 if self.dm is None else n,
             g=n * self.r if self.g is not None and splits > 1 else 0,
-        )  # fmt: skip
+        )
 
     def launches(self, memory: Operand | None) -> list[Launch]:
         """Over this memory for the parts, if there are any."""
@@ -162,9 +207,19 @@ class ColumnPass:
             return [main]
         assert memory is not None
         with_ds = self.ds is not None
-        add = add_parts(self.parts, memory, self.z, self.dtype, ds=self.ds, sums=self.sums, g=self.g, dora=self.dora,
-                        scaling=self.scaling if with_ds else None, keep=self.keep if with_ds else None,
-                        lifted=self.lifted)  # fmt: skip
+        add = add_parts(
+            self.parts,
+            memory,
+            self.z,
+            self.dtype,
+            ds=self.ds,
+            sums=self.sums,
+            g=self.g,
+            dora=self.dora,
+            scaling=self.scaling if with_ds else None,
+            keep=self.keep if with_ds else None,
+            lifted=self.lifted,
+        )
         return [main, add]
 
     def _main(self, memory: Operand | None) -> Launch:
@@ -176,18 +231,46 @@ class ColumnPass:
         kept = dora.kept if dora is not None and dora.dm is not None else None
         scaling = self.scaling if self.lifted else None
         return launch(
-            _grad_kernel, self.grid, tile.options, z,
-            z=Tiles(z, block) if self.tma else z, dz=Tiles(dz, block) if self.tma and dz is not None else dz,
-            kept_ptr=kept, p_ptr=self.p, b_ptr=b, bits_ptr=self.bits, gain_ptr=dora and dora.gain,
-            g_ptr=memory if self.parts.g else g, parts_ptr=memory, row_scale_ptr=self.row_scale, scaling=scaling,
-            M=m, N=n, R=self.r, RS=padded_rank(max(self.r, 1)), rows_each=self.rows_each,
-            sum_at=self.parts.sums_at, dm_at=self.parts.dm_at, g_at=self.parts.g_at if self.parts.g else 0,
-            stride_zm=z.stride(0), stride_zn=z.stride(1),
-            stride_bn=0 if b is None else b.stride(0), stride_br=0 if b is None else b.stride(1),
+            _grad_kernel,
+            self.grid,
+            tile.options,
+            z,
+            z=Tiles(z, block) if self.tma else z,
+            dz=Tiles(dz, block) if self.tma and dz is not None else dz,
+            kept_ptr=kept,
+            p_ptr=self.p,
+            b_ptr=b,
+            bits_ptr=self.bits,
+            gain_ptr=dora and dora.gain,
+            g_ptr=memory if self.parts.g else g,
+            parts_ptr=memory,
+            row_scale_ptr=self.row_scale,
+            scaling=scaling,
+            M=m,
+            N=n,
+            R=self.r,
+            RS=padded_rank(max(self.r, 1)),
+            rows_each=self.rows_each,
+            sum_at=self.parts.sums_at,
+            dm_at=self.parts.dm_at,
+            g_at=self.parts.g_at if self.parts.g else 0,
+            stride_zm=z.stride(0),
+            stride_zn=z.stride(1),
+            stride_bn=0 if b is None else b.stride(0),
+            stride_br=0 if b is None else b.stride(1),
             # Parts of G lie as the gradient does: [N, R], or [R, N] seen from the side.
-            stride_gs=0 if g is None else n * self.r, stride_gn=0 if g is None else g.stride(0),
-            stride_gr=0 if g is None else g.stride(1), stride_bits=0 if self.bits is None else triton.cdiv(n, 32),
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=tile.r, DM_ROWS=tile.sum_rows,
-            WITH_SUM=self.sums is not None, SCALING_PTR=isinstance(scaling, Operand), TMA=self.tma,
-            ACC=acc_dtype(kind), PRECISION=exact, DTYPE=TL[kind],
-        )  # fmt: skip
+            stride_gs=0 if g is None else n * self.r,
+            stride_gn=0 if g is None else g.stride(0),
+            stride_gr=0 if g is None else g.stride(1),
+            stride_bits=0 if self.bits is None else triton.cdiv(n, 32),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            BLOCK_R=tile.r,
+            DM_ROWS=tile.sum_rows,
+            WITH_SUM=self.sums is not None,
+            SCALING_PTR=isinstance(scaling, Operand),
+            TMA=self.tma,
+            ACC=acc_dtype(kind),
+            PRECISION=exact,
+            DTYPE=TL[kind],
+        )

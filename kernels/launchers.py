@@ -18,9 +18,18 @@ import triton
 
 INTERPRETED = triton.knobs.runtime.interpret
 # What of Triton's source the digest covers, where it is there: in its files driver.py, and in its driver.c.
-PYTHON = {"CudaLauncher", "make_launcher", "annotate_arguments", "make_kernel_signature", "expand_signature",
-          "decompose_descriptor", "wrap_handle_tensordesc", "wrap_handle_tensordesc_impl", "make_tensordesc_arg",
-          "TMA_DTYPE_DEVICE_TO_HOST"}  # fmt: skip
+PYTHON = {
+    "CudaLauncher",
+    "make_launcher",
+    "annotate_arguments",
+    "make_kernel_signature",
+    "expand_signature",
+    "decompose_descriptor",
+    "wrap_handle_tensordesc",
+    "wrap_handle_tensordesc_impl",
+    "make_tensordesc_arg",
+    "TMA_DTYPE_DEVICE_TO_HOST",
+}
 C = ("launchKernel", "_launch", "extractArgs", "extractPointer", "fillTMADescriptor", "fillTMADescriptorTiled")
 
 Launch = tuple[Any, ...]  # what a form makes of a compiled kernel, see ``Form.prepare``
@@ -57,9 +66,18 @@ def _start_flat(launches: Sequence[Launch], values: list, stream: int) -> None:
 def _prepare_packed(kernel: Any, constants: int) -> Launch:
     run = kernel.run
     head = (
-        kernel.function, False, kernel.metadata.launch_pdl, kernel.packed_metadata, None, None, None, None, None,
-        run.arg_annotations[: len(run.arg_annotations) - constants], run.kernel_signature,
-    )  # fmt: skip
+        kernel.function,
+        False,
+        kernel.metadata.launch_pdl,
+        kernel.packed_metadata,
+        None,
+        None,
+        None,
+        None,
+        None,
+        run.arg_annotations[: len(run.arg_annotations) - constants],
+        run.kernel_signature,
+    )
     return triton.runtime.driver.active.utils.launch, head, ()
 
 

@@ -58,17 +58,44 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     first = [] if at.seed is None else [mask(at.seed, at.bits, at.keep_count, at.n_words)]
     gains: list[Launch] = []
     if problem.dora:  # whose parts take y's memory, until y is there
-        gains = norms(w.matrix, a, b, at.scaling, small.norm, m=at.magnitude, gain=small.gain, w_scale=w.scale,
-                      round_norm=problem.round_norm, room=y, lifted=lifted)  # fmt: skip
+        gains = norms(
+            w.matrix,
+            a,
+            b,
+            at.scaling,
+            small.norm,
+            m=at.magnitude,
+            gain=small.gain,
+            w_scale=w.scale,
+            round_norm=problem.round_norm,
+            room=y,
+            lifted=lifted,
+        )
     simple = at.bits is None and not problem.quantises
     if simple and problem.alone and takes_decode(x, w.matrix, a):
         copies = [] if cast is None else [cast_adapters(x, cast, at.scaling, lifted)]
-        return [*w.launches, *copies, *gains, *decode(x, w.matrix, a, b, y, at.scaling, scratch, bias=at.bias,
-                                                      gain=small.gain, lifted=lifted)]  # fmt: skip
+        return [
+            *w.launches,
+            *copies,
+            *gains,
+            *decode(x, w.matrix, a, b, y, at.scaling, scratch, bias=at.bias, gain=small.gain, lifted=lifted),
+        ]
     z = None if at.z is None else at.z.rows()
     if simple and cast is None:
-        whole = product_with_s(x, w.matrix, a, b, y, s=small.s, scaling=at.scaling, keep=at.keep, transposed=True,
-                               bias=at.bias, gain=small.gain, z=z)  # fmt: skip
+        whole = product_with_s(
+            x,
+            w.matrix,
+            a,
+            b,
+            y,
+            s=small.s,
+            scaling=at.scaling,
+            keep=at.keep,
+            transposed=True,
+            bias=at.bias,
+            gain=small.gain,
+            z=z,
+        )
         if whole is not None:
             return [*w.launches, *gains, whole]
     quantised = None if at.x8 is None else Quantised(at.x8, small.x_scale)
@@ -77,8 +104,24 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     else:
         first += cast_and_down(x, cast, small.s, at.scaling, at.keep, bits=at.bits, quantised=quantised, lifted=lifted)
     x, x_scale = (at.x8, small.x_scale) if problem.base.e4m3 else (x, None)
-    return [*first, *w.launches, *gains, product(x, w.matrix, small.s, b, y, transposed=True, bias=at.bias,
-                                                 gain=small.gain, z=z, x_scale=x_scale, w_scale=w.scale)]  # fmt: skip
+    return [
+        *first,
+        *w.launches,
+        *gains,
+        product(
+            x,
+            w.matrix,
+            small.s,
+            b,
+            y,
+            transposed=True,
+            bias=at.bias,
+            gain=small.gain,
+            z=z,
+            x_scale=x_scale,
+            w_scale=w.scale,
+        ),
+    ]
 
 
 class Backward(NamedTuple):
@@ -133,10 +176,22 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     dz_scale, ds_here = None, ds
     if at.dz8 is not None:  # the launch that quantises makes dS, too
         dz_scale, ds_here = scratch.part((problem.m,), torch.float32), None
-        passes.append(down(dy, b.t(), ds, at.scaling, at.keep, quantised=Quantised(at.dz8, dz_scale), gain=gain,
-                           lifted=lifted))  # fmt: skip
-    passes += dy_passes(dy, r, at.scaling, at.keep, s=s, b=b, grad_b=at.grad_b, ds=ds_here, grad_bias=at.grad_bias,
-                        dora=dora, lifted=lifted)  # fmt: skip
+        passes.append(
+            down(dy, b.t(), ds, at.scaling, at.keep, quantised=Quantised(at.dz8, dz_scale), gain=gain, lifted=lifted)
+        )
+    passes += dy_passes(
+        dy,
+        r,
+        at.scaling,
+        at.keep,
+        s=s,
+        b=b,
+        grad_b=at.grad_b,
+        ds=ds_here,
+        grad_bias=at.grad_bias,
+        dora=dora,
+        lifted=lifted,
+    )
     if at.grad_a is not None:
         if x is None:
             x, x_scale = at.x8, small.x_scale
@@ -146,14 +201,26 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
         return launches
     source = next(t for t in (at.dz8, at.dz, dy) if t is not None)
     w = problem.base.dx(held, scratch)
-    return [*launches, *w.launches, product(source, w.matrix, ds, a, at.dx.rows(), transposed=False, bits=at.bits,
-                                            x_scale=dz_scale, w_scale=w.scale)]  # fmt: skip
+    return [
+        *launches,
+        *w.launches,
+        product(
+            source, w.matrix, ds, a, at.dx.rows(), transposed=False, bits=at.bits, x_scale=dz_scale, w_scale=w.scale
+        ),
+    ]
 
 
 def _few_rows(
-    at: Backward, problem: Problem, x: Operand, s: Operand, a: Operand, b: Operand, dora: Dora[Operand] | None,
-    w: Read, scratch: Scratch,
-) -> list[Launch]:  # fmt: skip
+    at: Backward,
+    problem: Problem,
+    x: Operand,
+    s: Operand,
+    a: Operand,
+    b: Operand,
+    dora: Dora[Operand] | None,
+    w: Read,
+    scratch: Scratch,
+) -> list[Launch]:
     """The backward of few rows over a base that is not e4m3, with dX, dA and dB."""
     dy, dx, lifted = at.dy.rows(), at.dx.rows(), problem.lifted
     launches: list[Launch] = []
@@ -162,13 +229,36 @@ def _few_rows(
         launches, source = dz_and_dm(dy, dora, scratch), at.dz
     launches += w.launches
     ds = scratch.part((problem.m, padded_rank(problem.r)), problem.kind)
-    whole = product_with_s(source, w.matrix, b, a, dx, s=ds, scaling=at.scaling, keep=at.keep, transposed=False,
-                           bits=at.bits, lifted=lifted)  # fmt: skip
+    whole = product_with_s(
+        source,
+        w.matrix,
+        b,
+        a,
+        dx,
+        s=ds,
+        scaling=at.scaling,
+        keep=at.keep,
+        transposed=False,
+        bits=at.bits,
+        lifted=lifted,
+    )
     if whole is None:
         launches.append(down(source, b.t(), ds, at.scaling, at.keep, lifted=lifted))
         launches.append(product(source, w.matrix, ds, a, dx, transposed=False, bits=at.bits))
     else:
         launches.append(whole)
-    launches.append(pair(x, dy, ds, s, at.grad_a, at.grad_b, bits=at.bits, grad_bias=at.grad_bias,
-                         gain=dora and dora.gain, scaling=at.scaling if lifted else None))  # fmt: skip
+    launches.append(
+        pair(
+            x,
+            dy,
+            ds,
+            s,
+            at.grad_a,
+            at.grad_b,
+            bits=at.bits,
+            grad_bias=at.grad_bias,
+            gain=dora and dora.gain,
+            scaling=at.scaling if lifted else None,
+        )
+    )
     return launches

@@ -21,9 +21,14 @@ from lora_fast.kernels.program import Bound, Program, starts
 
 
 def forward(
-    problem: Problem, call: Call, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor,
+    problem: Problem,
+    call: Call,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: MaybeTensor,
     magnitude: MaybeTensor = None,
-) -> tuple[torch.Tensor, Made]:  # fmt: skip
+) -> tuple[torch.Tensor, Made]:
     """y [*lead, N] = x W^T + S b^T + bias, or g * (x W^T + S b^T) + bias if magnitude [N] is given; and what it leaves
     for the backward.
 
@@ -47,9 +52,23 @@ def forward(
         return y, made
     scaling = as_scaling(call.scaling)
     given = (
-        x, a, b, bias, magnitude, y, room, bits, z, x8, seed, count, m * words, scaling, keep,
+        x,
+        a,
+        b,
+        bias,
+        magnitude,
+        y,
+        room,
+        bits,
+        z,
+        x8,
+        seed,
+        count,
+        m * words,
+        scaling,
+        keep,
         *call.held[problem.for_y],
-    )  # fmt: skip
+    )
     key = (
         forward_launches,
         None if seed is None else _kind(seed),
@@ -120,10 +139,14 @@ def backward(
     scaling = as_scaling(scaling)
     given = dy, *grads, dz, dz8, scaling, 1.0 if bits is None else keep_scale(p), *saved
     key = (
-        backward_launches, dy.stride(), x if x is None else x.stride(), bits is None,
+        backward_launches,
+        dy.stride(),
+        x if x is None else x.stride(),
+        bits is None,
         *[t if t is None else t.stride() for t in held],
-        None if type(scaling) is float else _kind(scaling), problem.is_float32 and precision(problem.kind, 256),
-    )  # fmt: skip
+        None if type(scaling) is float else _kind(scaling),
+        problem.is_float32 and precision(problem.kind, 256),
+    )
     program = problem.programs.get(key)
     if program is None or (bound := program.bind(*given)) is None:
         program, bound = _bound(problem, key, Backward, given)

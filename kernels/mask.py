@@ -78,8 +78,18 @@ def keep_scale(p: float) -> float:
 
 def mask(seed: Operand | Number, bits: Operand, count: Number, words: Number) -> Launch:
     """bits [M, ceil(K / 32)] from the seed, see ``mask_bits``; count is ``keep_count``, words their number."""
-    return launch(_mask_kernel, (triton.cdiv(math.prod(bits.shape), 4 * 256),), {"num_warps": 4}, bits, seed=seed,
-                  bits_ptr=bits, count=count, n_words=words, SEED_PTR=isinstance(seed, Operand), BLOCK=256)  # fmt: skip
+    return launch(
+        _mask_kernel,
+        (triton.cdiv(math.prod(bits.shape), 4 * 256),),
+        {"num_warps": 4},
+        bits,
+        seed=seed,
+        bits_ptr=bits,
+        count=count,
+        n_words=words,
+        SEED_PTR=isinstance(seed, Operand),
+        BLOCK=256,
+    )
 
 
 def mask_bits(seed: torch.Tensor | int, p: float, m: int, k: int, device: torch.device | None = None) -> torch.Tensor:

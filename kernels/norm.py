@@ -23,8 +23,9 @@ SUMS = 64  # of squares a row, at most: what lies side by side in a row of a pro
 
 
 @triton.jit
-def low_rank_tile(a, b, b_tile, row, k, BLOCK_K: tl.constexpr, ONE: tl.constexpr, ACC: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
+def low_rank_tile(
+    a, b, b_tile, row, k, BLOCK_K: tl.constexpr, ONE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
+):
     """The tile of B A at (row, k), BLOCK_K columns of it, from B's first tile of these rows, in whose dtype the product
     is made; ONE: all ranks are in that."""
     BLOCK_N: tl.constexpr = b_tile.shape[0]
@@ -40,8 +41,20 @@ def low_rank_tile(a, b, b_tile, row, k, BLOCK_K: tl.constexpr, ONE: tl.constexpr
 
 
 @triton.jit
-def row_norm(w, a, b, b_tile, w_scale, s, row, BLOCK_K: tl.constexpr, SUMS: tl.constexpr, ONE: tl.constexpr,
-             ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def row_norm(
+    w,
+    a,
+    b,
+    b_tile,
+    w_scale,
+    s,
+    row,
+    BLOCK_K: tl.constexpr,
+    SUMS: tl.constexpr,
+    ONE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """The norms [BLOCK_N] of V's rows from ``row`` on; b_tile as in ``low_rank_tile``. With a w_scale [BLOCK_N] W's
     rows are multiplied by it."""
     BLOCK_N: tl.constexpr = b_tile.shape[0]
@@ -80,12 +93,36 @@ def _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, ROUND: tl.constexpr, ACC: tl
 
 @triton.jit
 def _norm_kernel(
-    w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr, scaling, N, K, R,
-    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr, ONE: tl.constexpr,
-    LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    w_ptr,
+    a_ptr,
+    b_ptr,
+    m_ptr,
+    n_ptr,
+    g_ptr,
+    w_scale_ptr,
+    scaling,
+    N,
+    K,
+    R,
+    stride_wn,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SUMS: tl.constexpr,
+    ONE: tl.constexpr,
+    LIFTED: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    ROUND: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):
     wait_for_stream(PDL)
     w, a = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(a_ptr, R, K, stride_ar, stride_ak)
     b = Matrix(b_ptr, N, R, stride_bn, stride_br)
@@ -102,11 +139,31 @@ def _norm_kernel(
 
 @triton.jit(do_not_specialize=["steps"])
 def _norm_parts_kernel(
-    w_ptr, a_ptr, b_ptr, parts_ptr, w_scale_ptr, scaling, N, K, R, steps,
-    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
-    LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    w_ptr,
+    a_ptr,
+    b_ptr,
+    parts_ptr,
+    w_scale_ptr,
+    scaling,
+    N,
+    K,
+    R,
+    steps,
+    stride_wn,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SUMS: tl.constexpr,
+    LIFTED: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    ACC: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Sums of squares of V's rows, over ``steps`` blocks of columns a program: parts [splits, N]."""
     wait_for_stream(PDL)
     w, a = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(a_ptr, R, K, stride_ar, stride_ak)
@@ -119,8 +176,9 @@ def _norm_parts_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     for step in range(0, steps * rank_blocks):
         k, rank = (first + step // rank_blocks) * BLOCK_K, (step % rank_blocks) * BLOCK_R
-        acc = tl.dot(load_tile(b, row, rank, BLOCK_N, BLOCK_R), load_tile(a, rank, k, BLOCK_R, BLOCK_K), acc,
-                     out_dtype=ACC)  # fmt: skip
+        acc = tl.dot(
+            load_tile(b, row, rank, BLOCK_N, BLOCK_R), load_tile(a, rank, k, BLOCK_R, BLOCK_K), acc, out_dtype=ACC
+        )
         if rank + BLOCK_R >= R:
             tile = load_tile(w, row, k, BLOCK_N, BLOCK_K).to(ACC)
             if w_scale_ptr is not None:
@@ -133,9 +191,17 @@ def _norm_parts_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _gain_kernel(
-    parts_ptr, m_ptr, n_ptr, g_ptr, splits, N, BLOCK: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr,
+    parts_ptr,
+    m_ptr,
+    n_ptr,
+    g_ptr,
+    splits,
+    N,
+    BLOCK: tl.constexpr,
+    ROUND: tl.constexpr,
+    ACC: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+):
     wait_for_stream(PDL)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=ACC)
@@ -151,10 +217,19 @@ def constants(tile: Tile) -> dict[str, int]:
 
 
 def norms(
-    w: Operand, a: Operand, b: Operand, scaling: Operand | Number, n: Operand, *, m: Operand | None = None,
-    gain: Operand | None = None, w_scale: Operand | None = None, round_norm: bool = False, room: Operand | None = None,
+    w: Operand,
+    a: Operand,
+    b: Operand,
+    scaling: Operand | Number,
+    n: Operand,
+    *,
+    m: Operand | None = None,
+    gain: Operand | None = None,
+    w_scale: Operand | None = None,
+    round_norm: bool = False,
+    room: Operand | None = None,
     lifted: bool = False,
-) -> list[Launch]:  # fmt: skip
+) -> list[Launch]:
     """The norms n [N] of the rows of w [N, K] + scaling * b a, rounded to w's dtype on request, and with m [N] the gain
     [N], from a [R, K] and b [N, R] (at least R columns), each in any float dtype. With w_scale [N] row i of W is
     w_scale[i] * w[i]. What lies between two launches takes the memory of ``room``, if there is enough of it."""
@@ -162,11 +237,23 @@ def norms(
     kind, to = torch.promote_types(a.dtype, b.dtype), TL[w.dtype] if round_norm else None
     found = {"m_ptr": m, "n_ptr": n, "g_ptr": gain, "N": rows, "ROUND": to}
     read = {
-        "w_ptr": w, "a_ptr": a, "b_ptr": b, "w_scale_ptr": w_scale, "scaling": scaling, "N": rows, "K": k, "R": r,
-        "stride_wn": w.stride(0), "stride_wk": w.stride(1), "stride_ar": a.stride(0), "stride_ak": a.stride(1),
-        "stride_bn": b.stride(0), "stride_br": b.stride(1),
-        "LIFTED": lifted, "SCALING_PTR": isinstance(scaling, Operand),
-    }  # fmt: skip
+        "w_ptr": w,
+        "a_ptr": a,
+        "b_ptr": b,
+        "w_scale_ptr": w_scale,
+        "scaling": scaling,
+        "N": rows,
+        "K": k,
+        "R": r,
+        "stride_wn": w.stride(0),
+        "stride_wk": w.stride(1),
+        "stride_ar": a.stride(0),
+        "stride_ak": a.stride(1),
+        "stride_bn": b.stride(0),
+        "stride_br": b.stride(1),
+        "LIFTED": lifted,
+        "SCALING_PTR": isinstance(scaling, Operand),
+    }
     chip = Chip.of(w.device)
     if pass_tiles.norm_has_parts(r, dtype=w.dtype, kind=kind, chip=chip):
         tile = pass_tiles.norm_parts()
@@ -176,25 +263,69 @@ def norms(
         if room is None or room.holds((splits, rows), torch.float32):
             parts = (Scratch(w.device) if room is None else room).part((splits, rows), torch.float32)
             return [
-                launch(_norm_parts_kernel, (triton.cdiv(rows, tile.n), splits), tile.options, w,
-                       **read, parts_ptr=parts, steps=steps, **constants(tile), ACC=tl.float32),
-                launch(_gain_kernel, (triton.cdiv(rows, 128),), {"num_warps": 4}, w,
-                       **found, parts_ptr=parts, splits=splits, BLOCK=128, ACC=tl.float32),
-            ]  # fmt: skip
+                launch(
+                    _norm_parts_kernel,
+                    (triton.cdiv(rows, tile.n), splits),
+                    tile.options,
+                    w,
+                    **read,
+                    parts_ptr=parts,
+                    steps=steps,
+                    **constants(tile),
+                    ACC=tl.float32,
+                ),
+                launch(
+                    _gain_kernel,
+                    (triton.cdiv(rows, 128),),
+                    {"num_warps": 4},
+                    w,
+                    **found,
+                    parts_ptr=parts,
+                    splits=splits,
+                    BLOCK=128,
+                    ACC=tl.float32,
+                ),
+            ]
     tile = pass_tiles.norm(rows, r, dtype=w.dtype, kind=kind, chip=chip)
-    return [launch(_norm_kernel, (triton.cdiv(rows, tile.n),), tile.options, w, **read | found, **constants(tile),
-                   ONE=r <= tile.r, ACC=acc_dtype(wide(w, a, b)),
-                   PRECISION="tf32x3" if kind == torch.float32 else "ieee", DTYPE=TL[kind])]  # fmt: skip
+    return [
+        launch(
+            _norm_kernel,
+            (triton.cdiv(rows, tile.n),),
+            tile.options,
+            w,
+            **read | found,
+            **constants(tile),
+            ONE=r <= tile.r,
+            ACC=acc_dtype(wide(w, a, b)),
+            PRECISION="tf32x3" if kind == torch.float32 else "ieee",
+            DTYPE=TL[kind],
+        )
+    ]
 
 
 def norm_fwd(
-    w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float | torch.Tensor, m: torch.Tensor | None = None,
-    round_norm: bool = False, w_scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    w: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float | torch.Tensor,
+    m: torch.Tensor | None = None,
+    round_norm: bool = False,
+    w_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(n, gain) as ``norms`` makes them."""
     n = w.new_empty(w.shape[0], dtype=wide(w, a, b))
     gain = None if m is None else torch.empty_like(n)
     if n.numel():
-        run(norms, w=w, a=a, b=b, scaling=as_scaling(scaling), n=n, m=m, gain=gain, w_scale=w_scale,
-            round_norm=round_norm)  # fmt: skip
+        run(
+            norms,
+            w=w,
+            a=a,
+            b=b,
+            scaling=as_scaling(scaling),
+            n=n,
+            m=m,
+            gain=gain,
+            w_scale=w_scale,
+            round_norm=round_norm,
+        )
     return n, gain

@@ -28,8 +28,9 @@ from lora_fast.kernels.tiles import few_rows, rank_block, tma_fits
 
 
 @triton.jit
-def _walk(t, p, bits_ptr, sum_ptr, col, stride_bits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-          BLOCK_R: tl.constexpr):  # fmt: skip
+def _walk(
+    t, p, bits_ptr, sum_ptr, col, stride_bits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr
+):
     """T^T P for BLOCK_N columns of T from col on, and their sums if wanted."""
     g = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
     sums = tl.zeros([8, BLOCK_N], dtype=tl.float32)
@@ -50,11 +51,28 @@ def _walk(t, p, bits_ptr, sum_ptr, col, stride_bits, BLOCK_M: tl.constexpr, BLOC
 
 @triton.jit(do_not_specialize=["M"])
 def _pair_kernel(
-    x, dy, ds_ptr, s_ptr, bits_ptr, grad_a_ptr, grad_b_ptr, grad_bias_ptr, gain_ptr, scaling,
-    M, K, N, R, RS, stride_bits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    SCALING_PTR: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x,
+    dy,
+    ds_ptr,
+    s_ptr,
+    bits_ptr,
+    grad_a_ptr,
+    grad_b_ptr,
+    grad_bias_ptr,
+    gain_ptr,
+    scaling,
+    M,
+    K,
+    N,
+    R,
+    RS,
+    stride_bits,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    PDL: tl.constexpr,
+):
     wait_for_stream(PDL)
     program, ranks = tl.program_id(0), tl.arange(0, BLOCK_R)
     over_x = tl.cdiv(K, BLOCK_N)
@@ -86,10 +104,18 @@ def takes_pair(x: Operand, dy: Operand, r: int, dora: bool) -> bool:
 
 
 def pair(
-    x: Operand, dy: Operand, ds: Operand, s: Operand, grad_a: Operand, grad_b: Operand, *,
-    bits: Operand | None = None, grad_bias: Operand | None = None, gain: Operand | None = None,
+    x: Operand,
+    dy: Operand,
+    ds: Operand,
+    s: Operand,
+    grad_a: Operand,
+    grad_b: Operand,
+    *,
+    bits: Operand | None = None,
+    grad_bias: Operand | None = None,
+    gain: Operand | None = None,
     scaling: Operand | Number | None = None,
-) -> Launch:  # fmt: skip
+) -> Launch:
     """grad_a [R, K] = ds^T (mask * x), grad_b [N, R] = gain * (dy^T s) and grad_bias [N], the sums of dy's columns.
 
     x [M, K], dy [M, N], ds and s [M, padded R] are in one dtype; bits are of a mask of x's shape. The scaling is given
@@ -98,19 +124,49 @@ def pair(
     tile = pass_tiles.pair(masked=bits is not None)
     rows, cols = tile.m, tile.n
     return launch(
-        _pair_kernel, (triton.cdiv(k, cols) + triton.cdiv(n, cols),), tile.options, x,
-        x=Tiles(x, [rows, cols]), dy=Tiles(dy, [rows, cols]), ds_ptr=ds, s_ptr=s, bits_ptr=bits, grad_a_ptr=grad_a,
-        grad_b_ptr=grad_b, grad_bias_ptr=grad_bias, gain_ptr=gain, scaling=scaling,
-        M=m, K=k, N=n, R=r, RS=padded_rank(r), stride_bits=0 if bits is None else triton.cdiv(k, 32),
-        BLOCK_M=rows, BLOCK_N=cols, BLOCK_R=rank_block(r, 32), SCALING_PTR=isinstance(scaling, Operand),
-    )  # fmt: skip
+        _pair_kernel,
+        (triton.cdiv(k, cols) + triton.cdiv(n, cols),),
+        tile.options,
+        x,
+        x=Tiles(x, [rows, cols]),
+        dy=Tiles(dy, [rows, cols]),
+        ds_ptr=ds,
+        s_ptr=s,
+        bits_ptr=bits,
+        grad_a_ptr=grad_a,
+        grad_b_ptr=grad_b,
+        grad_bias_ptr=grad_bias,
+        gain_ptr=gain,
+        scaling=scaling,
+        M=m,
+        K=k,
+        N=n,
+        R=r,
+        RS=padded_rank(r),
+        stride_bits=0 if bits is None else triton.cdiv(k, 32),
+        BLOCK_M=rows,
+        BLOCK_N=cols,
+        BLOCK_R=rank_block(r, 32),
+        SCALING_PTR=isinstance(scaling, Operand),
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
 def _dz_kernel(
-    dy_ptr, kept_ptr, dz_ptr, parts_ptr, gain_ptr, M, N, stride_ym, stride_yn,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    kept_ptr,
+    dz_ptr,
+    parts_ptr,
+    gain_ptr,
+    M,
+    N,
+    stride_ym,
+    stride_yn,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):
     wait_for_stream(PDL)
     row, col = tl.program_id(1) * ROWS, tl.program_id(0) * COLS
     cols = col + tl.arange(0, COLS)
@@ -130,8 +186,21 @@ def dz_and_dm(dy: Operand, dora: Dora[Operand], scratch: Scratch) -> list[Launch
     if dora.dm is not None:
         memory = scratch.part((parts.numbers,), dora.gain.dtype)
     made = launch(
-        _dz_kernel, (triton.cdiv(n, cols), parts.splits), {"num_warps": 4}, dy,
-        dy_ptr=dy, kept_ptr=dora.kept, dz_ptr=dora.dz, parts_ptr=memory, gain_ptr=dora.gain, M=m, N=n,
-        stride_ym=dy.stride(0), stride_yn=dy.stride(1), ROWS=rows, COLS=cols, DTYPE=TL[dy.dtype],
-    )  # fmt: skip
+        _dz_kernel,
+        (triton.cdiv(n, cols), parts.splits),
+        {"num_warps": 4},
+        dy,
+        dy_ptr=dy,
+        kept_ptr=dora.kept,
+        dz_ptr=dora.dz,
+        parts_ptr=memory,
+        gain_ptr=dora.gain,
+        M=m,
+        N=n,
+        stride_ym=dy.stride(0),
+        stride_yn=dy.stride(1),
+        ROWS=rows,
+        COLS=cols,
+        DTYPE=TL[dy.dtype],
+    )
     return [made] if memory is None else [made, add_parts(parts, memory, dy, dy.dtype, dora=dora)]

@@ -18,15 +18,25 @@ def casts_first(m: int, r: int, *, dtype: torch.dtype, masked: bool) -> bool:
 
 @choice
 def down(
-    m: int, r: int, *, dtype: torch.dtype, kind: torch.dtype, chip: Chip, tma: bool, masked: bool,
+    m: int,
+    r: int,
+    *,
+    dtype: torch.dtype,
+    kind: torch.dtype,
+    chip: Chip,
+    tma: bool,
+    masked: bool,
     quantised: bool = False,
-) -> Tile:  # fmt: skip
+) -> Tile:
     """S = x A^T: m rows a program, which walks over K with up to 128 ranks in its accumulator. ``kind`` is A's dtype.
     ``quantised``: where ``down_quantised`` starts from."""
     column = kind.itemsize * rank_block(r, 32)  # bytes of a column of A's tile: more spills, on newer chips sooner
-    if tma and not quantised and column <= (32 if chip.newer else 64) and (
-        few_rows(m, r, dtype=dtype, chip=chip, most=4096 if masked else 2048)
-    ):  # fmt: skip
+    if (
+        tma
+        and not quantised
+        and column <= (32 if chip.newer else 64)
+        and (few_rows(m, r, dtype=dtype, chip=chip, most=4096 if masked else 2048))
+    ):
         if m > 2048:  # under a mask: 21 -> 12, 4096 x 4096, H200
             return Tile(m=32, k=128, r=rank_block(r, 32), ways=4)
         # 256 x 4096: 8.7 -> 4.5, 256 x 14336: 27 -> 10, H200; with 64 along K it is three times slower.
@@ -61,9 +71,17 @@ def down(
 
 @choice
 def down_quantised(
-    m: int, k: int, r: int, *, dtype: torch.dtype, kind: torch.dtype, chip: Chip, tma: bool, masked: bool,
+    m: int,
+    k: int,
+    r: int,
+    *,
+    dtype: torch.dtype,
+    kind: torch.dtype,
+    chip: Chip,
+    tma: bool,
+    masked: bool,
     with_gain: bool,
-) -> Tile:  # fmt: skip
+) -> Tile:
     """S as above by programs between which others quantise x [M, K], whole rows in registers where they fit."""
     tile = down(m, r, dtype=dtype, kind=kind, chip=chip, tma=tma, masked=masked, quantised=True)
     tile = replace(tile, k=min(tile.k, 128), stages=min(tile.stages, 3))  # all programs pay for shared memory
@@ -86,9 +104,18 @@ def pair(*, masked: bool) -> Tile:
 
 @choice
 def grad(
-    m: int, n: int, r: int, *, dtype: torch.dtype, chip: Chip, tma: bool, fused: bool, masked: bool, dora: bool,
+    m: int,
+    n: int,
+    r: int,
+    *,
+    dtype: torch.dtype,
+    chip: Chip,
+    tma: bool,
+    fused: bool,
+    masked: bool,
+    dora: bool,
     scaled: bool = False,
-) -> Tile:  # fmt: skip
+) -> Tile:
     """G = Z^T P: n columns a program, m rows a step, r ranks in its accumulator. ``fused``: dS is made on the way,
     whose parts grow with the number of programs along the columns. ``scaled``: Z in e4m3."""
     block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)

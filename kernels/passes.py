@@ -28,10 +28,19 @@ def needs_dz(r: int, need_ds: bool, need_b: bool) -> bool:
 
 
 def dy_passes(
-    dy: Operand, r: int, scaling: Operand | Number, keep: Number, *, s: Operand | None = None,
-    b: Operand | None = None, grad_b: Operand | None = None, ds: Operand | None = None,
-    grad_bias: Operand | None = None, dora: Dora[Operand] | None = None, lifted: bool = False,
-) -> list[Pass]:  # fmt: skip
+    dy: Operand,
+    r: int,
+    scaling: Operand | Number,
+    keep: Number,
+    *,
+    s: Operand | None = None,
+    b: Operand | None = None,
+    grad_b: Operand | None = None,
+    ds: Operand | None = None,
+    grad_bias: Operand | None = None,
+    dora: Dora[Operand] | None = None,
+    lifted: bool = False,
+) -> list[Pass]:
     """What needs dY [M, N] and is given: ds = scaling * keep * dZ b [M, padded R], grad_b [N, R] = dZ^T s, grad_bias
     [N], and what ``dora`` asks for. Without dora dZ is dY. b may have more columns than R."""
     source, gain = dy, None  # what a further pass over dZ reads: dZ in memory, or dY and the gain that makes dZ of it
@@ -43,10 +52,21 @@ def dy_passes(
     wanted = in_it, grad_bias, *(() if dora is None else (dora.dz, dora.dm))
     passes: list[Pass] = []
     if fused or any(t is not None for t in wanted):
-        passes.append(ColumnPass(
-            z=dy, r=0 if in_it is None else r, p=None if in_it is None else s, g=in_it, b=b if fused else None,
-            ds=ds if fused else None, sums=grad_bias, dora=dora, scaling=scaling, keep=keep, lifted=lifted,
-        ))  # fmt: skip
+        passes.append(
+            ColumnPass(
+                z=dy,
+                r=0 if in_it is None else r,
+                p=None if in_it is None else s,
+                g=in_it,
+                b=b if fused else None,
+                ds=ds if fused else None,
+                sums=grad_bias,
+                dora=dora,
+                scaling=scaling,
+                keep=keep,
+                lifted=lifted,
+            )
+        )
     if ds is not None and not fused:
         assert b is not None and gain is None
         passes.append(down(source, b.t(), ds, scaling, keep, lifted=lifted))
@@ -88,10 +108,15 @@ def _over_x(x: Operand, **wanted) -> list[Launch]:
 
 
 def dy_bwd(
-    dy: torch.Tensor, s: torch.Tensor | None, b: torch.Tensor | None, scaling: float | torch.Tensor,
-    grad_b: torch.Tensor | None, grad_bias: torch.Tensor | None = None, keep_scale: float = 1.0,
+    dy: torch.Tensor,
+    s: torch.Tensor | None,
+    b: torch.Tensor | None,
+    scaling: float | torch.Tensor,
+    grad_b: torch.Tensor | None,
+    grad_bias: torch.Tensor | None = None,
+    keep_scale: float = 1.0,
     dora: Dora[torch.Tensor] | None = None,
-) -> torch.Tensor | None:  # fmt: skip
+) -> torch.Tensor | None:
     """Everything that needs dY [M, N]: returns dS = scaling * keep_scale * dZ B [M, padded R] if b [N, R] is given,
     and fills grad_b [N, R] from s [M, padded R], grad_bias [N] and what ``dora`` asks for. Without dora dZ is dY."""
     ds = dy.new_empty(dy.shape[0], padded_rank(b.shape[1])) if b is not None else None
@@ -104,15 +129,28 @@ def dy_bwd(
     r = 0 if like is None else like.shape[1]
     if dora is not None and dora.dz is None and needs_dz(r, b is not None, grad_b is not None):
         dora = dora._replace(dz=dy.new_empty(dy.shape))
-    run(_over_dy, dy=dy, scaling=as_scaling(scaling), keep=float(keep_scale), s=s, b=b, grad_b=grad_b,
-        ds=ds, grad_bias=grad_bias, dora=dora)  # fmt: skip
+    run(
+        _over_dy,
+        dy=dy,
+        scaling=as_scaling(scaling),
+        keep=float(keep_scale),
+        s=s,
+        b=b,
+        grad_b=grad_b,
+        ds=ds,
+        grad_bias=grad_bias,
+        dora=dora,
+    )
     return ds
 
 
 def a_bwd(
-    x: torch.Tensor, ds: torch.Tensor, grad_a: torch.Tensor, bits: torch.Tensor | None = None,
+    x: torch.Tensor,
+    ds: torch.Tensor,
+    grad_a: torch.Tensor,
+    bits: torch.Tensor | None = None,
     row_scale: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Fill grad_a [R, K] as ``a_pass`` says."""
     if x.shape[0] == 0:
         grad_a.zero_()

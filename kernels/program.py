@@ -65,8 +65,9 @@ class Launch:
 
     def start(self, args: list):
         """Through Triton, which compiles the kernel if it must; returns what it compiled."""
-        return self.kernel[self.grid](*map(self._given, range(len(args)), args), *self.ints, **self.constants,
-                                      **self.options)  # fmt: skip
+        return self.kernel[self.grid](
+            *map(self._given, range(len(args)), args), *self.ints, **self.constants, **self.options
+        )
 
     def start_again(self, compiled, args: list) -> None:
         """What :meth:`start` returned, past the look-up of the kernel; constants keep the others' places alone."""

@@ -51,8 +51,19 @@ class Tile:
 
 
 # Kernels whose tiles are chosen, here and in pass_tiles.py, by functions of these names.
-KERNELS = ("product", "product_with_s", "decode", "down", "down_quantised", "pair", "grad", "norm", "norm_parts",
-           "weight", "weight_grad")  # fmt: skip
+KERNELS = (
+    "product",
+    "product_with_s",
+    "decode",
+    "down",
+    "down_quantised",
+    "pair",
+    "grad",
+    "norm",
+    "norm_parts",
+    "weight",
+    "weight_grad",
+)
 
 _overridden: dict[str, Tile | None] = {}
 P = ParamSpec("P")
@@ -139,9 +150,18 @@ def busiest(tile: Tile, cost: int, m: int, n: int, chip: Chip) -> int:
 
 @choice
 def product(
-    m: int, n: int, *, dtype: torch.dtype, kind: torch.dtype, chip: Chip, tma: bool, masked: bool, exact: str = "ieee",
-    keep_z: bool = False, r: int = 0,
-) -> Tile:  # fmt: skip
+    m: int,
+    n: int,
+    *,
+    dtype: torch.dtype,
+    kind: torch.dtype,
+    chip: Chip,
+    tma: bool,
+    masked: bool,
+    exact: str = "ieee",
+    keep_z: bool = False,
+    r: int = 0,
+) -> Tile:
     """The product [M, N] of factors in ``dtype``, the result in ``kind``. In 16 bits that with which the processor that
     has the most to do has the least: M enters by the number of turns that the processors take."""
     if dtype == torch.float8_e4m3fn:

@@ -32,11 +32,34 @@ from lora_fast.kernels.tiles import Tile
 
 @triton.jit
 def _weight_kernel(
-    w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, v_ptr, bias_ptr, scaling, N, K, R,
-    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr, ONE: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, OUT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    w_ptr,
+    a_ptr,
+    b_ptr,
+    m_ptr,
+    n_ptr,
+    v_ptr,
+    bias_ptr,
+    scaling,
+    N,
+    K,
+    R,
+    stride_wn,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SUMS: tl.constexpr,
+    ONE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    OUT: tl.constexpr,
+    PDL: tl.constexpr,
+):
     wait_for_stream(PDL)
     w, a = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(a_ptr, R, K, stride_ar, stride_ak)
     b, v = Matrix(b_ptr, N, R, stride_bn, stride_br), Matrix(v_ptr, N, K, K, 1)
@@ -62,11 +85,37 @@ def _weight_kernel(
 
 @triton.jit
 def _weight_bwd_kernel(
-    g_ptr, w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, da_ptr, db_ptr, dm_ptr, dw_ptr, scaling, N, K, R, rows_each,
-    stride_gn, stride_gk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    g_ptr,
+    w_ptr,
+    a_ptr,
+    b_ptr,
+    m_ptr,
+    n_ptr,
+    da_ptr,
+    db_ptr,
+    dm_ptr,
+    dw_ptr,
+    scaling,
+    N,
+    K,
+    R,
+    rows_each,
+    stride_gn,
+    stride_gk,
+    stride_wn,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):
     wait_for_stream(PDL)
     block, split, rank_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     col, rank = block * BLOCK_K, rank_block * BLOCK_R
@@ -100,9 +149,16 @@ def _weight_bwd_kernel(
 
 
 def weight(
-    w: Operand, a: Operand, b: Operand, scaling: Number, v: Operand, *, m: Operand | None = None,
-    n: Operand | None = None, bias: Operand | None = None,
-) -> Launch:  # fmt: skip
+    w: Operand,
+    a: Operand,
+    b: Operand,
+    scaling: Number,
+    v: Operand,
+    *,
+    m: Operand | None = None,
+    n: Operand | None = None,
+    bias: Operand | None = None,
+) -> Launch:
     """The adapted weight v [N, K], contiguous, and with m [N] the norms n [N], from w [N, K], a [R, K] and b [N, R],
     each in any float dtype; b may have more columns. A bias [K], contiguous, is added to each row."""
     (rows, k), r = w.shape, a.shape[0]
@@ -111,19 +167,44 @@ def weight(
     # Three tf32 products err by as much as float32 rounds: nothing beside the rounding to 16 bits.
     exact = kind != torch.float32 or w.dtype == kind
     return launch(
-        _weight_kernel, (triton.cdiv(rows, tile.n),), tile.options, w,
-        w_ptr=w, a_ptr=a, b_ptr=b, m_ptr=m, n_ptr=n, v_ptr=v, bias_ptr=bias, scaling=scaling, N=rows, K=k, R=r,
-        stride_wn=w.stride(0), stride_wk=w.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
-        stride_bn=b.stride(0), stride_br=b.stride(1), **constants(tile), ONE=r <= tile.r,
-        ACC=acc_dtype(wide(w, a, b)), PRECISION="ieee" if exact else "tf32x3", DTYPE=TL[kind],
+        _weight_kernel,
+        (triton.cdiv(rows, tile.n),),
+        tile.options,
+        w,
+        w_ptr=w,
+        a_ptr=a,
+        b_ptr=b,
+        m_ptr=m,
+        n_ptr=n,
+        v_ptr=v,
+        bias_ptr=bias,
+        scaling=scaling,
+        N=rows,
+        K=k,
+        R=r,
+        stride_wn=w.stride(0),
+        stride_wk=w.stride(1),
+        stride_ar=a.stride(0),
+        stride_ak=a.stride(1),
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
+        **constants(tile),
+        ONE=r <= tile.r,
+        ACC=acc_dtype(wide(w, a, b)),
+        PRECISION="ieee" if exact else "tf32x3",
+        DTYPE=TL[kind],
         OUT=TL[w.dtype],
-    )  # fmt: skip
+    )
 
 
 def weight_fwd(
-    w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, m: torch.Tensor | None = None,
+    w: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    m: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(v, n) as ``weight`` makes them, v in w's dtype."""
     v = torch.empty_like(w, memory_format=torch.contiguous_format)
     n = None if m is None else w.new_empty(w.shape[0], dtype=wide(w, a, b))
@@ -155,28 +236,70 @@ def _shares(n: int, k: int, r: int, dtype: torch.dtype, device: torch.device, do
 
 
 def weight_gradients(
-    g: Operand, a: Operand, b: Operand, scaling: Number, da: Operand, db: Operand, *, w: Operand | None = None,
-    m: Operand | None = None, n: Operand | None = None, dm: Operand | None = None, dw: Operand | None = None,
-) -> Launch:  # fmt: skip
+    g: Operand,
+    a: Operand,
+    b: Operand,
+    scaling: Number,
+    da: Operand,
+    db: Operand,
+    *,
+    w: Operand | None = None,
+    m: Operand | None = None,
+    n: Operand | None = None,
+    dm: Operand | None = None,
+    dw: Operand | None = None,
+) -> Launch:
     """The parts of dA [splits, R, K], of dB [column blocks, N, R] and for DoRA, whose w and norms n are then given, of
     dm [rank blocks * column blocks, N]; and dw [N, K], contiguous, if wanted."""
     (rows, k), r = g.shape, a.shape[0]
     shares, read = _shares(rows, k, r, g.dtype, g.device, w is not None), g if w is None else w
     return launch(
-        _weight_bwd_kernel, (shares.col_blocks, shares.splits, shares.rank_blocks), shares.tile.options, g,
-        g_ptr=g, w_ptr=w, a_ptr=a, b_ptr=b, m_ptr=m, n_ptr=n, da_ptr=da, db_ptr=db, dm_ptr=dm, dw_ptr=dw,
-        scaling=scaling, N=rows, K=k, R=r, rows_each=shares.rows_each,
-        stride_gn=g.stride(0), stride_gk=g.stride(1), stride_wn=read.stride(0), stride_wk=read.stride(1),
-        stride_ar=a.stride(0), stride_ak=a.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1),
-        BLOCK_N=shares.tile.n, BLOCK_K=shares.tile.k, BLOCK_R=shares.tile.r, ACC=acc_dtype(g.dtype),
-        PRECISION=precision(g.dtype, max(rows, k)), DTYPE=TL[g.dtype],
-    )  # fmt: skip
+        _weight_bwd_kernel,
+        (shares.col_blocks, shares.splits, shares.rank_blocks),
+        shares.tile.options,
+        g,
+        g_ptr=g,
+        w_ptr=w,
+        a_ptr=a,
+        b_ptr=b,
+        m_ptr=m,
+        n_ptr=n,
+        da_ptr=da,
+        db_ptr=db,
+        dm_ptr=dm,
+        dw_ptr=dw,
+        scaling=scaling,
+        N=rows,
+        K=k,
+        R=r,
+        rows_each=shares.rows_each,
+        stride_gn=g.stride(0),
+        stride_gk=g.stride(1),
+        stride_wn=read.stride(0),
+        stride_wk=read.stride(1),
+        stride_ar=a.stride(0),
+        stride_ak=a.stride(1),
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
+        BLOCK_N=shares.tile.n,
+        BLOCK_K=shares.tile.k,
+        BLOCK_R=shares.tile.r,
+        ACC=acc_dtype(g.dtype),
+        PRECISION=precision(g.dtype, max(rows, k)),
+        DTYPE=TL[g.dtype],
+    )
 
 
 def weight_bwd(
-    g: torch.Tensor, w: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scaling: float,
-    m: torch.Tensor | None = None, norm: torch.Tensor | None = None, need_w: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    g: torch.Tensor,
+    w: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    m: torch.Tensor | None = None,
+    norm: torch.Tensor | None = None,
+    need_w: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dA [R, K], dB [N, R] and dm [N] in float32 (float64 of such a g), and dW [N, K] if ``need_w``, from g [N, K]; for
     LoRA w, m and norm are None, there is no dm, and dW is g itself. Products are made in g's dtype."""
     (n, k), r = g.shape, a.shape[0]

@@ -111,14 +111,37 @@ def dora_linear(
             ``save`` neither "auto" nor "z".
     """
     # Types beside flags: an int would be found under the bool that it equals.
-    facts, call = _recall(x, weight, lora_A, lora_B, scaling, bias, magnitude, dropout_p, backend, detach_norm,
-                          type(detach_norm), save, round_norm, type(round_norm), save_x)  # fmt: skip
+    facts, call = _recall(
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        scaling,
+        bias,
+        magnitude,
+        dropout_p,
+        backend,
+        detach_norm,
+        type(detach_norm),
+        save,
+        round_norm,
+        type(round_norm),
+        save_x,
+    )
     if call is None:
         dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         _check_dora(magnitude, weight, detach_norm, round_norm, save)
         _check_save_x(save_x)
-        call = _settle(facts, dtype, backend, (x, weight, lora_A, lora_B, bias, magnitude), detach_norm, save_x=save_x,
-                       save=save, round_norm=round_norm)  # fmt: skip
+        call = _settle(
+            facts,
+            dtype,
+            backend,
+            (x, weight, lora_A, lora_B, bias, magnitude),
+            detach_norm,
+            save_x=save_x,
+            save=save,
+            round_norm=round_norm,
+        )
     return call(x, weight, lora_A, lora_B, scaling, bias, dropout_p if training else 0.0, magnitude)
 
 
@@ -181,9 +204,15 @@ def _check_save_x(save_x: Any) -> None:
 
 
 def _settle(
-    facts: Facts | None, dtype: torch.dtype, backend: str, tensors: tuple[Any, ...], detach_norm: bool = True, *,
-    save_x: str, **options: Any,
-) -> Callable[..., torch.Tensor]:  # fmt: skip
+    facts: Facts | None,
+    dtype: torch.dtype,
+    backend: str,
+    tensors: tuple[Any, ...],
+    detach_norm: bool = True,
+    *,
+    save_x: str,
+    **options: Any,
+) -> Callable[..., torch.Tensor]:
     """What takes this call, which passed the checks, and from now on those with the same facts."""
     x, weight, *_ = tensors
     e4m3 = save_x == "fp8" or (isinstance(weight, PackedWeight) and weight.E4M3_PRODUCTS)
@@ -203,16 +232,26 @@ def _settle(
 
 
 def _plain(
-    x: Any, weight: Any, lora_A: Any, lora_B: Any, scaling: Any, bias: Any, p: float, magnitude: Any = None, *,
-    detach_norm: bool, round_norm: bool,
-) -> torch.Tensor:  # fmt: skip
+    x: Any,
+    weight: Any,
+    lora_A: Any,
+    lora_B: Any,
+    scaling: Any,
+    bias: Any,
+    p: float,
+    magnitude: Any = None,
+    *,
+    detach_norm: bool,
+    round_norm: bool,
+) -> torch.Tensor:
     """The reference, called as the fused form is."""
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
     if magnitude is None:
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
-    return reference.dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, p, True, detach_norm,
-                                 round_norm=round_norm)  # fmt: skip
+    return reference.dora_linear(
+        x, weight, lora_A, lora_B, magnitude, scaling, bias, p, True, detach_norm, round_norm=round_norm
+    )
 
 
 _calls: dict[Facts, Callable[..., torch.Tensor]] = {}  # what takes them, by their facts
@@ -242,12 +281,19 @@ def _recall(
                 base = getattr(weight, weight.INNER[0])
                 acts_as = type(weight), weight.acts_as, weight.requires_grad
         facts = (
-            _facts(x), _facts(base), _facts(lora_A), _facts(lora_B), None if bias is None else _facts(bias),
-            None if magnitude is None else _facts(magnitude), acts_as,
-            None if number else (scaling.dtype, scaling.shape, scaling.device), torch.is_grad_enabled(),
+            _facts(x),
+            _facts(base),
+            _facts(lora_A),
+            _facts(lora_B),
+            None if bias is None else _facts(bias),
+            None if magnitude is None else _facts(magnitude),
+            acts_as,
+            None if number else (scaling.dtype, scaling.shape, scaling.device),
+            torch.is_grad_enabled(),
             dispatch.autocast_dtype(x.device) if torch._C._is_any_autocast_enabled() else None,
-            dispatch.get_backend(), *asked,
-        )  # fmt: skip
+            dispatch.get_backend(),
+            *asked,
+        )
         return facts, _calls.get(facts)
     except (AttributeError, RuntimeError, TypeError):
         return None, None

@@ -82,9 +82,9 @@ def dora_norm(
         a, sb = lora_A.to(dtype), lora_B.to(dtype) * scaling
         if len(weight) <= ROWS:
             return _rows_norm(weight.to(dtype), sb, a)
-        return torch.cat([
-            _rows_norm(w.to(dtype), b, a) for w, b in zip(weight.split(ROWS), sb.split(ROWS), strict=True)
-        ])  # fmt: skip
+        return torch.cat(
+            [_rows_norm(w.to(dtype), b, a) for w, b in zip(weight.split(ROWS), sb.split(ROWS), strict=True)]
+        )
 
 
 def _rows_norm(w: torch.Tensor, sb: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

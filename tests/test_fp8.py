@@ -115,8 +115,14 @@ def emulated(inputs, weight, magnitude, dy, dtype=torch.float64):
         z = z * (m / norm)
     y = z if bias is None else z + bias
     y.backward(dy.to(dtype))
-    return {"y": y.detach(), "dx": x.grad, "dA": a.grad, "dB": b.grad, "dm": None if m is None else m.grad,
-            "dbias": None if bias is None else bias.grad}  # fmt: skip
+    return {
+        "y": y.detach(),
+        "dx": x.grad,
+        "dA": a.grad,
+        "dB": b.grad,
+        "dm": None if m is None else m.grad,
+        "dbias": None if bias is None else bias.grad,
+    }
 
 
 class _Exact(torch.autograd.Function):
@@ -144,8 +150,14 @@ def results(inputs, weight, magnitude, dy, **options):
     else:
         y = dora_linear(x, weight, a, b, m, inputs.scaling, bias, **options)
     y.backward(dy)
-    return {"y": y.detach(), "dx": x.grad, "dA": a.grad, "dB": b.grad, "dm": None if m is None else m.grad,
-            "dbias": None if bias is None else bias.grad}  # fmt: skip
+    return {
+        "y": y.detach(),
+        "dx": x.grad,
+        "dA": a.grad,
+        "dB": b.grad,
+        "dm": None if m is None else m.grad,
+        "dbias": None if bias is None else bias.grad,
+    }
 
 
 def relative(found, truth):
@@ -160,11 +172,18 @@ KINDS = ["lora", "dora", "lora_fp8_x", "dora_fp8_x"]
 SHAPES = [
     pytest.param("cpu", FLOAT, (33, 70, 45, 3), marks=CPU.marks, id="cpu-float32"),
     pytest.param("cpu", HALF, (24, 64, 48, 20), marks=CPU.marks, id="cpu-float16"),
-    *(pytest.param("cuda", dtype, shape, marks=CUDA.marks, id=f"cuda-{str(dtype)[6:]}-{'x'.join(map(str, shape))}")
-      for dtype in (BF16, HALF, FLOAT)
-      for shape in [(4096, 4096, 4096, 16), (1000, 1003, 1001, 12), (2048, 14336, 1024, 64), (2048, 1024, 768, 256),
-                    (3, 64, 48, 5)]),
-]  # fmt: skip
+    *(
+        pytest.param("cuda", dtype, shape, marks=CUDA.marks, id=f"cuda-{str(dtype)[6:]}-{'x'.join(map(str, shape))}")
+        for dtype in (BF16, HALF, FLOAT)
+        for shape in [
+            (4096, 4096, 4096, 16),
+            (1000, 1003, 1001, 12),
+            (2048, 14336, 1024, 64),
+            (2048, 1024, 768, 256),
+            (3, 64, 48, 5),
+        ]
+    ),
+]
 
 
 @pytest.mark.medium
@@ -215,8 +234,9 @@ def test_8_bit_x_over_a_plain_base(device, dtype, shape, dora, p):
         options = {"save": "z"} if dora else {}
         torch.manual_seed(3)
         with saving() as kept[save_x]:
-            found[save_x] = results(inputs, inputs.weight, magnitude, inputs.dy, dropout_p=p, backend="triton",
-                                    save_x=save_x, **options)  # fmt: skip
+            found[save_x] = results(
+                inputs, inputs.weight, magnitude, inputs.dy, dropout_p=p, backend="triton", save_x=save_x, **options
+            )
     if shape[1] != shape[2]:  # else DoRA's z looks like x
         of_x = {save_x: [t.dtype for t in ts if t.shape == inputs.x.shape] for save_x, ts in kept.items()}
         assert of_x == {"x": [dtype], "fp8": [E4M3]}
@@ -353,11 +373,14 @@ def test_tied_weights_stay():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device, backend", [
-    pytest.param("cpu", "reference"),
-    pytest.param("cpu", "triton", marks=CPU.marks),
-    pytest.param("cuda", "auto", marks=CUDA.marks),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "device, backend",
+    [
+        pytest.param("cpu", "reference"),
+        pytest.param("cpu", "triton", marks=CPU.marks),
+        pytest.param("cuda", "auto", marks=CUDA.marks),
+    ],
+)
 def test_two_processes(device, backend, tmp_path):
     """DDP and FSDP2 train what one process does with all rows, the bases stay, and full_tensor gives them whole."""
     if device == "cuda" and torch.cuda.device_count() < 2:

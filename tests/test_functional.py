@@ -24,8 +24,11 @@ def close(ours, expected):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("grad", [[name for name, on in zip(NAMES, flags, strict=True) if on]
-                                  for flags in product([False, True], repeat=4)], ids="-".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "grad",
+    [[name for name, on in zip(NAMES, flags, strict=True) if on] for flags in product([False, True], repeat=4)],
+    ids="-".join,
+)
 def test_gradients_go_to_whoever_asks(call, inputs, grad):
     everyone = args(inputs)
     call(*everyone).backward(inputs.dy)
@@ -224,8 +227,13 @@ BAD = [
 @cache
 def good_call(path):
     """The arguments of a call that was right, twice."""
-    tensors = {"x": torch.ones(4, 6), "weight": torch.ones(5, 6), "lora_A": torch.ones(2, 6),
-               "lora_B": torch.ones(5, 2), "bias": torch.ones(5)}  # fmt: skip
+    tensors = {
+        "x": torch.ones(4, 6),
+        "weight": torch.ones(5, 6),
+        "lora_A": torch.ones(2, 6),
+        "lora_B": torch.ones(5, 2),
+        "bias": torch.ones(5),
+    }
     good = {name: t.to(path[1]) for name, t in tensors.items()}
     good |= {"scaling": 1.0, "dropout_p": 0.1, "backend": path[0]}
     for _ in range(2):

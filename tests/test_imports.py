@@ -93,8 +93,12 @@ def test_no_module_imports_itself_by_way_of_others():
 
 def test_what_is_private_stays_in_its_module():
     private = re.compile(r"_[^_].*")
-    found = {(name, other) for name, path in NAMES.items() for other in own(path)
-             if private.fullmatch(other.rpartition(".")[2])}  # fmt: skip
+    found = {
+        (name, other)
+        for name, path in NAMES.items()
+        for other in own(path)
+        if private.fullmatch(other.rpartition(".")[2])
+    }
     assert not found
 
 

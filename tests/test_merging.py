@@ -26,8 +26,13 @@ def seed():
 
 
 def plain(dtype=BF16):
-    return nn.ModuleDict({"up": nn.Linear(24, 40, dtype=dtype), "rest": nn.Sequential(nn.Linear(40, 24, dtype=dtype)),
-                          "head": nn.Linear(24, 8, dtype=dtype)})  # fmt: skip
+    return nn.ModuleDict(
+        {
+            "up": nn.Linear(24, 40, dtype=dtype),
+            "rest": nn.Sequential(nn.Linear(40, 24, dtype=dtype)),
+            "head": nn.Linear(24, 8, dtype=dtype),
+        }
+    )
 
 
 def stirred(model):
@@ -94,15 +99,24 @@ def test_into_the_original(where, dtype, dora, tmp_path):
 
 BREAKS = {
     "absent": (lambda t: t.pop("rest.0.weight"), ValueError, "has no 'rest.0.weight'.* of the layer 'rest.0'"),
-    "shape": (lambda t: t.update({"rest.0.weight": torch.zeros(24, 41, dtype=BF16)}), ValueError,
-              r"got shape \(24, 41\), expected the base's, \(24, 40\).*'rest.0'.*model.safetensors"),
-    "dtype": (lambda t: t.update({"rest.0.weight": t["rest.0.weight"].float()}), TypeError,
-              "got torch.float32, expected the base's, torch.bfloat16.*'rest.0'"),
-    "other": (lambda t: t.update({"rest.0.weight": t["rest.0.weight"].roll(1, 0)}), ValueError,
-              "another weight.*'rest.0'"),
+    "shape": (
+        lambda t: t.update({"rest.0.weight": torch.zeros(24, 41, dtype=BF16)}),
+        ValueError,
+        r"got shape \(24, 41\), expected the base's, \(24, 40\).*'rest.0'.*model.safetensors",
+    ),
+    "dtype": (
+        lambda t: t.update({"rest.0.weight": t["rest.0.weight"].float()}),
+        TypeError,
+        "got torch.float32, expected the base's, torch.bfloat16.*'rest.0'",
+    ),
+    "other": (
+        lambda t: t.update({"rest.0.weight": t["rest.0.weight"].roll(1, 0)}),
+        ValueError,
+        "another weight.*'rest.0'",
+    ),
     "scale": (lambda t: t.update({"rest.0.weight": t["rest.0.weight"] * 2}), ValueError, "another weight.*'rest.0'"),
     "NaN": (lambda t: t["rest.0.weight"].fill_(float("nan")), ValueError, "another weight.*'rest.0'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BREAKS)

@@ -40,8 +40,16 @@ dim = st.integers(1, 24)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(m=dim, k=dim, n=dim, r=st.integers(1, 30), dtype=st.sampled_from([FLOAT, BF16, HALF]), bias=st.booleans(),
-       p=st.sampled_from([0.0, 0.1, 0.9]), transposed=st.booleans())  # fmt: skip
+@given(
+    m=dim,
+    k=dim,
+    n=dim,
+    r=st.integers(1, 30),
+    dtype=st.sampled_from([FLOAT, BF16, HALF]),
+    bias=st.booleans(),
+    p=st.sampled_from([0.0, 0.1, 0.9]),
+    transposed=st.booleans(),
+)
 def test_error_rule_everywhere(m, k, n, r, dtype, bias, p, transposed):
     if m * k * n == 1:
         return

@@ -133,12 +133,18 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
         if hasattr(kernel, "result"):
             kernel = kernel.result()
         registers, stack = resources(kernel.asm["cubin"])
-        found.append({
-            "kernel": self.__name__, "problem": problem, "shared": kernel.metadata.shared,
-            "registers": registers, "stack": stack, "dots": kernel.asm["ttir"].count("tt.dot"),
-            "run": longest_run(kernel.asm["cubin"]) if capability == 90 and self.__name__ in PRODUCTS else 0,
-            **{name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in MATRIX.items()},
-        })  # fmt: skip
+        found.append(
+            {
+                "kernel": self.__name__,
+                "problem": problem,
+                "shared": kernel.metadata.shared,
+                "registers": registers,
+                "stack": stack,
+                "dots": kernel.asm["ttir"].count("tt.dot"),
+                "run": longest_run(kernel.asm["cubin"]) if capability == 90 and self.__name__ in PRODUCTS else 0,
+                **{name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in MATRIX.items()},
+            }
+        )
         return kernel
 
     JITFunction.run = compile_only
@@ -154,13 +160,15 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
             s = down.down_fwd(x, a, 2.0, bits)
         gemm.gemm(x, w, s, b, transposed=True, bias=bias)
         norm, gain = norm_module.norm_fwd(w, a, b, 2.0, torch.empty(n))
-        gemm.gemm(x, w, s, b, transposed=True, bias=bias, gain=gain,
-                  z=torch.empty(m, n, dtype=dtype) if with_bias else None)  # fmt: skip
+        gemm.gemm(
+            x, w, s, b, transposed=True, bias=bias, gain=gain, z=torch.empty(m, n, dtype=dtype) if with_bias else None
+        )
         grad_b, grad_bias = torch.empty(n, r, dtype=adapter), torch.empty(n, dtype=dtype) if with_bias else None
         ds = passes.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias)
         assert gain is not None
-        dora = sums.Dora(gain, norm, torch.empty_like(dy), torch.empty_like(dy), torch.empty(n),
-                          *(() if with_bias else (x, w, s, b)))  # fmt: skip
+        dora = sums.Dora(
+            gain, norm, torch.empty_like(dy), torch.empty_like(dy), torch.empty(n), *(() if with_bias else (x, w, s, b))
+        )
         passes.dy_bwd(dy, s, b[:, :r], 2.0, grad_b, grad_bias, 1.0, dora)
         assert ds is not None
         passes.a_bwd(x, ds, torch.empty_like(a, dtype=adapter), bits)
@@ -172,11 +180,22 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
             s, x8, x_scale = down.quantise_fwd(x, a, 2.0, bits)
             w8, w_scale = torch.empty(n, k, dtype=FP8), torch.empty(n)
             norm_module.norm_fwd(w8, a, b, 2.0, torch.empty(n), False, w_scale)
-            gemm.gemm(x8, w8, s, b, transposed=True, bias=bias, gain=gain, x_scale=x_scale, w_scale=w_scale,
-                      z=torch.empty(m, n, dtype=dtype) if with_bias else None)  # fmt: skip
+            gemm.gemm(
+                x8,
+                w8,
+                s,
+                b,
+                transposed=True,
+                bias=bias,
+                gain=gain,
+                x_scale=x_scale,
+                w_scale=w_scale,
+                z=torch.empty(m, n, dtype=dtype) if with_bias else None,
+            )
             ds, dz8, dz_scale = down.quantise_fwd(dy, b.t()[:r], 2.0, None, 1.0, gain)
-            gemm.gemm(dz8, w8.new_empty(k, n), ds, a, transposed=False, bits=bits, x_scale=dz_scale,
-                      w_scale=torch.empty(k))  # fmt: skip
+            gemm.gemm(
+                dz8, w8.new_empty(k, n), ds, a, transposed=False, bits=bits, x_scale=dz_scale, w_scale=torch.empty(k)
+            )
             passes.a_bwd(x8, ds, torch.empty(r, k), bits, scale)
         a, b = torch.empty(r, k, dtype=adapter), torch.empty(n, r, dtype=adapter)
         if dtype == torch.float16:  # whose B carries a part of the scaling

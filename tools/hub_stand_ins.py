@@ -16,11 +16,19 @@ PEFT, HF, TRL = "peft-internal-testing/", "hf-internal-testing/", "trl-internal-
 
 # Of every model. With weights as large as these the layers decide the output, not the token embedding alone.
 SIZES: dict[str, Any] = {
-    "vocab_size": 1024, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 1024,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256, "initializer_range": 0.2, "init_std": 0.2,
-    "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 3,
-}  # fmt: skip
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "init_std": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+}
 MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8}
 DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 OTHER_SIZES: dict[str, dict[str, Any]] = {  # by what the architecture's name begins with
@@ -30,17 +38,26 @@ OTHER_SIZES: dict[str, dict[str, Any]] = {  # by what the architecture's name be
     "Bloom": {"n_layer": 2, "n_head": 4},
     "T5": {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
     "Bart": {
-        "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
-        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 2,
+        "d_model": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "decoder_start_token_id": 2,
         "forced_eos_token_id": None,
     },
     "Gemma3": {"head_dim": 8},
-    "Mixtral": MOE, "Qwen3Moe": MOE, "GptOss": MOE,
+    "Mixtral": MOE,
+    "Qwen3Moe": MOE,
+    "GptOss": MOE,
     "Llama4": MOE | {"intermediate_size_mlp": 32, "num_experts_per_tok": 1},
-    "DebertaV2": DEBERTA, "Deberta": DEBERTA,
+    "DebertaV2": DEBERTA,
+    "Deberta": DEBERTA,
     "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]},
     "FalconMamba": {"state_size": 4},
-}  # fmt: skip
+}
 MODELS = {  # name: architecture
     PEFT + "tiny-random-OPTForCausalLM": "OPTForCausalLM",
     PEFT + "opt-125m": "OPTForCausalLM",

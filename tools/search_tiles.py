@@ -83,8 +83,10 @@ def search(kernel: str, one: Work, found: list[Tile | None], rounds: int, chip: 
     launches = max(8, len(one.given))
     times = {name: timing.summary(us)[0] / launches for name, us in timing.measure(runs, rounds, target_ms=2.0).items()}
     now = named(kernel, tile_of(kernel, made["now"], chip))
-    rows = [Row(us, f"{now}, now" if name == "now" else name, name == "now", spills.get(name, 0))
-            for name, us in times.items()]  # fmt: skip
+    rows = [
+        Row(us, f"{now}, now" if name == "now" else name, name == "now", spills.get(name, 0))
+        for name, us in times.items()
+    ]
     return sorted(rows), failed
 
 
@@ -122,12 +124,19 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ways", type=lambda text: text.split(","), metavar="WAY[,WAY]", help="some of them only")
     parser.add_argument("--rank", type=int, default=16, help="a multiple of 8 (default 16)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--cold", action="store_true",
-                        help="inputs of 256 MiB in turn, so that none is in the cache; decode always does")  # fmt: skip
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="inputs of 256 MiB in turn, so that none is in the cache; decode always does",
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--top", type=int, default=5, help="how many to print (default 5)")
-    parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1),
-                        help="that compile (default: as many as cores, 16 at most)")  # fmt: skip
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=min(16, os.cpu_count() or 1),
+        help="that compile (default: as many as cores, 16 at most)",
+    )
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # of the candidates, in one of these processes
     args = parser.parse_args(argv)
     args.ways = args.ways or WAYS[args.kernel]

@@ -24,8 +24,13 @@ FIELDS = {
     "pair": "m n warps stages",
     "decode": "m n k r warps stages fill",
 }
-WAYS = {"product": ("fwd", "dx", "masked"), "product_with_s": ("fwd", "dx", "masked"), "down": ("s", "masked", "ds"),
-        "pair": ("plain", "masked"), "decode": ("y",)}  # fmt: skip
+WAYS = {
+    "product": ("fwd", "dx", "masked"),
+    "product_with_s": ("fwd", "dx", "masked"),
+    "down": ("s", "masked", "ds"),
+    "pair": ("plain", "masked"),
+    "decode": ("y",),
+}
 TOLERANCE = 0.02  # of the largest element; 16 bits round by a tenth of that
 
 
@@ -98,8 +103,9 @@ class Work:
             out.fill_(float("nan"))
         self.run(made, 0)
         pairs = zip(ours, self.expected, strict=True)
-        return max(((out.float() - true).abs().max() / true.abs().max()).nan_to_num(torch.inf).item()
-                   for out, true in pairs)  # fmt: skip
+        return max(
+            ((out.float() - true).abs().max() / true.abs().max()).nan_to_num(torch.inf).item() for out, true in pairs
+        )
 
 
 def whole_or_apart(
@@ -146,24 +152,43 @@ def work(kernel: str, way: str, shape: Shape, r: int, dtype: torch.dtype, device
                 given = {"x": x, "w": w, "d": a, "u": b, "out": y, "s": small, **scaled, "transposed": True}
                 return given, (xf @ wf.T + low @ bf.T, padded(low, ranks))
             low = dyf @ bf
-            given = {"x": dy, "w": w, "d": b, "u": a, "out": dx, "s": small, **scaled, "transposed": False,
-                     "bits": bits}  # fmt: skip
+            given = {
+                "x": dy,
+                "w": w,
+                "d": b,
+                "u": a,
+                "out": dx,
+                "s": small,
+                **scaled,
+                "transposed": False,
+                "bits": bits,
+            }
             return given, (dyf @ wf + mask * (low @ af), padded(low, ranks))
         if kernel == "down":
             z, low, d = (dy, dyf @ bf, b.t()) if way == "ds" else (x, (mask * xf) @ af.T, a)
             return {"x": z, "a": d, "s": small, **scaled, "bits": bits}, (padded(low, ranks),)
         if kernel == "pair":
-            given = {"x": x, "dy": dy, "ds": ds, "s": s, "grad_a": torch.empty_like(a),
-                     "grad_b": torch.empty_like(b), "bits": bits}  # fmt: skip
+            given = {
+                "x": x,
+                "dy": dy,
+                "ds": ds,
+                "s": s,
+                "grad_a": torch.empty_like(a),
+                "grad_b": torch.empty_like(b),
+                "bits": bits,
+            }
             return given, (ds[:, :r].float().T @ (mask * xf), dyf.T @ s[:, :r].float())
         return {"x": x, "w": w, "a": a, "b": b, "y": y, "scaling": 1.0}, (xf @ wf.T + xf @ af.T @ bf.T,)
 
     first, expected = one()
     given = [first, *(one()[0] for _ in range(copies - 1))]
     makes: dict[str, Callable[..., Launch | list[Launch]]] = {
-        "product": gemm.product, "product_with_s": whole_or_apart, "down": down.down, "pair": pair.pair,
+        "product": gemm.product,
+        "product_with_s": whole_or_apart,
+        "down": down.down,
+        "pair": pair.pair,
         "decode": decode,
-    }  # fmt: skip
+    }
     outputs = {"product": ("out",), "product_with_s": ("out", "s"), "down": ("s",), "pair": ("grad_a", "grad_b")}
     made = Work(makes[kernel], given, outputs.get(kernel, ("y",)), expected)
     if kernel in ("product", "product_with_s", "decode"):

@@ -14,8 +14,10 @@ from lora_fast.bases.packed import PackedWeight
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 LEAST = 2.0**-60  # rows whose largest element is smaller are scaled as if it were this
-CANNOT_SHARD = ("weight: got fp8 [{}, {}] to shard, expected a number of processes that divides both "
-                "(fully_shard(..., ignored_params={{weight}}) leaves it whole in each)")  # fmt: skip
+CANNOT_SHARD = (
+    "weight: got fp8 [{}, {}] to shard, expected a number of processes that divides both "
+    "(fully_shard(..., ignored_params={{weight}}) leaves it whole in each)"
+)
 aten = torch.ops.aten
 
 

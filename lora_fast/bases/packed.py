@@ -190,9 +190,13 @@ def as_plain(weight: torch.Tensor) -> torch.Tensor:
 
     whole: Any = weight
     return DTensor.from_local(
-        shard.dequantise(), whole.device_mesh, whole.placements, run_check=False, shape=whole.shape,
+        shard.dequantise(),
+        whole.device_mesh,
+        whole.placements,
+        run_check=False,
+        shape=whole.shape,
         stride=whole.stride(),
-    )  # fmt: skip
+    )
 
 
 def tensors_of(weight: torch.Tensor) -> Callable[[Any], tuple[torch.Tensor, ...]] | None:

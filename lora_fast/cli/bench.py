@@ -49,16 +49,27 @@ SMALL = [Shape(256, 1024, 1024)]  # for a CPU
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Measure forward + backward of LoRA layers beside the frozen nn.Linear, on this machine."
     parser.epilog = EPILOG
-    parser.add_argument("--shape", type=shape, action="extend", nargs="+", metavar="M,K,N", default=argparse.SUPPRESS,
-                        help="rows of x, in_features, out_features, or one size for all three; may be repeated "
-                        "(default: " + ", ".join("x".join(map(str, each)) for each in LARGE) + "; on a CPU a small "
-                        "one)")  # fmt: skip
+    parser.add_argument(
+        "--shape",
+        type=shape,
+        action="extend",
+        nargs="+",
+        metavar="M,K,N",
+        default=argparse.SUPPRESS,
+        help="rows of x, in_features, out_features, or one size for all three; may be repeated "
+        "(default: " + ", ".join("x".join(map(str, each)) for each in LARGE) + "; on a CPU a small "
+        "one)",
+    )
     parser.add_argument("--rank", type=whole_number, default=16, help="rank of the adapters")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the weight")
     parser.add_argument("--dropout", type=_probability, default=0.0, help="dropout in the low-rank branch")
     parser.add_argument("--dora", action="store_true", help="DoRA as well")
-    parser.add_argument("--rounds", type=whole_number, default=argparse.SUPPRESS,
-                        help="how often each is timed; the median counts (default: 24, on a CPU 5)")  # fmt: skip
+    parser.add_argument(
+        "--rounds",
+        type=whole_number,
+        default=argparse.SUPPRESS,
+        help="how often each is timed; the median counts (default: 24, on a CPU 5)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -154,8 +165,10 @@ def _us(time: float) -> str:
 def _about(device: str, why: str | None) -> str:
     versions = f"torch {torch.__version__}"
     if device == "cpu":
-        return (f"CPU, {torch.get_num_threads()} threads, {versions}. These are CPU numbers of the plain torch path; "
-                f"they say nothing about the fused kernels: {why}.")  # fmt: skip
+        return (
+            f"CPU, {torch.get_num_threads()} threads, {versions}. These are CPU numbers of the plain torch path; "
+            f"they say nothing about the fused kernels: {why}."
+        )
     path = f"plain torch for every layer: {why}" if why else "LoRALinear and DoRALinear on the fused kernels"
     return f"{torch.cuda.get_device_name()}, {versions}; {path}."
 

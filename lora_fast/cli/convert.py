@@ -75,8 +75,10 @@ def _from_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     settings, ranks, alphas, state = read_adapter(skeleton_of_adapter(folder), folder)
     r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     if settings.use_rslora:
-        raise ValueError(f"{CONFIG}: use_rslora: torchtune divides lora_alpha by r alone; with use_rslora false and "
-                         f"lora_alpha {alpha * r**0.5:g} the adapter is the same")  # fmt: skip
+        raise ValueError(
+            f"{CONFIG}: use_rslora: torchtune divides lora_alpha by r alone; with use_rslora false and "
+            f"lora_alpha {alpha * r**0.5:g} the adapter is the same"
+        )
     if len(set(ranks.values())) > 1 or len(set(alphas.values())) > 1:
         raise ValueError(f"{CONFIG}: layers differ in r or lora_alpha, which torchtune does not know")
     if unknown := [key for key in state if to_torchtune(key) is None]:
@@ -153,8 +155,11 @@ def _write(folder: Path, config: dict[str, Any], state: dict[str, Tensor], to: s
         text = json.dumps(config, indent=2) + "\n"
         (part / CONFIG).write_text(text, encoding="utf-8")
         names = {key: key if key.endswith("_vector") else f"{key}.weight" for key in state}
-        save_file({PREFIX + names[key]: tensor for key, tensor in state.items()}, part / TENSORS,
-                  {"format": "pt", "adapter_config": text})  # fmt: skip
+        save_file(
+            {PREFIX + names[key]: tensor for key, tensor in state.items()},
+            part / TENSORS,
+            {"format": "pt", "adapter_config": text},
+        )
         read_adapter(skeleton_of_adapter(part), part)
         if to == "torchtune":
             (part / TENSORS).unlink()
@@ -186,8 +191,10 @@ def _heads(args: argparse.Namespace) -> Heads | None:
     size, dim = found.get("head_dim"), found.get("hidden_size")
     size = dim // q if size is None and _is_whole(dim) and _is_whole(q) else size
     if not (_is_whole(q) and _is_whole(k) and _is_whole(size)):
-        raise ValueError(f"{args.config}: expected num_attention_heads, num_key_value_heads and head_dim or "
-                         "hidden_size, in whole numbers of 1 or more")  # fmt: skip
+        raise ValueError(
+            f"{args.config}: expected num_attention_heads, num_key_value_heads and head_dim or "
+            "hidden_size, in whole numbers of 1 or more"
+        )
     return Heads(q, k, size)
 
 

@@ -56,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     model_or_adapter = "pkg.module:name of a model or a function that makes one, or an adapter's directory"
     parser.add_argument("target", metavar="TARGET", nargs="?", help=model_or_adapter)
-    parser.add_argument("--require-fused", action="store_true",
-                        help="exit with 1 if a layer of TARGET with an adapter is not fused")  # fmt: skip
+    parser.add_argument(
+        "--require-fused", action="store_true", help="exit with 1 if a layer of TARGET with an adapter is not fused"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -169,8 +170,12 @@ def examine(model: nn.Module) -> Iterator[Layer]:
             yield Layer(name, f"{type(module).__module__}.{type(module).__qualname__}", fused, why)
         elif isinstance(module, nn.Linear) and module not in inside:
             why = why_not_lora(module)
-            yield Layer(name, f"{type(module).__name__} {_shape(module)}", None,
-                        f"cannot be converted: it {why}" if why else "add_lora can convert it")  # fmt: skip
+            yield Layer(
+                name,
+                f"{type(module).__name__} {_shape(module)}",
+                None,
+                f"cannot be converted: it {why}" if why else "add_lora can convert it",
+            )
         elif module not in inside:
             for key, parameter in module._parameters.items():
                 if parameter in others:

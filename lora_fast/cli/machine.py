@@ -11,8 +11,14 @@ import torch
 from lora_fast import __version__, dispatch
 
 # The oldest version that lora_fast works with, and the newest that it was tried with.
-TRIED = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.9"), "numpy": ("", ""), "safetensors": ("", ""),
-         "peft": ("0.13", "0.21"), "transformers": ("", "")}  # fmt: skip
+TRIED = {
+    "torch": ("2.11", "2.13"),
+    "triton": ("3.6", "3.9"),
+    "numpy": ("", ""),
+    "safetensors": ("", ""),
+    "peft": ("0.13", "0.21"),
+    "transformers": ("", ""),
+}
 
 
 def versions() -> bool:
@@ -39,8 +45,10 @@ def devices() -> None:
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        print(f"cuda:{i}: {properties.name}, compute capability {properties.major}.{properties.minor}, "
-              f"{properties.total_memory / 2**30:.0f} GiB, {built}")  # fmt: skip
+        print(
+            f"cuda:{i}: {properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB, {built}"
+        )
         why = dispatch.why_not_triton(torch.device("cuda", i), torch.bfloat16)
         print(f"  fused kernels: {f'cannot run: {why}' if why else 'can run'}")
         if not why:

@@ -37,13 +37,21 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Fold an adapter (LoRA, DoRA, rsLoRA, in PEFT's format) into the weights of a checkpoint."
     parser.epilog = EPILOG
-    parser.add_argument("base", metavar="BASE", type=Path,
-                        help="the checkpoint: a safetensors file, or a directory with one or with shards")  # fmt: skip
+    parser.add_argument(
+        "base",
+        metavar="BASE",
+        type=Path,
+        help="the checkpoint: a safetensors file, or a directory with one or with shards",
+    )
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="the adapter's directory")
     parser.add_argument("out", metavar="OUT", type=Path, help="the merged checkpoint: a file if BASE is one")
     parser.add_argument("--force", action="store_true", help="replace an OUT that is there")
-    parser.add_argument("--safe", action=argparse.BooleanOptionalAction, default=True,
-                        help="refuse a merged weight that has NaN or infinite elements")  # fmt: skip
+    parser.add_argument(
+        "--safe",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="refuse a merged weight that has NaN or infinite elements",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,8 +124,10 @@ def merge(
                     old = files.read(name)
                     new = _merged(changed[name], old, state, name) if name in changed else state[name].to(old.dtype)
                     if safe and new.is_floating_point() and not torch.isfinite(new).all():
-                        raise ValueError(f"{name}: the merged weight has NaN or infinite elements in {old.dtype} "
-                                         "(--no-safe lets them pass)")  # fmt: skip
+                        raise ValueError(
+                            f"{name}: the merged weight has NaN or infinite elements in {old.dtype} "
+                            "(--no-safe lets them pass)"
+                        )
                     file.seek(files.tensors[name].start)
                     file.write(new.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
                     note(total, files.tensors[name].size, name)
@@ -213,8 +223,10 @@ def _remove(path: Path) -> None:
 def _summary(files: Base, out: Path, changed: dict[str, LoRALinear], replaced: list[str]) -> str:
     ranks = ", ".join(map(str, sorted({layer.r for layer in changed.values()})))
     kind = type(next(iter(changed.values()))).__name__.removesuffix("Linear")
-    lines = [f"Merged {len(changed)} {kind} layers (r = {ranks}) into {out}: {len(files.tensors)} tensors, "
-             f"{len(files.shards)} safetensors file(s)"]  # fmt: skip
+    lines = [
+        f"Merged {len(changed)} {kind} layers (r = {ranks}) into {out}: {len(files.tensors)} tensors, "
+        f"{len(files.shards)} safetensors file(s)"
+    ]
     for what, names in (("replaced by trained ones", replaced), ("copied", [*files.others]), ("left out", files.left)):
         lines += [f"{what}: {', '.join(names)}"] if names else []
     return "\n".join(lines)

@@ -115,9 +115,13 @@ def _draw(method: str, dtype: torch.dtype, shape: Shape, device: torch.device, s
         return (std * torch.randn(*size, generator=generator, device=device)).to(kind)
 
     tensors = {
-        "x": normal(m, k, kind=dtype), "w": normal(n, k, std=k**-0.5, kind=dtype), "bias": normal(n, kind=dtype),
-        "dy": normal(m, n, kind=dtype), "a": normal(r, k, std=k**-0.5), "b": normal(n, r, std=0.3),
-    }  # fmt: skip
+        "x": normal(m, k, kind=dtype),
+        "w": normal(n, k, std=k**-0.5, kind=dtype),
+        "bias": normal(n, kind=dtype),
+        "dy": normal(m, n, kind=dtype),
+        "a": normal(r, k, std=k**-0.5),
+        "b": normal(n, r, std=0.3),
+    }
     if method == "DoRA":
         tensors["m"] = 1 + normal(n, std=0.1)
     return tensors

@@ -88,10 +88,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "adapter_config": config}  # the config again, so that a mixture of two saves is seen
-    _replace(folder, {
-        TENSORS: lambda path: save_file(tensors, path, metadata),
-        CONFIG: lambda path: path.write_text(config, encoding="utf-8"),
-    })  # fmt: skip
+    _replace(
+        folder,
+        {
+            TENSORS: lambda path: save_file(tensors, path, metadata),
+            CONFIG: lambda path: path.write_text(config, encoding="utf-8"),
+        },
+    )
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:

@@ -21,9 +21,38 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 INDEX_BYTES = 1 << 26
 CHUNK = 1 << 24  # bytes that are compared at once
 # Files that hold weights in another way: beside merged ones they would be the unmerged ones.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pte", ".ckpt", ".gguf", ".ggml", ".h5", ".hdf5", ".keras",
-           ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".index.json", ".ot", ".npz", ".npy", ".tflite", ".mlmodel",
-           ".pkl", ".pickle", ".nemo", ".params", ".pdparams", ".engine", ".llamafile", ".tar", ".zip")  # fmt: skip
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pte",
+    ".ckpt",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".hdf5",
+    ".keras",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".onnx.data",
+    ".index.json",
+    ".ot",
+    ".npz",
+    ".npy",
+    ".tflite",
+    ".mlmodel",
+    ".pkl",
+    ".pickle",
+    ".nemo",
+    ".params",
+    ".pdparams",
+    ".engine",
+    ".llamafile",
+    ".tar",
+    ".zip",
+)
 
 
 class Place(NamedTuple):
@@ -151,8 +180,9 @@ def _module_paths(path: Path) -> list[str]:
     try:
         return [part["path"] for part in json.loads(path.read_text(encoding="utf-8")) if part["path"]]
     except (ValueError, RecursionError, KeyError, TypeError):
-        raise ValueError("modules.json: expected a list of modules, each with its path, as sentence-transformers "
-                         "writes it") from None  # fmt: skip
+        raise ValueError(
+            "modules.json: expected a list of modules, each with its path, as sentence-transformers writes it"
+        ) from None
 
 
 def open_originals(

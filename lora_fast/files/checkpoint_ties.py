@@ -17,8 +17,10 @@ from lora_fast.files.checkpoint import Base
 from lora_fast.files.format import HEADS, PREFIX, VOCABULARY
 
 CUT = "so that a merged checkpoint cannot change one of them alone"
-WAY_OUT = ("in memory it can: load_adapter (or PEFT), then merge and save the whole model, "
-           "remove_lora(merge_lora(model)).save_pretrained(OUT)")  # fmt: skip
+WAY_OUT = (
+    "in memory it can: load_adapter (or PEFT), then merge and save the whole model, "
+    "remove_lora(merge_lora(model)).save_pretrained(OUT)"
+)
 _HAS_HEAD = re.compile(r"(LM|LMHead\w*|DoubleHeadsModel|MTModel|ForConditionalGeneration|ForPreTraining)$")
 
 
@@ -39,8 +41,10 @@ def twins(files: Base, adapter: Path) -> dict[str, str]:
                 continue
             shape = [*shapes[names[name]][:1], *shapes.get(names.get(f"{layer}.lora_A.weight", ""), [])[1:]]
             if other := _tied_head(files, layer, shape):
-                raise ValueError(f"{layer}: has an adapter, but the base's files have no weight of its own for it: it "
-                                 f"is tied to {other}, {CUT}; {WAY_OUT}")  # fmt: skip
+                raise ValueError(
+                    f"{layer}: has an adapter, but the base's files have no weight of its own for it: it "
+                    f"is tied to {other}, {CUT}; {WAY_OUT}"
+                )
         entries = settings.modules_to_save
         full = {
             name: key
@@ -58,8 +62,10 @@ def twins(files: Base, adapter: Path) -> dict[str, str]:
             alike = [other for other in full.keys() & files.tensors.keys() if shapes[full[other]] == list(value.shape)]
             same = [other for other in alike if torch.equal(value, file.get_tensor(full[other]))]
             if not same and name in must:
-                raise ValueError(f"{name}: trained in full (modules_to_save), but the base's files have no such "
-                                 f"tensor: it is new, or tied to another one, {CUT}; {WAY_OUT}")  # fmt: skip
+                raise ValueError(
+                    f"{name}: trained in full (modules_to_save), but the base's files have no such "
+                    f"tensor: it is new, or tied to another one, {CUT}; {WAY_OUT}"
+                )
             found.update({name: same[0]} if same else {})
     return found
 
@@ -82,8 +88,10 @@ def check_tied(files: Base, config: Mapping[str, Any], changed: list[str], kept:
         if rows is None or name in kept.values():
             continue
         if rows in (sizes if None in tied else tied):
-            raise ValueError(f"{name.removesuffix('.weight')}: config.json ties the embeddings (tie_word_embeddings), "
-                             f"{CUT}; {WAY_OUT}")  # fmt: skip
+            raise ValueError(
+                f"{name.removesuffix('.weight')}: config.json ties the embeddings (tie_word_embeddings), "
+                f"{CUT}; {WAY_OUT}"
+            )
         if (rows in sizes or _last(name) in VOCABULARY) and (why := _why_tied(files, config, name)):
             raise ValueError(f"{name.removesuffix('.weight')}: {why}, {CUT}; {WAY_OUT}")
 

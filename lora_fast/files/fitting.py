@@ -51,20 +51,27 @@ def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> 
     if layers:
         _check_converted(layers, ranks, settings)
         if ties:
-            raise ValueError(f"{TENSORS}: {ties[0]} in the model, but not in the adapter, which holds its values "
-                             "alone; load it into a model without LoRA layers, where that unties it")  # fmt: skip
+            raise ValueError(
+                f"{TENSORS}: {ties[0]} in the model, but not in the adapter, which holds its values "
+                "alone; load it into a model without LoRA layers, where that unties it"
+            )
         load()
         for name, layer in layers.items():
             layer.lora_alpha, layer.use_rslora = alphas[name], settings.use_rslora
         return
     longest_first = sorted(ranks, key=len, reverse=True)  # a name may be the last part of another
     config = LoRAConfig(
-        r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-        use_rslora=settings.use_rslora, use_dora=settings.use_dora, bias=settings.bias,  # type: ignore[arg-type]
-        target_modules="|".join(re.escape(name) for name in ranks), modules_to_save=saved or None,
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        bias=settings.bias,  # type: ignore[arg-type]
+        target_modules="|".join(re.escape(name) for name in ranks),
+        modules_to_save=saved or None,
         rank_pattern={re.escape(name): ranks[name] for name in longest_first},
         alpha_pattern={re.escape(name): alphas[name] for name in longest_first},
-    )  # fmt: skip
+    )
     replaced = [entry for tie in ties for entry in cut(model, tie.place)]
     try:
         add_lora(model, config)
@@ -78,9 +85,11 @@ def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> 
             entries[name] = old
         raise
     if ties:
-        warnings.warn(f"load_adapter: {some(list(map(str, ties)))}, but no longer: the adapter holds its values alone. "
-                      "Where a reader of the model's files ties by config.tie_word_embeddings, set that to False.",
-                      stacklevel=3)  # fmt: skip
+        warnings.warn(
+            f"load_adapter: {some(list(map(str, ties)))}, but no longer: the adapter holds its values alone. "
+            "Where a reader of the model's files ties by config.tie_word_embeddings, set that to False.",
+            stacklevel=3,
+        )
 
 
 def _check_converted(layers: dict[str, LoRALinear], ranks: dict[str, int], settings: Settings) -> None:

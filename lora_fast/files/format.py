@@ -34,11 +34,21 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others also change the base weight
     **dict.fromkeys(("lora_bias", "use_qalora"), (False,)),
     **dict.fromkeys(
-        ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
-         "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "velora_config"),
+        (
+            "alora_invocation_tokens",
+            "arrow_config",
+            "kasa_config",
+            "layer_replication",
+            "megatron_config",
+            "monteclora_config",
+            "target_parameters",
+            "trainable_token_indices",
+            "use_bdlora",
+            "velora_config",
+        ),
         (),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -120,9 +130,11 @@ def settings_of(config: dict[str, Any]) -> Settings:
         pattern = get(name, {}, dict, "an object")
         for key, value in pattern.items():
             if not is_name(key):
-                raise ValueError(f"{CONFIG}: {name}: the key {key!r:.100} is no plain module name; regexes are refused"
-                                 f" (load the adapter with PEFT, set its config's {name} to the layers' names, each "
-                                 "through re.escape, with their values, and save it again)")  # fmt: skip
+                raise ValueError(
+                    f"{CONFIG}: {name}: the key {key!r:.100} is no plain module name; regexes are refused"
+                    f" (load the adapter with PEFT, set its config's {name} to the layers' names, each "
+                    "through re.escape, with their values, and save it again)"
+                )
             if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
                 raise ValueError(f"{CONFIG}: {name}[{key!r}]: got {value!r:.100}, expected a finite number")
         patterns[name] = Pattern({plain_name(f"{key}.").removesuffix("."): value for key, value in pattern.items()})
@@ -135,11 +147,17 @@ def settings_of(config: dict[str, Any]) -> Settings:
     if not all(isinstance(name, str) for name in saved):
         raise ValueError(f"{CONFIG}: modules_to_save: got {saved!r:.100}, expected a list of module names")
     settings = Settings(
-        r, get("lora_alpha", 8, (int, float), "a number"), get("lora_dropout", 0.0, (int, float), "a number"),
-        get("use_rslora", False, bool, "true or false"), get("use_dora", False, bool, "true or false"),
-        get("bias", "none", str, "a string"), patterns["rank_pattern"], patterns["alpha_pattern"], saved,
+        r,
+        get("lora_alpha", 8, (int, float), "a number"),
+        get("lora_dropout", 0.0, (int, float), "a number"),
+        get("use_rslora", False, bool, "true or false"),
+        get("use_dora", False, bool, "true or false"),
+        get("bias", "none", str, "a string"),
+        patterns["rank_pattern"],
+        patterns["alpha_pattern"],
+        saved,
         get("ensure_weight_tying", False, bool, "true or false"),
-    )  # fmt: skip
+    )
     if not math.isfinite(settings.lora_alpha):
         raise ValueError(f"{CONFIG}: lora_alpha: got {settings.lora_alpha}, expected a finite number")
     if not 0 <= settings.lora_dropout < 1:
@@ -195,13 +213,16 @@ def check_header(
     ranks, alphas = {}, {}
     for name, parts in found.items():
         if parts.keys() != wanted:
-            raise ValueError(f"{TENSORS}: {name!r:.200} has {', '.join(sorted(parts))}, "
-                             f"expected {', '.join(sorted(wanted))}")  # fmt: skip
+            raise ValueError(
+                f"{TENSORS}: {name!r:.200} has {', '.join(sorted(parts))}, expected {', '.join(sorted(wanted))}"
+            )
         layer = modules.get(name)
         if not isinstance(layer, nn.Linear):
             what = "the model has no such module" if layer is None else f"it is a {type(layer).__name__}"
-            raise ValueError(f"{TENSORS}: has an adapter for {name!r:.200}, but {what}; expected an nn.Linear"
-                             + (RENAMED if layer is None else ""))  # fmt: skip
+            raise ValueError(
+                f"{TENSORS}: has an adapter for {name!r:.200}, but {what}; expected an nn.Linear"
+                + (RENAMED if layer is None else "")
+            )
         r = ranks[name] = settings.of(settings.rank_pattern, settings.r, written[name])
         alphas[name] = settings.of(settings.alpha_pattern, settings.lora_alpha, written[name])
         n, k = layer.out_features, layer.in_features

@@ -73,8 +73,10 @@ def reordered(state: dict[str, Tensor], heads: Heads | None, to: str) -> dict[st
         size, rest = divmod(len(tensor), count)
         sizes.add(size)
         if rest or size % 2 or len(sizes) > 1:
-            raise ValueError(f"{found[1]}: has {len(tensor)} rows, which are not {count} heads of an even size that "
-                             f"all share; are --num-heads, --num-kv-heads and --dim right?")  # fmt: skip
+            raise ValueError(
+                f"{found[1]}: has {len(tensor)} rows, which are not {count} heads of an even size that "
+                f"all share; are --num-heads, --num-kv-heads and --dim right?"
+            )
         parts = (2, size // 2) if to == "torchtune" else (size // 2, 2)
         result[key] = tensor.unflatten(0, (count, *parts)).transpose(1, 2).flatten(0, 2).contiguous()
     return result

@@ -121,8 +121,19 @@ class DoRALinear(LoRALinear):
             magnitude = self.lora_magnitude_vector
         if type(weight) is torch.Tensor:
             weight = fsdp1.as_asked(weight, self)
-        return dora_linear(x, weight, lora_A, lora_B, magnitude, self.scaling, bias, dropout_p=self.lora_dropout,
-                           training=self.training, save=self.save, save_x=self.save_x)  # fmt: skip
+        return dora_linear(
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            magnitude,
+            self.scaling,
+            bias,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+            save=self.save,
+            save_x=self.save_x,
+        )
 
     def merged_weight(self, original: torch.Tensor | None = None) -> torch.Tensor:
         """``(m / n) * (W + scaling * B A)`` [out, in], in float32 or better; W, also in n, is the base weight, or

@@ -19,7 +19,7 @@ from lora_fast.layers.rules import (
     init_adapter,
     name_of_base,
     why_not_lora,
-)  # fmt: skip
+)
 from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.gather import whole
 
@@ -103,8 +103,17 @@ class LoRALinear(MergingLinear):
         check_base_dtype(base_dtype)
         if why := why_not_lora(linear):
             raise TypeError(f"linear: expected a plain nn.Linear, got one that {why}")
-        layer = cls(linear.in_features, linear.out_features, r, lora_alpha, lora_dropout, use_rslora,
-                    bias=linear.bias is not None, device="meta", init_lora_weights=init_lora_weights)  # fmt: skip
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora,
+            bias=linear.bias is not None,
+            device="meta",
+            init_lora_weights=init_lora_weights,
+        )
         layer.weight, layer.bias = linear.weight, linear.bias
         if base_dtype is not None:
             check_quantisable(linear.weight, base_dtype)
@@ -168,8 +177,17 @@ class LoRALinear(MergingLinear):
             weight, lora_A, lora_B, bias = self.weight, self.lora_A, self.lora_B, self.bias
         if type(weight) is torch.Tensor:
             weight = fsdp1.as_asked(weight, self)
-        return lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, dropout_p=self.lora_dropout,
-                           training=self.training, save_x=self.save_x)  # fmt: skip
+        return lora_linear(
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            self.scaling,
+            bias,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+            save_x=self.save_x,
+        )
 
     def enable(self) -> None:
         """Let the adapter act (the default)."""

@@ -133,8 +133,10 @@ def remove_lora(model: nn.Module) -> nn.Module:
     if isinstance(unwrapped(model), LoRALinear):
         raise ValueError("model: got a LoRALinear, which cannot be replaced in place; use its to_linear()")
     if compiled := compiled_alone(model, LoRALinear):
-        raise ValueError(f"model: torch.compile was given {some(compiled)} by itself, so that its wrapper would go on "
-                         "calling the LoRA layer; put the wrapper's _orig_mod in its place first")  # fmt: skip
+        raise ValueError(
+            f"model: torch.compile was given {some(compiled)} by itself, so that its wrapper would go on "
+            "calling the LoRA layer; put the wrapper's _orig_mod in its place first"
+        )
     linears: dict[nn.Module, nn.Module] = {layer: layer._to_linear() for layer in layers.values()}
     modules = list(model.modules())
     _swap(model, linears)
@@ -188,8 +190,10 @@ def lora_layers(model: nn.Module, complete: bool = True) -> dict[str, LoRALinear
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     layers = {name: module for name, module in plain_modules(model) if isinstance(module, LoRALinear)}
     if complete and (gone := lost(model)):
-        raise ValueError(f"model: has lost adapters: other layers took the places of LoRA layers ({some(gone)}); "
-                         "convert or quantise the model before add_lora")  # fmt: skip
+        raise ValueError(
+            f"model: has lost adapters: other layers took the places of LoRA layers ({some(gone)}); "
+            "convert or quantise the model before add_lora"
+        )
     if not layers:
         raise ValueError("model: has no LoRA layers; call add_lora first")
     return layers

@@ -58,11 +58,15 @@ def places_to_load(model: nn.Module) -> dict[str, torch.Tensor]:
     disk = on_disk(model, own)
     places = stored(model, {name: tensor for name, tensor in own.items() if name not in disk})
     if missing := [name for name, tensor in places.items() if tensor.is_meta]:
-        raise ValueError(f"model: {some(missing)}: on the meta device, without data; give the model its data "
-                         "first (to_empty and load_state_dict), then load the adapter")  # fmt: skip
+        raise ValueError(
+            f"model: {some(missing)}: on the meta device, without data; give the model its data "
+            "first (to_empty and load_state_dict), then load the adapter"
+        )
     if disk:
-        raise ValueError(f"model: {some(disk)}: offloaded to disk, where accelerate does not let it change; "
-                         "load the adapter first, then offload the model")  # fmt: skip
+        raise ValueError(
+            f"model: {some(disk)}: offloaded to disk, where accelerate does not let it change; "
+            "load the adapter first, then offload the model"
+        )
     return places
 
 

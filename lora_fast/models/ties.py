@@ -76,8 +76,10 @@ def saved_places(model: nn.Module) -> list[str]:
         if not place or any(isinstance(module, LoRALinear) for module in inside):
             owner = next(owner for name, owner in trained.items() if _within(name, [place]))
             what = f"{place}, which has an adapter" if place else "the model itself"
-            raise ValueError(f"modules_to_save: {owner} has a tensor that is tied to one of {what}: PEFT's format "
-                             "cannot hold that; torch.save(lora_state_dict(model), ...) does")  # fmt: skip
+            raise ValueError(
+                f"modules_to_save: {owner} has a tensor that is tied to one of {what}: PEFT's format "
+                "cannot hold that; torch.save(lora_state_dict(model), ...) does"
+            )
     plain = [name for name, module in modules if not any(isinstance(m, LoRALinear) for m in module.modules())]
     while more := [name for name in plain if name.endswith(tuple(found)) and not _within(name, found)]:
         found = _outermost([*found, *more])
@@ -92,9 +94,11 @@ def refuse_shared(model: nn.Module, layers: Collection[str]) -> None:
     """
     held = Counter(child for module in model.modules() for child in module._modules.values())
     if shared := [name for name, module in plain_modules(model) if name in layers and held[module] > 1]:
-        raise ValueError(f"model: {some(shared)}: one layer in several places, of which PEFT adapts the first and "
-                         "add_lora all, so that no file means the same to both; give each place a layer of its own ("
-                         "their weights may be tied), or keep torch.save(lora_state_dict(model), ...)")  # fmt: skip
+        raise ValueError(
+            f"model: {some(shared)}: one layer in several places, of which PEFT adapts the first and "
+            "add_lora all, so that no file means the same to both; give each place a layer of its own ("
+            "their weights may be tied), or keep torch.save(lora_state_dict(model), ...)"
+        )
 
 
 def under_every_name(model: nn.Module, saved: list[str], state: Mapping[str, torch.Tensor]) -> Tensors:

@@ -47,9 +47,14 @@ def _hidden(s: torch.Tensor, down_bias: MaybeTensor) -> torch.Tensor:
 
 @torch.library.custom_op("lora_fast::bottleneck", mutates_args=())
 def _bottleneck_op(
-    x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, down_bias: MaybeTensor, up_bias: MaybeTensor,
-    dtype: torch.dtype, activation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    down_bias: MaybeTensor,
+    up_bias: MaybeTensor,
+    dtype: torch.dtype,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """y, and x D^T [M, padded R]; products are made in ``dtype``."""
     with on(x.device):
         r, rows = len(down), x.reshape(-1, x.shape[-1])
@@ -70,9 +75,16 @@ def _(x: Any, down: Any, up: Any, down_bias: Any, up_bias: Any, dtype: Any, acti
 
 @torch.library.custom_op("lora_fast::bottleneck_bwd", mutates_args=())
 def _bottleneck_bwd_op(
-    dy: torch.Tensor, x: torch.Tensor, s: torch.Tensor, down: torch.Tensor, up: torch.Tensor, down_bias: MaybeTensor,
-    up_bias_dtype: torch.dtype, activation: str, needs: list[bool],
-) -> list[torch.Tensor]:  # fmt: skip
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    s: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    down_bias: MaybeTensor,
+    up_bias_dtype: torch.dtype,
+    activation: str,
+    needs: list[bool],
+) -> list[torch.Tensor]:
     """Gradients of x, down, up and both biases, each empty where ``needs`` does not ask for it."""
     need_x, need_down, need_up, need_down_bias, need_up_bias = needs
     (r, n), dtype = down.shape, s.dtype
@@ -85,8 +97,14 @@ def _bottleneck_bwd_op(
         grad_up = up.new_empty(n, r) if need_up else None
         grad_up_bias = dy.new_empty(n, dtype=up_bias_dtype) if need_up_bias else None
         inner = need_x or need_down or need_down_bias
-        dlow = dy_bwd(rows.to(dtype), ACTIVATIONS[activation](h).to(dtype), up.to(dtype) if inner else None, 1.0,
-                      grad_up, grad_up_bias)  # fmt: skip
+        dlow = dy_bwd(
+            rows.to(dtype),
+            ACTIVATIONS[activation](h).to(dtype),
+            up.to(dtype) if inner else None,
+            1.0,
+            grad_up,
+            grad_up_bias,
+        )
         if dlow is not None:
             dh = DERIVATIVES[activation](dlow.to(h.dtype), h)
             if down_bias is not None and need_down_bias:
@@ -107,8 +125,10 @@ def _(
     (r, n), bias_dtype = down.shape, dtype_of(down_bias) or dy.dtype
     shapes = dy.shape, (r, n), (n, r), (r,), (n,)
     kinds = dy.dtype, down.dtype, up.dtype, bias_dtype, up_bias_dtype
-    return [dy.new_empty(sh if need else 0, dtype=kind if need else None)
-            for sh, kind, need in zip(shapes, kinds, needs, strict=True)]  # fmt: skip
+    return [
+        dy.new_empty(sh if need else 0, dtype=kind if need else None)
+        for sh, kind, need in zip(shapes, kinds, needs, strict=True)
+    ]
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -51,9 +51,19 @@ class _Given(NamedTuple):
         x, n, (r, k) = self.x, self.lora_B.shape[0], self.lora_A.shape
         kinds = kinds_of(x.dtype, self.lora_A, self.lora_B, self.bias, self.magnitude)
         return Problem(
-            x.shape[:-1], k, n, r, kinds, Needs(*needs), self.base, dora=self.magnitude is not None,
-            keep_x8=self.save_x8, keep_z=self.keep_z, round_norm=self.round_norm, alone=alone,
-        )  # fmt: skip
+            x.shape[:-1],
+            k,
+            n,
+            r,
+            kinds,
+            Needs(*needs),
+            self.base,
+            dora=self.magnitude is not None,
+            keep_x8=self.save_x8,
+            keep_z=self.keep_z,
+            round_norm=self.round_norm,
+            alone=alone,
+        )
 
 
 def linear(problem: Problem, call: Call, x: torch.Tensor, *small: MaybeTensor) -> torch.Tensor:
@@ -62,9 +72,17 @@ def linear(problem: Problem, call: Call, x: torch.Tensor, *small: MaybeTensor) -
     if not isinstance(scaling, torch.Tensor):
         scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
     return lora_linear(
-        x, call.held, *small, scaling, call.seed, call.p, problem.round_norm, problem.keep_z,
-        problem.keep_x8, problem.base_name,
-    )  # fmt: skip
+        x,
+        call.held,
+        *small,
+        scaling,
+        call.seed,
+        call.p,
+        problem.round_norm,
+        problem.keep_z,
+        problem.keep_x8,
+        problem.base_name,
+    )
 
 
 def _alone(*args: Any) -> torch.Tensor:
@@ -77,9 +95,22 @@ def _forward(*args: Any, alone: bool = False) -> list[torch.Tensor]:
     x, held, lora_A, lora_B, bias, magnitude, scaling, seed, p, *flags = given
     weight = held[0]
     key = (
-        x.device, x.dtype, x.shape, x.stride(), weight.dtype, weight.shape, weight.stride(), lora_A.dtype, lora_A.shape,
-        lora_B.dtype, lora_B.shape, dtype_of(bias), dtype_of(magnitude), *flags, alone,
-    )  # fmt: skip
+        x.device,
+        x.dtype,
+        x.shape,
+        x.stride(),
+        weight.dtype,
+        weight.shape,
+        weight.stride(),
+        lora_A.dtype,
+        lora_A.shape,
+        lora_B.dtype,
+        lora_B.shape,
+        dtype_of(bias),
+        dtype_of(magnitude),
+        *flags,
+        alone,
+    )
     problem = _problems.get(key) or _problems.keep(key, given.problem(alone=alone))
     small: Any = map(contiguous, (lora_A, lora_B, bias, magnitude))
     with on(x.device):
@@ -111,8 +142,18 @@ def _gradients(
     problem = _problems.get(key)
     if problem is None:
         (k, r), (dora, keep_x8, keep_z) = shape, flags
-        problem = Problem(dy.shape[:-1], k, dy.shape[-1], r, Kinds(dy.dtype, *kinds), Needs(*needs), base,
-                          dora=dora, keep_x8=keep_x8, keep_z=keep_z)  # fmt: skip
+        problem = Problem(
+            dy.shape[:-1],
+            k,
+            dy.shape[-1],
+            r,
+            Kinds(dy.dtype, *kinds),
+            Needs(*needs),
+            base,
+            dora=dora,
+            keep_x8=keep_x8,
+            keep_z=keep_z,
+        )
         _problems.keep(key, problem)
     with on(dy.device):
         grads = gradients(problem, dy, saved, scaling, p)
@@ -125,8 +166,11 @@ def _gradients_fake(
     *kinds, needs, _, _ = rest
     (k, r), n = shape, dy.shape[-1]
     shapes = (*dy.shape[:-1], k), (r, k), (n, r), (n,), (n,)
-    return [dy.new_empty(shape, dtype=kind)
-            for shape, kind, need in zip(shapes, (dy.dtype, *kinds), needs, strict=True) if need]  # fmt: skip
+    return [
+        dy.new_empty(shape, dtype=kind)
+        for shape, kind, need in zip(shapes, (dy.dtype, *kinds), needs, strict=True)
+        if need
+    ]
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -26,10 +26,18 @@ class FusedLinear:
     is the layer's time."""
 
     def __init__(
-        self, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, bias: MaybeTensor,
-        magnitude: MaybeTensor = None, *, save: str = "auto", round_norm: bool = False,
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        bias: MaybeTensor,
+        magnitude: MaybeTensor = None,
+        *,
+        save: str = "auto",
+        round_norm: bool = False,
         save_x: str = "x",
-    ) -> None:  # fmt: skip
+    ) -> None:
         base = weight.BASE if isinstance(weight, PackedWeight) else PLAIN.name
         dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
         kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
@@ -39,9 +47,19 @@ class FusedLinear:
         keeps_y = save == "auto" and bias is None and not keep_x8 and needs.a and needs.b
         (n, k), kinds = weight.shape, kinds_of(kind, lora_A, lora_B, bias, magnitude)
         self.problem = Problem(
-            tuple(x.shape[:-1]), k, n, len(lora_A), kinds, needs, base, dora=magnitude is not None, keep_x8=keep_x8,
-            keep_z=needs.m and not keeps_y, round_norm=round_norm and rounds_norm(weight), alone=not any(needs),
-        )  # fmt: skip
+            tuple(x.shape[:-1]),
+            k,
+            n,
+            len(lora_A),
+            kinds,
+            needs,
+            base,
+            dora=magnitude is not None,
+            keep_x8=keep_x8,
+            keep_z=needs.m and not keeps_y,
+            round_norm=round_norm and rounds_norm(weight),
+            alone=not any(needs),
+        )
         self.records, self.compiling = any(needs), torch.compiler.is_compiling()
         self.tensors_of = tensors_of(weight)
         self.kind, self.casts = kind, kind != x.dtype or kind != weight.dtype
@@ -52,9 +70,16 @@ class FusedLinear:
         self.elsewhere = None if self.compiling or x.device.type != "cuda" or one_gpu() else x.device
 
     def __call__(
-        self, x: torch.Tensor, weight: torch.Tensor, lora_A: Any, lora_B: Any, scaling: float | torch.Tensor,
-        bias: MaybeTensor, p: float, magnitude: MaybeTensor = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_A: Any,
+        lora_B: Any,
+        scaling: float | torch.Tensor,
+        bias: MaybeTensor,
+        p: float,
+        magnitude: MaybeTensor = None,
+    ) -> torch.Tensor:
         """y; p = 0 means no dropout."""
         if self.elsewhere is not None and self.elsewhere.index != torch.cuda.current_device():
             with torch.cuda.device(self.elsewhere):

@@ -47,9 +47,14 @@ def gradients(
 
 
 def to_save(
-    problem: Problem, made: Made, held: Sequence[torch.Tensor], x: torch.Tensor, lora_A: torch.Tensor,
-    lora_B: torch.Tensor, y: torch.Tensor,
-) -> tuple[MaybeTensor, ...]:  # fmt: skip
+    problem: Problem,
+    made: Made,
+    held: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    y: torch.Tensor,
+) -> tuple[MaybeTensor, ...]:
     """What the backward will read, and nothing else (but in the room, where all is small): the fields of ``Saved``, and
     the base's tensors, ``held``."""
     need_x, need_a, need_b, _, need_m = problem.needs

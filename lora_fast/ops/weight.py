@@ -38,9 +38,15 @@ def _(weight: Any, lora_A: Any, lora_B: Any, scaling: Any, magnitude: Any) -> An
 
 @torch.library.custom_op("lora_fast::lora_weight_bwd", mutates_args=())
 def _lora_weight_bwd_op(
-    grad: torch.Tensor, weight: MaybeTensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float,
-    magnitude: MaybeTensor, norm: MaybeTensor, need_w: bool,
-) -> list[torch.Tensor]:  # fmt: skip
+    grad: torch.Tensor,
+    weight: MaybeTensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    magnitude: MaybeTensor,
+    norm: MaybeTensor,
+    need_w: bool,
+) -> list[torch.Tensor]:
     """dA, dB and for DoRA (weight, magnitude and norm are then given) dm and, if asked for, dW."""
     with on(grad.device):
         m = None if magnitude is None else magnitude.contiguous()

@@ -33,9 +33,25 @@ from lora_fast.parametrize.registry import (
 from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.placement import keeper
 
-__all__ = ["DoRAParametrization", "LoRAParametrization", "add_lora", "disable_lora", "enable_lora", "get_bias_params",
-           "get_lora_params", "get_lora_state_dict", "get_params_by_name", "load_lora_state_dict", "merge_lora",
-           "name_is_bias", "name_is_lora", "remove_lora", "select_lora", "tie_weights", "untie_weights"]  # fmt: skip
+__all__ = [
+    "DoRAParametrization",
+    "LoRAParametrization",
+    "add_lora",
+    "disable_lora",
+    "enable_lora",
+    "get_bias_params",
+    "get_lora_params",
+    "get_lora_state_dict",
+    "get_params_by_name",
+    "load_lora_state_dict",
+    "merge_lora",
+    "name_is_bias",
+    "name_is_lora",
+    "remove_lora",
+    "select_lora",
+    "tie_weights",
+    "untie_weights",
+]
 
 
 def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "default") -> nn.Module:
@@ -159,8 +175,10 @@ def tie_weights(source: nn.Module, target: nn.Module) -> None:
             raise ValueError(f"{argument}: has other parametrizations too, expected LoRA and DoRA alone")
     [old], [new] = below(target), below(source)
     if (old.shape, old.dtype) != (new.shape, new.dtype):
-        raise ValueError(f"target: got a weight {tuple(old.shape)} of {old.dtype}, expected source's "
-                         f"{tuple(new.shape)} of {new.dtype}")  # fmt: skip
+        raise ValueError(
+            f"target: got a weight {tuple(old.shape)} of {old.dtype}, expected source's "
+            f"{tuple(new.shape)} of {new.dtype}"
+        )
     if target is source:
         return
     flag = registry.required_grad(source)
@@ -245,8 +263,10 @@ def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor
         elif place not in mine:
             problems.append(f"unexpected {key}")
         elif tensor.shape != mine[place].shape or not tensor.is_floating_point():
-            problems.append(f"{key} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected "
-                            f"{tuple(mine[place].shape)} and floats")  # fmt: skip
+            problems.append(
+                f"{key} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected "
+                f"{tuple(mine[place].shape)} and floats"
+            )
         found[place] = tensor
     problems += [f"missing {'.'.join(filter(None, place))}" for place in mine if place not in found]
     if problems:

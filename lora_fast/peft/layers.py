@@ -152,9 +152,19 @@ class FastLinear(KeepingLinear):
                 z = lora_linear(x, weight, a, b, scaling, dropout_p=p, training=dropout.training, save_x=self.save_x)
                 return dora_scale(z, magnitude.weight, norm, bias, (x, weight))
             return dora_linear(
-                x, weight, a, b, magnitude.weight, scaling, bias, dropout_p=p, training=dropout.training,
-                save=self.save, round_norm=True, save_x=self.save_x,
-            )  # fmt: skip
+                x,
+                weight,
+                a,
+                b,
+                magnitude.weight,
+                scaling,
+                bias,
+                dropout_p=p,
+                training=dropout.training,
+                save=self.save,
+                round_norm=True,
+                save_x=self.save_x,
+            )
         if len(parts) > 1:  # the sum of the adapters is one adapter, stacked along r
             a = torch.cat([a for _, a, _, _ in parts])
             b = torch.cat([b * scalings.of(name, x.device) for name, _, b, _ in parts], 1)

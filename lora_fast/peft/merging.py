@@ -100,8 +100,10 @@ class KeepingLinear(Linear):
         elif not base.weight.is_meta:
             yield
         elif vars(base)["_hf_hook"] is not hook:
-            raise ValueError("weight: is offloaded by one of several hooks of accelerate, where PEFT does not find it; "
-                             "merge before dispatching the model")  # fmt: skip
+            raise ValueError(
+                "weight: is offloaded by one of several hooks of accelerate, where PEFT does not find it; "
+                "merge before dispatching the model"
+            )
         else:
             with onload_layer(self):
                 yield

@@ -143,8 +143,10 @@ def place_of_weight(layer: Any) -> torch.Tensor | None:
         return _offloaded(hook)
     shape = layer.out_features, layer.in_features
     if weight.shape != shape:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {shape}: merge and unmerge within FSDP1's "
-                         "summon_full_params(model, writeback=True)")  # fmt: skip
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected {shape}: merge and unmerge within FSDP1's "
+            "summon_full_params(model, writeback=True)"
+        )
     return weight if getattr(layer, "_is_fsdp_managed_module", False) and not is_packed(weight) else None
 
 

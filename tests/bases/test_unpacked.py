@@ -23,8 +23,9 @@ def _double_kernel(half_ptr, out_ptr, SIZE, BLOCK: tl.constexpr, PDL: tl.constex
 def unpack(held, scratch):
     (half,) = held
     (n, k), out = half.shape, scratch.part(half.shape, half.dtype)
-    made = launch(_double_kernel, (triton.cdiv(n * k, 1024),), {}, half, half_ptr=half, out_ptr=out, SIZE=n * k,
-                  BLOCK=1024)  # fmt: skip
+    made = launch(
+        _double_kernel, (triton.cdiv(n * k, 1024),), {}, half, half_ptr=half, out_ptr=out, SIZE=n * k, BLOCK=1024
+    )
     return bases.Read(out, launches=[made])
 
 

@@ -160,8 +160,13 @@ print("all right")
 def test_kernels_do_what_they_are_named_after():
     """Each of bench_kernels' launches, interpreted, against plain torch."""
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", KERNELS], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     assert done.returncode == 0 and done.stdout == "all right\n", done.stderr
 
 
@@ -195,9 +200,16 @@ def test_rows_of_a_case(graph, monkeypatch):
     """The timing harness replaced: ratios are to frozen of the same kind, columns are complete."""
     cases = [bench_lora.Case("bf16", 4, 8, 8, r, p) for r, p in ((2, 0), (2, 0.1), (3, 0))]
     built = {case: bench_lora.build(case, ("frozen", "eager"), "cpu") for case in cases}
-    fake = {"fwd frozen 2 0": [1.0, 2.0, 3.0], "fwd eager 2 0": [4.0], "fwd eager 2 0.1": [5.0], "fwd eager 3 0": [6.0],
-            "fwd+bwd frozen 2 0": [5.0], "fwd+bwd eager 2 0": [6.0], "fwd+bwd eager 2 0.1": [7.0],
-            "fwd+bwd eager 3 0": [8.0]}  # fmt: skip
+    fake = {
+        "fwd frozen 2 0": [1.0, 2.0, 3.0],
+        "fwd eager 2 0": [4.0],
+        "fwd eager 2 0.1": [5.0],
+        "fwd eager 3 0": [6.0],
+        "fwd+bwd frozen 2 0": [5.0],
+        "fwd+bwd eager 2 0": [6.0],
+        "fwd+bwd eager 2 0.1": [7.0],
+        "fwd+bwd eager 3 0": [8.0],
+    }
 
     def measure(calls, rounds):
         assert calls.keys() == fake.keys()
@@ -211,12 +223,20 @@ def test_rows_of_a_case(graph, monkeypatch):
     rows = bench_lora.measured(built, 3, graph, about)
     assert all(list(row) == bench_lora.COLUMNS for row in rows)
     found = {(row["r"], row["p"], row["what"], row["impl"]): (row["median_us"], row["ratio_to_frozen"]) for row in rows}
-    assert found == {(2, 0, "fwd", "frozen"): (2, 1), (2, 0, "fwd", "eager"): (4, 2),
-                     (2, 0, "fwd+bwd", "frozen"): (5, 1), (2, 0, "fwd+bwd", "eager"): (6, 1.2),
-                     (2, 0.1, "fwd", "frozen"): (2, 1), (2, 0.1, "fwd", "eager"): (5, 2.5),
-                     (2, 0.1, "fwd+bwd", "frozen"): (5, 1), (2, 0.1, "fwd+bwd", "eager"): (7, 1.4),
-                     (3, 0, "fwd", "frozen"): (2, 1), (3, 0, "fwd", "eager"): (6, 3),
-                     (3, 0, "fwd+bwd", "frozen"): (5, 1), (3, 0, "fwd+bwd", "eager"): (8, 1.6)}  # fmt: skip
+    assert found == {
+        (2, 0, "fwd", "frozen"): (2, 1),
+        (2, 0, "fwd", "eager"): (4, 2),
+        (2, 0, "fwd+bwd", "frozen"): (5, 1),
+        (2, 0, "fwd+bwd", "eager"): (6, 1.2),
+        (2, 0.1, "fwd", "frozen"): (2, 1),
+        (2, 0.1, "fwd", "eager"): (5, 2.5),
+        (2, 0.1, "fwd+bwd", "frozen"): (5, 1),
+        (2, 0.1, "fwd+bwd", "eager"): (7, 1.4),
+        (3, 0, "fwd", "frozen"): (2, 1),
+        (3, 0, "fwd", "eager"): (6, 3),
+        (3, 0, "fwd+bwd", "frozen"): (5, 1),
+        (3, 0, "fwd+bwd", "eager"): (8, 1.6),
+    }
     assert {row["peak_mib"] for row in rows} == {"" if graph else 7.12}
 
 
@@ -253,8 +273,11 @@ def test_rows_of_small_layers(monkeypatch, what, layers):
     pytest.importorskip("peft")
     monkeypatch.setattr(bench_small, "ROTATING", 3 * 2 * 32 * 24)
     impls = tuple(impl for impl in bench_small.IMPLS if "compiled" not in impl)
-    monkeypatch.setattr(bench_small.timing, "measure", lambda steps, *_, **__: {
-        impl: [step() or (6.0 if "lora" in impl else 3.0)] for impl, step in steps.items()})  # fmt: skip
+    monkeypatch.setattr(
+        bench_small.timing,
+        "measure",
+        lambda steps, *_, **__: {impl: [step() or (6.0 if "lora" in impl else 3.0)] for impl, step in steps.items()},
+    )
     rows = bench_small.measured(what, bench_lora.Case("fp32", 8, 32, 24, 4, 0), impls, 3, {"gpu": "g"}, "cpu")
     assert [row["impl"] for row in rows] == list(impls)
     ours = rows[impls.index("lora_fast_lora")]

@@ -104,8 +104,10 @@ def test_checks_find_faults(fault, monkeypatch, tmp_path, capsys):
         assert "losses on 1 differ" in wrong[0] and "adapter of one GPU on all" in wrong[2]
 
 
-WHERE = [pytest.param("--tiny --gpus 2", id="cpu", marks=pytest.mark.interpreted),
-         pytest.param("--gpus 2 --layers 1", id="gpu", marks=pytest.mark.gpu)]  # fmt: skip
+WHERE = [
+    pytest.param("--tiny --gpus 2", id="cpu", marks=pytest.mark.interpreted),
+    pytest.param("--gpus 2 --layers 1", id="gpu", marks=pytest.mark.gpu),
+]
 
 
 @pytest.fixture(params=WHERE)

@@ -138,8 +138,10 @@ def test_rows_and_table(monkeypatch):
     rows = bench_model.measured(cases, SIZE._replace(device="cuda"), 3, about)
     assert all(list(row) == bench_model.COLUMNS for row in rows)
     assert [(row["impl"], row["p"], row["median_us"], row["ratio_to_frozen"], row["peak_mib"]) for row in rows] == [
-        ("frozen", 0, 200000, 1, 100), ("peft_lora", 0.1, 400000, 2, 300), ("lora_fast_lora", 0.1, 300000, 1.5, 150),
-    ]  # fmt: skip
+        ("frozen", 0, 200000, 1, 100),
+        ("peft_lora", 0.1, 400000, 2, 300),
+        ("lora_fast_lora", 0.1, 300000, 1.5, 150),
+    ]
     assert bench_model.summarise(rows).splitlines()[2:] == [
         "| frozen | 0 | yes | 200.0 | 1.000 |  | 100.0 |  |  |",
         "| peft_lora | 0.1 | yes | 400.0 | 2.000 |  | 300 |  |  |",

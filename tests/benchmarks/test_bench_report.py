@@ -20,9 +20,22 @@ def fake_rows(ours: float = 1.1) -> list[dict]:
                 case = bench_lora.Case("bf16", *shape, r, p)
                 s_mib, bits_mib = shape[0] * r * 2 / 2**20, shape[0] * shape[1] / 8 / 2**20
                 peak = frozen_mib if impl.startswith("frozen") else frozen_mib + s_mib + bits_mib * (p > 0)
-                rows.append({"gpu": "NVIDIA H100", "torch": "2", "triton": "3", "commit": "abc", **case._asdict(),
-                             "what": what, "impl": impl, "median_us": 1000 * ratio, "p20_us": 999.0,
-                             "p80_us": 2000.0, "ratio_to_frozen": ratio, "peak_mib": peak})  # fmt: skip
+                rows.append(
+                    {
+                        "gpu": "NVIDIA H100",
+                        "torch": "2",
+                        "triton": "3",
+                        "commit": "abc",
+                        **case._asdict(),
+                        "what": what,
+                        "impl": impl,
+                        "median_us": 1000 * ratio,
+                        "p20_us": 999.0,
+                        "p80_us": 2000.0,
+                        "ratio_to_frozen": ratio,
+                        "peak_mib": peak,
+                    }
+                )
     return rows
 
 

@@ -71,9 +71,12 @@ def test_there_and_back(dora, dtype, tmp_path, capsys):
     assert configs[0]["lora_alpha"] == 6 and configs[0]["r"] == 4 and configs[0]["use_dora"] == dora
     assert len(peft) == len(state)
     for key in ("layers.0.attn.v_proj", "layers.0.mlp.w1", "layers.0.mlp.w2", "output"):
-        theirs = {"layers.0.attn.v_proj": "model.layers.0.self_attn.v_proj", "layers.0.mlp.w1":
-                  "model.layers.0.mlp.gate_proj", "layers.0.mlp.w2": "model.layers.0.mlp.down_proj",
-                  "output": "lm_head"}[key]  # fmt: skip
+        theirs = {
+            "layers.0.attn.v_proj": "model.layers.0.self_attn.v_proj",
+            "layers.0.mlp.w1": "model.layers.0.mlp.gate_proj",
+            "layers.0.mlp.w2": "model.layers.0.mlp.down_proj",
+            "output": "lm_head",
+        }[key]
         assert torch.equal(peft[f"{PREFIX}{theirs}.lora_A.weight"], state[f"{key}.lora_a.weight"])
         assert torch.equal(peft[f"{PREFIX}{theirs}.lora_B.weight"], state[f"{key}.lora_b.weight"])
     q, old = peft[f"{PREFIX}model.layers.0.self_attn.q_proj.lora_B.weight"], state["layers.0.attn.q_proj.lora_b.weight"]
@@ -96,8 +99,10 @@ def test_rows_give_the_same_attention():
     """Scores of the adapters' q and k under each side's own rotary embedding agree after the reordering alone."""
     torch.manual_seed(0)
     at = "model.layers.0.self_attn"
-    hf = {f"{at}.{name}_proj.lora_B": torch.randn(heads * SIZE, 3, dtype=torch.float64)
-          for name, heads in (("q", HEADS), ("k", KV_HEADS))}  # fmt: skip
+    hf = {
+        f"{at}.{name}_proj.lora_B": torch.randn(heads * SIZE, 3, dtype=torch.float64)
+        for name, heads in (("q", HEADS), ("k", KV_HEADS))
+    }
     tune = reordered(hf, Heads(HEADS, KV_HEADS), "torchtune")
     low = torch.randn(2, 3, dtype=torch.float64)  # what A made of the inputs at two positions
     angles = torch.rand(2, SIZE // 2, dtype=torch.float64) * 6
@@ -121,9 +126,14 @@ def test_peft_and_load_adapter_read_it(dora, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=DIM, intermediate_size=FFN, num_hidden_layers=2, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=DIM,
+        intermediate_size=FFN,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        tie_word_embeddings=False,
+    )
     base = transformers.LlamaForCausalLM(config).eval()
     config.save_pretrained(tmp_path)
     state = {key: 0.1 * t if "lora" in key else t for key, t in tune_state(dora).items() if "layers.10" not in key}
@@ -147,12 +157,26 @@ def test_names_are_a_bijection():
     for key in tune_state(dora=True):
         theirs = to_peft(key)
         assert theirs is not None and to_torchtune(theirs) == key
-    for odd in ("layers.0.attn.q_proj.weight", "layers.0.attn.o_proj.lora_a.weight", "output", "lora_a.weight",
-                "decoder.layers.0.attn.q_proj.lora_a.weight", "layers.x.attn.q_proj.lora_a.weight",
-                "output.lora_c.weight", "layers.0.attn.q_proj", "layers.0..lora_a.weight"):  # fmt: skip
+    for odd in (
+        "layers.0.attn.q_proj.weight",
+        "layers.0.attn.o_proj.lora_a.weight",
+        "output",
+        "lora_a.weight",
+        "decoder.layers.0.attn.q_proj.lora_a.weight",
+        "layers.x.attn.q_proj.lora_a.weight",
+        "output.lora_c.weight",
+        "layers.0.attn.q_proj",
+        "layers.0..lora_a.weight",
+    ):
         assert to_peft(odd) is None
-    for odd in ("model.layers.0.self_attn.q_proj.weight", "lm_head.weight", "layers.0.self_attn.q_proj.lora_A",
-                "model.layers.0.self_attn.qkv_proj.lora_A", "model.embed_tokens.lora_A", "lora_A"):  # fmt: skip
+    for odd in (
+        "model.layers.0.self_attn.q_proj.weight",
+        "lm_head.weight",
+        "layers.0.self_attn.q_proj.lora_A",
+        "model.layers.0.self_attn.qkv_proj.lora_A",
+        "model.embed_tokens.lora_A",
+        "lora_A",
+    ):
         assert to_torchtune(odd) is None
 
 
@@ -189,7 +213,7 @@ FILES = {
     "code": (lambda s: s | {"output.lora_a.weight": Danger()}, "cannot be read as tensors alone"),
     "nothing": (lambda s: {}, "holds no adapter"),
     "rows": (lambda s: s | {"layers.1.attn.q_proj.lora_b.weight": torch.zeros(25, 4)}, "has 25 rows"),
-}  # fmt: skip
+}
 
 
 def refused(capsys, tmp_path, *arguments):

@@ -102,9 +102,12 @@ def test_versions(quick, monkeypatch, capsys):
 def test_gpus(capability, words, quick, monkeypatch, capsys):
     properties = SimpleNamespace(name="GTX 1", major=capability[0], minor=capability[1], total_memory=80 * 2**30)
     for name, value in {
-        "device_count": 1, "is_available": True, "get_device_properties": properties, "get_device_name": "GTX 1",
+        "device_count": 1,
+        "is_available": True,
+        "get_device_properties": properties,
+        "get_device_name": "GTX 1",
         "get_device_capability": capability,
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(machine, "launch_us", lambda device: 7)
@@ -204,14 +207,22 @@ def test_model(target, package, quick, capsys):
     assert no_gpu == why
     assert lines == [
         ["0", "not fused", f"LoRALinear 8 -> 8, float32, r=2: {why}"],
-        ["1", "plain", "Linear 8 -> 8, float32: cannot be converted: it has hooks or a replaced forward, which would "
-                       "be lost (register hooks after the conversion)"],
+        [
+            "1",
+            "plain",
+            "Linear 8 -> 8, float32: cannot be converted: it has hooks or a replaced forward, which would "
+            "be lost (register hooks after the conversion)",
+        ],
         ["2", "not fused", f"DoRALinear 8 -> 8, float32, r=3: {why}"],
-        ["4.out_proj", "plain", "NonDynamicallyQuantizableLinear 8 -> 8, float32: cannot be converted: it is the "
-                                "output projection of nn.MultiheadAttention, which reads its weight and would skip "
-                                "the adapter"],
+        [
+            "4.out_proj",
+            "plain",
+            "NonDynamicallyQuantizableLinear 8 -> 8, float32: cannot be converted: it is the "
+            "output projection of nn.MultiheadAttention, which reads its weight and would skip "
+            "the adapter",
+        ],
         ["5", "plain", "Linear 8 -> 4, bfloat16: add_lora can convert it"],
-    ]  # fmt: skip
+    ]
     assert said.endswith("  0 fused, 2 not fused, 3 without an adapter\n")
 
 
@@ -374,10 +385,18 @@ KEY = f"{PREFIX}0.lora_A.weight"
         (lambda d: change(d, {KEY: torch.zeros(8)}), "shape [8], expected [4, 8]"),
         (lambda d: change(d, {f"{PREFIX}2.base_layer.weight": torch.zeros(4, 6)}), "unexpected"),
         (lambda d: change(d, {f"{PREFIX}3.weight": torch.zeros(2, 4)}, modules_to_save=["absent"]), "unexpected"),
-        (lambda d: change(d, {f"{PREFIX}{'a.' * 99}lora_A.weight": torch.zeros(4, 8),
-                              f"{PREFIX}{'a.' * 99}lora_B.weight": torch.zeros(6, 4)}), "is no name of a tensor"),
+        (
+            lambda d: change(
+                d,
+                {
+                    f"{PREFIX}{'a.' * 99}lora_A.weight": torch.zeros(4, 8),
+                    f"{PREFIX}{'a.' * 99}lora_B.weight": torch.zeros(6, 4),
+                },
+            ),
+            "is no name of a tensor",
+        ),
     ],
-)  # fmt: skip
+)
 def test_adapters_that_are_refused(broken, message, tmp_path, quick, capsys):
     save_adapter(trained(), tmp_path)
     broken(tmp_path)

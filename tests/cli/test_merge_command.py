@@ -216,9 +216,14 @@ def test_as_peft_merges(dora, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
     base = transformers.LlamaForCausalLM(config)
     base.save_pretrained(tmp_path / "base", max_shard_size="8KB")
     assert (tmp_path / "base" / INDEX).exists()
@@ -282,16 +287,23 @@ BREAKS = {
     "index of nothing": (lambda f, a: (f / INDEX).write_text("{"), "weight_map"),
     "index that lies": (lambda f, a: (f / INDEX).write_text('{"weight_map": {"x": "model.safetensors"}}'), "has 'x'"),
     "absent shard": (lambda f, a: (f / INDEX).write_text('{"weight_map": {"x": "absent.safetensors"}}'), "absent"),
-    "several": (lambda f, a: [(f / "model.safetensors").rename(f / "a.safetensors"),
-                              save_file({"x": torch.zeros(1)}, f / "b.safetensors")], "a.safetensors, b.safetensors"),
+    "several": (
+        lambda f, a: [
+            (f / "model.safetensors").rename(f / "a.safetensors"),
+            save_file({"x": torch.zeros(1)}, f / "b.safetensors"),
+        ],
+        "a.safetensors, b.safetensors",
+    ),
     "odd name": (lambda f, a: save_file({"a..weight": torch.zeros(2, 2)}, f / "model.safetensors"), "no name of a"),
     "deep name": (lambda f, a: save_file({"a." * 99 + "b": torch.zeros(2)}, f / "model.safetensors"), "no name of a"),
     "impossible shape": (impossible, "is no shape of a tensor"),
     "modules.json no list": (lambda f, a: (f / "modules.json").write_text('{"path": 1}'), "modules.json: expected"),
-    "link in a folder": (lambda f, a: [(f / "1_Pooling").mkdir(), (f / "1_Pooling/x").symlink_to(a / CONFIG)],
-                         "is a link to"),
+    "link in a folder": (
+        lambda f, a: [(f / "1_Pooling").mkdir(), (f / "1_Pooling/x").symlink_to(a / CONFIG)],
+        "is a link to",
+    ),
     "config no JSON": (lambda f, a: (f / "config.json").write_text("{"), "config.json: is no JSON"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BREAKS)

@@ -173,9 +173,17 @@ def test_packages_that_cannot_be_split():
 
 @pytest.mark.parametrize(
     "argv",
-    ["--steps 0", "--layers -1", "--rank x", "--lr fast", "--packages email,http", "--packages email,http,abacus",
-     "--packages email,http,http", "--device abacus"],
-)  # fmt: skip
+    [
+        "--steps 0",
+        "--layers -1",
+        "--rank x",
+        "--lr fast",
+        "--packages email,http",
+        "--packages email,http,abacus",
+        "--packages email,http,http",
+        "--device abacus",
+    ],
+)
 def test_bad_arguments(argv, capsys):
     with pytest.raises(SystemExit) as done:
         encoder.main(argv.split())

@@ -25,10 +25,18 @@ def base():
     """A tiny Llama with fewer heads for keys than for queries and a tied head, as SmolLM2's."""
     torch.manual_seed(0)
     config = common.LlamaConfig(
-        vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.1, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     return common.LlamaForCausalLM(config)
 
 
@@ -133,8 +141,9 @@ def test_snippet_of_the_page(i, tmp_path, monkeypatch):
 
 def test_page():
     """Its commands are the script's; its tables have a row for each method; the parameters are those of the model."""
-    commands = [shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
-                for line in block.splitlines()]  # fmt: skip
+    commands = [
+        shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()
+    ]
     assert len(SNIPPETS) == 3 and commands
     for command in commands:
         assert command[:2] == ["python", "examples/prompts.py"]

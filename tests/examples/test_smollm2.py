@@ -128,8 +128,11 @@ def test_bad_arguments(argv, capsys):
 def test_commands_of_the_page():
     """The page shows what the script takes, and the extra that it names is there."""
     page = (ROOT / "docs" / "smollm2.md").read_text(encoding="utf-8")
-    commands = [shlex.split(line, comments=True) for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
-                for line in block.splitlines()]  # fmt: skip
+    commands = [
+        shlex.split(line, comments=True)
+        for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+        for line in block.splitlines()
+    ]
     runs = [command[2:] for command in commands if command[:2] == ["python", "examples/smollm2.py"]]
     assert [smollm2.parse(argv).dora for argv in runs[:2]] == [False, True]
     installs = [command for command in commands if command[:2] == ["pip", "install"]]

@@ -193,10 +193,18 @@ ATTACKS = {
     "other weight": (lambda d: edit(d, {f"{PREFIX}head.weight": torch.zeros(3, 6)}), "unexpected"),
     "bias that does not train": (lambda d: edit(d, {f"{PREFIX}fc1.base_layer.bias": torch.zeros(6)}), "unexpected"),
     "no prefix": (lambda d: edit(d, {"fc1.lora_A": torch.zeros(4, 8)}), "begin with"),
-    "unknown module": (lambda d: edit(d, {f"{PREFIX}fc9.lora_A.weight": torch.zeros(4, 8),
-                                          f"{PREFIX}fc9.lora_B.weight": torch.zeros(6, 4)}), "no such module"),
-    "no linear layer": (lambda d: edit(d, {f"{PREFIX}norm.lora_A.weight": torch.zeros(4, 8),
-                                           f"{PREFIX}norm.lora_B.weight": torch.zeros(6, 4)}), "is a LayerNorm"),
+    "unknown module": (
+        lambda d: edit(
+            d, {f"{PREFIX}fc9.lora_A.weight": torch.zeros(4, 8), f"{PREFIX}fc9.lora_B.weight": torch.zeros(6, 4)}
+        ),
+        "no such module",
+    ),
+    "no linear layer": (
+        lambda d: edit(
+            d, {f"{PREFIX}norm.lora_A.weight": torch.zeros(4, 8), f"{PREFIX}norm.lora_B.weight": torch.zeros(6, 4)}
+        ),
+        "is a LayerNorm",
+    ),
     "half a pair": (lambda d: edit(d, without=[B]), "has lora_A, expected lora_A, lora_B"),
     "stray magnitude": (lambda d: edit(d, {M: torch.ones(6)}), "lora_magnitude_vector"),
     "no magnitude": (lambda d: edit(d, config={"use_dora": True}), "expected lora_A, lora_B, lora_magnitude_vector"),
@@ -233,7 +241,7 @@ ATTACKS = {
     "header bomb": (lambda d: (d / TENSORS).write_bytes(HEADER_BOMB), "no safetensors file"),
     "nothing": (lambda d: save_file({}, d / TENSORS), "holds no adapter"),
     "two saves": (lambda d: rewrite(d, ": 6", ": 7"), "another one"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("start", ["plain", "converted"])
@@ -338,8 +346,11 @@ def test_bias_all_means_what_peft_means(tmp_path):
     base = Mixed()
     ours = add_lora(copy.deepcopy(base), LoRAConfig(r=2, target_modules=["fc"], bias="all", init_lora_weights=False))
     stock = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["fc"], bias="all"))
-    trained = {name.removeprefix("base_model.model.").replace("base_layer.", "") for name, p in stock.named_parameters()
-               if p.requires_grad and "lora_" not in name}  # fmt: skip
+    trained = {
+        name.removeprefix("base_model.model.").replace("base_layer.", "")
+        for name, p in stock.named_parameters()
+        if p.requires_grad and "lora_" not in name
+    }
     assert {name for name, p in ours.named_parameters() if p.requires_grad and "lora_" not in name} == trained
     save_adapter(ours, tmp_path / "ours")
     stock.save_pretrained(tmp_path / "stock")

@@ -21,10 +21,18 @@ IDS = torch.arange(10).reshape(2, 5)
 def gemma(**options):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return transformers.GemmaForCausalLM(transformers.GemmaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=4, **options,
-    ))  # fmt: skip
+    return transformers.GemmaForCausalLM(
+        transformers.GemmaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+            **options,
+        )
+    )
 
 
 def gpt2():
@@ -36,35 +44,64 @@ def gpt2():
 def encoder():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return transformers.BertModel(transformers.BertConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
-    ))  # fmt: skip
+    return transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        )
+    )
 
 
 def mamba():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return transformers.MambaForCausalLM(transformers.MambaConfig(
-        vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, tie_word_embeddings=True,
-    ))  # fmt: skip
+    return transformers.MambaForCausalLM(
+        transformers.MambaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            state_size=4,
+            num_hidden_layers=1,
+            tie_word_embeddings=True,
+        )
+    )
 
 
 def whisper():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
-        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, pad_token_id=0,
-        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, bos_token_id=1, eos_token_id=2,
-    ))  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            vocab_size=32,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            pad_token_id=0,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
 
 
 def albert():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return transformers.AlbertForMaskedLM(transformers.AlbertConfig(
-        vocab_size=32, embedding_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=4,
-    ))  # fmt: skip
+    return transformers.AlbertForMaskedLM(
+        transformers.AlbertConfig(
+            vocab_size=32,
+            embedding_size=8,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        )
+    )
 
 
 def saved(model, folder, config=True):
@@ -206,8 +243,11 @@ class Pair(nn.Module):
         self.b.weight = self.a.weight
 
 
-@pytest.mark.parametrize("options", [{"target_modules": ["fc"], "modules_to_save": ["a"]}, {"target_modules": ["b"]},
-                                     {"target_modules": ["a"]}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["fc"], "modules_to_save": ["a"]}, {"target_modules": ["b"]}, {"target_modules": ["a"]}],
+    ids=str,
+)
 def test_ties_that_save_model_wrote_down(options, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     save_model(Pair(), tmp_path / "base.safetensors")

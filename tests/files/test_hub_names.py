@@ -23,17 +23,31 @@ from lora_fast.files.format import CONFIG, PREFIX, TENSORS
 
 def vit():
     torch.manual_seed(0)
-    return transformers.ViTForImageClassification(transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
-        num_labels=3,
-    ))  # fmt: skip
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            image_size=8,
+            patch_size=4,
+            num_labels=3,
+        )
+    )
 
 
 def qwen2_vl():
     torch.manual_seed(0)
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-    text = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": rope}  # fmt: skip
+    text = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": rope,
+    }
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
     config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
     return transformers.Qwen2VLForConditionalGeneration(config)
@@ -41,17 +55,27 @@ def qwen2_vl():
 
 def mixtral():
     torch.manual_seed(0)
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2,
-    ))  # fmt: skip
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=2,
+        )
+    )
 
 
 # {part of a name in memory: the same on disk}
 VIT = {
-    "vit.layers": "vit.encoder.layer", "attention.q_proj": "attention.attention.query",
-    "attention.o_proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
-}  # fmt: skip
+    "vit.layers": "vit.encoder.layer",
+    "attention.q_proj": "attention.attention.query",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
 QWEN = {"model.language_model": "model", "model.visual": "visual"}
 CASES = {
     "ViT": (vit, ["q_proj", "o_proj", "fc1", "fc2"], VIT, ["classifier"]),

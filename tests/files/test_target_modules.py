@@ -81,8 +81,11 @@ def test_convert_writes_full_names(to, tmp_path, capsys):
     """Last parts would be those of other modules, too: here of an nn.Embedding."""
     peft = pytest.importorskip("peft")
     names = ["layers.0.attn.v_proj", "layers.1.attn.v_proj", "output"]
-    state = {f"{name}.lora_{part}.weight": torch.randn(shape) for name in names for part, shape in
-             (("a", (2, 8)), ("b", (8, 2)))}  # fmt: skip
+    state = {
+        f"{name}.lora_{part}.weight": torch.randn(shape)
+        for name in names
+        for part, shape in (("a", (2, 8)), ("b", (8, 2)))
+    }
     save_file(state, tmp_path / "tune.safetensors")
     command = ["convert", str(tmp_path / "tune.safetensors"), str(tmp_path / "a"), "--to", "peft", "--alpha", "4"]
     assert main(command) == 0
@@ -96,8 +99,9 @@ def test_convert_writes_full_names(to, tmp_path, capsys):
     model.prepare_inputs_for_generation = None  # which PEFT asks a causal language model for
     model.lm_head, model.v_proj = nn.Linear(8, 8), nn.Embedding(2, 8)
     model.model = nn.Module()
-    model.model.layers = nn.ModuleList(nn.ModuleDict({"self_attn": nn.ModuleDict({"v_proj": nn.Linear(8, 8)})})
-                                       for _ in range(2))  # fmt: skip
+    model.model.layers = nn.ModuleList(
+        nn.ModuleDict({"self_attn": nn.ModuleDict({"v_proj": nn.Linear(8, 8)})}) for _ in range(2)
+    )
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "a").base_model.model
     assert [name for name, module in theirs.named_modules() if hasattr(module, "lora_A")] == full
 
@@ -111,10 +115,18 @@ def test_layers_that_peft_takes_for_experts_are_named(tmp_path):
     def made():
         torch.manual_seed(0)
         config = transformers.Qwen3MoeConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, head_dim=8, moe_intermediate_size=24, num_experts=2, num_experts_per_tok=1,
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            moe_intermediate_size=24,
+            num_experts=2,
+            num_experts_per_tok=1,
             mlp_only_layers=[0],
-        )  # fmt: skip
+        )
         return transformers.Qwen3MoeForCausalLM(config).eval()
 
     model = add_lora(made(), LoRAConfig(r=2, target_modules=["q_proj", "gate_proj"], init_lora_weights=False))

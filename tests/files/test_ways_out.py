@@ -69,8 +69,13 @@ def test_embeddings_that_peft_takes_along(tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
 @pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
 def test_starts_that_change_the_base(kind, rslora, tmp_path, capsys):
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=kind, use_rslora=rslora,
-                             rank_pattern={} if rslora else {"v_proj": 3})  # fmt: skip
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj", "v_proj"],
+        init_lora_weights=kind,
+        use_rslora=rslora,
+        rank_pattern={} if rslora else {"v_proj": 3},
+    )
     model = peft.get_peft_model(llama(), config)
     config.init_lora_weights = True  # as PEFT's documentation has it
     model.save_pretrained(tmp_path / "start")

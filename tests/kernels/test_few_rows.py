@@ -60,8 +60,10 @@ def test_error_rule(device, dtype, shape, p, adapter, tile, made):
         pytest.skip("the interpreter is slow; float16 needs copies of the adapters in any case")
     for m in ROWS[device]:
         draws = 16 if device == "cuda" and m < 64 else 2
-        check(fused(p), [masked(draw(m, *shape, dtype, device, seed, bias=m % 2 > 0, adapter=adapter), p)
-                         for seed in range(draws)])  # fmt: skip
+        check(
+            fused(p),
+            [masked(draw(m, *shape, dtype, device, seed, bias=m % 2 > 0, adapter=adapter), p) for seed in range(draws)],
+        )
     assert "_pair_kernel" in made
 
 
@@ -85,11 +87,16 @@ def test_s_comes_with_the_product(device, dtype, made):
     assert "_few_rows_kernel" in made
 
 
-DECODED = [pytest.param("cpu", HALF, shape, marks=pytest.mark.interpreted)
-           for shape in ((1, 64, 96, 8), (17, 1024, 72, 16), (33, 136, 200, 64), (70, 264, 72, 16))]  # fmt: skip
-DECODED += [pytest.param("cuda", dtype, (m, *shape), marks=pytest.mark.gpu) for dtype in (BF16, HALF)
-            for m in (1, 2, 17, 63, 64)
-            for shape in ((2048, 2048, 16), (14336, 4096, 8), (4096, 6152, 40))]  # fmt: skip
+DECODED = [
+    pytest.param("cpu", HALF, shape, marks=pytest.mark.interpreted)
+    for shape in ((1, 64, 96, 8), (17, 1024, 72, 16), (33, 136, 200, 64), (70, 264, 72, 16))
+]
+DECODED += [
+    pytest.param("cuda", dtype, (m, *shape), marks=pytest.mark.gpu)
+    for dtype in (BF16, HALF)
+    for m in (1, 2, 17, 63, 64)
+    for shape in ((2048, 2048, 16), (14336, 4096, 8), (4096, 6152, 40))
+]
 
 
 @pytest.mark.medium
@@ -103,8 +110,10 @@ def test_error_rule_without_a_backward(device, dtype, shape, adapter, made):
         m = magnitude(inputs)
 
         def formula(kind, inputs=inputs, m=m):
-            x, w, a, b, bias, size = (None if t is None else t.to(kind or t.dtype) for t in (
-                inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, m))  # fmt: skip
+            x, w, a, b, bias, size = (
+                None if t is None else t.to(kind or t.dtype)
+                for t in (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, m)
+            )
             return {"y": eager(x, w, a, b, bias, 2.0), "dora": plain()(x, w, a, b, size, bias)}
 
         given = inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B

@@ -22,14 +22,25 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 SMALL = [(300, 70, 45, 3), (17, 64, 96, 16), (5, 24, 16, 40)]
 TINY = [(1, 9, 7, 1), (3, 130, 300, 8)]
-LARGE = [(4096, 4096, 4096, 16), (8192, 4096, 1024, 64), (1000, 1003, 1001, 12), (4099, 2048, 4097, 100),
-         (2048, 1024, 768, 256), (2049, 1032, 520, 200)]  # fmt: skip
+LARGE = [
+    (4096, 4096, 4096, 16),
+    (8192, 4096, 1024, 64),
+    (1000, 1003, 1001, 12),
+    (4099, 2048, 4097, 100),
+    (2048, 1024, 768, 256),
+    (2049, 1032, 520, 200),
+]
 CASES = [
-    pytest.param(*device.values, dtype, shape, id=f"{device.values[0]}-{str(dtype)[6:]}-{'x'.join(map(str, shape))}",
-                 marks=(*device.marks, pytest.mark.medium) if shape == SMALL[0] else device.marks)
+    pytest.param(
+        *device.values,
+        dtype,
+        shape,
+        id=f"{device.values[0]}-{str(dtype)[6:]}-{'x'.join(map(str, shape))}",
+        marks=(*device.marks, pytest.mark.medium) if shape == SMALL[0] else device.marks,
+    )
     for device, dtypes, shapes in ((CPU, (FLOAT, HALF), SMALL), (CUDA, (BF16, HALF, FLOAT), TINY + SMALL + LARGE))
     for dtype, shape in product(dtypes, shapes)
-]  # fmt: skip
+]
 P = 0.25
 KEEP_SCALE = mask.keep_scale(P)
 
@@ -82,8 +93,11 @@ def test_down(device, dtype, shape, masked):
 def test_up_product(device, dtype, shape, with_bias):
     def kernel(inputs, bits):
         s = padded(F.linear(inputs.x, inputs.lora_A))
-        return {"y": gemm.gemm(inputs.x, inputs.weight, s, inputs.lora_B, transposed=True,
-                               bias=inputs.bias if with_bias else None)}  # fmt: skip
+        return {
+            "y": gemm.gemm(
+                inputs.x, inputs.weight, s, inputs.lora_B, transposed=True, bias=inputs.bias if with_bias else None
+            )
+        }
 
     def formula(inputs, keep):
         s = F.linear(inputs.x.to(dtype), inputs.lora_A.to(dtype)).to(inputs.x.dtype)
@@ -98,8 +112,11 @@ def test_up_product(device, dtype, shape, with_bias):
 def test_dx_product(device, dtype, shape, masked):
     def kernel(inputs, bits):
         ds = padded(inputs.dy @ inputs.lora_B)
-        return {"dx": gemm.gemm(inputs.dy, inputs.weight, ds, inputs.lora_A, transposed=False,
-                                bits=bits if masked else None)}  # fmt: skip
+        return {
+            "dx": gemm.gemm(
+                inputs.dy, inputs.weight, ds, inputs.lora_A, transposed=False, bits=bits if masked else None
+            )
+        }
 
     def formula(inputs, keep):
         ds = (inputs.dy.to(dtype) @ inputs.lora_B.to(dtype)).to(inputs.x.dtype)
@@ -221,8 +238,13 @@ def test_pass_over_dy_with_gain(device, dtype, shape, wanted):
         if from_y:
             gain[0] = 1e-35
         dz = (inputs.dy * gain).to(inputs.x.dtype)
-        made = {"dZ": dz, "dm": (inputs.dy * z.to(norm.dtype)).sum(0) / norm, "dbias": inputs.dy.sum(0),
-                "dS": dz @ inputs.lora_B * (0.7 * KEEP_SCALE), "dB": dz.T @ s}  # fmt: skip
+        made = {
+            "dZ": dz,
+            "dm": (inputs.dy * z.to(norm.dtype)).sum(0) / norm,
+            "dbias": inputs.dy.sum(0),
+            "dS": dz @ inputs.lora_B * (0.7 * KEEP_SCALE),
+            "dB": dz.T @ s,
+        }
         return {name: made[name] for name in wanted}
 
     hold(kernel, formula, device, dtype, shape)

@@ -112,8 +112,11 @@ def test_a_part_of_a_program(seen):
     program.run(late, -1)
     program.run(early, -1)  # bound before, and so as tensors
     assert [launched[:2] for launched in seen] == [
-        ("triton", "first"), ("again", "first"), ("triton", "second"), ("again", "second")
-    ]  # fmt: skip
+        ("triton", "first"),
+        ("again", "first"),
+        ("triton", "second"),
+        ("again", "second"),
+    ]
     program(x)
     assert [launched[0] for launched in seen[4:]] == ["first", "second"]
 

@@ -22,11 +22,16 @@ NAMES = "x", "down", "up", "down_bias", "up_bias"
 SMALL = [(45, 70, 3), (96, 64, 16), (5, 9, 1), (16, 24, 40), (33, 130, 70)]
 LARGE = [(8192, 4096, 16), (4096, 4096, 64), (1001, 1003, 12), (4097, 2048, 100), (4, 576, 4)]
 CASES = [
-    pytest.param(*device.values, dtype, shape, marks=device.marks,
-                 id=f"{device.values[0]}-{str(dtype)[6:]}-{'x'.join(map(str, shape))}")
+    pytest.param(
+        *device.values,
+        dtype,
+        shape,
+        marks=device.marks,
+        id=f"{device.values[0]}-{str(dtype)[6:]}-{'x'.join(map(str, shape))}",
+    )
     for device, dtypes, shapes in ((CPU, (FLOAT, HALF), SMALL), (CUDA, (BF16, HALF, FLOAT), SMALL + LARGE))
     for dtype, shape in product(dtypes, shapes)
-]  # fmt: skip
+]
 
 
 def draw(m, n, r, dtype, device="cpu", seed=0, adapter=None, bias=True):
@@ -52,8 +57,10 @@ def results(fn, tensors, activation="gelu", **kwargs):
 
 def plain(x, down, up, down_bias, up_bias, activation):
     """Houlsby's layer as everybody writes it."""
-    first, second = (nn.Linear(*t.t().shape, bias=b is not None, device=x.device, dtype=x.dtype)
-                     for t, b in ((down, down_bias), (up, up_bias)))  # fmt: skip
+    first, second = (
+        nn.Linear(*t.t().shape, bias=b is not None, device=x.device, dtype=x.dtype)
+        for t, b in ((down, down_bias), (up, up_bias))
+    )
     for layer, weight, b in ((first, down, down_bias), (second, up, up_bias)):
         del layer.weight, layer.bias
         layer.weight, layer.bias = weight.to(x.dtype), b if b is None else b.to(x.dtype)
@@ -328,15 +335,23 @@ class Named(nn.Linear):
         (None, {}, TypeError, "model: got NoneType"),
         (stack, {"target_modules": ["q_proj"]}, ValueError, "target_modules: 'q_proj' matches nothing"),
         (stack, {"target_modules": ["0"]}, ValueError, "target_modules: cannot adapt 0 is a Block without"),
-        (lambda: nn.Sequential(Named(4, 4)), {"target_modules": ["0"]}, ValueError,
-         "target_modules: cannot adapt 0 has something else called 'bottleneck'"),
-        (lambda: nn.MultiheadAttention(8, 2), {"target_modules": ["out_proj"]}, ValueError,
-         "target_modules: cannot adapt out_proj is the output projection of nn.MultiheadAttention"),
+        (
+            lambda: nn.Sequential(Named(4, 4)),
+            {"target_modules": ["0"]},
+            ValueError,
+            "target_modules: cannot adapt 0 has something else called 'bottleneck'",
+        ),
+        (
+            lambda: nn.MultiheadAttention(8, 2),
+            {"target_modules": ["out_proj"]},
+            ValueError,
+            "target_modules: cannot adapt out_proj is the output projection of nn.MultiheadAttention",
+        ),
         (stack, {"r": 0}, ValueError, "r: got 0"),
         (stack, {"freeze": "no"}, TypeError, "freeze: got 'no'"),
         (lambda: add_bottleneck(stack(), TARGETS), {}, ValueError, "model: has bottleneck adapters already"),
     ],
-)  # fmt: skip
+)
 def test_bad_models(model, kwargs, error, message):
     model = model and model()
     before = None if model is None else [(name, p.requires_grad) for name, p in model.named_parameters()]

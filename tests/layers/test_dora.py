@@ -103,9 +103,13 @@ def test_norm_of_16_bit_weights(device, dtype):
 
 TYPES = [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BF16, None), (BF16, FLOAT)]
 SHAPES = [(7, 19, 11, 3), (33, 40, 24, 16), (5, 12, 8, 40)]
-CASES = [pytest.param(*path[:2], *types, shape, marks=path[2])
-         for path in PATHS for types in TYPES for shape in SHAPES
-         if path[:2] != ("triton", "cpu") or (types in TYPES[:3:2] and shape == SHAPES[0])]  # fmt: skip
+CASES = [
+    pytest.param(*path[:2], *types, shape, marks=path[2])
+    for path in PATHS
+    for types in TYPES
+    for shape in SHAPES
+    if path[:2] != ("triton", "cpu") or (types in TYPES[:3:2] and shape == SHAPES[0])
+]
 
 
 @pytest.mark.medium
@@ -173,8 +177,13 @@ def test_gradients_in_float64(through):
     with torch.no_grad():
         n, dropped = dense(w, a, b, 2.0), x * keep / 0.6
         z, dz = x @ w.T + 2 * dropped @ a.T @ b.T, dy * m / n
-        expected = (dz @ w + 2 * dz @ b @ a * keep / 0.6, 2 * (dz @ b).T @ dropped, 2 * dz.T @ (dropped @ a.T),
-                    (dy * z).sum(0) / n, dy.sum(0))  # fmt: skip
+        expected = (
+            dz @ w + 2 * dz @ b @ a * keep / 0.6,
+            2 * (dz @ b).T @ dropped,
+            2 * dz.T @ (dropped @ a.T),
+            (dy * z).sum(0) / n,
+            dy.sum(0),
+        )
         close(fn(*leaves), z * m / n + bias, 1e-12)
     for name, ours, formula in zip(NAMES, found, expected, strict=True):
         if through and name in ("dA", "dB"):
@@ -211,8 +220,11 @@ def test_rows_of_zero_norm_and_zero_magnitude(path, detach):
     assert not results(op(path[0]), inputs, m)["y"][:, [2, 4]].any()
 
 
-@pytest.mark.parametrize("grad", [[name for name, on in zip(NAMES, flags, strict=True) if on]
-                                  for flags in product([False, True], repeat=5)], ids="-".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "grad",
+    [[name for name, on in zip(NAMES, flags, strict=True) if on] for flags in product([False, True], repeat=5)],
+    ids="-".join,
+)
 def test_gradients_go_to_whoever_asks(path, grad):
     inputs, m = small(path)
     ours = results(op(path[0]), inputs, m, grad=grad)

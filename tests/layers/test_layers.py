@@ -50,8 +50,9 @@ def test_trains_like_its_formula(on_path):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     dy = torch.randn_like(y)
     y.backward(dy)
-    for ours, truth in zip((layer.lora_A, layer.lora_B),
-                           torch.autograd.grad(expected, [layer.lora_A, layer.lora_B], dy), strict=True):  # fmt: skip
+    for ours, truth in zip(
+        (layer.lora_A, layer.lora_B), torch.autograd.grad(expected, [layer.lora_A, layer.lora_B], dy), strict=True
+    ):
         torch.testing.assert_close(ours.grad, truth, rtol=1e-4, atol=1e-4)
     assert layer.weight.grad is None and layer.bias.grad is None
 

@@ -222,9 +222,13 @@ def test_a_tied_head_of_a_merged_model_is_saved(tmp_path):
     """Nothing in the dict shares memory with what the head was tied to."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     model, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(4)[None]
     add_lora(model, LoRAConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
     fresh, expected = copy.deepcopy(model), model(ids).logits

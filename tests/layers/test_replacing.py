@@ -18,7 +18,7 @@ from lora_fast import (
     parametrize,
     print_trainable_parameters,
     remove_lora,
-)  # fmt: skip
+)
 from lora_fast.functional import dora_linear, lora_linear
 
 BOTH = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -139,9 +139,13 @@ def test_layers_of_pefts_are_not_replaced_either(kind):
 def llama(kind, tied):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
     model, names = transformers.LlamaForCausalLM(config), ["lm_head", "q_proj"]
     if kind == "peft":
         peft = pytest.importorskip("peft")

@@ -10,10 +10,18 @@ from lora_fast import LoRAConfig, LoRALinear, add_lora, print_trainable_paramete
 from lora_fast.models.projections import projections
 
 SIZES = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 32, "num_local_experts": 4, "num_experts": 4,
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "moe_intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts": 4,
     "num_experts_per_tok": 2,
-}  # fmt: skip
+}
 EXPERTS = ["model.layers.*.mlp.experts.down_proj (2)", "model.layers.*.mlp.experts.gate_up_proj (2)"]
 MODELS = {  # what add_lora(target_modules="all-linear") must name
     "Mixtral": [*EXPERTS, "model.layers.*.mlp.gate.weight (2)"],
@@ -44,8 +52,11 @@ def heard(model, **config):
 def test_all_linear_names_what_it_does_not_reach(name, capsys):
     model = model_of(name)
     said = heard(model, target_modules="all-linear")
-    assert all(isinstance(layer, LoRALinear) for layer in model.modules() if isinstance(layer, nn.Linear)
-               and layer is not model.lm_head)  # fmt: skip
+    assert all(
+        isinstance(layer, LoRALinear)
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear) and layer is not model.lm_head
+    )
     if not MODELS[name]:
         assert not said and not projections(model)
         return
@@ -87,9 +98,16 @@ class OwnConv(nn.Conv1d):
 
 def test_torchs_own_modules_are_known():
     """Convolutions, norms, embeddings, recurrent layers; and what is there once the model has run."""
-    model = nn.ModuleDict({
-        "conv": nn.Conv1d(4, 4, 3), "norm": nn.LayerNorm([4, 4]), "embed": nn.Embedding(4, 4), "lstm": nn.LSTM(4, 4),
-        "attention": nn.MultiheadAttention(4, 2), "positions": nn.ParameterList([torch.zeros(1, 4, 4)]),
-        "lazy": nn.LazyLinear(4), "own conv": OwnConv(4, 4, 3),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv1d(4, 4, 3),
+            "norm": nn.LayerNorm([4, 4]),
+            "embed": nn.Embedding(4, 4),
+            "lstm": nn.LSTM(4, 4),
+            "attention": nn.MultiheadAttention(4, 2),
+            "positions": nn.ParameterList([torch.zeros(1, 4, 4)]),
+            "lazy": nn.LazyLinear(4),
+            "own conv": OwnConv(4, 4, 3),
+        }
+    )
     assert not projections(model)

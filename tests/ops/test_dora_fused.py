@@ -132,8 +132,9 @@ def test_an_output_that_was_kept_must_not_change(device):
 
 def test_second_derivatives_raise_a_clear_error(device):
     inputs = without_bias(4, 8, 6, 2, FLOAT, device)
-    y = dora_linear(inputs.x.requires_grad_(), inputs.weight, inputs.lora_A, inputs.lora_B, magnitude(inputs), 1.0,
-                    backend="triton")  # fmt: skip
+    y = dora_linear(
+        inputs.x.requires_grad_(), inputs.weight, inputs.lora_A, inputs.lora_B, magnitude(inputs), 1.0, backend="triton"
+    )
     (dx,) = torch.autograd.grad(y.square().sum(), inputs.x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
@@ -143,10 +144,21 @@ def test_second_derivatives_raise_a_clear_error(device):
 @pytest.mark.parametrize("bias", [False, True])
 def test_opcheck(device, bias):
     inputs = draw(6, 40, 24, 3, FLOAT, device)
-    leaves = [inputs.x.requires_grad_(), [inputs.weight], inputs.lora_A.requires_grad_(),
-              inputs.lora_B.requires_grad_(), inputs.bias.requires_grad_() if bias else None,
-              magnitude(inputs).requires_grad_(),
-              torch.tensor(2.0, device=device), None, 0.0, False, bias, False, "plain"]  # fmt: skip
+    leaves = [
+        inputs.x.requires_grad_(),
+        [inputs.weight],
+        inputs.lora_A.requires_grad_(),
+        inputs.lora_B.requires_grad_(),
+        inputs.bias.requires_grad_() if bias else None,
+        magnitude(inputs).requires_grad_(),
+        torch.tensor(2.0, device=device),
+        None,
+        0.0,
+        False,
+        bias,
+        False,
+        "plain",
+    ]
     torch.library.opcheck(custom_op.lora_linear, leaves, atol=1e-4, rtol=1e-4)
 
 
@@ -267,7 +279,8 @@ def test_peak_memory(p, with_bias, trains):
     frozen = peak(lambda: F.linear(inputs.x, inputs.weight, inputs.bias), leaves, inputs.dy)
     ours = peak(
         lambda: dora_linear(leaves[0], inputs.weight, *leaves[1:], m, 2.0, inputs.bias, dropout_p=p, backend="triton"),
-        [*leaves, m], inputs.dy,
-    )  # fmt: skip
+        [*leaves, m],
+        inputs.dy,
+    )
     kept = rows * n * 2 if trains and with_bias else 0  # y is the output itself, which frozen has, too
     assert ours <= 1.05 * (frozen + kept + rows * n * 2) + rows * r * 2 + (rows * k / 8 if p else 0)

@@ -39,23 +39,26 @@ CASES = [
     case(CPU, HALF, 33, 70, 45, 3, bias=False),
     case(CPU, HALF, 24, 64, 48, 16, 0.5),
     case(CPU, HALF, 24, 64, 48, 16, 0.1, adapter=FLOAT),
-    *(case(CUDA, dtype, *shape, p, bias, adapter)
-      for dtype in (BF16, HALF, FLOAT)
-      for shape, p, bias, adapter in [
-          ((4096, 4096, 4096, 16), 0.0, False, FLOAT),
-          ((4096, 4096, 4096, 16), 0.1, True, None),
-          ((8192, 4096, 1024, 64), 0.1, False, FLOAT),
-          ((1000, 1003, 1001, 12), 0.5, True, None),
-          ((1000, 1003, 1001, 12), 0.0, True, FLOAT),
-          ((1024, 4096, 14336, 8), 0.0, False, None),
-          ((4099, 2048, 4096, 100), 0.1, True, FLOAT),
-          ((2048, 1024, 768, 256), 0.1, True, None),
-          ((2048, 1024, 768, 256), 0.0, False, FLOAT),
-          ((33, 70, 45, 3), 0.3, True, None),
-          ((20, 24, 16, 80), 0.0, True, FLOAT),
-          ((1, 64, 48, 5), 0.1, False, None),
-      ] if adapter != dtype),
-]  # fmt: skip
+    *(
+        case(CUDA, dtype, *shape, p, bias, adapter)
+        for dtype in (BF16, HALF, FLOAT)
+        for shape, p, bias, adapter in [
+            ((4096, 4096, 4096, 16), 0.0, False, FLOAT),
+            ((4096, 4096, 4096, 16), 0.1, True, None),
+            ((8192, 4096, 1024, 64), 0.1, False, FLOAT),
+            ((1000, 1003, 1001, 12), 0.5, True, None),
+            ((1000, 1003, 1001, 12), 0.0, True, FLOAT),
+            ((1024, 4096, 14336, 8), 0.0, False, None),
+            ((4099, 2048, 4096, 100), 0.1, True, FLOAT),
+            ((2048, 1024, 768, 256), 0.1, True, None),
+            ((2048, 1024, 768, 256), 0.0, False, FLOAT),
+            ((33, 70, 45, 3), 0.3, True, None),
+            ((20, 24, 16, 80), 0.0, True, FLOAT),
+            ((1, 64, 48, 5), 0.1, False, None),
+        ]
+        if adapter != dtype
+    ),
+]
 
 
 @pytest.mark.parametrize("device, dtype, shape, p, bias, adapter", CASES)
@@ -77,22 +80,34 @@ def test_mutant_that_drops_the_lora_term_fails(device, dtype, monkeypatch):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("examples", [pytest.param(6, marks=pytest.mark.interpreted, id="cpu"),
-                                      pytest.param(50, marks=pytest.mark.gpu, id="cuda")])  # fmt: skip
+@pytest.mark.parametrize(
+    "examples",
+    [pytest.param(6, marks=pytest.mark.interpreted, id="cpu"), pytest.param(50, marks=pytest.mark.gpu, id="cuda")],
+)
 def test_error_rule_everywhere(examples):
     gpu = examples > 6
     dim = st.integers(1, 300 if gpu else 40)
     dtypes = st.sampled_from([BF16, HALF, FLOAT] if gpu else [HALF, FLOAT])
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-    @given(m=dim, k=dim, n=dim, r=st.integers(1, 140 if gpu else 40), dtype=dtypes, bias=st.booleans(),
-           p=st.sampled_from([0.0, 0.1, 0.9]), float_adapters=st.booleans(),
-           layout=st.sampled_from(["plain", "transposed", "sliced"]))  # fmt: skip
+    @given(
+        m=dim,
+        k=dim,
+        n=dim,
+        r=st.integers(1, 140 if gpu else 40),
+        dtype=dtypes,
+        bias=st.booleans(),
+        p=st.sampled_from([0.0, 0.1, 0.9]),
+        float_adapters=st.booleans(),
+        layout=st.sampled_from(["plain", "transposed", "sliced"]),
+    )
     def run(m, k, n, r, dtype, p, bias, float_adapters, layout):
         if m * k * n * r == 1:
             return
-        draws = [draw(m, k, n, r, dtype, "cuda" if gpu else "cpu", seed, bias, FLOAT if float_adapters else None)
-                 for seed in range(16 if gpu else 2)]  # fmt: skip
+        draws = [
+            draw(m, k, n, r, dtype, "cuda" if gpu else "cpu", seed, bias, FLOAT if float_adapters else None)
+            for seed in range(16 if gpu else 2)
+        ]
         for inputs in draws:
             if layout == "transposed":
                 inputs.x, inputs.dy = inputs.x.T.contiguous().T, inputs.dy.T.contiguous().T
@@ -187,11 +202,20 @@ def test_nothing_but_saved_tensors_is_kept(device):
     scaling = torch.tensor(2.0, device=device)
 
     def saved(p, **needs):
-        tensors = {name: getattr(inputs, name).detach().requires_grad_(needs.get(name, False))
-                   for name in ("x", "lora_A", "lora_B")}  # fmt: skip
+        tensors = {
+            name: getattr(inputs, name).detach().requires_grad_(needs.get(name, False))
+            for name in ("x", "lora_A", "lora_B")
+        }
         with saving() as kept:
-            y = lora_linear(tensors["x"], inputs.weight, tensors["lora_A"], tensors["lora_B"], scaling, dropout_p=p,
-                            backend="triton")  # fmt: skip
+            y = lora_linear(
+                tensors["x"],
+                inputs.weight,
+                tensors["lora_A"],
+                tensors["lora_B"],
+                scaling,
+                dropout_p=p,
+                backend="triton",
+            )
         assert not [v for v in vars(y.grad_fn).values() if isinstance(v, torch.Tensor)]
         return sorted((tuple(t.shape) for t in kept), key=lambda s: (len(s), s))
 
@@ -208,10 +232,21 @@ def test_opcheck(device):
     seed = torch.tensor([7], device=device)
     scaling = torch.tensor(2.0, device=device)
     for x_grad, bias, p in [(True, inputs.bias, 0.5), (False, None, 0.0)]:
-        leaves = [inputs.x.detach().view(2, 3, 40).requires_grad_(x_grad), [inputs.weight],
-                  inputs.lora_A.detach().requires_grad_(), inputs.lora_B.detach().requires_grad_(),
-                  bias if bias is None else bias.detach().requires_grad_(), None, scaling, seed if p else None, p,
-                  False, False, False, "plain"]  # fmt: skip
+        leaves = [
+            inputs.x.detach().view(2, 3, 40).requires_grad_(x_grad),
+            [inputs.weight],
+            inputs.lora_A.detach().requires_grad_(),
+            inputs.lora_B.detach().requires_grad_(),
+            bias if bias is None else bias.detach().requires_grad_(),
+            None,
+            scaling,
+            seed if p else None,
+            p,
+            False,
+            False,
+            False,
+            "plain",
+        ]
         torch.library.opcheck(custom_op.lora_linear, leaves, atol=1e-4, rtol=1e-4)
 
 

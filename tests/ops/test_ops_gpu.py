@@ -57,8 +57,15 @@ def test_offsets_past_32_bits_under_a_mask():
     rows, k = 2**19 + 1, 4096
     x = torch.ones(rows, k, dtype=BF16, device="cuda")
     eye = torch.eye(k, 16, device="cuda", dtype=BF16)  # y [:, :16] = 2 * keep of the first 16 columns
-    y = lora_linear(x, torch.zeros(32, k, dtype=BF16, device="cuda"), eye.T.contiguous(), eye[:32].contiguous(), 1.0,
-                    dropout_p=0.5, backend="triton")  # fmt: skip
+    y = lora_linear(
+        x,
+        torch.zeros(32, k, dtype=BF16, device="cuda"),
+        eye.T.contiguous(),
+        eye[:32].contiguous(),
+        1.0,
+        dropout_p=0.5,
+        backend="triton",
+    )
     tail = y[-4096:, :16]
     assert set(tail.unique().tolist()) == {0.0, 2.0}
     assert abs(tail.mean().item() - 1) < 5 / math.sqrt(tail.numel())
@@ -137,6 +144,7 @@ def test_peak_memory(p):
     leaves = [t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B)]
 
     frozen = peak(lambda: torch.nn.functional.linear(inputs.x, inputs.weight), leaves, inputs.dy)
-    ours = peak(lambda: lora_linear(inputs.x, inputs.weight, *leaves[1:], 2.0, dropout_p=p, backend="triton"),
-                leaves, inputs.dy)  # fmt: skip
+    ours = peak(
+        lambda: lora_linear(inputs.x, inputs.weight, *leaves[1:], 2.0, dropout_p=p, backend="triton"), leaves, inputs.dy
+    )
     assert ours <= 1.05 * frozen + m * r * 2 + (m * k / 8 if p else 0)

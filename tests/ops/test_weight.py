@@ -60,11 +60,16 @@ FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 SMALL = [(45, 70, 3), (96, 64, 16), (5, 9, 1), (16, 24, 40), (33, 130, 70)]
 LARGE = [(4096, 4096, 16), (1024, 4096, 64), (1001, 1003, 12), (4097, 2048, 100), (32000, 768, 8), (64, 576, 4)]
 CASES = [
-    pytest.param(*device.values, dtype, shape, marks=device.marks,
-                 id=f"{device.values[0]}-{str(dtype)[6:]}-{'x'.join(map(str, shape))}")
+    pytest.param(
+        *device.values,
+        dtype,
+        shape,
+        marks=device.marks,
+        id=f"{device.values[0]}-{str(dtype)[6:]}-{'x'.join(map(str, shape))}",
+    )
     for device, dtypes, shapes in ((CPU, (FLOAT, HALF), SMALL), (CUDA, (BF16, HALF, FLOAT), SMALL + LARGE))
     for dtype, shape in product(dtypes, shapes)
-]  # fmt: skip
+]
 
 
 def results(fn, tensors, grad):

@@ -367,8 +367,11 @@ MISTAKES = [
     (lambda m: loose.untie_weights(m), TypeError, "layer: got Net, expected an nn.Linear"),
     (lambda m: loose.load_lora_state_dict(m, []), TypeError, "state_dict: got list"),
     (lambda m: loose.load_lora_state_dict(m, {}), ValueError, "missing head.lora_A; missing head.lora_B"),
-    (lambda m: loose.load_lora_state_dict(m, {"head.parametrizations.weight.0.lora_A": torch.ones(2, 2)}),
-     ValueError, r"head.parametrizations.weight.0.lora_A has shape \(2, 2\)"),
+    (
+        lambda m: loose.load_lora_state_dict(m, {"head.parametrizations.weight.0.lora_A": torch.ones(2, 2)}),
+        ValueError,
+        r"head.parametrizations.weight.0.lora_A has shape \(2, 2\)",
+    ),
     (lambda m: loose.load_lora_state_dict(m, {"head.weight": torch.ones(2, 2)}), ValueError, "unexpected head.w"),
     (lambda m: loose.load_lora_state_dict(m, {"a": 3}), TypeError, r"state_dict\['a'\]: got int"),
     (lambda m: loose.LoRAParametrization(torch.ones(3)), ValueError, r"weight: got shape \(3,\), expected two dim"),
@@ -377,7 +380,7 @@ MISTAKES = [
     (lambda m: loose.LoRAParametrization.from_layer(m.norm), TypeError, "layer: got LayerNorm"),
     (lambda m: loose.DoRAParametrization(torch.ones(3, 3, device="meta")), ValueError, "weight: is on the meta device"),
     (lambda m: loose.DoRAParametrization(torch.full((3, 3), torch.nan)), ValueError, "weight: has rows whose norm"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("call, kind, message", MISTAKES, ids=[str(i) for i in range(len(MISTAKES))])

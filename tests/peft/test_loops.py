@@ -95,9 +95,17 @@ def test_plain_loop(way, kind):
 def arguments(way, cls, path, **kwargs):
     """transformers' TrainingArguments, or a subclass, for a short run on one device that writes nothing."""
     args = cls(
-        output_dir=str(path), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=LR, use_cpu=way[1] == "cpu",
-        optim="adamw_torch_fused", save_strategy="no", report_to="none", disable_tqdm=True, **kwargs,
-    )  # fmt: skip
+        output_dir=str(path),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        learning_rate=LR,
+        use_cpu=way[1] == "cpu",
+        optim="adamw_torch_fused",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **kwargs,
+    )
     assert args.device.type == way[1]
     args._n_gpu = min(args.n_gpu, 1)  # several of them would mean DataParallel
     return args
@@ -154,9 +162,15 @@ def test_lightning(way, tmp_path):
     def loop(model):
         data = torch.utils.data.DataLoader(token_ids().repeat(STEPS, 1), batch_size=2)
         lightning.Trainer(
-            accelerator="gpu" if way[1] == "cuda" else "cpu", devices=1, max_steps=STEPS, default_root_dir=tmp_path,
-            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        ).fit(Module(model), data)  # fmt: skip
+            accelerator="gpu" if way[1] == "cuda" else "cpu",
+            devices=1,
+            max_steps=STEPS,
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(Module(model), data)
 
     check(way, loop)
 

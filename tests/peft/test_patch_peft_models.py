@@ -87,8 +87,9 @@ def test_gpt2_fuses_its_head_and_leaves_conv1d_stock():
     set_backend("triton")
     report = patch_peft(ours)
     assert [(layer.name.rpartition(".")[2], layer.fused) for layer in report.layers] == [
-        ("c_attn", False), ("lm_head", True),
-    ]  # fmt: skip
+        ("c_attn", False),
+        ("lm_head", True),
+    ]
     found, expected = loss_and_gradients(ours, ids), loss_and_gradients(stock, ids)
     assert found.keys() == expected.keys()
     for key in found:

@@ -123,8 +123,10 @@ def test_an_adapter_added_later_is_fast():
         model.set_adapter("late")
         stir(model)
     assert is_fast(ours.base_model.model.head) and [layer.name[17:] for layer in peft_report(ours).layers] == [
-        "up", "down", "head",
-    ]  # fmt: skip
+        "up",
+        "down",
+        "head",
+    ]
     same(results(ours, inputs()), results(stock, inputs()))
     assert "none of its adapters is active" in peft_report(ours).layers[1].reason
     for model in (ours, stock):
@@ -344,8 +346,9 @@ def test_lora_bias_runs_stock_audibly():
         same(results(ours, inputs()), results(stock, inputs()))
     before = copy.deepcopy(ours.state_dict())
     ours.merge_adapter()
-    assert torch.equal(ours.state_dict()["base_model.model.up.lora_unmerged_offset"],
-                       before["base_model.model.up.base_layer.bias"])  # fmt: skip
+    assert torch.equal(
+        ours.state_dict()["base_model.model.up.lora_unmerged_offset"], before["base_model.model.up.base_layer.bias"]
+    )
     ours.unmerge_adapter()
     assert all(torch.equal(t, before[name]) for name, t in ours.state_dict().items())
 

@@ -28,8 +28,10 @@ def magnitude(inputs, seed=0):
 def results(fn, inputs, m, dtype=None, grad=NAMES):
     """y and the gradients asked for of ``fn(x, weight, lora_A, lora_B, m, bias)``, the inputs cast to ``dtype``."""
     values = (inputs.x, inputs.lora_A, inputs.lora_B, m, inputs.bias)
-    leaves = {name: None if t is None else t.detach().to(dtype or t.dtype).clone().requires_grad_(name in grad)
-              for name, t in zip(NAMES, values, strict=True)}  # fmt: skip
+    leaves = {
+        name: None if t is None else t.detach().to(dtype or t.dtype).clone().requires_grad_(name in grad)
+        for name, t in zip(NAMES, values, strict=True)
+    }
     x, a, b, m, bias = leaves.values()
     y = fn(x, inputs.weight.to(dtype or inputs.weight.dtype), a, b, m, bias)
     assert y.requires_grad == bool(grad)

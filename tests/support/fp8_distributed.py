@@ -158,8 +158,9 @@ def main() -> None:
             if mode == "fsdp2":
                 same.append(loads(model))
             if mode == "ddp":
-                same += [torch.equal(a.columns.float(), b.columns.float())
-                         for a, b in zip(bases(model), start, strict=True)]  # fmt: skip
+                same += [
+                    torch.equal(a.columns.float(), b.columns.float()) for a, b in zip(bases(model), start, strict=True)
+                ]
             seen[f"{kind}, {mode}"] = [expected, found, apart, all(same)]
     seen["refused"] = refused() if device == "cpu" else []
     (folder / f"{rank}.json").write_text(json.dumps(seen))

@@ -36,9 +36,13 @@ def plain():
     """Sizes that two processes cannot halve, and a layer that one of them may not hold at all."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Sequential(nn.Linear(8, 7), nn.ReLU()), nn.Sequential(nn.Linear(7, 9), nn.ReLU()), nn.Linear(9, 9),
-        nn.ReLU(), nn.Linear(9, 9), nn.Linear(9, 1),
-    )  # fmt: skip
+        nn.Sequential(nn.Linear(8, 7), nn.ReLU()),
+        nn.Sequential(nn.Linear(7, 9), nn.ReLU()),
+        nn.Linear(9, 9),
+        nn.ReLU(),
+        nn.Linear(9, 9),
+        nn.Linear(9, 1),
+    )
     model[4].weight = model[2].weight
     return model
 

@@ -20,9 +20,15 @@ def tiny_llama(layers: int = 1, vocab: int = 32, **kwargs) -> nn.Module:
     """A Llama of random weights with LoRA (DoRA: ``use_dora=True``) on all linear layers, and none of it zero."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.1,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **kwargs)
     model = peft.get_peft_model(transformers.LlamaForCausalLM(config), settings)
     for name, p in model.named_parameters():

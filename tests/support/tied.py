@@ -34,26 +34,47 @@ class Tied(nn.Module):
 def llama(**options):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, **{"tie_word_embeddings": True, **options},
-    ))  # fmt: skip
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            **{"tie_word_embeddings": True, **options},
+        )
+    )
 
 
 def bert():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return transformers.BertForMaskedLM(transformers.BertConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
-    ))  # fmt: skip
+    return transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        )
+    )
 
 
 def t5():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=32, d_model=16, d_ff=24, num_layers=1, num_heads=4, d_kv=4, decoder_start_token_id=0,
-    ))  # fmt: skip
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=32,
+            d_model=16,
+            d_ff=24,
+            num_layers=1,
+            num_heads=4,
+            d_kv=4,
+            decoder_start_token_id=0,
+        )
+    )
 
 
 def outputs(model):

@@ -57,8 +57,17 @@ def test_kernels_of(chip):
 
 
 def test_faults_are_found():
-    good = {"kernel": PRODUCT, "problem": "1x1x1 r=1 float16 p=0.0 float16", "shared": 0, "stack": 0, "dots": 1,
-            "run": 4, "mma.sync": 0, "wgmma": 1, "tcgen05": 0}  # fmt: skip
+    good = {
+        "kernel": PRODUCT,
+        "problem": "1x1x1 r=1 float16 p=0.0 float16",
+        "shared": 0,
+        "stack": 0,
+        "dots": 1,
+        "run": 4,
+        "mma.sync": 0,
+        "wgmma": 1,
+        "tcgen05": 0,
+    }
     assert not list(faults(90, good))
     bad = [{"shared": 232449}, {"stack": 8}, {"wgmma": 0, "mma.sync": 1}, {"run": 1}]
     assert [len(list(faults(90, {**good, **change}))) for change in bad] == [1, 1, 1, 1]

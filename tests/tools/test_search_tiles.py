@@ -112,12 +112,21 @@ def test_search_and_its_table(monkeypatch):
     assert [row.name.endswith(", now") for row in rows].count(True) == 1
     assert {row.name for row in rows if not row.now} == {"cuBLAS", "Tile(m=32, n=32, k=32)", "Tile(m=64, n=32, k=32)"}
     seen["cuBLAS"]()
-    shown = search_tiles.table([search_tiles.Row(2.0, "a", False, 3), search_tiles.Row(2.5, "b", False, 0),
-                                search_tiles.Row(4.0, "c, now", True, 0), search_tiles.Row(5.0, "d", False, 0),
-                                search_tiles.Row(8.0, "cuBLAS", False, 0)], top=1)  # fmt: skip
-    assert [line.split() for line in shown] == [["1", "2.00", "us", "0.500", "a", "spills", "3"],
-                                                ["3", "4.00", "us", "1.000", "c,", "now"],
-                                                ["5", "8.00", "us", "2.000", "cuBLAS"]]  # fmt: skip
+    shown = search_tiles.table(
+        [
+            search_tiles.Row(2.0, "a", False, 3),
+            search_tiles.Row(2.5, "b", False, 0),
+            search_tiles.Row(4.0, "c, now", True, 0),
+            search_tiles.Row(5.0, "d", False, 0),
+            search_tiles.Row(8.0, "cuBLAS", False, 0),
+        ],
+        top=1,
+    )
+    assert [line.split() for line in shown] == [
+        ["1", "2.00", "us", "0.500", "a", "spills", "3"],
+        ["3", "4.00", "us", "1.000", "c,", "now"],
+        ["5", "8.00", "us", "2.000", "cuBLAS"],
+    ]
 
 
 @pytest.mark.skipif(GPU, reason="says so only where there is no GPU")
@@ -126,11 +135,15 @@ def test_without_a_gpu(capsys):
     assert "needs a GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["down", "--shape", "64,64"], "invalid shape_of value"), (["down"], "--shape"),
-    (["pair", "--shape", "8,8,8", "--ways", "fwd"], "it has plain, masked"),
-    (["pair", "--shape", "8,8,8", "--rank", "12"], "multiple of 8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["down", "--shape", "64,64"], "invalid shape_of value"),
+        (["down"], "--shape"),
+        (["pair", "--shape", "8,8,8", "--ways", "fwd"], "it has plain, masked"),
+        (["pair", "--shape", "8,8,8", "--rank", "12"], "multiple of 8"),
+    ],
+)
 def test_arguments(capsys, arguments, said):
     with pytest.raises(SystemExit):
         search_tiles.main(arguments)

@@ -185,8 +185,9 @@ def test_fsdp1(mesh, kind):
     merged = made(kind)
     merge_lora(merged)
     live, base, y = weights(merged), weights(model), model(x).detach()
-    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"),
-                                       sharding_strategy=ShardingStrategy.FULL_SHARD)  # fmt: skip
+    wrapped = FullyShardedDataParallel(
+        model, use_orig_params=True, device_id=torch.device("cpu"), sharding_strategy=ShardingStrategy.FULL_SHARD
+    )
     summon = FullyShardedDataParallel.summon_full_params
     merge_lora(wrapped)
     with summon(wrapped):
