@@ -14,8 +14,8 @@ from lora_fast.kernels.decode import decode, takes_decode
 from lora_fast.kernels.down import Quantised, cast_and_down, down
 from lora_fast.kernels.few_rows import product_with_s
 from lora_fast.kernels.gemm import product
+from lora_fast.kernels.kept import gain_launches
 from lora_fast.kernels.mask import mask
-from lora_fast.kernels.norm import norms
 from lora_fast.kernels.operands import Number, Operand, Scratch
 from lora_fast.kernels.pair import dz_and_dm, pair, takes_pair
 from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of
@@ -39,6 +39,7 @@ class Forward(NamedTuple):
     bits: Maybe
     z: Maybe
     x8: Maybe
+    kept: Maybe  # as ``kept_launches`` left it; then there is no norm to make
     seed: Maybe
     keep_count: Number
     n_words: Number
@@ -57,28 +58,23 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
         cast = Cast(at.a, at.b, a, b)
     first = [] if at.seed is None else [mask(at.seed, at.bits, at.keep_count, at.n_words)]
     gains: list[Launch] = []
-    if problem.dora:  # whose parts take y's memory, until y is there
-        gains = norms(
-            w.matrix,
-            a,
-            b,
-            at.scaling,
-            small.norm,
-            m=at.magnitude,
-            gain=small.gain,
-            w_scale=w.scale,
-            round_norm=problem.round_norm,
-            room=y,
-            lifted=lifted,
-        )
+    gain = small.gain
+    if at.kept is not None:
+        gain = problem.kept(at.kept).gain
+    elif problem.dora:  # whose parts take y's memory, until y is there
+        gains = gain_launches(problem, w, a, b, at.magnitude, at.scaling, small, scratch, y)
     simple = at.bits is None and not problem.quantises
     if simple and problem.alone and takes_decode(x, w.matrix, a):
-        copies = [] if cast is None else [cast_adapters(x, cast, at.scaling, lifted)]
+        copies = []
+        if cast is not None and at.kept is not None:
+            a, b = problem.kept(at.kept)[:2]
+        elif cast is not None:
+            copies = [cast_adapters(x, cast, at.scaling, lifted)]
         return [
             *w.launches,
             *copies,
             *gains,
-            *decode(x, w.matrix, a, b, y, at.scaling, scratch, bias=at.bias, gain=small.gain, lifted=lifted),
+            *decode(x, w.matrix, a, b, y, at.scaling, scratch, bias=at.bias, gain=gain, lifted=lifted),
         ]
     z = None if at.z is None else at.z.rows()
     if simple and cast is None:
@@ -93,7 +89,7 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
             keep=at.keep,
             transposed=True,
             bias=at.bias,
-            gain=small.gain,
+            gain=gain,
             z=z,
         )
         if whole is not None:
@@ -116,7 +112,7 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
             y,
             transposed=True,
             bias=at.bias,
-            gain=small.gain,
+            gain=gain,
             z=z,
             x_scale=x_scale,
             w_scale=w.scale,

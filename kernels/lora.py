@@ -12,6 +12,7 @@ import torch
 
 from lora_fast.kernels.common import FP8, precision
 from lora_fast.kernels.few_rows import makes_s
+from lora_fast.kernels.kept import Keeping, kept_launches
 from lora_fast.kernels.layer import Backward, Forward, backward_launches, forward_launches
 from lora_fast.kernels.mask import keep_count, keep_scale
 from lora_fast.kernels.operands import as_scaling, operand
@@ -28,13 +29,15 @@ def forward(
     b: torch.Tensor,
     bias: MaybeTensor,
     magnitude: MaybeTensor = None,
+    kept: MaybeTensor = None,
 ) -> tuple[torch.Tensor, Made]:
     """y [*lead, N] = x W^T + S b^T + bias, or g * (x W^T + S b^T) + bias if magnitude [N] is given; and what it leaves
     for the backward.
 
     x [..., K], contiguous or the matrix of its rows; W [N, K] is in call.held, the problem's base says how; a [R, K], b
     [N, R], bias and magnitude [N] contiguous, in any dtype; with a seed (as ``mask_bits`` takes it) elements are
-    dropped with call.p. ``round_norm`` rounds DoRA's norm to W's dtype.
+    dropped with call.p. ``round_norm`` rounds DoRA's norm to W's dtype. ``kept``: what ``make_kept`` made of the same
+    weights, where no backward will come.
     """
     m, k, seed = problem.m, problem.k, call.seed
     y = x.new_empty(problem.y_shape)
@@ -62,6 +65,7 @@ def forward(
         bits,
         z,
         x8,
+        kept,
         seed,
         count,
         m * words,
@@ -71,6 +75,7 @@ def forward(
     )
     key = (
         forward_launches,
+        kept is None,
         None if seed is None else _kind(seed),
         _kind(scaling),
         problem.is_float32 and precision(problem.kind, 256),
@@ -84,6 +89,16 @@ def forward(
     else:
         program.run(bound)
     return y, made
+
+
+def make_kept(problem: Problem, call: Call, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """What a forward makes of the weights alone: DoRA's gain, and the copies of the adapters that decoding reads."""
+    kept = a.new_empty(problem.lasting.bytes, dtype=torch.uint8)
+    scaling = as_scaling(call.scaling)
+    given = a, b, magnitude, kept, scaling, *call.held[problem.for_y]
+    program, bound = _bound(problem, (kept_launches, _kind(scaling)), Keeping, given)
+    program.run(bound)
+    return kept
 
 
 def _kind(value: float | int | torch.Tensor) -> object:

@@ -227,12 +227,14 @@ def norms(
     gain: Operand | None = None,
     w_scale: Operand | None = None,
     round_norm: bool = False,
+    scratch: Scratch | None = None,
     room: Operand | None = None,
     lifted: bool = False,
 ) -> list[Launch]:
     """The norms n [N] of the rows of w [N, K] + scaling * b a, rounded to w's dtype on request, and with m [N] the gain
     [N], from a [R, K] and b [N, R] (at least R columns), each in any float dtype. With w_scale [N] row i of W is
-    w_scale[i] * w[i]. What lies between two launches takes the memory of ``room``, if there is enough of it."""
+    w_scale[i] * w[i]. What lies between two launches takes the memory of ``room``, if there is enough of it,
+    else of ``scratch``: the norms do not depend on which."""
     (rows, k), r = w.shape, a.shape[0]
     kind, to = torch.promote_types(a.dtype, b.dtype), TL[w.dtype] if round_norm else None
     found = {"m_ptr": m, "n_ptr": n, "g_ptr": gain, "N": rows, "ROUND": to}
@@ -260,32 +262,33 @@ def norms(
         blocks = triton.cdiv(k, tile.k)
         steps = triton.cdiv(blocks, pass_tiles.norm_splits(rows, k, tile=tile, chip=chip))
         splits = triton.cdiv(blocks, steps)
-        if room is None or room.holds((splits, rows), torch.float32):
-            parts = (Scratch(w.device) if room is None else room).part((splits, rows), torch.float32)
-            return [
-                launch(
-                    _norm_parts_kernel,
-                    (triton.cdiv(rows, tile.n), splits),
-                    tile.options,
-                    w,
-                    **read,
-                    parts_ptr=parts,
-                    steps=steps,
-                    **constants(tile),
-                    ACC=tl.float32,
-                ),
-                launch(
-                    _gain_kernel,
-                    (triton.cdiv(rows, 128),),
-                    {"num_warps": 4},
-                    w,
-                    **found,
-                    parts_ptr=parts,
-                    splits=splits,
-                    BLOCK=128,
-                    ACC=tl.float32,
-                ),
-            ]
+        shape = (splits, rows), torch.float32
+        memory = room if room is not None and room.holds(*shape) else scratch or Scratch(w.device)
+        parts = memory.part(*shape)
+        return [
+            launch(
+                _norm_parts_kernel,
+                (triton.cdiv(rows, tile.n), splits),
+                tile.options,
+                w,
+                **read,
+                parts_ptr=parts,
+                steps=steps,
+                **constants(tile),
+                ACC=tl.float32,
+            ),
+            launch(
+                _gain_kernel,
+                (triton.cdiv(rows, 128),),
+                {"num_warps": 4},
+                w,
+                **found,
+                parts_ptr=parts,
+                splits=splits,
+                BLOCK=128,
+                ACC=tl.float32,
+            ),
+        ]
     tile = pass_tiles.norm(rows, r, dtype=w.dtype, kind=kind, chip=chip)
     return [
         launch(

@@ -71,6 +71,21 @@ class Small(NamedTuple):
     s: Any = None  # [M, padded R]
 
 
+class Shapes(dict[str, tuple[Size, torch.dtype]]):
+    """Of small things that lie one behind the other in one piece of memory."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(rounded(math.prod(shape) * kind.itemsize) for shape, kind in self.values())
+
+    def of(self, memory: Operand) -> Small:
+        start, found = 0, {}
+        for name, (shape, kind) in self.items():
+            found[name] = memory.part(shape, kind, start)
+            start += rounded(found[name].nbytes)
+        return Small(**found)
+
+
 @dataclass(eq=False)
 class Problem:
     """What the programs of a layer are decided by, but for what may vary from call to call: dropout, and how scaling,
@@ -122,29 +137,37 @@ class Problem:
         return self.base.e4m3 or self.keep_x8
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[Size, torch.dtype]]:
+    def shapes(self) -> Shapes:
         """Of the small things."""
         gains, s_shape = torch.float64 if self.kind == torch.float64 else torch.float32, (self.m, padded_rank(self.r))
-        shapes: dict[str, tuple[Size, torch.dtype]] = {}
+        shapes = Shapes()
         if self.casts:
             shapes |= {"a": ((self.r, self.k), self.kind), "b": ((self.n, s_shape[1]), self.kind)}
         if self.dora:
             shapes |= {"norm": ((self.n,), gains), "gain": ((self.n,), gains)}
         if self.quantises:
             shapes["x_scale"] = (self.m,), torch.float32
-        return {**shapes, "s": (s_shape, self.kind)}
+        shapes["s"] = s_shape, self.kind
+        return shapes
+
+    @cached_property
+    def lasting(self) -> Shapes:
+        """Of those small things that a layer may keep: they do not follow from x. Decoding alone reads the copies."""
+        decodes = self.kind.itemsize == 2 and not self.quantises
+        names = ("a", "b", "norm", "gain") if decodes else ("norm", "gain")
+        return Shapes({name: self.shapes[name] for name in names if name in self.shapes})
 
     @cached_property
     def bytes(self) -> int:
         """Of the small things together."""
-        return sum(rounded(math.prod(shape) * kind.itemsize) for shape, kind in self.shapes.values())
+        return self.shapes.bytes
 
     def small(self, room: Operand) -> Small:
-        start, found = 0, {}
-        for name, (shape, kind) in self.shapes.items():
-            found[name] = room.part(shape, kind, start)
-            start += rounded(found[name].nbytes)
-        return Small(**found)
+        return self.shapes.of(room)
+
+    def kept(self, kept: Operand) -> Small:
+        """What of the small things a layer has kept."""
+        return self.lasting.of(kept)
 
 
 class Call:

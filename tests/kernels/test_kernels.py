@@ -16,6 +16,7 @@ import triton.language as tl
 
 from lora_fast.kernels import down, gemm, mask, norm, passes, sums
 from lora_fast.kernels.operands import Number, Operand
+from lora_fast.kernels.program import OWN, View
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -274,7 +275,7 @@ def test_row_norms(device, dtype, shape, scaling):
 
 @pytest.mark.parametrize("r", [80, 200])
 def test_row_norms_of_many_ranks(device, r):
-    """Their columns are shared out among programs."""
+    """Their columns are shared out among programs, whose sums lie in the room that there is, or in scratch."""
     inputs = draw(1, 330, 70, r, HALF, device)
     v = inputs.weight, inputs.lora_A, inputs.lora_B
     m = torch.randn(70, device=device)
@@ -283,12 +284,15 @@ def test_row_norms_of_many_ranks(device, r):
     torch.testing.assert_close(gain, m / found)
     weight, a, b, room = (Operand.of(i, t) for i, t in enumerate((*v, torch.empty(0))))
 
-    def launches(size):
-        return norm.norms(weight, a, b, Number(4), weight, gain=weight, room=replace(room, shape=(size,)))
+    def place(size):
+        made = norm.norms(weight, a, b, Number(4), weight, gain=weight, room=replace(room, shape=(size,)))
+        (parts,) = {part for launch in made for part in launch.args if isinstance(part, View)}
+        assert len(made) == 2
+        return parts.arg
 
-    few = next(size for size in range(10**4) if len(launches(size)) == 2)
+    few = next(size for size in range(10**4) if place(size) == room.place)
     assert few > 70 and few % 70 == 0
-    assert len(launches(few - 1)) == 1
+    assert place(few - 1) == OWN
 
 
 @pytest.mark.parametrize("left, bound", [(0.1, 1e-5), (1e-2, 1e-4), (1e-3, 1e-3), (1e-4, 1e-2)])
