@@ -28,7 +28,9 @@ def dora_linear(
     p: float,
 ) -> Tensor:
     norm = reference.dora_norm(weight, lora_A, lora_B, scaling)
-    return reference.dora_scale(lora_linear(x, weight, lora_A, lora_B, scaling, None, p), magnitude, norm, bias)
+    return reference.dora_scale(
+        lora_linear(x, weight, lora_A, lora_B, scaling, None, p), reference.dora_gain(magnitude, norm), bias
+    )
 
 
 _quantise = torch.compile(quantise_rows, dynamic=True)

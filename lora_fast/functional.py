@@ -9,7 +9,8 @@ import torch
 from torch.compiler import is_compiling
 
 from lora_fast import dispatch, reference
-from lora_fast.bases.packed import PackedWeight, is_opaque
+from lora_fast.bases.packed import PackedWeight, is_opaque, tensors_of
+from lora_fast.kept import Kept
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Facts = tuple[Any, ...]  # what the choice for a call rests on
@@ -84,13 +85,14 @@ def dora_linear(
     backend: str = "auto",
     round_norm: bool = False,
     save_x: str = "x",
+    kept: Kept | None = None,
 ) -> torch.Tensor:
     """:func:`lora_linear` with the direction of each output row normalised and its length trained by itself:
     ``y = (magnitude / n) * (x W^T + scaling * (drop(x) A^T) B^T) + bias``, ``n = |W + scaling * B A|`` per row.
 
     Formula of Liu et al. 2024 (arXiv 2402.09353). n is a constant in the backward (its section 4.3); rows of zero norm
     give 0. Dropout acts on the low-rank branch alone, as in torchtune; PEFT drops x in one more base product, which has
-    the same expectation, more noise and twice the work. n is evaluated in every call.
+    the same expectation, more noise and twice the work. n is evaluated in every call, unless it is ``kept``.
 
     Args:
         x, weight, lora_A, lora_B, scaling, bias, dropout_p, training, backend, save_x: as in :func:`lora_linear`; the
@@ -102,6 +104,7 @@ def dora_linear(
             else z; an output so kept must not be changed in place (autograd says so).
         round_norm: round n to the weight's dtype, as PEFT does: a magnitude that PEFT made is such a rounded norm. (Not
             over an fp8 weight.)
+        kept: where to keep n for the next call, if neither asks for a gradient (see :class:`lora_fast.kept.Kept`).
 
     Returns:
         [..., N] with the dtype of ``F.linear(x, weight, bias)``, autocast included.
@@ -142,7 +145,7 @@ def dora_linear(
             save=save,
             round_norm=round_norm,
         )
-    return call(x, weight, lora_A, lora_B, scaling, bias, dropout_p if training else 0.0, magnitude)
+    return call(x, weight, lora_A, lora_B, scaling, bias, dropout_p if training else 0.0, magnitude, kept)
 
 
 def dora_norm(
@@ -240,6 +243,7 @@ def _plain(
     bias: Any,
     p: float,
     magnitude: Any = None,
+    kept: Kept | None = None,
     *,
     detach_norm: bool,
     round_norm: bool,
@@ -249,8 +253,18 @@ def _plain(
         scaling = scaling.detach()
     if magnitude is None:
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, p)
+    gain = None
+    if kept is not None and not (torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack()):
+        held = tensors_of(weight)
+        sources = *((weight,) if held is None else held(weight)), lora_A, lora_B, magnitude
+        gain = kept.get(
+            sources,
+            scaling,
+            ("reference", detach_norm, round_norm),
+            lambda: reference.gain_of(weight, lora_A, lora_B, magnitude, scaling, detach_norm, round_norm),
+        )
     return reference.dora_linear(
-        x, weight, lora_A, lora_B, magnitude, scaling, bias, p, True, detach_norm, round_norm=round_norm
+        x, weight, lora_A, lora_B, magnitude, scaling, bias, p, True, detach_norm, round_norm=round_norm, gain=gain
     )
 
 

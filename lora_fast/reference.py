@@ -99,19 +99,16 @@ def dora_gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
 
 def dora_scale(
     z: torch.Tensor,
-    magnitude: torch.Tensor,
-    norm: torch.Tensor,
+    gain: torch.Tensor,
     bias: torch.Tensor | None = None,
     base: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """``y = (magnitude / norm) * z + bias`` in z's dtype, computed in float32 or better and rounded once; a row of zero
-    norm counts as 0. z [..., N], the others [N].
+    """``y = gain * z + bias`` in z's dtype, computed in float32 or better and rounded once. z [..., N], the others [N].
 
     ``base``: the x and the weight of z. Where the gain is 1, y is then the adapter's part added to ``F.linear(x,
     weight, bias)`` bit for bit, so that a fresh layer equals its base. On the CPU alone: elsewhere it is off by the one
     rounding that z is made with, as the host would have to wait for a look at the gains.
     """
-    gain = dora_gain(magnitude, norm)
     y = z * gain.to(torch.promote_types(gain.dtype, torch.float32))
     if bias is not None:
         y = y + bias
@@ -145,19 +142,35 @@ def dora_linear(
     detach_norm: bool = True,
     keep: torch.Tensor | None = None,
     round_norm: bool = False,
+    gain: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``y = g * z + bias`` with ``z = x W^T + S B^T`` and ``g = magnitude / |W + scaling * B A|`` per output row
     (Liu et al. 2024, arXiv 2402.09353; the norm is a constant in the backward, section 4.3, unless ``detach_norm`` is
     False).
 
     Arguments and result as in :func:`lora_linear`; magnitude is [N]; ``round_norm`` rounds the norm to the weight's
-    dtype, as PEFT does.
+    dtype, as PEFT does. ``gain``: g, if it is there already.
     """
     z = lora_linear(x, weight, lora_A, lora_B, scaling, None, dropout_p, training, keep)
+    if gain is None:
+        gain = gain_of(weight, lora_A, lora_B, magnitude, scaling, detach_norm, round_norm)
+    return dora_scale(z, gain, bias, (x, weight))
+
+
+def gain_of(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float | torch.Tensor,
+    detach_norm: bool = True,
+    round_norm: bool = False,
+) -> torch.Tensor:
+    """g [N] as :func:`dora_linear` has it."""
     norm = (dora_norm if detach_norm else dense_norm)(weight, lora_A, lora_B, scaling)
     if round_norm and rounds_norm(weight):
         norm = norm.to(weight.dtype).to(norm.dtype)
-    return dora_scale(z, magnitude, norm, bias, (x, weight))
+    return dora_gain(magnitude, norm)
 
 
 def dense_norm(

@@ -24,7 +24,7 @@ ROOMS = [
     {"wrappers"},
     {"functional"},
     {"ops"},
-    {"reference", "fp8"},
+    {"reference", "fp8", "kept"},
     {"bases"},
     {"dispatch", "kernels"},
 ]

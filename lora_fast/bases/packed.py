@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_map_only
 
 from lora_fast import dispatch
@@ -166,7 +167,9 @@ class PackedWeight(torch.Tensor):
                 return self
             source = type(self).quantise(source)
         for name in self.INNER:
-            getattr(self, name).copy_(getattr(source, name))
+            inner = getattr(self, name)
+            inner.copy_(getattr(source, name))
+            increment_version(inner)  # within an operation nobody counts
         return self
 
 

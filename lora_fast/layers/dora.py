@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_fast.dispatch import has_data
 from lora_fast.functional import dora_linear, dora_norm
+from lora_fast.layers.keeping import KeepsNorm
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.reference import dora_gain
 from lora_fast.wrappers import fsdp1
@@ -17,9 +18,10 @@ PARTS = frozenset(("weight", "lora_A", "lora_B"))  # what the norm is made of
 _TO_COME = "_parts_to_come"  # in a layer's __dict__: those that a later part of a state dict will bring
 
 
-class DoRALinear(LoRALinear):
+class DoRALinear(KeepsNorm, LoRALinear):
     """:class:`LoRALinear` whose output rows have a length of their own: ``y = (m / n) * z + bias`` with
-    ``z = x W^T + scaling * (drop(x) A^T) B^T`` and ``n = |W + scaling * B A|`` per row, a constant in the backward.
+    ``z = x W^T + scaling * (drop(x) A^T) B^T`` and ``n = |W + scaling * B A|`` per row, a constant in the backward
+    and kept in evaluation (:class:`lora_fast.layers.keeping.KeepsNorm`).
 
     Liu et al. 2024 (arXiv 2402.09353). Arguments, attributes and errors as of LoRALinear, and
 
@@ -133,6 +135,7 @@ class DoRALinear(LoRALinear):
             training=self.training,
             save=self.save,
             save_x=self.save_x,
+            kept=self.kept_norm(),
         )
 
     def merged_weight(self, original: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,9 +8,10 @@ from torch.autograd.function import once_differentiable
 
 from lora_fast.bases.packed import PackedWeight, rounds_norm, tensors_of
 from lora_fast.dispatch import autocast_dtype, tell
+from lora_fast.kept import Kept
 from lora_fast.kernels import launchers
 from lora_fast.kernels.bases import PLAIN
-from lora_fast.kernels.lora import forward
+from lora_fast.kernels.lora import forward, make_kept
 from lora_fast.kernels.problem import Call, MaybeTensor, Needs, Problem
 from lora_fast.ops import custom_op
 from lora_fast.ops.parts import addressable, contiguous, gradients, kinds_of, one_gpu, to_save
@@ -60,6 +61,7 @@ class FusedLinear:
             round_norm=round_norm and rounds_norm(weight),
             alone=not any(needs),
         )
+        self.how = "triton", kind, self.problem.round_norm  # beside the weights, what is kept of DoRA depends on this
         self.records, self.compiling = any(needs), torch.compiler.is_compiling()
         self.tensors_of = tensors_of(weight)
         self.kind, self.casts = kind, kind != x.dtype or kind != weight.dtype
@@ -78,13 +80,15 @@ class FusedLinear:
         scaling: float | torch.Tensor,
         bias: MaybeTensor,
         p: float,
-        magnitude: MaybeTensor = None,
+        magnitude: Any = None,
+        kept: Kept | None = None,
     ) -> torch.Tensor:
         """y; p = 0 means no dropout."""
         if self.elsewhere is not None and self.elsewhere.index != torch.cuda.current_device():
             with torch.cuda.device(self.elsewhere):
-                return self(x, weight, lora_A, lora_B, scaling, bias, p, magnitude)
+                return self(x, weight, lora_A, lora_B, scaling, bias, p, magnitude, kept)
         held = (weight,) if self.tensors_of is None else self.tensors_of(weight)
+        sources = (*held, lora_A, lora_B, magnitude) if kept is not None else ()
         if not self.as_given:
             if self.casts:
                 x = x.to(self.kind)
@@ -97,7 +101,12 @@ class FusedLinear:
             return custom_op.linear(self.problem, call, x, lora_A, lora_B, bias, magnitude)
         if not self.records:
             x = x if self.addressable else addressable(x)
-            return forward(self.problem, call, x, lora_A, lora_B, bias, magnitude)[0]
+            made = None
+            if kept is not None:
+                made = kept.get(
+                    sources, scaling, self.how, lambda: make_kept(self.problem, call, lora_A, lora_B, magnitude)
+                )
+            return forward(self.problem, call, x, lora_A, lora_B, bias, magnitude, made)[0]
         apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply
         y = apply(x, lora_A, lora_B, bias, magnitude, self, call)
         if call.deferred is not None:

@@ -11,12 +11,12 @@ from torch import nn
 from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.functional import dora_linear, lora_linear
+from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm
 from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
 from lora_fast.peft import norms as peft_norms
 from lora_fast.peft.merging import KeepingLinear, for_an_adapters_file
 from lora_fast.peft.rules import active, examine, is_dora, parameter, why_not_this_call
-from lora_fast.reference import dora_scale
 from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.gather import whole
 
@@ -66,7 +66,7 @@ class Scalings(dict[str, Any]):
         return type(self), (dict(self), torch.device("cpu"))  # a pickle may be read where there is no such device
 
 
-class FastLinear(KeepingLinear):
+class FastLinear(KeepsNorm, KeepingLinear):
     """``peft.tuners.lora.Linear`` that runs plain LoRA and DoRA adapters through :mod:`lora_fast.functional`.
 
     Not constructed, but put in place of an instance's class (:meth:`adopt`). Parameters are PEFT's own, read in each
@@ -98,7 +98,7 @@ class FastLinear(KeepingLinear):
         self._forget_base()
         scalings = dict(self.scaling)
         del self._scalings
-        for name in ("save", "save_x", "is_embedding", TO_COME):
+        for name in ("save", "save_x", "is_embedding", TO_COME, KEPT_NORM, "keep_in_graphs"):
             vars(self).pop(name, None)
         if isinstance(self.base_layer.weight, PackedWeight):
             self.base_layer.weight = nn.Parameter(self.base_layer.weight.dequantise(), requires_grad=False)
@@ -129,6 +129,7 @@ class FastLinear(KeepingLinear):
                 return self._fused(x, parts)
             dispatch.tell("leaves a layer to stock PEFT", parts)
             peft_norms.drop_stale_of(self, names)
+            self.kept_norm()  # with gradients it is dropped
         elif self.disable_adapters and self.merged and getattr(self.base_layer, "_is_fsdp_managed_module", False):
             # Stock unmerges here, which is lost in a weight that FSDP has gathered.
             weight, bias = (None if kept is None else whole(kept) for kept in self._both_kept().values())
@@ -147,10 +148,7 @@ class FastLinear(KeepingLinear):
         scaling = scalings.of(name, x.device)
         if is_dora(self, name):
             magnitude = self.lora_magnitude_vector[name]
-            if peft_norms.wanted(magnitude):
-                norm = peft_norms.norm_of(magnitude, name, weight, a, b, scaling)
-                z = lora_linear(x, weight, a, b, scaling, dropout_p=p, training=dropout.training, save_x=self.save_x)
-                return dora_scale(z, magnitude.weight, norm, bias, (x, weight))
+            caching = peft_norms.wanted(magnitude)
             return dora_linear(
                 x,
                 weight,
@@ -164,6 +162,7 @@ class FastLinear(KeepingLinear):
                 save=self.save,
                 round_norm=True,
                 save_x=self.save_x,
+                kept=self.kept_norm(in_graphs=caching),
             )
         if len(parts) > 1:  # the sum of the adapters is one adapter, stacked along r
             a = torch.cat([a for _, a, _, _ in parts])
