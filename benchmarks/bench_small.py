@@ -4,7 +4,8 @@ Run from the repository root, on a machine with an NVIDIA GPU: python -m benchma
 
 Training (what = fwd+bwd, 256 to 2048 rows) takes one weight again and again (weights = hot), which up to some 45 MB
 stays in the cache. Decoding (what = fwd, without gradients, 1 to 128 rows, no dropout) takes different ones of 256 MB
-in all in turn (weights = rotating), as a model does; its times are of one layer.
+in all in turn (weights = rotating), as a model does; its times are of one layer, in evaluation mode. Ours keeps DoRA's
+norm there, in these graphs as it does without (``keep_in_graphs``).
 
 frozen, frozen_again  nn.Linear whose weight asks for no gradient, twice, to show the noise
 eager                 plain torch in its best form (addmm); eager_compiled is torch.compile of the same
@@ -25,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks import bench_dora, bench_lora, common
 from benchmarks.bench_lora import COLUMNS, FROZEN, Case
-from lora_fast import set_backend, timing
+from lora_fast import DoRALinear, set_backend, timing
 from lora_fast.timing import Candidate
 
 SHAPES = [(2048, 2048), (2048, 8192), (8192, 2048), (2048, 512), (896, 4864), (4096, 4096), (4096, 14336), (4096, 1024)]
@@ -65,6 +67,11 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
 
 def step_of(candidates: list[Candidate], what: str) -> Callable[[], None]:
     """One call of each of them."""
+    for candidate in candidates if what == "fwd" else ():
+        if isinstance(candidate.layer, nn.Module):
+            candidate.layer.eval()
+        if isinstance(candidate.layer, DoRALinear):
+            candidate.layer.keep_in_graphs = True
 
     def step() -> None:
         for candidate in candidates:
