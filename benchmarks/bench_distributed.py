@@ -34,10 +34,10 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from benchmarks import bench_model, check_distributed, common
+from benchmarks import check_distributed, common, models
 from benchmarks.bench_lora import only, positive
-from benchmarks.bench_model import LARGE, TINY, Size
 from benchmarks.distributed import MODES, group_of, of_all, processes, step_of, wrap
+from benchmarks.models import LARGE, TINY, Size
 from lora_fast import timing
 
 COLUMNS = (
@@ -58,8 +58,8 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         return f"{self.mode} p={self.p} on {self.gpus}: {self.impl}"
 
-    def of_model(self) -> bench_model.Case:
-        return bench_model.Case(MODES[self.mode].checkpointing, self.impl, self.p)
+    def of_model(self) -> models.Case:
+        return models.Case(MODES[self.mode].checkpointing, self.impl, self.p)
 
 
 def all_cases(gpus: int) -> list[Case]:
@@ -79,7 +79,7 @@ def ready(case: Case, base: torch.nn.Module, size: Size, mesh: DeviceMesh) -> Re
     gc.collect()  # nothing may be freed between before and the peak
     cuda, mode = size.device == "cuda", MODES[case.mode]
     before = torch.cuda.memory_allocated() if cuda else 0
-    model = wrap(bench_model.model_of(case.of_model(), base), mode, mesh)
+    model = wrap(models.model_of(case.of_model(), base), mode, mesh)
     if not mode.fsdp2:  # it runs on the base's own weights, and FSDP2 on shards that it copied
         before -= sum(parameter.nbytes for parameter in base.parameters())
     torch.manual_seed(dist.get_rank())  # for the tokens, and dropout
@@ -107,7 +107,7 @@ def measured(
     found = {case: ready(case, base, size, mesh) for case in cases}
     slowest = max(of_all(sum(candidate.seconds for candidate in found.values())))
     rounds = min(rounds, max(2, int(limit / (2 * slowest))))
-    times = bench_model.measure({str(case): candidate.step for case, candidate in found.items()}, rounds, size.device)
+    times = models.measure({str(case): candidate.step for case, candidate in found.items()}, rounds, size.device)
     everywhere = of_all((times, {str(case): candidate.peak_mib for case, candidate in found.items()}))
     rows = []
     for case in cases:
@@ -122,7 +122,7 @@ def measured(
                 "dtype": size.dtype,
                 "layers": size.layers,
                 "tokens": tokens,
-                "r": bench_model.R,
+                "r": models.R,
                 "p": case.p,
                 "mode": case.mode,
                 "what": "step",
@@ -155,7 +155,7 @@ def measure(
     """In each process: all rows. The first writes them after every group, so that a run cut short leaves its part."""
     first = dist.get_rank() == 0
     meshes = {gpus: group_of(gpus, size.device) for gpus in dict.fromkeys(case.gpus for case in cases)}
-    base = bench_model.base_model(size)
+    base = models.base_model(size)
     if size.device == "cuda":
         x = torch.ones(64, 64, device="cuda", requires_grad=True)
         (x @ x).sum().backward()  # cuBLAS's workspaces, so that they are nobody's peak

@@ -25,9 +25,9 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
-from benchmarks import bench_model
-from benchmarks.bench_model import Size
+from benchmarks import models
 from benchmarks.distributed import MODES, group_of, of_all, processes, step_of, wrap
+from benchmarks.models import Size
 from lora_fast import PeftReport, patch_peft, peft_report
 
 ROWS, LENGTH, WORDS = 4, 256, 64  # rows of a process, at most so long; of a few words, so that the loss falls fast
@@ -91,7 +91,7 @@ def loaded(folder: Path, base: nn.Module) -> nn.Module:
     """Ours, with the adapter that lies in the folder."""
     from peft import PeftModel
 
-    model: Any = bench_model.model_of(bench_model.Case(0, "frozen", 0), base)
+    model: Any = models.model_of(models.Case(0, "frozen", 0), base)
     model = PeftModel.from_pretrained(model, str(folder), is_trainable=True, autocast_adapter_dtype=False)
     patch_peft(model)
     return model.train()
@@ -124,7 +124,7 @@ class Bench:
 
     def model(self, impl: str, checkpointing: int = 0) -> nn.Module:
         gc.collect()  # the models before this one, which are rings
-        return bench_model.model_of(bench_model.Case(checkpointing, f"{impl}_{self.kind}", 0), self.base)
+        return models.model_of(models.Case(checkpointing, f"{impl}_{self.kind}", 0), self.base)
 
     def alone(self, impl: str, rows: int = ROWS) -> tuple[nn.Module, Run]:
         model = self.model(impl)
@@ -197,7 +197,7 @@ class Bench:
 
 def checked(size: Size, kinds: list[str], modes: list[str], steps: int, folder: Path) -> list[str]:
     """In each process: what is wrong."""
-    mesh, base = group_of(dist.get_world_size(), size.device), bench_model.base_model(size)
+    mesh, base = group_of(dist.get_world_size(), size.device), models.base_model(size)
     wrong: list[str] = []
     for kind in kinds:
         bench = Bench(kind, base, size, steps, mesh)

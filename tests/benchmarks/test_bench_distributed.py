@@ -11,8 +11,8 @@ for package in ("peft", "transformers"):
 
 from benchmarks import bench_distributed, check_distributed  # noqa: E402
 from benchmarks.bench_distributed import Case  # noqa: E402
-from benchmarks.bench_model import TINY  # noqa: E402
 from benchmarks.distributed import MODES  # noqa: E402
+from benchmarks.models import TINY  # noqa: E402
 from lora_fast import set_backend  # noqa: E402
 from lora_fast.peft.layers import FastLinear  # noqa: E402
 

@@ -1,0 +1,205 @@
+"""The models that the benchmarks of whole models measure, Llamas of random weights, and how their steps are timed."""
+
+import copy
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import common
+from benchmarks.bench_lora import FROZEN
+from lora_fast import LoRAConfig, add_lora, load_lora_state_dict, patch_peft
+
+PLAIN = (
+    *FROZEN,
+    "peft_lora",
+    "lora_fast_lora",
+    "lora_fast_own_lora",
+    "peft_dora",
+    "lora_fast_dora",
+    "lora_fast_own_dora",
+)
+IMPLS = (*PLAIN, "lora_fast_lora_x8", "lora_fast_fp8_lora", "lora_fast_fp8_dora")
+MODES = ("eager", "default", "reduce-overhead")
+R = 16
+
+
+class Size(NamedTuple):
+    """A Llama and the batch that it is given."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    layers: int
+    batch: int
+    length: int
+    dtype: str
+    device: str
+    tied: bool = False
+
+
+LARGE = Size(4096, 14336, 32, 8, 32064, 8, 2, 4096, "bf16", "cuda")
+SMALL = Size(2048, 8192, 32, 8, 32064, 4, 1, 512, "bf16", "cuda")
+ONE_B = SMALL._replace(vocabulary=128256, layers=16, tied=True)
+TINY = Size(256, 688, 8, 4, 1024, 4, 2, 64, "fp32", "cpu")
+SIZES = {
+    "large": [LARGE],
+    "8b": [LARGE._replace(batch=1, length=length) for length in (512, 2048)],
+    "1b": [ONE_B._replace(batch=batch, length=length) for batch, length in ((1, 512), (2, 1024), (8, 1024))],
+    "small": [SMALL],
+    "tiny": [TINY],
+}
+
+
+class Case(NamedTuple):
+    checkpointing: int
+    impl: str
+    p: float
+
+    def __str__(self) -> str:
+        return f"{self.impl} p={self.p}" + " checkpointing" * self.checkpointing
+
+
+def stock_of(impl: str) -> str:
+    """The stock PEFT that a candidate of ours stands beside."""
+    return impl.replace("lora_fast_", "peft_").replace("fp8_", "").replace("own_", "").removesuffix("_x8")
+
+
+def all_cases(size: str = "large", mode: str = "eager") -> list[Case]:
+    """Those of a few layers or tokens, and compiled ones: without checkpointing and what saves memory."""
+    whole = size in ("large", "tiny") and mode == "eager"
+    return [
+        Case(checkpointing, impl, p)
+        for checkpointing in ((0, 1) if whole else (0,))
+        for impl in (IMPLS if whole else PLAIN)
+        for p in (common.PS[:1] if impl in FROZEN else common.PS)
+    ]
+
+
+def base_model(size: Size) -> nn.Module:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        vocab_size=size.vocabulary,
+        max_position_embeddings=size.length,
+        tie_word_embeddings=size.tied,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    with torch.device(size.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=common.DTYPES[size.dtype])
+    return model.requires_grad_(False)
+
+
+def model_of(case: Case, base: nn.Module) -> nn.Module:
+    """A model of its own on the base's weights. Cases that differ in who computes hold equal adapters."""
+    model: Any = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+    model.enable_input_require_grads()
+    if case.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if "_own_" in case.impl:
+        return with_own_layers(case, model, base).train()
+    if case.impl not in FROZEN:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(1)
+        config = LoraConfig(
+            r=R,
+            lora_alpha=2 * R,
+            lora_dropout=case.p,
+            target_modules="all-linear",
+            use_dora=case.impl.endswith("dora"),
+            init_lora_weights=False,
+        )
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    if case.impl.startswith("lora_fast"):
+        report = patch_peft(model, base_dtype="float8_e4m3" if "fp8" in case.impl else None)
+        if report.not_fused and next(model.parameters()).is_cuda:
+            raise RuntimeError(f"a candidate of ours is not fused everywhere:\n{report}")
+    if case.impl.endswith("_x8"):
+        for name, layer in model.named_modules():
+            if name.endswith("down_proj"):
+                layer.save_x = "fp8"
+    return model.train()
+
+
+def with_own_layers(case: Case, model: nn.Module, base: nn.Module) -> nn.Module:
+    """The model with our layers, and stock PEFT's adapters in them."""
+    from peft import get_peft_model_state_dict
+
+    stock: Any = model_of(Case(0, stock_of(case.impl), 0), base)
+    adapters = {
+        name.removeprefix("base_model.model.").removesuffix(".weight"): value
+        for name, value in get_peft_model_state_dict(stock).items()
+    }
+    config = LoRAConfig(R, 2 * R, case.p, target_modules="all-linear", use_dora=case.impl.endswith("dora"))
+    add_lora(model, config)
+    load_lora_state_dict(model, adapters)
+    return model
+
+
+def step_of(model: Any, ids: Tensor, mode: str = "eager") -> Callable[[], Tensor]:
+    """The loss and its gradients, the last step's dropped. The embeddings, which are made to ask for a gradient, are
+    looked up ahead of a compiled model: inside it they would break its graph."""
+    leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None  # of the last step, whose memory a graph's next replay overwrites
+        if mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        loss: Tensor = model(inputs_embeds=model.get_input_embeddings()(ids), labels=ids).loss
+        loss.backward()
+        return loss
+
+    return step
+
+
+def build(cases: Sequence[Case], size: Size, mode: str = "eager") -> dict[str, Callable[[], Tensor]]:
+    """Every case's step by its name, all on one base and one batch."""
+    base = base_model(size)
+    ids = torch.randint(size.vocabulary, (size.batch, size.length), device=size.device)
+    models: dict[str, Any] = {str(case): model_of(case, base) for case in cases}
+    if mode != "eager":
+        torch._dynamo.config.recompile_limit = 8 * len(cases)  # they share their code
+        models = {name: torch.compile(model, mode=mode, dynamic=False) for name, model in models.items()}
+    return {name: step_of(model, ids, mode) for name, model in models.items()}
+
+
+def measure(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+    """timing.measure for steps as long as a model's: in each round, in a new random order, one step to warm up and one
+    that is timed; but for transformers, whose forward waits once, at its start, to look for packed sequences, nothing
+    waits before the round's end. On the CPU it is CPU time, which other work on the machine disturbs least."""
+
+    def now() -> Any:
+        if device == "cpu":
+            return time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    order, shuffle = list(steps), random.Random(0).shuffle
+    times: dict[str, list[float]] = {name: [] for name in order}
+    for _ in range(rounds):
+        shuffle(order)
+        marks = []
+        for name in order:
+            steps[name]()
+            began = now()
+            steps[name]()
+            marks.append((name, began, now()))
+        if device != "cpu":
+            torch.cuda.synchronize()
+        for name, began, ended in marks:
+            times[name].append((ended - began) * 1e6 if device == "cpu" else began.elapsed_time(ended) * 1000)
+    return times
