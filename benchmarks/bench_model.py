@@ -34,7 +34,6 @@ stock's own without dropout is at 0.77. Compiled, a step of ours must not take l
 """
 
 import argparse
-import csv
 import functools
 import gc
 import sys
@@ -119,15 +118,6 @@ def measured(group: Group, rounds: int, about: common.Row) -> list[common.Row]:
             }
         )
     return rows
-
-
-def others(path: Path, rows: list[common.Row]) -> list[common.Row]:
-    """The rows of a results file that are of other groups than these."""
-    if not path.exists():
-        return []
-    ours = {tuple(str(row[name]) for name in GROUP) for row in rows}
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if tuple(row[name] for name in GROUP) not in ours]
 
 
 def summarise(rows: list[common.Row]) -> str:
@@ -240,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     path, rows = args.out / f"bench_model_{common.card(about['gpu'])}.csv", list[common.Row]()
     for group in common.progress(groups, "bench_model"):
         found = measured(group, args.rounds or (8 if group.name == "large" else 60), about)
-        common.write_csv(path, COLUMNS, others(path, found) + found)
+        common.write_csv(path, COLUMNS, common.others(path, found, GROUP) + found)
         rows += found
         torch.compiler.reset()
         gc.collect()  # models are rings

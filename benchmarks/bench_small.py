@@ -12,6 +12,10 @@ eager                 plain torch in its best form (addmm); eager_compiled is to
 peft                  PEFT's layer, adapters in x's dtype, where PEFT is installed
 lora_fast_lora        LoRALinear, adapters in float32, as it makes them
 peft_dora, eager_compiled_dora, lora_fast_dora  the same with DoRA
+
+What torch.compile makes is made first, for each shape, by a process for each core; inductor keeps it on disk, where the
+measuring one finds it. What cannot be compiled is named and not measured. Rows that a run does not measure stay in the
+file: the compiled ones may come later, with --only impl=eager_compiled,eager_compiled_dora.
 """
 
 import argparse
@@ -19,9 +23,12 @@ import functools
 import gc
 import itertools
 import math
+import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +52,7 @@ IMPLS = (
     "eager_compiled_dora",
     "lora_fast_dora",
 )
+SAME = ("what", "M", "K", "N", "p", "impl")  # of a row that is measured again
 ROTATING = 256 * 2**20  # bytes of weights in turn
 KEYS: dict[str, Callable[[str], Any]] = {"M": int, "K": int, "N": int, "p": float, "impl": str}
 
@@ -78,6 +86,30 @@ def step_of(candidates: list[Candidate], what: str) -> Callable[[], None]:
             candidate.calls()[what]()
 
     return torch.no_grad()(step) if what == "fwd" else step
+
+
+def compile_one(what: str, case: Case, impl: str, device: str = "cuda") -> str | None:
+    """Leaves what torch.compile makes of a step in inductor's cache; why it could not, in words."""
+    torch._inductor.config.compile_threads = 1  # there are other processes
+    try:
+        step_of([build(case, (impl,), device)[impl]], what)()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    finally:
+        torch.compiler.reset()
+    return None
+
+
+def compile_ahead(wanted: list[tuple[str, Case]], impls: tuple[str, ...]) -> dict[tuple[str, Case, str], str]:
+    """All that is to be compiled, by other processes; what cannot be, and why."""
+    jobs = [(what, case, impl) for what, case in wanted for impl in impls if "compiled" in impl]
+    if not jobs:
+        return {}
+    workers = min(16, os.cpu_count() or 1, len(jobs))
+    print(f"bench_small: compiling {len(jobs)} steps in {workers} processes", flush=True)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        failures = pool.map(compile_one, *zip(*jobs, strict=True))
+        return {job: why for job, why in zip(jobs, failures, strict=True) if why is not None}
 
 
 def measured(
@@ -153,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         default=common.RESULTS,
         metavar="DIR",
-        help="where bench_small_CARD.csv is rewritten (default benchmarks/results)",
+        help="where bench_small_CARD.csv is (default benchmarks/results)",
     )
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
@@ -172,14 +204,20 @@ def main(argv: list[str] | None = None) -> int:
     set_backend("triton")  # never the slow path unawares
     about = common.run_columns(args.commit)
     columns = [*COLUMNS[: COLUMNS.index("impl")], "weights", *COLUMNS[COLUMNS.index("impl") :]]
-    rows: list[common.Row] = []
+    path, rows = args.out / f"bench_small_{common.card(about['gpu'])}.csv", list[common.Row]()
+    failed = compile_ahead(wanted, impls)
     for what, case in common.progress(wanted, "bench_small"):
-        rows += measured(what, case, impls, args.rounds, about)
-        common.write_csv(args.out / f"bench_small_{common.card(about['gpu'])}.csv", columns, rows)
+        found = measured(
+            what, case, tuple(impl for impl in impls if (what, case, impl) not in failed), args.rounds, about
+        )
+        common.write_csv(path, columns, common.others(path, found, SAME) + found)
+        rows += found
         torch.compiler.reset()
         gc.collect()
     print(f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}\n")
     print(summarise(rows))
+    for (what, case, impl), why in failed.items():
+        print(f"not measured: {impl}, {what}, {case}: {why}")
     return 0
 
 

@@ -80,6 +80,15 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
         writer.writerows(rows)
 
 
+def others(path: Path, rows: Iterable[Row], same: Sequence[str]) -> list[Row]:
+    """The rows of a results file, if it is there, that agree with none of these in the columns ``same``."""
+    if not path.exists():
+        return []
+    again = {tuple(str(row[name]) for name in same) for row in rows}
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if tuple(row[name] for name in same) not in again]
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A markdown table."""
     lines = [header, ["---"] * len(header), *rows]

@@ -265,29 +265,3 @@ def test_host_candidates_and_rows(monkeypatch, tmp_path):
     common.write_csv(path, bench_lora.COLUMNS, rows)
     assert len(bench_host.of_other_versions(path, "3.6.0")) == len(rows)
     assert bench_host.of_other_versions(path, "3.7.1") == []
-
-
-@pytest.mark.parametrize("what, layers", [("fwd+bwd", 1), ("fwd", 3)])
-def test_rows_of_small_layers(monkeypatch, what, layers):
-    """Training takes one weight again and again; decoding takes several in turn, and its times are of one layer."""
-    pytest.importorskip("peft")
-    monkeypatch.setattr(bench_small, "ROTATING", 3 * 2 * 32 * 24)
-    impls = tuple(impl for impl in bench_small.IMPLS if "compiled" not in impl)
-    monkeypatch.setattr(
-        bench_small.timing,
-        "measure",
-        lambda steps, *_, **__: {impl: [step() or (6.0 if "lora" in impl else 3.0)] for impl, step in steps.items()},
-    )
-    rows = bench_small.measured(what, bench_lora.Case("fp32", 8, 32, 24, 4, 0), impls, 3, {"gpu": "g"}, "cpu")
-    assert [row["impl"] for row in rows] == list(impls)
-    ours = rows[impls.index("lora_fast_lora")]
-    assert (ours["median_us"], ours["ratio_to_frozen"]) == (6 / layers, 2)
-    assert ours["weights"] == ("hot" if layers == 1 else "rotating")
-    table = bench_small.summarise(rows)
-    assert "| lora_fast_dora | 2.0 | 2.0 | 1 |" in table
-
-
-def test_cases_of_small_layers():
-    found = bench_small.cases()
-    assert len(found) == len(set(found)) == 4 * 8 * 2 + 4 * 9
-    assert {case.M for what, case in found if what == "fwd"} == {1, 8, 64, 128}

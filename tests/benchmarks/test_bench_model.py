@@ -108,18 +108,6 @@ def test_rows_and_table(monkeypatch):
     assert table[-1] == "| 1b | 16 | reduce-overhead | lora_fast_lora | 0 | yes | 300.0 | 1.500 |  |  | 0.750 |  |"
 
 
-def test_rows_of_other_groups_stay(tmp_path):
-    path = tmp_path / "rows.csv"
-    assert bench_model.others(path, []) == []
-    rows = [
-        dict(zip((*bench_model.GROUP, "impl"), (*group, impl), strict=True))
-        for group in (("1b", "eager", 16, 512, 0), ("1b", "default", 16, 512, 0), ("1b", "eager", 16, 2048, 0))
-        for impl in ("frozen", "peft_lora")
-    ]
-    common.write_csv(path, list(rows[0]), rows)
-    assert bench_model.others(path, rows[:1]) == [{name: str(row[name]) for name in row} for row in rows[2:]]
-
-
 def test_tiny_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(models.SIZES, "tiny", [SIZE])
     argv = f"--tiny --rounds 3 --layers 1 --only p=0 --only impl=peft_lora,lora_fast_lora --commit c0 --out {tmp_path}"

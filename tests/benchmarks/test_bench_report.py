@@ -88,6 +88,20 @@ def test_csv(tmp_path):
         common.write_csv(path, bench_lora.COLUMNS, [{**fake_rows()[0], "extra": 1}])
 
 
+def test_rows_of_other_runs_stay(tmp_path):
+    path = tmp_path / "rows.csv"
+    assert common.others(path, [], ["mode"]) == []
+    rows = [
+        {"mode": mode, "tokens": tokens, "impl": impl}
+        for mode, tokens in (("eager", 512), ("default", 512), ("eager", 2048))
+        for impl in ("frozen", "peft")
+    ]
+    common.write_csv(path, list(rows[0]), rows)
+    as_read = [{name: str(value) for name, value in row.items()} for row in rows]
+    assert common.others(path, rows[:1], ["mode", "tokens"]) == as_read[2:]
+    assert common.others(path, rows[:1], ["mode", "tokens", "impl"]) == as_read[1:]
+
+
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "bench_lora_h100.csv"
