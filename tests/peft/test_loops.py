@@ -14,14 +14,9 @@ from lora_fast import dispatch, patch_peft, set_backend
 
 for package in ("peft", "transformers", "accelerate", "triton"):
     pytest.importorskip(package)
-from loops import LR, STEPS, Seen, tiny_llama, token_ids, trainable, trained  # noqa: E402
+from loops import LAYERS, LR, STEPS, WAYS, Seen, arguments, tiny_llama, token_ids, trainable, trained  # noqa: E402
 
 LIGHTNING = [name for name in ("lightning", "pytorch_lightning") if find_spec(name)]  # the same under two names
-WAYS = [
-    pytest.param(("auto", "cpu"), id="plain"),
-    pytest.param(("triton", "cpu"), id="interpreted", marks=pytest.mark.interpreted),
-    pytest.param(("auto", "cuda"), id="gpu", marks=pytest.mark.gpu),
-]
 BOTH = pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
 
 
@@ -40,9 +35,6 @@ def fresh():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     set_backend("auto")
-
-
-LAYERS = 7  # of the tiny Llama
 
 
 def check_losses(found, expected, tol=1e-4, micro=1):
@@ -90,25 +82,6 @@ def test_plain_loop(way, kind):
             optimizer.zero_grad()
 
     check(way, loop, tiny_llama(**kind))
-
-
-def arguments(way, cls, path, **kwargs):
-    """transformers' TrainingArguments, or a subclass, for a short run on one device that writes nothing."""
-    args = cls(
-        output_dir=str(path),
-        max_steps=STEPS,
-        per_device_train_batch_size=2,
-        learning_rate=LR,
-        use_cpu=way[1] == "cpu",
-        optim="adamw_torch_fused",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **kwargs,
-    )
-    assert args.device.type == way[1]
-    args._n_gpu = min(args.n_gpu, 1)  # several of them would mean DataParallel
-    return args
 
 
 @pytest.mark.medium
@@ -232,7 +205,7 @@ def test_the_page_in_the_docs():
     text = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| ")][2:]  # without head and rule
     there = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in ROOT.glob("tests/**/test_*.py")), re.M))
-    assert len(rows) == 13 and all(len(row) == 6 for row in rows), rows
+    assert len(rows) == 15 and all(len(row) == 6 for row in rows), rows
     named = [set(re.findall(r"`(\w+)`", row[4])) for row in rows]
     assert all(names and names <= there for names in named), named
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import peft
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -14,6 +15,12 @@ from lora_fast.ops import linear as ops
 from lora_fast.peft.report import PeftLayer
 
 STEPS, LR = 5, 1e-2
+LAYERS = 7  # of the tiny Llama that have adapters
+WAYS = [
+    pytest.param(("auto", "cpu"), id="plain"),
+    pytest.param(("triton", "cpu"), id="interpreted", marks=pytest.mark.interpreted),
+    pytest.param(("auto", "cuda"), id="gpu", marks=pytest.mark.gpu),
+]
 
 
 def tiny_llama(layers: int = 1, vocab: int = 32, **kwargs) -> nn.Module:
@@ -43,6 +50,24 @@ def token_ids(seed: int = 1) -> torch.Tensor:
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def arguments(way, cls, path, **kwargs):
+    """transformers' TrainingArguments, or a subclass, for a short run on one device that writes nothing."""
+    kwargs = {"max_steps": STEPS, "per_device_train_batch_size": 2, **kwargs}
+    args = cls(
+        output_dir=str(path),
+        learning_rate=LR,
+        use_cpu=way[1] == "cpu",
+        optim="adamw_torch_fused",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **kwargs,
+    )
+    assert args.device.type == way[1]
+    args._n_gpu = min(args.n_gpu, 1)  # several of them would mean DataParallel
+    return args
 
 
 @dataclass
