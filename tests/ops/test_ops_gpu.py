@@ -6,6 +6,7 @@ import pytest
 import torch
 from accuracy import check, check_one_mask, draw, error, gradients
 from devices import TRITON
+from torch._dynamo.utils import counters
 
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -88,6 +89,26 @@ def test_cuda_graph_replays_draw_new_masks():
         seen.append([t.clone() for t in outputs])
         check_one_mask(inputs, dict(zip(("y", "dx", "dA", "dB"), seen[-1], strict=True)))
     assert not torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_compiled_cuda_graphs_draw_new_masks():
+    """So do the graphs that torch.compile captures, of forward and backward, with one mask in both."""
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    inputs, skipped = draw(256, 512, 384, 16, BF16, "cuda", bias=False), counters["inductor"]["cudagraph_skips"]
+    leaves = [t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B)]
+    weight = torch.zeros_like(inputs.weight)
+
+    def forward(x, a, b):
+        return lora_linear(x, weight, a, b, 2.0, dropout_p=0.5, backend="triton")
+
+    compiled, seen = torch.compile(forward, mode="reduce-overhead", fullgraph=True), []
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        y = compiled(*leaves)
+        seen.append([t.detach().clone() for t in (y, *torch.autograd.grad(y, leaves, inputs.dy))])
+        check_one_mask(inputs, dict(zip(("y", "dx", "dA", "dB"), seen[-1], strict=True)))
+    assert not torch.equal(seen[-2][0], seen[-1][0]) and counters["inductor"]["cudagraph_skips"] == skipped
 
 
 def test_runs_on_the_current_stream():
