@@ -1,14 +1,20 @@
-"""Frozen weights W [N, K] as the programs of a layer read them: as they are, in e4m3.
+"""Frozen weights W [N, K] as the programs of a layer read them: as they are, in e4m3, in 4 bits.
 
 A base is a row of ``BASES``. It says which tensors hold W (a call hands them over, in this order), which of them each
 product reads, and whether the passes over x and dY must also write these in e4m3 for it. One whose tensors no product
-can read has a function that makes launches which write W into the program's memory first.
+can read has functions that make launches which write W into the program's memory first.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
+from lora_fast.kernels import four_bits
+from lora_fast.kernels.common import FP8
+from lora_fast.kernels.nibbles import Stored
 from lora_fast.kernels.operands import Operand, Scratch
 from lora_fast.kernels.program import Launch
 
@@ -22,6 +28,20 @@ class Read(NamedTuple):
     launches: Sequence[Launch] = ()  # that write it, ahead of those that read it
 
 
+class Wanted(NamedTuple):
+    """What a launch that writes W must know."""
+
+    n: int
+    k: int
+    kind: torch.dtype  # of the products
+    room: Operand  # bytes, for one of what y and dX read at a time
+    gain: Operand | None = None  # DoRA's; e4m3 for y again, in a backward: only rows whose gain is below ``weak``
+    weak: float = 0.0
+
+
+Unpack = Callable[[Sequence[Any], Wanted], Read]
+
+
 @dataclass(frozen=True, eq=False)
 class Base:
     name: str
@@ -29,15 +49,23 @@ class Base:
     for_y: slice  # those of them that the product of y reads, and DoRA's norm: a matrix, or that and its scales
     for_dx: slice  # and those that the product of dX reads
     e4m3: bool = False  # whether the products read x and dY in e4m3, with a scale for each row
-    unpack: Callable[..., Read] | None = None  # of these tensors and a Scratch
+    unpack_y: Unpack | None = None  # from these tensors; one launch
+    unpack_dx: Unpack | None = None
 
-    def y(self, held: Sequence[Any], scratch: Scratch) -> Read:
+    def room(self, n: int, k: int, kind: torch.dtype, scratch: Scratch) -> Operand:
+        """Where W is written to; nothing where it is not."""
+        size = n * k * (1 if self.e4m3 else kind.itemsize) if self.unpack_y else 0
+        return scratch.part((size,), torch.uint8)
+
+    def y(self, held: Sequence[Any], wanted: Wanted) -> Read:
         """W for the product of y: ``held`` are the base's tensors, of which it needs those ``for_y``."""
-        return (self.unpack or _as_they_are)(held[self.for_y], scratch)
+        tensors = held[self.for_y]
+        return self.unpack_y(tensors, wanted) if self.unpack_y else Read(*tensors)
 
-    def dx(self, held: Sequence[Any], scratch: Scratch) -> Read:
+    def dx(self, held: Sequence[Any], wanted: Wanted) -> Read:
         """W for the product of dX, from those ``for_dx``."""
-        return (self.unpack or _as_they_are)(held[self.for_dx], scratch)
+        tensors = held[self.for_dx]
+        return self.unpack_dx(tensors, wanted) if self.unpack_dx else Read(*tensors)
 
     def read_by(self, *, y: bool, dx: bool) -> slice:
         """Which of the tensors these products read."""
@@ -46,11 +74,54 @@ class Base:
         return self.for_y if y else self.for_dx if dx else slice(0)
 
 
-def _as_they_are(tensors: Sequence[Operand], scratch: Scratch) -> Read:
-    return Read(tensors[0], tensors[1] if len(tensors) > 1 else None)
+def _whole(stored: Sequence[Operand], wanted: Wanted, *, low_first: bool) -> Read:
+    out = wanted.room.seen_as((wanted.n, wanted.k), wanted.kind)
+    return Read(out, launches=[four_bits.whole(Stored(*stored), out, low_first=low_first)])
+
+
+def _by_rows(held: Sequence[Operand], wanted: Wanted, *, low_first: bool) -> Read:
+    scale, *stored = held
+    out = wanted.room.seen_as((wanted.n, wanted.k), FP8)
+    made = four_bits.by_rows(
+        Stored(*stored),
+        out,
+        scale,
+        low_first=low_first,
+        kind=wanted.kind,
+        gain=wanted.gain,
+        weak=wanted.weak,
+    )
+    return Read(out, scale, [made])
+
+
+def _by_columns(held: Sequence[Operand], wanted: Wanted, *, low_first: bool) -> Read:
+    *stored, scale = held
+    out = wanted.room.seen_as((wanted.k, wanted.n), FP8)
+    made = four_bits.by_columns(Stored(*stored), out, scale, low_first=low_first, kind=wanted.kind)
+    return Read(out, scale, [made])
+
+
+def _packed(name: str, stored: tuple[str, ...], low_first: bool) -> tuple[Base, Base]:
+    """The rows of a weight in 4 bits: for exact products, and for those of e4m3, which scales of rows and columns make
+    of it, powers of two."""
+    whole, count = partial(_whole, low_first=low_first), len(stored)
+    rows, columns = partial(_by_rows, low_first=low_first), partial(_by_columns, low_first=low_first)
+    exact = Base(name, stored, slice(count), slice(count), unpack_y=whole, unpack_dx=whole)
+    tensors = "row_scale", *stored, "col_scale"
+    for_y, for_dx = slice(count + 1), slice(1, count + 2)
+    return exact, Base(f"{name}_e4m3", tensors, for_y, for_dx, e4m3=True, unpack_y=rows, unpack_dx=columns)
 
 
 PLAIN = Base("plain", ("weight",), for_y=slice(1), for_dx=slice(1))
 # Row n of W is row_scale[n] * rows[n], for dX column k is col_scale[k] * columns[k]: rows [N, K], columns [K, N].
 E4M3 = Base("e4m3", ("rows", "row_scale", "columns", "col_scale"), for_y=slice(2), for_dx=slice(2, 4), e4m3=True)
-BASES = {base.name: base for base in (PLAIN, E4M3)}
+BASES = {
+    base.name: base
+    for base in (
+        PLAIN,
+        E4M3,
+        *_packed("four_bits", Stored._fields[:3], low_first=False),
+        *_packed("four_bits_nested", Stored._fields, low_first=False),
+        *_packed("mxfp4", Stored._fields[:3], low_first=True),
+    )
+}

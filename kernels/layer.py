@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.kernels.bases import Read
+from lora_fast.kernels.bases import Read, Wanted
 from lora_fast.kernels.cast import Cast, cast_adapters
 from lora_fast.kernels.common import padded_rank, wide
 from lora_fast.kernels.decode import decode, takes_decode
@@ -21,7 +21,7 @@ from lora_fast.kernels.pair import dz_and_dm, pair, takes_pair
 from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of
 from lora_fast.kernels.problem import Problem
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.sums import Dora
+from lora_fast.kernels.sums import Dora, weak_gain
 
 Maybe = Any  # an operand (a seed may be a number), None where the problem has none
 
@@ -51,7 +51,7 @@ class Forward(NamedTuple):
 def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     x, y, small, lifted = at.x.rows(), at.y.rows(), problem.small(at.room), problem.lifted
     scratch = Scratch(x.device)
-    w = problem.base.y(at.held, scratch)
+    w = problem.base.y(at.held, _wanted(problem, scratch))
     a, b, cast = at.a, at.b, None
     if problem.casts:
         a, b = small.a, small.b
@@ -120,6 +120,11 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     ]
 
 
+def _wanted(problem: Problem, scratch: Scratch) -> Wanted:
+    n, k, kind = problem.n, problem.k, problem.kind
+    return Wanted(n, k, kind, problem.base.room(n, k, kind, scratch))
+
+
 class Backward(NamedTuple):
     """The arguments of a backward's program, in this order."""
 
@@ -153,21 +158,24 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
         a, b = small.a, small.b
     x, x_scale = None if at.x is None else at.x.rows(), None
     dora = gain = None
-    again: Sequence[Launch] = ()
+    w: Maybe = None
+    first: Sequence[Launch] = ()
+    wanted: Any = _wanted(problem, scratch) if needs.x or problem.z_again else None
     held: list[Maybe] = [None] * len(problem.base.tensors)
     held[problem.saved] = at.held
     if problem.dora and small is not None:
         gain, kept = small.gain, at.y if at.z is None else at.z
         dora = Dora(gain, small.norm, kept, at.dz, at.grad_m)
         if problem.z_again:
-            w = problem.base.y(held, scratch)
-            again = w.launches
+            w = problem.base.y(held, wanted._replace(gain=gain, weak=weak_gain(problem.kind)))
+            first = w.launches
             dora = Dora(gain, small.norm, kept, at.dz, at.grad_m, x, w.matrix, s, b, w.scale)
-    wanted = all(grad is not None for grad in (at.dx, at.grad_a, at.grad_b))
-    if wanted and x is not None and not problem.base.e4m3 and takes_pair(x, dy, r, problem.dora):
-        w = problem.base.dx(held, scratch)
-        return [*again, *_few_rows(at, problem, x, s, a, b, dora, w, scratch)]
-    passes: list[Pass] = [*again]
+    if needs.x:  # which reads the same, but for e4m3
+        w = problem.base.dx(held, wanted) if w is None or problem.base.e4m3 else w._replace(launches=())
+    all_wanted = all(grad is not None for grad in (at.dx, at.grad_a, at.grad_b))
+    if all_wanted and x is not None and not problem.base.e4m3 and takes_pair(x, dy, r, problem.dora):
+        return [*first, *_few_rows(at, problem, x, s, a, b, dora, w, scratch)]
+    passes: list[Pass] = [*first]
     ds: Maybe = scratch.part((problem.m, padded_rank(r)), problem.kind) if needs.x or needs.a else None
     dz_scale, ds_here = None, ds
     if at.dz8 is not None:  # the launch that quantises makes dS, too
@@ -196,7 +204,6 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     if at.dx is None:
         return launches
     source = next(t for t in (at.dz8, at.dz, dy) if t is not None)
-    w = problem.base.dx(held, scratch)
     return [
         *launches,
         *w.launches,

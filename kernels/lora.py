@@ -84,8 +84,8 @@ def forward(
     if program is None or (bound := program.bind(*given)) is None:
         program, bound = _bound(problem, key, Forward, given)
     if call.defers and not makes_s(program.launches[-1]):
-        program.run(bound, 0, -1)
-        call.deferred = program, bound
+        program.run(bound, 0, -problem.last)
+        call.deferred = program, bound, -problem.last
     else:
         program.run(bound)
     return y, made

@@ -76,6 +76,13 @@ class Operand:
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         return Operand(view, shape, strides, dtype, self.device, (self.start + start) % 16)
 
+    def seen_as(self, shape: Size, dtype: torch.dtype) -> "Operand":
+        """The same memory, which is contiguous, from its beginning."""
+        if isinstance(self.place, int):
+            return self.part(shape, dtype)
+        whole = replace(self, place=self.place.arg, start=(self.start - self.place.start) % 16)
+        return whole.part(shape, dtype, self.place.start)
+
 
 T = TypeVar("T", Operand, torch.Tensor)  # of records that hold operands while a program is made, and tensors elsewhere
 

@@ -137,6 +137,11 @@ class Problem:
         return self.base.e4m3 or self.keep_x8
 
     @cached_property
+    def last(self) -> int:
+        """How many launches make y once S is there: the product, and what writes W for it alone."""
+        return 1 if self.base.unpack_y is None or self.dora else 2
+
+    @cached_property
     def shapes(self) -> Shapes:
         """Of the small things."""
         gains, s_shape = torch.float64 if self.kind == torch.float64 else torch.float32, (self.m, padded_rank(self.r))
@@ -172,11 +177,11 @@ class Problem:
 
 class Call:
     """What one call has beside x, its adapter and its bias; ``held`` are the base's tensors. If it ``defers`` its last
-    product is not launched but left here, to be run as ``program.run(bound, -1)`` once what the backward reads is
+    product is not launched but left here, to be run as ``program.run(bound, first)`` once what the backward reads is
     saved."""
 
     defers = False
-    deferred: tuple[Program, Bound] | None = None
+    deferred: tuple[Program, Bound, int] | None = None
 
     def __init__(
         self, scaling: float | torch.Tensor, seed: torch.Tensor | int | None, p: float, held: Sequence[torch.Tensor]

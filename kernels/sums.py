@@ -150,6 +150,11 @@ def _sum_kernel(
             _add_parts(parts_ptr + g_at, g_ptr, block, splits, g_size, 1.0, BLOCK, ACC)
 
 
+def weak_gain(kind: torch.dtype) -> float:
+    """Below this gain y = g z loses digits of z to underflow."""
+    return 2**-6 if kind == torch.float16 else 1e-30
+
+
 class Dora(NamedTuple, Generic[T]):
     """What a pass over dY takes and gives beyond LoRA's. dm needs norm and kept, dz nothing else."""
 
@@ -219,7 +224,6 @@ def add_parts(
         k, r = x.shape[1], b.shape[1]
         given = *z.strides, *x.strides, *w.strides, *b.strides
         strides = dict(zip(strides, given, strict=True))
-    weak = None if x is None else 2**-6 if kind == torch.float16 else 1e-30  # below, y = g z loses digits to underflow
     columns = MAGNITUDE_BLOCK // (1 if kind.itemsize <= 2 else 2)
     sizes, blocks = parts[2:], (SUM_BLOCK, SUM_BLOCK, columns, SUM_BLOCK)
     return launch(
@@ -257,7 +261,7 @@ def add_parts(
         R=r,
         RS=padded_rank(max(r, 1)),
         **strides,
-        WEAK=weak,
+        WEAK=None if x is None else weak_gain(kind),
         LIFTED=lifted,
         SCALING_PTR=isinstance(scaling, Operand),
         BLOCK=SUM_BLOCK,

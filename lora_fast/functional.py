@@ -173,7 +173,7 @@ def dora_norm(
         got = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
         raise (ValueError if isinstance(weight, torch.Tensor) else TypeError)(f"weight: got {got}, expected [N, K]")
     if isinstance(weight, PackedWeight):
-        weight = weight.dequantise()
+        weight = weight.multiplied()
     _check(weight.detach()[:0], weight.detach(), lora_A, lora_B, scaling, None, 0.0)
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
@@ -293,7 +293,7 @@ def _recall(
         if isinstance(weight, PackedWeight):
             with torch._C.DisableTorchFunctionSubclass():  # by way of PackedWeight it takes six times as long
                 base = getattr(weight, weight.INNER[0])
-                acts_as = type(weight), weight.acts_as, weight.requires_grad
+                acts_as = weight.traits, weight.requires_grad
         facts = (
             _facts(x),
             _facts(base),

@@ -74,7 +74,7 @@ def dora_norm(
         [N] float32, float64 if one of the tensors is.
     """
     if isinstance(weight, PackedWeight):
-        weight = weight.dequantise(torch.float32)
+        weight = weight.multiplied(torch.float32)
     dtype = torch.float32
     for t in (weight, lora_A, lora_B):
         dtype = torch.promote_types(dtype, t.dtype)

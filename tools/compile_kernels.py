@@ -84,7 +84,27 @@ PRODUCTS = "_gemm_kernel", "_few_rows_kernel", "_decode_kernel"
 BF16, FLOAT = torch.bfloat16, torch.float32
 
 
-def layer(case: Case, magnitude: torch.Tensor | None) -> None:
+def held_by(base_name: str, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors that such a base keeps in the place of W."""
+    from lora_fast.kernels.bases import BASES
+
+    (n, k), blocks = w.shape, w.numel() // 64
+    bytes_of_scales = "nested" in base_name or "mxfp4" in base_name
+    tensors = {
+        "weight": w,
+        "packed": torch.empty(n * k // 2, dtype=torch.uint8),
+        "absmax": torch.empty(blocks, dtype=torch.uint8 if bytes_of_scales else torch.float32),
+        "table": torch.empty(16),
+        "code2": torch.empty(256),
+        "absmax2": torch.empty(blocks // 256),
+        "offset": torch.empty(1),
+        "row_scale": torch.empty(n),
+        "col_scale": torch.empty(k),
+    }
+    return tuple(tensors[name] for name in BASES[base_name].tensors)
+
+
+def layer(case: Case, magnitude: torch.Tensor | None, base_name: str = "plain") -> None:
     """A whole layer's launches, forward and backward; of 128 rows or fewer the forward alone, as in decoding."""
     from lora_fast.kernels import lora
     from lora_fast.kernels.problem import Call, Kinds, Needs, Problem, Saved
@@ -100,9 +120,10 @@ def layer(case: Case, magnitude: torch.Tensor | None) -> None:
         problem = Problem((m,), k, n, r, kinds, Needs(), dora=dora, alone=True)
         lora.forward(problem, Call(2.0, None, 0.0, (w,)), x, a, b, bias, magnitude)
         return
-    problem = Problem((m,), k, n, r, kinds, needs, dora=dora, keep_z=dora and with_bias)
-    y, made = lora.forward(problem, Call(2.0, 1 if p else None, p, (w,)), x, a, b, bias, magnitude)
-    saved = (*Saved(x, a, b, y if dora and not with_bias else None, *made), w)
+    problem = Problem((m,), k, n, r, kinds, needs, base_name, dora=dora, keep_z=dora and with_bias)
+    held = held_by(base_name, w)
+    y, made = lora.forward(problem, Call(2.0, 1 if p else None, p, held), x, a, b, bias, magnitude)
+    saved = (*Saved(x, a, b, y if dora and not with_bias else None, *made), *held)
     lora.backward(problem, dy, saved, 2.0, p)
 
 
@@ -114,6 +135,7 @@ def compile_for(chip: Chip, problems: list[Case], few: Iterable[Case] = ()) -> l
 def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list[dict[str, Any]]:
     from lora_fast.kernels import cast, down, gemm, launchers, mask, passes, sums, weight
     from lora_fast.kernels import norm as norm_module
+    from lora_fast.kernels.bases import BASES
     from lora_fast.kernels.common import FP8
     from lora_fast.kernels.program import Launch
 
@@ -209,6 +231,11 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
         for magnitude in (None, torch.empty(n)):
             problem = f"{m}x{k}x{n} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]} layer"
             layer((m, k, n, r, dtype, p, adapter, with_bias), magnitude)
+    for base in BASES.values():
+        if base.unpack_y and (not base.e4m3 or capability in (89, 90, 120)):
+            for dtype in (BF16, torch.float16, FLOAT) if "nested" in base.name else (BF16,):
+                problem = f"4096x4096x4096 r=16 {str(dtype)[6:]} p=0.0 {base.name}"
+                layer((4096, 4096, 4096, 16, dtype, 0.0, dtype, False), torch.empty(4096), base.name)
     return found
 
 

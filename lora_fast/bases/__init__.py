@@ -6,8 +6,10 @@ as they are, a kernel that writes the weight into memory which the product reads
 row.
 """
 
+from lora_fast.bases.four_bits import Mxfp4Weight, Nf4Weight
 from lora_fast.bases.fp8 import Fp8Weight
 from lora_fast.bases.packed import PackedWeight
 
-PACKED: dict[str, type[PackedWeight]] = {"float8_e4m3": Fp8Weight}  # by what ``base_dtype`` calls them
+# By what ``base_dtype`` calls them.
+PACKED: dict[str, type[PackedWeight]] = {"float8_e4m3": Fp8Weight, "nf4": Nf4Weight, "mxfp4": Mxfp4Weight}
 LABELS = " or ".join(kind.LABEL for kind in PACKED.values())

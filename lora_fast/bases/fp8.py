@@ -80,6 +80,10 @@ class Fp8Weight(PackedWeight):
         if dispatch.has_data(weight) and not torch.isfinite(weight.detach()).all():
             raise ValueError("weight: has elements that are not finite, expected finite ones to quantise")
 
+    @classmethod
+    def for_compute(cls, base_compute: str | None) -> type[PackedWeight]:
+        return cls  # which has no other products
+
     def dequantise(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """``row_scale * rows`` [N, K], in ``dtype`` or in what this acts as: a plain tensor."""
         return dequantise_rows(self.rows, self.row_scale, dtype or self.dtype)

@@ -1,6 +1,6 @@
 """A frozen weight that is kept in other tensors, in fewer bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, Self
 
@@ -34,13 +34,15 @@ class PackedWeight(torch.Tensor):
     ROUNDS_NORM: bool  # whether DoRA's norm may be rounded, as PEFT rounds that of the weight which this was made from
     WHOLE = True  # whether it is a weight, not what one of several processes keeps of it
     acts_as: torch.dtype
+    traits: tuple[Any, ...]
 
     @classmethod
     def hold(cls, shape: torch.Size, dtype: torch.dtype, *inner: torch.Tensor) -> Self:
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=inner[0].device)
         for name, t in zip(cls.INNER, inner, strict=True):
             setattr(self, name, t)
-        self.acts_as = dtype  # as self.dtype, which takes the host longer to read
+        # As self.dtype, and with it all that calls depend on, which take the host longer to read.
+        self.acts_as, self.traits = dtype, (cls, dtype, shape, *(t.shape for t in inner))
         return self
 
     @classmethod
@@ -60,6 +62,19 @@ class PackedWeight(torch.Tensor):
 
     def dequantise(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight [N, K], in ``dtype`` or in what this acts as: a plain tensor."""
+        raise NotImplementedError
+
+    def multiplied(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What the product of y reads, dense: DoRA's norm is that of its rows."""
+        return self.dequantise(dtype)
+
+    @classmethod
+    def for_compute(cls, base_compute: str | None) -> "type[PackedWeight]":
+        """The kind that keeps the same and has its products made in this dtype, None for the one that it acts as.
+
+        Raises:
+            ValueError: there is none.
+        """
         raise NotImplementedError
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -115,8 +130,11 @@ class PackedWeight(torch.Tensor):
 
     def each(self, fn: Any, dtype: torch.dtype | None = None) -> Self:
         """The same of inner tensors that ``fn`` gives for these."""
-        inner = [fn(getattr(self, name)) for name in self.INNER]
-        return type(self)(*inner, dtype or self.dtype)
+        return self.like([fn(getattr(self, name)) for name in self.INNER], dtype or self.dtype)
+
+    def like(self, inner: Sequence[torch.Tensor], dtype: torch.dtype) -> Self:
+        """One of the same kind and shape that holds these."""
+        return type(self)(*inner, dtype)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -165,7 +183,7 @@ class PackedWeight(torch.Tensor):
         if not isinstance(source, PackedWeight) or source.BASE != self.BASE:
             if self._is(source):  # DDP's broadcast, of what this acts as
                 return self
-            source = type(self).quantise(source)
+            source = type(self).quantise(as_plain(source))
         for name in self.INNER:
             inner = getattr(self, name)
             inner.copy_(getattr(source, name))

@@ -14,7 +14,7 @@ import torch
 from lora_fast.kernels.common import FP8
 from lora_fast.kernels.lora import forward
 from lora_fast.kernels.memo import Memo
-from lora_fast.kernels.problem import Call, Kinds, Made, MaybeTensor, Needs, Problem
+from lora_fast.kernels.problem import Call, Kinds, Made, MaybeTensor, Needs, Problem, Saved
 from lora_fast.ops.parts import addressable, contiguous, dtype_of, gradients, kinds_of, on, to_save
 
 _GIVEN = """(Tensor x, Tensor[] held, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? magnitude, Tensor scaling,
@@ -93,15 +93,12 @@ def _forward(*args: Any, alone: bool = False) -> list[torch.Tensor]:
     """y, the room, and what there is of the mask's bits, z and an x in 8 bits, in this order."""
     given = _Given(*args)
     x, held, lora_A, lora_B, bias, magnitude, scaling, seed, p, *flags = given
-    weight = held[0]
     key = (
         x.device,
         x.dtype,
         x.shape,
         x.stride(),
-        weight.dtype,
-        weight.shape,
-        weight.stride(),
+        *((t.dtype, t.shape, t.stride()) for t in held),
         lora_A.dtype,
         lora_A.shape,
         lora_B.dtype,
@@ -138,7 +135,8 @@ def _gradients(
 ) -> list[torch.Tensor]:
     """The gradients that are needed, in the order of ``Needs``; flags are dora, keep_x8 and keep_z."""
     *kinds, needs, flags, base = rest
-    key = dy.device, dy.dtype, dy.shape, *shape, *kinds, *needs, *flags, base
+    held = (None if t is None else t.shape for t in saved[len(Saved._fields) :])
+    key = dy.device, dy.dtype, dy.shape, *shape, *kinds, *needs, *flags, base, *held
     problem = _problems.get(key)
     if problem is None:
         (k, r), (dora, keep_x8, keep_z) = shape, flags

@@ -110,8 +110,8 @@ class FusedLinear:
         apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply
         y = apply(x, lora_A, lora_B, bias, magnitude, self, call)
         if call.deferred is not None:
-            program, bound = call.deferred
-            program.run(bound, -1)
+            program, bound, first = call.deferred
+            program.run(bound, first)
         return y
 
 

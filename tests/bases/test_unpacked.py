@@ -20,9 +20,9 @@ def _double_kernel(half_ptr, out_ptr, SIZE, BLOCK: tl.constexpr, PDL: tl.constex
     tl.store(out_ptr + i, 2 * tl.load(half_ptr + i, mask=i < SIZE), mask=i < SIZE)
 
 
-def unpack(held, scratch):
+def unpack(held, wanted):
     (half,) = held
-    (n, k), out = half.shape, scratch.part(half.shape, half.dtype)
+    (n, k), out = half.shape, wanted.room.seen_as(half.shape, wanted.kind)
     made = launch(
         _double_kernel, (triton.cdiv(n * k, 1024),), {}, half, half_ptr=half, out_ptr=out, SIZE=n * k, BLOCK=1024
     )
@@ -62,7 +62,7 @@ def results(weight, magnitude, bias, p, x_grad, device):
 @pytest.mark.parametrize("bias, p", [(False, 0.0), (True, 0.5)])
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_the_same_bits_as_over_the_dense_weight(device, magnitude, bias, p, x_grad, monkeypatch):
-    row = bases.Base("halves", ("half",), for_y=slice(1), for_dx=slice(1), unpack=unpack)
+    row = bases.Base("halves", ("half",), for_y=slice(1), for_dx=slice(1), unpack_y=unpack, unpack_dx=unpack)
     monkeypatch.setitem(bases.BASES, "halves", row)
     weight = torch.randn(40, 48, generator=torch.Generator().manual_seed(1)).to(device)
     ours = results(Halves.quantise(weight), magnitude, bias, p, x_grad, device)

@@ -49,6 +49,8 @@ def test_kernels_of(chip):
     for p in ("p=0.0", "p=0.1"):
         assert {k["kernel"] for k in kernels if p in k["problem"]} >= {PRODUCT, *PASSES, "_sum_kernel"}
     assert {"_mask_kernel", "_norm_kernel"} <= {k["kernel"] for k in kernels}
+    assert "_whole_kernel" in {k["kernel"] for k in kernels}
+    assert {"_rows_kernel", "_columns_kernel"} <= {k["kernel"] for k in kernels} or chip not in (89, 90, 120)
     few = {k["kernel"] for k in kernels if "layer" in k["problem"]}
     assert {"_pair_kernel", "_dz_kernel"} <= few or chip not in (90, 100)
     assert {*PRODUCTS} <= few or chip != 90

@@ -1,0 +1,303 @@
+"""A frozen weight in 4 bits an element, which is written out in the products' dtype, or in e4m3, ahead of each product.
+
+NF4 (Dettmers et al. 2023, arXiv 2305.14314) in bitsandbytes' layout and with its numbers, to the bit, and MXFP4 (OCP
+Microscaling Formats 1.0).
+"""
+
+from functools import cache
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from lora_fast import dispatch
+from lora_fast.bases.fp8 import E4M3, Fp8Weight, quantise_rows
+from lora_fast.bases.packed import PackedWeight
+
+# The values of the sixteen codes: 8 quantiles of a normal distribution on either side of zero, scaled to 1; e2m1.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+NESTED_BLOCK = 256  # scales that share one of their own
+STORED = ("packed", "absmax", "table")
+NESTED = (*STORED, "code2", "absmax2", "offset")
+
+
+class FourBitWeight(PackedWeight):
+    """A frozen weight [N, K], ``table[code] * scale`` in float32, rounded to the dtype that it acts as.
+
+    Inner tensors: packed [N K / 2] uint8, two elements of a row a byte, absmax [N K / block], from which the scale of
+    each block of consecutive elements follows, and table [16] float32.
+    """
+
+    LOW_FIRST: ClassVar[bool] = False  # which half of a byte is the first of its two elements
+    BLOCK: ClassVar[int]  # of :meth:`quantise`
+    ROUNDING, E4M3_PRODUCTS, ROUNDS_NORM = 2**-3, False, True
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    table: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, *inner, shape, dtype):  # type: ignore[no-untyped-def]
+        return cls.hold(torch.Size(shape), dtype, *inner)
+
+    @classmethod
+    @torch.no_grad()
+    def quantise(cls, weight: torch.Tensor) -> Self:
+        """From ``weight`` [N, K], float16, bfloat16 or float32.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: not two-dimensional, no whole number of blocks, or with elements that are not finite.
+        """
+        cls.check(weight)
+        stored = cls.store(weight.detach().contiguous())
+        made = cls.exact()(*stored, shape=weight.shape, dtype=weight.dtype)
+        return made.for_e4m3() if cls.E4M3_PRODUCTS else made  # type: ignore[return-value]
+
+    @classmethod
+    def store(cls, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The inner tensors of an exact one."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, weight: torch.Tensor) -> None:
+        """Raise what :meth:`quantise` would."""
+        if isinstance(weight, PackedWeight):
+            raise TypeError(f"weight: got an {type(weight).__name__}, expected a plain one to quantise")
+        Fp8Weight.check(weight)
+        if weight.numel() % cls.BLOCK:
+            raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected N * K a multiple of {cls.BLOCK}")
+        if cls.E4M3_PRODUCTS:
+            check_for_e4m3(weight.shape)
+
+    @classmethod
+    def exact(cls) -> "type[FourBitWeight]":
+        """The same storage with products in the dtype that it acts as."""
+        return next(kind for kind in cls.__mro__ if issubclass(kind, FourBitWeight) and not kind.E4M3_PRODUCTS)
+
+    @classmethod
+    def for_compute(cls, base_compute: str | None) -> type[PackedWeight]:
+        return cls.exact() if base_compute is None else WITH_E4M3[cls.exact()]
+
+    def for_e4m3(self) -> "FourBitWeight":
+        """The same tensors, and powers of two for rows and columns, over which the weight is written in e4m3.
+
+        Raises:
+            ValueError: N or K is no multiple of 16.
+        """
+        check_for_e4m3(self.shape)
+        dense = self.dequantise()
+        rows, columns = quantise_rows(dense)[1], quantise_rows(dense.t())[1]
+        kind = WITH_E4M3[type(self)]
+        return kind(rows, *self.stored(), columns, shape=self.shape, dtype=self.dtype)
+
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.exact().INNER)
+
+    def scales(self) -> torch.Tensor:
+        """Of the blocks, float32."""
+        return self.absmax
+
+    @property
+    def block(self) -> int:
+        """Elements that share a scale."""
+        return 2 * self.packed.numel() // self.absmax.numel()
+
+    def dequantise(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """``table[code] * scale`` [N, K], in ``dtype`` or in what this acts as: a plain tensor."""
+        low, high = self.packed & 15, self.packed >> 4
+        codes = torch.stack((low, high) if self.LOW_FIRST else (high, low), -1)
+        blocks = self.table[codes.int()].view(-1, self.block) * self.scales()[:, None]
+        return blocks.to(dtype or self.dtype).view(self.shape)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        dtype = dispatch.autocast_dtype(x.device)
+        if dtype is not None and x.dtype != torch.float64:
+            x = x.to(dtype)
+        with dispatch.no_autocast(x.device):
+            y = _Product.apply(x, self, *(getattr(self, name) for name in self.INNER))
+            return y if bias is None else y + bias.to(y.dtype)
+
+    def like(self, inner: Any, dtype: torch.dtype) -> Self:
+        return type(self)(*inner, shape=self.shape, dtype=dtype)
+
+    def is_made_from(self, weight: torch.Tensor) -> bool:
+        return all(map(torch.equal, self.exact().store(weight.contiguous()), self.stored()))
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return list(self.INNER), (tuple(self.shape), self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Any], found: Any, *_: Any) -> Self:
+        shape, dtype = found
+        return cls(*(inner[name] for name in cls.INNER), shape=shape, dtype=dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        inner = [getattr(self, name) for name in self.INNER]
+        return unpickled, (self.BASE, inner, tuple(self.shape), self.dtype, isinstance(self, nn.Parameter))
+
+
+class BlockWeight(FourBitWeight):
+    """NF4 or FP4 (as the table says) with a scale in float32 for each block, as bitsandbytes keeps them without
+    ``bnb_4bit_use_double_quant``: 4.5 bits an element with blocks of 64."""
+
+    INNER: tuple[str, ...] = STORED
+    BASE, LABEL, BLOCK = "four_bits", "4-bit", 64
+
+    @classmethod
+    def store(cls, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        table = torch.tensor(NF4, device=weight.device)
+        blocks = weight.float().view(-1, cls.BLOCK)
+        absmax = blocks.abs().amax(1)
+        middles = (table[:-1] + table[1:]) / 2
+        codes = (
+            torch.bucketize(blocks * (1 / absmax.clamp_min(1e-38))[:, None], middles, out_int32=True)
+            .to(torch.uint8)
+            .view(-1, 2)
+        )
+        return codes[:, 0] << 4 | codes[:, 1], absmax, table
+
+
+class Nf4Weight(FourBitWeight):
+    """NF4 whose scales are kept in 8 bits: ``code2[absmax] * absmax2 + offset``, absmax2 [blocks / 256] for 256 blocks
+    each, in float32, two roundings. 4.13 bits an element."""
+
+    INNER: tuple[str, ...] = NESTED
+    BASE, LABEL, BLOCK = "four_bits_nested", "nf4", 64
+    code2: torch.Tensor
+    absmax2: torch.Tensor
+    offset: torch.Tensor
+
+    @classmethod
+    def store(cls, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        packed, absmax, table = BlockWeight.store(weight)
+        code2, offset = dynamic_map().to(weight.device), absmax.mean()
+        rest = absmax - offset
+        blocks = F.pad(rest, (0, -len(rest) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+        absmax2 = blocks.abs().amax(1)
+        middles = (code2[:-1] + code2[1:]) / 2
+        codes = torch.bucketize(blocks * (1 / absmax2.clamp_min(1e-38))[:, None], middles, out_int32=True).to(
+            torch.uint8
+        )
+        return packed, codes.view(-1)[: len(rest)].clone(), table, code2, absmax2, offset.view(1)
+
+    def scales(self) -> torch.Tensor:
+        each = self.absmax2.repeat_interleave(NESTED_BLOCK)[: self.absmax.numel()]
+        return self.code2[self.absmax.int()] * each + self.offset
+
+
+class Mxfp4Weight(FourBitWeight):
+    """e2m1 over a power of two for each 32 elements, kept as its exponent plus 127: 4.25 bits an element."""
+
+    INNER: tuple[str, ...] = STORED
+    BASE, LABEL, BLOCK, LOW_FIRST = "mxfp4", "mxfp4", 32, True
+
+    @classmethod
+    def store(cls, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        table = torch.tensor(E2M1, device=weight.device)
+        blocks = weight.float().view(-1, cls.BLOCK)
+        exponents = (blocks.abs().amax(1).view(torch.int32) >> 23).clamp_min(
+            3
+        ) - 2  # of the peak, plus 127, less e2m1's
+        # To nearest, of two that are as near that with an even code.
+        scaled = torch.ldexp(blocks, 127 - exponents[:, None])
+        positive = table[:8]
+        middles = (positive[:-1] + positive[1:]) / 2
+        codes = torch.bucketize(scaled.abs(), middles)
+        codes += torch.isin(scaled.abs(), middles) & (codes % 2 == 1)
+        codes = (codes | (torch.signbit(scaled).long() << 3)).to(torch.uint8).view(-1, 2)
+        return codes[:, 1] << 4 | codes[:, 0], exponents.to(torch.uint8), table
+
+    def scales(self) -> torch.Tensor:
+        exponents = self.absmax.int()
+        bits = torch.where(exponents == 0, 1 << 22, torch.where(exponents == 255, 0x7FC00000, exponents << 23))
+        return bits.view(torch.float32)
+
+
+class _WithE4m3(FourBitWeight):
+    """With both products of e4m3 operands: :meth:`dequantise` gives what is stored, the products read it rounded to
+    e4m3 over row_scale [N] for y, over col_scale [K] for dX."""
+
+    E4M3_PRODUCTS, ROUNDS_NORM = True, False
+    row_scale: torch.Tensor
+    col_scale: torch.Tensor
+
+    def multiplied(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self.as_fp8().dequantise(dtype)
+
+    def as_fp8(self) -> Fp8Weight:
+        dense = self.dequantise()
+        rows, columns = ((t / s[:, None]).to(E4M3) for t, s in ((dense, self.row_scale), (dense.t(), self.col_scale)))
+        inner = rows, self.row_scale, columns.contiguous(), self.col_scale
+        return Fp8Weight(*inner, self.dtype)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self.as_fp8().linear(x, bias)
+
+
+class BlockE4m3Weight(_WithE4m3, BlockWeight):
+    INNER, BASE = ("row_scale", *STORED, "col_scale"), "four_bits_e4m3"
+
+
+class Nf4E4m3Weight(_WithE4m3, Nf4Weight):
+    INNER, BASE = ("row_scale", *NESTED, "col_scale"), "four_bits_nested_e4m3"
+
+
+class Mxfp4E4m3Weight(_WithE4m3, Mxfp4Weight):
+    INNER, BASE = ("row_scale", *STORED, "col_scale"), "mxfp4_e4m3"
+
+
+WITH_E4M3: dict[type[FourBitWeight], type[FourBitWeight]] = {
+    BlockWeight: BlockE4m3Weight,
+    Nf4Weight: Nf4E4m3Weight,
+    Mxfp4Weight: Mxfp4E4m3Weight,
+}
+KINDS = {kind.BASE: kind for pair in WITH_E4M3.items() for kind in pair}
+
+
+def check_for_e4m3(shape: torch.Size) -> None:
+    if shape[0] % 16 or shape[1] % 16:
+        raise ValueError(f"base_compute: got float8_e4m3 for {tuple(shape)}, expected N and K to be multiples of 16")
+
+
+@cache
+def dynamic_map() -> torch.Tensor:
+    """The 256 values of the 8-bit code for scales (Dettmers 2015, arXiv 1511.04561): of each of seven powers of ten the
+    middles of 1, 2, 4, ... 64 equal parts of (0.1, 1), with both signs; 0 and 1."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        parts = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += [*parts, *(-part for part in parts)]
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def unpickled(base: str, inner: list[torch.Tensor], shape: Any, dtype: torch.dtype, parameter: bool) -> torch.Tensor:
+    weight = KINDS[base](*inner, shape=shape, dtype=dtype)
+    return nn.Parameter(weight, requires_grad=False) if parameter else weight
+
+
+torch.serialization.add_safe_globals([unpickled])  # for torch.load, which reads weights only
+
+
+class _Product(torch.autograd.Function):
+    """x W^T and dY W, the dense W made anew for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: FourBitWeight, *inner: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*inner)
+        ctx.weight = type(weight), weight.shape, weight.dtype
+        return F.linear(x, weight.dequantise(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kind, shape, dtype = ctx.weight
+        inner = ctx.saved_tensors
+        return dy @ kind(*inner, shape=shape, dtype=dtype).dequantise(dy.dtype), None, *(None for _ in inner)
