@@ -6,10 +6,27 @@ as they are, a kernel that writes the weight into memory which the product reads
 row.
 """
 
-from lora_fast.bases.four_bits import Mxfp4Weight, Nf4Weight
+import torch
+
+from lora_fast.bases import four_bits
+from lora_fast.bases.four_bits import FourBitWeight, Mxfp4Weight, Nf4Weight
 from lora_fast.bases.fp8 import Fp8Weight
 from lora_fast.bases.packed import PackedWeight
 
 # By what ``base_dtype`` calls them.
 PACKED: dict[str, type[PackedWeight]] = {"float8_e4m3": Fp8Weight, "nf4": Nf4Weight, "mxfp4": Mxfp4Weight}
+KINDS = tuple({*PACKED.values(), *four_bits.KINDS.values()})  # all that there are
 LABELS = " or ".join(kind.LABEL for kind in PACKED.values())
+COMPUTE = (None, "float8_e4m3")  # what ``base_compute`` may be
+
+
+def kind_of_base(base_dtype: str, base_compute: str | None) -> type[PackedWeight]:
+    """The kind of weight that is kept so and whose products are made so."""
+    return PACKED[base_dtype].for_compute(base_compute)
+
+
+def packed_as(weight: torch.Tensor, kind: type[PackedWeight]) -> PackedWeight:
+    """The weight as one of this kind: itself if it is one, the same storage if that is kept alike, else quantised."""
+    if isinstance(weight, FourBitWeight) and issubclass(kind, FourBitWeight) and weight.exact() is kind.exact():
+        return weight if type(weight) is kind else weight.as_kind(kind)
+    return weight if isinstance(weight, kind) else kind.quantise(weight)

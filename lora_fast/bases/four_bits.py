@@ -97,6 +97,11 @@ class FourBitWeight(PackedWeight):
         kind = WITH_E4M3[type(self)]
         return kind(rows, *self.stored(), columns, shape=self.shape, dtype=self.dtype)
 
+    def as_kind(self, kind: "type[FourBitWeight]") -> "FourBitWeight":
+        """The same storage, for other products."""
+        exact = self.exact()(*self.stored(), shape=self.shape, dtype=self.dtype)
+        return exact.for_e4m3() if kind.E4M3_PRODUCTS else exact
+
     def stored(self) -> tuple[torch.Tensor, ...]:
         return tuple(getattr(self, name) for name in self.exact().INNER)
 

@@ -7,17 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fast.bases import PACKED
+from lora_fast.bases import kind_of_base, packed_as
 from lora_fast.functional import FLOATS, lora_linear
 from lora_fast.layers.merging import MergingLinear
 from lora_fast.layers.replacing import cleared, tell_of_freezing
 from lora_fast.layers.rules import (
+    arguments_of_base,
     check_base_dtype,
     check_hyperparameters,
     check_init,
     check_quantisable,
     init_adapter,
-    name_of_base,
     why_not_lora,
 )
 from lora_fast.wrappers import fsdp1
@@ -88,19 +88,24 @@ class LoRALinear(MergingLinear):
         *,
         init_lora_weights: bool | str = True,
         base_dtype: str | None = None,
+        base_compute: str | None = None,
     ) -> Self:
         """Wrap ``linear``: its weight and bias are shared (no copy) and frozen; its training flag is kept.
 
-        With ``base_dtype="float8_e4m3"`` the layer's weight is a :class:`lora_fast.fp8.Fp8Weight` made from
-        ``linear``'s, which stays as it is: products of 8-bit operands, forward and backward, at twice the rate. A
-        ``linear`` that has such a weight shares it.
+        With a ``base_dtype`` the layer's weight is made from ``linear``'s, which stays as it is; a ``linear`` that has
+        such a weight shares it. ``"float8_e4m3"``: a :class:`lora_fast.fp8.Fp8Weight`, products of 8-bit operands,
+        forward and backward, at twice the rate. ``"nf4"`` or ``"mxfp4"``: 4 bits an element, which are written out
+        ahead of each product, in the layer's dtype, or with ``base_compute="float8_e4m3"`` for products of 8-bit
+        operands (docs/four_bits.md).
 
         Raises:
             TypeError: not an ``nn.Linear`` itself, or one with hooks, a replaced forward or a quantised weight.
             ValueError: a hyperparameter outside its range; a weight to quantise that is not finite.
             RuntimeError: fp8 on a GPU that has no units for it (unless ``set_backend("reference")`` is on).
         """
-        check_base_dtype(base_dtype)
+        check_base_dtype(base_dtype, base_compute)
+        if base_compute is not None and base_dtype is None:
+            raise ValueError(f"base_compute: got {base_compute!r}, expected None without a base_dtype")
         if why := why_not_lora(linear):
             raise TypeError(f"linear: expected a plain nn.Linear, got one that {why}")
         layer = cls(
@@ -116,10 +121,10 @@ class LoRALinear(MergingLinear):
         )
         layer.weight, layer.bias = linear.weight, linear.bias
         if base_dtype is not None:
-            check_quantisable(linear.weight, base_dtype)
+            check_quantisable(linear.weight, kind_of_base(base_dtype, base_compute))
         layer._add_adapter(init_lora_weights)
         if base_dtype is not None:
-            layer.quantise_base(base_dtype)
+            layer.quantise_base(base_dtype, base_compute)
         return layer.train(linear.training)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
@@ -139,18 +144,20 @@ class LoRALinear(MergingLinear):
         self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, device=device, dtype=dtype))
         self.reset_lora_parameters(init_lora_weights)
 
-    def quantise_base(self, base_dtype: str = "float8_e4m3") -> None:
-        """Put a packed weight (an :class:`lora_fast.fp8.Fp8Weight`) in the weight's place, which is freed if nothing
-        else holds it.
+    def quantise_base(self, base_dtype: str = "float8_e4m3", base_compute: str | None = None) -> None:
+        """Put a packed weight (an :class:`lora_fast.fp8.Fp8Weight`, say) in the weight's place, which is freed if
+        nothing else holds it.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`from_linear` with a ``base_dtype``; a merged layer.
         """
+        check_base_dtype(base_dtype, base_compute)
         if self.merged:
             raise ValueError("quantise_base: the layer is merged; unmerge it first")
-        check_quantisable(self.weight, base_dtype)
-        if not isinstance(self.weight, PACKED[base_dtype]):
-            self.weight = nn.Parameter(PACKED[base_dtype].quantise(self.weight), requires_grad=False)
+        kind = kind_of_base(base_dtype, base_compute)
+        check_quantisable(self.weight, kind)
+        if (packed := packed_as(self.weight, kind)) is not self.weight:
+            self.weight = nn.Parameter(packed, requires_grad=False)
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
@@ -223,7 +230,6 @@ class LoRALinear(MergingLinear):
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
-        if name := name_of_base(self.base_weight):
-            text += f", base_dtype={name!r}"
+        text += arguments_of_base(self.base_weight)
         flags = {"use_rslora=True": self.use_rslora, "merged": self.merged, "disabled": not self.enabled}
         return ", ".join([text, *(name for name, on in flags.items() if on)])

@@ -7,29 +7,35 @@ import torch
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.bases import PACKED
-from lora_fast.bases.packed import is_opaque, packed_in
+from lora_fast.bases import COMPUTE, PACKED
+from lora_fast.bases.packed import PackedWeight, is_opaque, packed_in
 from lora_fast.functional import FLOATS
 
 
-def check_base_dtype(base_dtype: Any) -> None:
+def check_base_dtype(base_dtype: Any, base_compute: Any = None) -> None:
     if base_dtype is not None and base_dtype not in list(PACKED):
         raise ValueError(f"base_dtype: got {base_dtype!r}, expected None or {' or '.join(map(repr, PACKED))}")
+    if base_compute not in COMPUTE:
+        raise ValueError(f"base_compute: got {base_compute!r}, expected {' or '.join(map(repr, COMPUTE))}")
 
 
-def check_quantisable(weight: torch.Tensor, base_dtype: str) -> None:
-    """Raise as :meth:`LoRALinear.from_linear` with this ``base_dtype`` where the weight cannot become such a one."""
-    packed = PACKED[base_dtype]
-    if dispatch.get_backend() != "reference" and (why := packed.why_not(weight.device)):
+def check_quantisable(weight: torch.Tensor, kind: type[PackedWeight]) -> None:
+    """Raise as :meth:`LoRALinear.from_linear` with a ``base_dtype`` where the weight cannot become one of this kind."""
+    if dispatch.get_backend() != "reference" and (why := kind.why_not(weight.device)):
         raise RuntimeError(f"base_dtype: {why}")
-    if not isinstance(weight, packed):
-        packed.check(weight)
+    if not isinstance(weight, kind):
+        kind.check(weight)
 
 
-def name_of_base(weight: torch.Tensor) -> str | None:
-    """The ``base_dtype`` that makes such a weight; None of a plain one."""
+def arguments_of_base(weight: torch.Tensor) -> str:
+    """The ``base_dtype`` that makes such a weight, and its ``base_compute``, as repr shows them; nothing of a plain
+    one."""
     found = packed_in(weight)
-    return next((name for name, kind in PACKED.items() if isinstance(found, kind)), None)
+    if found is None:
+        return ""
+    name = next((name for name, kind in PACKED.items() if isinstance(found, kind)), found.LABEL)
+    compute = ", base_compute='float8_e4m3'" if found.E4M3_PRODUCTS and name != "float8_e4m3" else ""
+    return f", base_dtype={name!r}{compute}"
 
 
 def why_not_lora(module: nn.Module) -> str | None:

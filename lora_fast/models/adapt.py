@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lora_fast.bases import kind_of_base
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.replacing import forget_adapted, lost, note_adapted
@@ -59,7 +60,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")
     for layer in _convert(model, config):
         assert config.base_dtype is not None
-        layer.quantise_base(config.base_dtype)
+        layer.quantise_base(config.base_dtype, config.base_compute)
     if missed := missed_by(model, config.target_modules):
         warnings.warn(
             f"add_lora: target_modules={config.target_modules!r} also means parameters that are no nn.Linear's, which "
@@ -100,7 +101,7 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
             with noting(f"while converting {names[linear][0]!r}"):
                 layers[linear] = kind.from_linear(linear, *hyperparameters, init_lora_weights=config.init_lora_weights)
                 if linear in eight and config.base_dtype is not None:
-                    check_quantisable(linear.weight, config.base_dtype)
+                    check_quantisable(linear.weight, kind_of_base(config.base_dtype, config.base_compute))
         for parameter in model.parameters():
             parameter.requires_grad = parameter in to_train and parameter.is_floating_point()
     except BaseException:

@@ -15,9 +15,10 @@ class LoRAConfig:
 
     Args:
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in :class:`lora_fast.LoRALinear`.
-        base_dtype: None, or "float8_e4m3": the frozen weights of the converted layers become fp8
-            (:class:`lora_fast.fp8.Fp8Weight`), one after the other, the original freed; one that is tied to another
-            parameter stays as it is. remove_lora leaves them so.
+        base_dtype: None, "float8_e4m3", "nf4" or "mxfp4": the frozen weights of the converted layers are kept so (an
+            :class:`lora_fast.fp8.Fp8Weight`, or 4 bits), one after the other, the original freed; one that is tied to
+            another parameter stays as it is. remove_lora leaves them so.
+        base_compute: None, or "float8_e4m3": the products over a base of 4 bits are made from 8-bit operands.
         base_dtype_exclude: a list or a regex, as exclude_modules: converted layers that keep their weight as it is.
             None: all are quantised ("all-linear" leaves the output head out by itself).
         use_dora: convert to :class:`lora_fast.DoRALinear`, which also trains the lengths of the weight's rows.
@@ -49,6 +50,7 @@ class LoRAConfig:
     modules_to_save: list[str] | None = None
     use_dora: bool = False
     base_dtype: str | None = None
+    base_compute: str | None = None
     base_dtype_exclude: str | list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -62,7 +64,9 @@ class LoRAConfig:
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save: got {self.modules_to_save!r}, expected a list of module names")
         _check_names("modules_to_save", self.modules_to_save)
-        check_base_dtype(self.base_dtype)
+        check_base_dtype(self.base_dtype, self.base_compute)
+        if self.base_compute is not None and self.base_dtype is None:
+            raise ValueError(f"base_compute: got {self.base_compute!r}, expected None without a base_dtype")
         _check_names("base_dtype_exclude", self.base_dtype_exclude)
         if self.base_dtype_exclude is not None and self.base_dtype is None:
             raise ValueError(f"base_dtype_exclude: got {self.base_dtype_exclude!r}, expected None without a base_dtype")

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lora_fast.bases import PACKED
+from lora_fast.bases import kind_of_base
+from lora_fast.bases.packed import PackedWeight
 from lora_fast.layers.rules import check_base_dtype, check_quantisable
 from lora_fast.models.targets import holders, matching
 from lora_fast.peft.report import PeftReport, lora_layers, peft_report
@@ -17,6 +18,7 @@ def patch_peft(
     save: str = "auto",
     base_dtype: str | None = None,
     base_dtype_exclude: str | list[str] | None = None,
+    base_compute: str | None = None,
 ) -> PeftReport:
     """Let the LoRA and DoRA linear layers of a PEFT model run through lora_fast's fused kernels, in place.
 
@@ -36,11 +38,12 @@ def patch_peft(
         model: a ``PeftModel``, or any model that contains PEFT's LoRA layers.
         save: what DoRA layers keep for the backward, as in :func:`lora_fast.functional.dora_linear`: "z" takes more
             memory, and lets a model change the outputs of these layers in place. Also an attribute of each layer.
-        base_dtype: None, or "float8_e4m3": the base weights of the layers that can be fused become fp8
-            (:class:`lora_fast.fp8.Fp8Weight`), one after the other, the original freed; unpatch_peft makes plain ones
-            of them again. A merge puts a 16-bit weight in the fp8 one's place until the unmerge. Layers that are
+        base_dtype: None, "float8_e4m3", "nf4" or "mxfp4": the base weights of the layers that can be fused are kept so
+            (an :class:`lora_fast.fp8.Fp8Weight`, or 4 bits), one after the other, the original freed; unpatch_peft
+            makes plain ones of them again. A merge puts a 16-bit weight in its place until the unmerge. Layers that are
             merged, whose base trains, or whose base weight is tied to another parameter stay as they are; the report
-            says "fp8 base" of the others. A DoRA magnitude stays PEFT's, the norm is the fp8 weight's.
+            says "fp8 base" of the others. A DoRA magnitude stays PEFT's, the norm is that of what products read.
+        base_compute: None, or "float8_e4m3": products over a base of 4 bits are made from 8-bit operands.
         base_dtype_exclude: a list of names or last parts, or a regex: more layers whose base stays as it is.
 
     Returns:
@@ -55,7 +58,7 @@ def patch_peft(
     """
     if save not in ("auto", "z"):
         raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
-    check_base_dtype(base_dtype)
+    check_base_dtype(base_dtype, base_compute)
     if base_dtype_exclude is not None and base_dtype is None:
         raise ValueError(f"base_dtype_exclude: got {base_dtype_exclude!r}, expected None without a base_dtype")
     layers = lora_layers(model)
@@ -64,7 +67,8 @@ def patch_peft(
     from lora_fast.peft.layers import FastLinear, FastLoraModel
     from lora_fast.peft.rules import why_never_fused
 
-    asked = Asked(save, base_dtype, base_dtype_exclude)
+    kind = None if base_dtype is None else kind_of_base(base_dtype, base_compute)
+    asked = Asked(save, kind, base_dtype_exclude)
     kept = matching("base_dtype_exclude", base_dtype_exclude, {layer: [name] for name, layer in layers.items()})
     done: list[Any] = []
     eight: dict[str, Any] = {}
@@ -73,16 +77,16 @@ def patch_peft(
             if why_never_fused(layer) is None:
                 FastLinear.adopt(layer)
                 done.append(layer)
-        if base_dtype is not None:
+        if kind is not None:
             eight = _quantisable(model, {name: layer for name, layer in layers.items() if layer not in kept})
             for name, layer in eight.items():
-                _check_base(name, layer, base_dtype)
+                _check_base(name, layer, kind)
     except BaseException:
         for layer in done:
             layer.release()
         raise
-    if base_dtype is not None:
-        _quantise(model, eight.values(), base_dtype)
+    if kind is not None:
+        _quantise(model, eight.values(), kind)
     for name, module in model.named_modules():
         if isinstance(module, FastLinear):
             module.save = save
@@ -96,7 +100,7 @@ class Asked(NamedTuple):
     """What :func:`patch_peft` was asked for. A tuner keeps it, and calls it when an adapter came later."""
 
     save: str
-    base_dtype: str | None
+    kind: type[PackedWeight] | None  # of the base weights
     base_dtype_exclude: str | list[str] | None
     prefix: str = ""  # of the tuner's layers, in the names that base_dtype_exclude speaks of
 
@@ -110,20 +114,20 @@ class Asked(NamedTuple):
         for layer in new.values():
             FastLinear.adopt(layer)
             layer.save = self.save
-        if self.base_dtype is None:
+        if self.kind is None:
             return
         names = {layer: [name] for name, layer in layers.items()}
         kept = matching("base_dtype_exclude", self.base_dtype_exclude, names)
         fit = _quantisable(tuner, {name: layer for name, layer in new.items() if layer not in kept})
         for name in list(fit):
             try:
-                _check_base(name, fit[name], self.base_dtype)
+                _check_base(name, fit[name], self.kind)
             except (TypeError, ValueError, RuntimeError) as error:
                 warnings.warn(
                     f"base_dtype: a layer that came later keeps its base weight as it is: {error}", stacklevel=2
                 )
                 del fit[name]
-        _quantise(tuner, fit.values(), self.base_dtype)
+        _quantise(tuner, fit.values(), self.kind)
 
 
 def _quantisable(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
@@ -141,17 +145,17 @@ def _quantisable(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_base(name: str, layer: Any, base_dtype: str) -> None:
+def _check_base(name: str, layer: Any, kind: type[PackedWeight]) -> None:
     try:
-        check_quantisable(layer.base_layer.weight, base_dtype)
+        check_quantisable(layer.base_layer.weight, kind)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
 
 
-def _quantise(model: nn.Module, layers: Iterable[Any], base_dtype: str) -> None:
+def _quantise(model: nn.Module, layers: Iterable[Any], kind: type[PackedWeight]) -> None:
     embeddings = set(_embeddings(model))
     for layer in layers:
-        packed = PACKED[base_dtype].quantise(layer.base_layer.weight)
+        packed = kind.quantise(layer.base_layer.weight)
         layer.base_layer.weight = nn.Parameter(packed, requires_grad=False)
         layer.is_embedding = layer in embeddings
 

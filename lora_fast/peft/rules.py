@@ -8,7 +8,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.bases import PACKED
+from lora_fast.bases import KINDS
 from lora_fast.functional import FLOATS
 from lora_fast.wrappers import fsdp1
 
@@ -20,7 +20,7 @@ except ImportError:  # before PEFT had variants, DoRA was the only one
 
 QUANTISED = {"aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "torchao"}  # PEFT's files of such layers
 PLAIN = (torch.Tensor, nn.Parameter)
-BASES = (*PLAIN, *PACKED.values())  # types of the base weights of layers that are fused
+BASES = (*PLAIN, *KINDS)  # types of the base weights of layers that are fused
 
 
 def why_never_fused(module: Any) -> str | None:
