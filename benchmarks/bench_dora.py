@@ -63,7 +63,7 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
         layer = bench_lora.peft_layer(ours)
         made["peft"] = Candidate(layer, x, dy, [x, *(p for p in layer.parameters() if p.requires_grad)])
     for impl in {"eager_fp8", "lora_fast_fp8_dora"}.intersection(impls if case.dtype != "fp32" else ()):
-        layer = bench_lora.over_fp8(ours)
+        layer = bench_lora.over(ours, "float8_e4m3")
         adapter = [getattr(layer, name) for name in layer.adapter_names]
         made[impl] = Candidate(layer, x, dy, [x, *adapter])
         if impl == "eager_fp8":
@@ -86,7 +86,7 @@ def summarise(rows: list[common.Row], graph_rows: list[common.Row]) -> str:
     return "\n\n".join(parts)
 
 
-DORA = Suite("bench_dora", __doc__ or "", (16, 8, 64, 256, 384), IMPLS, build, summarise)
+DORA = Suite("bench_dora", __doc__ or "", bench_lora.all_cases((16, 8, 64, 256, 384)), IMPLS, build, summarise)
 
 
 def main(argv: list[str] | None = None) -> int:

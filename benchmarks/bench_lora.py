@@ -25,7 +25,7 @@ import importlib.util
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +66,13 @@ class Case(NamedTuple):
 
 
 def all_cases(ranks: tuple[int, ...]) -> list[Case]:
-    cases = [Case("bf16", *shape, r, p) for shape in common.SHAPES for r in ranks for p in common.PS]
-    return cases + [Case(dtype, *common.SHAPES[0], 16, p) for dtype in ("fp16", "fp32") for p in common.PS]
+    return cases_of(common.SHAPES, ranks) + [
+        Case(dtype, *common.SHAPES[0], 16, p) for dtype in ("fp16", "fp32") for p in common.PS
+    ]
+
+
+def cases_of(shapes: Iterable[tuple[int, int, int]], ranks: tuple[int, ...]) -> list[Case]:
+    return [Case("bf16", *shape, r, p) for shape in shapes for r in ranks for p in common.PS]
 
 
 class Suite(NamedTuple):
@@ -75,10 +80,11 @@ class Suite(NamedTuple):
 
     name: str
     doc: str
-    ranks: tuple[int, ...]
+    cases: list[Case]
     impls: tuple[str, ...]
     build: Callable[[Case, tuple[str, ...], str], dict[str, Candidate]]
     summarise: Callable[[list[common.Row], list[common.Row]], str]
+    graphed: int = 1024  # rows of the cases that also run in CUDA graphs
 
 
 def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidate]:
@@ -108,23 +114,23 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
         elif impl == "lora_fast_lora":
             made[impl] = Candidate(ours, x, dy, [x, ours.lora_A, ours.lora_B])
         elif "fp8" in impl and case.dtype != "fp32":
-            layer = over_fp8(ours)
+            layer = over(ours, "float8_e4m3")
             made[impl] = Candidate(layer, x, dy, [x, layer.lora_A, layer.lora_B])
             if impl == "eager_fp8":
                 made[impl] = eager(fp8.lora_linear, layer)
     return made
 
 
-def over_fp8(ours: LoRALinear) -> LoRALinear:
-    """The same layer over an fp8 base."""
+def over(ours: LoRALinear, base_dtype: str, base_compute: str | None = None) -> LoRALinear:
+    """The same layer over such a base."""
     options = ours.r, ours.lora_alpha, ours.lora_dropout
-    layer = type(ours).from_linear(ours.to_linear(), *options, base_dtype="float8_e4m3")
+    layer = type(ours).from_linear(ours.to_linear(), *options, base_dtype=base_dtype, base_compute=base_compute)
     layer.load_state_dict({name: getattr(ours, name) for name in ours.adapter_names}, strict=False)
     return layer
 
 
-def peft_layer(ours: LoRALinear) -> nn.Module:
-    """PEFT's layer on the same base weight, with equal adapters in the weight's dtype."""
+def peft_layer(ours: LoRALinear, base: nn.Module | None = None) -> nn.Module:
+    """PEFT's layer on the same base weight, or on another base, with equal adapters in the weight's dtype."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -134,7 +140,7 @@ def peft_layer(ours: LoRALinear) -> nn.Module:
         target_modules=["0"],
         use_dora=isinstance(ours, DoRALinear),
     )
-    model: Any = get_peft_model(nn.Sequential(ours.to_linear()), config, autocast_adapter_dtype=False)
+    model: Any = get_peft_model(nn.Sequential(base or ours.to_linear()), config, autocast_adapter_dtype=False)
     layer = model.base_model.model[0]
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(ours.lora_A)
@@ -231,13 +237,13 @@ def parse(argv: list[str] | None, suite: Suite) -> tuple[argparse.Namespace, lis
         type=Path,
         default=common.RESULTS,
         metavar="DIR",
-        help=f"where {suite.name}_CARD.csv and, for M=1024 under CUDA graphs, "
+        help=f"where {suite.name}_CARD.csv and, for M={suite.graphed} under CUDA graphs, "
         f"{suite.name}_graph_CARD.csv are rewritten (default benchmarks/results)",
     )
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
     wanted = [(key, values) for key, values in args.only if key != "impl"]
-    cases = [c for c in all_cases(suite.ranks) if all(getattr(c, key) in values for key, values in wanted)]
+    cases = [c for c in suite.cases if all(getattr(c, key) in values for key, values in wanted)]
     for key, values in args.only:
         if key == "impl" and not values <= set(suite.impls):
             parser.error(f"--only impl: got {', '.join(values)}, expected impls among {', '.join(suite.impls)}")
@@ -270,7 +276,7 @@ def run(argv: list[str] | None, suite: Suite) -> int:
             args.out / f"{suite.name}_{card}.csv", rows=rows
         )  # after each group, so that a run cut short leaves its part
         main = {case: candidates for case, candidates in built.items() if case.is_main()}
-        if main and group[0].M == 1024:
+        if main and group[0].M == suite.graphed:
             graph_rows += measured(main, rounds, True, about)
             save(args.out / f"{suite.name}_graph_{card}.csv", rows=graph_rows)
         del built
@@ -285,7 +291,7 @@ def run(argv: list[str] | None, suite: Suite) -> int:
     return 0
 
 
-LORA = Suite("bench_lora", __doc__ or "", (16, 8, 64, 256), IMPLS, build, summarise)
+LORA = Suite("bench_lora", __doc__ or "", all_cases((16, 8, 64, 256)), IMPLS, build, summarise)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,7 +34,7 @@ def test_help_says_how_to_run(main, capsys):
 
 
 def test_all_cases():
-    cases = bench_lora.all_cases(bench_lora.LORA.ranks)
+    cases = bench_lora.LORA.cases
     assert len(cases) == len(set(cases)) == 8 * 4 * 2 + 2 * 2
     assert {(c.r, c.p) for c in cases if c.dtype == "bf16"} == {(r, p) for r in (8, 16, 64, 256) for p in (0, 0.1)}
     assert {c[1:5] for c in cases if c.dtype != "bf16"} == {(8192, 4096, 4096, 16)}
