@@ -53,8 +53,8 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
                 layer = bench_lora.over(ours, *options)
                 made[name] = Candidate(layer, x, dy, [x, *(getattr(layer, part) for part in layer.adapter_names)])
         if (name := f"peft_bnb_{kind}") in impls and all(map(importlib.util.find_spec, ("peft", "bitsandbytes"))):
-            layer = bench_lora.peft_layer(ours, four_bit_linear(ours))
-            made[name] = Candidate(layer, x, dy, [x, *(p for p in layer.parameters() if p.requires_grad)])
+            stock = bench_lora.peft_layer(ours, four_bit_linear(ours))
+            made[name] = Candidate(stock, x, dy, [x, *(p for p in stock.parameters() if p.requires_grad)])
     return {impl: made[impl] for impl in impls if impl in made}
 
 
