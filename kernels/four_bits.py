@@ -19,6 +19,7 @@ from lora_fast.kernels.nibbles import (
     four_of_column,
     four_of_row,
     look_up,
+    of_neighbour,
     pair,
     pairs_assembly,
     rows_assembly,
@@ -31,7 +32,7 @@ from lora_fast.kernels.program import Launch
 THREADS = 128
 WORDS = 2  # of 32 bits a thread, for W in 16 or 32 bits
 ROWS = 4  # of a program, for e4m3 by rows, whose threads each take 64 bits of a row
-COLUMN_WORDS = 8  # of a program, for e4m3 by columns, whose threads each take a word of sixteen rows
+COLUMN_WORDS = 16  # of a program, for e4m3 by columns, whose threads each take a word of sixteen rows
 
 
 @triton.jit
@@ -166,10 +167,12 @@ def _columns_kernel(
     ASSEMBLY: tl.constexpr,
     THREADS: tl.constexpr,
     WORDS: tl.constexpr,
+    SHARED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A thread has a word of each of sixteen rows, and so sixteen bytes of each of eight of the result's: nothing goes
-    through shared memory. Threads are numbered by hand: with two dimensions the compiler would turn them."""
+    through shared memory. Threads are numbered by hand: with two dimensions the compiler would turn them. SHARED
+    neighbours, whose words lie in the same blocks, find the scales of some rows each, and hand them round."""
     wait_for_stream(PDL)
     w = Stored(packed_ptr, absmax_ptr, table_ptr, code2_ptr, absmax2_ptr, offset_ptr)
     lane = tl.arange(0, THREADS)
@@ -180,8 +183,16 @@ def _columns_kernel(
     words, scales, factors = (), (), ()
     for row in tl.static_range(16):
         words = words + (tl.load(w.packed + first + row * K8, mask=inside, other=0),)
-    for row in tl.static_range(16):
-        scales = scales + (scale_of(w, (first + row * K8) // (BLOCK // 8), inside),)
+    if SHARED > 1:
+        own = ()
+        for j in tl.static_range(16 // SHARED):
+            row = lane % SHARED * (16 // SHARED) + j
+            own = own + (scale_of(w, (first + row * K8) // (BLOCK // 8), inside),)
+        for row in tl.static_range(16):
+            scales = scales + (of_neighbour(own[row % (16 // SHARED)], row // (16 // SHARED), SHARED),)
+    else:
+        for row in tl.static_range(16):
+            scales = scales + (scale_of(w, (first + row * K8) // (BLOCK // 8), inside),)
     for i in tl.static_range(8):
         factors = factors + (1 / tl.load(scale_ptr + word * 8 + i, mask=word < K8, other=1.0),)
     made = ()  # of each four rows eight columns
@@ -257,7 +268,9 @@ def by_rows(
 def by_columns(w: Stored, out: Operand, scale: Operand, *, low_first: bool, kind: torch.dtype) -> Launch:
     """out [K, N], e4m3, is filled with W^T, rounded to ``kind``, over the scales [K] of its rows, powers of two. K is a
     multiple of 8, N of 16."""
-    k, n = out.shape
+    (k, n), blocks = out.shape, _blocks(w, low_first)
+    block = blocks["BLOCK"]
+    shared = min(block // 8, 16, COLUMN_WORDS) if COMPILED.value and k % block == 0 else 1
     return launch(
         _columns_kernel,
         (triton.cdiv(k // 8, COLUMN_WORDS), triton.cdiv(n, THREADS // COLUMN_WORDS * 16)),
@@ -272,7 +285,8 @@ def by_columns(w: Stored, out: Operand, scale: Operand, *, low_first: bool, kind
         ASSEMBLY=columns_assembly(low_first, NAMES[kind]) if COMPILED.value else None,
         THREADS=THREADS,
         WORDS=COLUMN_WORDS,
-        **_blocks(w, low_first),
+        SHARED=shared,
+        **blocks,
     )
 
 

@@ -192,6 +192,13 @@ def scale_of(w, block, inside):
 
 
 @triton.jit
+def of_neighbour(t, lane: tl.constexpr, GROUP: tl.constexpr):
+    """What this one of each GROUP lanes, a power of two of them side by side in a warp, holds of t [threads]."""
+    ASSEMBLY: tl.constexpr = f"shfl.sync.idx.b32 $0, $1, {lane}, {(32 - GROUP) * 256 + 31}, 0xffffffff;"
+    return tl.inline_asm_elementwise(ASSEMBLY, "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def store_four(out_ptr, at, a, b, c, d, inside):
     """Four 32-bit pieces that follow each other, by one thread at once."""
     four = tl.reshape(tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 2, 1)), (a.shape[0], 4))
