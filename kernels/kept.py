@@ -25,7 +25,7 @@ class Keeping(NamedTuple):
 def kept_launches(at: Keeping, problem: Problem) -> list[Launch]:
     """The gain is made from copies of the adapters where a forward makes it from copies."""
     kept, scratch = problem.kept(at.kept), Scratch(at.a.device)
-    w = problem.base.y(at.held, scratch)
+    w = problem.base.y(at.held, problem.wanted(scratch))
     a, b, copies = at.a, at.b, []
     if problem.casts:
         a, b = (part or scratch.part(*problem.shapes[name]) for name, part in (("a", kept.a), ("b", kept.b)))

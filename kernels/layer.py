@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.kernels.bases import Read, Wanted
+from lora_fast.kernels.bases import Read
 from lora_fast.kernels.cast import Cast, cast_adapters
 from lora_fast.kernels.common import padded_rank, wide
 from lora_fast.kernels.decode import decode, takes_decode
@@ -51,7 +51,7 @@ class Forward(NamedTuple):
 def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     x, y, small, lifted = at.x.rows(), at.y.rows(), problem.small(at.room), problem.lifted
     scratch = Scratch(x.device)
-    w = problem.base.y(at.held, _wanted(problem, scratch))
+    w = problem.base.y(at.held, problem.wanted(scratch))
     a, b, cast = at.a, at.b, None
     if problem.casts:
         a, b = small.a, small.b
@@ -120,11 +120,6 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     ]
 
 
-def _wanted(problem: Problem, scratch: Scratch) -> Wanted:
-    n, k, kind = problem.n, problem.k, problem.kind
-    return Wanted(n, k, kind, problem.base.room(n, k, kind, scratch))
-
-
 class Backward(NamedTuple):
     """The arguments of a backward's program, in this order."""
 
@@ -160,7 +155,7 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     dora = gain = None
     w: Maybe = None
     first: Sequence[Launch] = ()
-    wanted: Any = _wanted(problem, scratch) if needs.x or problem.z_again else None
+    wanted: Any = problem.wanted(scratch) if needs.x or problem.z_again else None
     held: list[Maybe] = [None] * len(problem.base.tensors)
     held[problem.saved] = at.held
     if problem.dora and small is not None:

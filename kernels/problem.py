@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.kernels.bases import BASES, PLAIN, Base
+from lora_fast.kernels.bases import BASES, PLAIN, Base, Wanted
 from lora_fast.kernels.cast import cast_wanted
 from lora_fast.kernels.common import padded_rank
-from lora_fast.kernels.operands import Operand, Size, rounded
+from lora_fast.kernels.operands import Operand, Scratch, Size, rounded
 from lora_fast.kernels.program import Bound, Program
 
 MaybeTensor = torch.Tensor | None
@@ -135,6 +135,10 @@ class Problem:
     def quantises(self) -> bool:
         """Whether the forward writes x in e4m3, for the product or to be kept."""
         return self.base.e4m3 or self.keep_x8
+
+    def wanted(self, scratch: Scratch) -> Wanted:
+        """What a launch that writes W must know, and where it may."""
+        return Wanted(self.n, self.k, self.kind, self.base.room(self.n, self.k, self.kind, scratch))
 
     @cached_property
     def last(self) -> int:

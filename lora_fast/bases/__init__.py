@@ -2,8 +2,8 @@
 
 packed.py says what each of them is and does. To add one: a subclass of its ``PackedWeight`` in a file here, and a row
 of ``PACKED``; what its products read, as a row of ``BASES`` in kernels/bases.py; and if that is not the inner tensors
-as they are, a kernel that writes the weight into memory which the product reads, with the launch as ``unpack`` of that
-row.
+as they are, a kernel that writes the weight into memory which the product reads, with the launch as ``unpack_y`` and
+``unpack_dx`` of that row.
 """
 
 import torch
@@ -15,7 +15,7 @@ from lora_fast.bases.packed import PackedWeight
 
 # By what ``base_dtype`` calls them.
 PACKED: dict[str, type[PackedWeight]] = {"float8_e4m3": Fp8Weight, "nf4": Nf4Weight, "mxfp4": Mxfp4Weight}
-KINDS = tuple({*PACKED.values(), *four_bits.KINDS.values()})  # all that there are
+KINDS = (Fp8Weight, *four_bits.KINDS.values())  # all that there are
 LABELS = " or ".join(kind.LABEL for kind in PACKED.values())
 COMPUTE = (None, "float8_e4m3")  # what ``base_compute`` may be
 
