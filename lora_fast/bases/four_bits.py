@@ -266,9 +266,16 @@ WITH_E4M3: dict[type[FourBitWeight], type[FourBitWeight]] = {
 KINDS = {kind.BASE: kind for pair in WITH_E4M3.items() for kind in pair}
 
 
+def why_not_e4m3(shape: torch.Size) -> str | None:
+    """Why a weight of this shape cannot be written in e4m3, in words; None where it can."""
+    if not (shape[0] % 16 or shape[1] % 16):
+        return None
+    return f"base_compute: got float8_e4m3 for {tuple(shape)}, expected N and K to be multiples of 16"
+
+
 def check_for_e4m3(shape: torch.Size) -> None:
-    if shape[0] % 16 or shape[1] % 16:
-        raise ValueError(f"base_compute: got float8_e4m3 for {tuple(shape)}, expected N and K to be multiples of 16")
+    if why := why_not_e4m3(shape):
+        raise ValueError(why)
 
 
 @cache

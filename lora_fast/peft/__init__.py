@@ -22,8 +22,9 @@ def patch_peft(
 ) -> PeftReport:
     """Let the LoRA and DoRA linear layers of a PEFT model run through lora_fast's fused kernels, in place.
 
-    Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear`` becomes an instance of a subclass of it; parameters, state
-    dict keys and all else that PEFT does with the model stay. Layers of adapters that are added later follow by
+    Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear``, and PEFT's layer on a ``Linear4bit`` of bitsandbytes',
+    becomes an instance of a subclass of it; parameters, state dict keys and all else that PEFT does with the model
+    stay. Layers of adapters that are added later follow by
     themselves in a ``PeftModel``, with the same ``save`` and ``base_dtype``; in a model with PEFT's layers alone, patch
     it again then.
 
@@ -43,7 +44,8 @@ def patch_peft(
             makes plain ones of them again. A merge puts a 16-bit weight in its place until the unmerge. Layers that are
             merged, whose base trains, or whose base weight is tied to another parameter stay as they are; the report
             says "fp8 base" of the others. A DoRA magnitude stays PEFT's, the norm is that of what products read.
-        base_compute: None, or "float8_e4m3": products over a base of 4 bits are made from 8-bit operands.
+        base_compute: None, or "float8_e4m3": products over a base of 4 bits, bitsandbytes' too, are made from 8-bit
+            operands.
         base_dtype_exclude: a list of names or last parts, or a regex: more layers whose base stays as it is.
 
     Returns:
@@ -59,23 +61,27 @@ def patch_peft(
     if save not in ("auto", "z"):
         raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
     check_base_dtype(base_dtype, base_compute)
+    layers = lora_layers(model)
+    if base_compute is not None and base_dtype is None:
+        if not any(type(layer).__name__.endswith("Linear4bit") for layer in layers.values()):
+            what = "a base_dtype, or a model that bitsandbytes keeps in 4 bits"
+            raise ValueError(f"base_compute: got {base_compute!r}, expected None without {what}")
     if base_dtype_exclude is not None and base_dtype is None:
         raise ValueError(f"base_dtype_exclude: got {base_dtype_exclude!r}, expected None without a base_dtype")
-    layers = lora_layers(model)
     from peft.tuners.lora import LoraModel
 
     from lora_fast.peft.layers import FastLinear, FastLoraModel
     from lora_fast.peft.rules import why_never_fused
 
     kind = None if base_dtype is None else kind_of_base(base_dtype, base_compute)
-    asked = Asked(save, kind, base_dtype_exclude)
+    asked = Asked(save, kind, base_dtype_exclude, base_compute == "float8_e4m3")
     kept = matching("base_dtype_exclude", base_dtype_exclude, {layer: [name] for name, layer in layers.items()})
     done: list[Any] = []
     eight: dict[str, Any] = {}
     try:
         for layer in layers.values():
             if why_never_fused(layer) is None:
-                FastLinear.adopt(layer)
+                adopt(layer, base_compute == "float8_e4m3")
                 done.append(layer)
         if kind is not None:
             eight = _quantisable(model, {name: layer for name, layer in layers.items() if layer not in kept})
@@ -102,17 +108,17 @@ class Asked(NamedTuple):
     save: str
     kind: type[PackedWeight] | None  # of the base weights
     base_dtype_exclude: str | list[str] | None
+    e4m3: bool  # whether products over bitsandbytes' 4-bit bases are made from 8-bit operands
     prefix: str = ""  # of the tuner's layers, in the names that base_dtype_exclude speaks of
 
     def __call__(self, tuner: nn.Module) -> None:
         """Patch the layers that are stock yet. A weight that cannot be quantised stays as it is, with a warning."""
-        from lora_fast.peft.layers import FastLinear
         from lora_fast.peft.rules import why_never_fused
 
         layers = {self.prefix + name: layer for name, layer in lora_layers(tuner).items()}
         new = {name: layer for name, layer in layers.items() if why_never_fused(layer) is None}
         for layer in new.values():
-            FastLinear.adopt(layer)
+            adopt(layer, self.e4m3)
             layer.save = self.save
         if self.kind is None:
             return
@@ -128,6 +134,18 @@ class Asked(NamedTuple):
                 )
                 del fit[name]
         _quantise(tuner, fit.values(), self.kind)
+
+
+def adopt(layer: Any, e4m3: bool) -> None:
+    """Make a stock layer, of which ``why_never_fused`` finds nothing, one of ours."""
+    from lora_fast.peft.four_bits import FastLinear4bit
+    from lora_fast.peft.layers import FastLinear
+
+    if type(layer).__name__ != "Linear4bit":
+        FastLinear.adopt(layer)
+        return
+    FastLinear4bit.adopt(layer)
+    layer.e4m3 = e4m3
 
 
 def _quantisable(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:

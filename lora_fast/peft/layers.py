@@ -10,13 +10,22 @@ from torch import nn
 
 from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight, as_plain
-from lora_fast.functional import dora_linear, lora_linear
+from lora_fast.functional import FLOATS, dora_linear, lora_linear
 from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm
 from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
 from lora_fast.peft import norms as peft_norms
 from lora_fast.peft.merging import KeepingLinear, for_an_adapters_file
-from lora_fast.peft.rules import active, examine, is_dora, parameter, why_not_this_call
+from lora_fast.peft.rules import (
+    BASES,
+    active,
+    examine,
+    hooked,
+    is_dora,
+    kind_of,
+    parameter,
+    why_not_this_call,
+)
 from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.gather import whole
 
@@ -83,6 +92,7 @@ class FastLinear(KeepsNorm, KeepingLinear):
     save: str = "auto"  # for DoRA, as of lora_fast.DoRALinear
     save_x: str = "x"  # as of lora_fast.LoRALinear
     is_embedding: bool = False  # the model's head: PEFT saves its base weight, too, and in files fp8 is plain
+    STOCK: type = Linear
     _scalings: Scalings
 
     @classmethod
@@ -102,7 +112,7 @@ class FastLinear(KeepsNorm, KeepingLinear):
             vars(self).pop(name, None)
         if isinstance(self.base_layer.weight, PackedWeight):
             self.base_layer.weight = nn.Parameter(self.base_layer.weight.dequantise(), requires_grad=False)
-        self.__class__ = Linear  # type: ignore[assignment]
+        self.__class__ = self.STOCK
         self.scaling = scalings
 
     def _get_name(self) -> str:
@@ -134,15 +144,51 @@ class FastLinear(KeepsNorm, KeepingLinear):
             # Stock unmerges here, which is lost in a weight that FSDP has gathered.
             weight, bias = (None if kept is None else whole(kept) for kept in self._both_kept().values())
             return F.linear(x, weight, bias)  # type: ignore[arg-type]
+        return self.stock_forward(x, *args, **kwargs)
+
+    def stock_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return super().forward(x, *args, **kwargs)
 
-    def _fused(self, x: torch.Tensor, parts: list[tuple[Any, ...]]) -> torch.Tensor:
-        """The forward with what :func:`examine` found to be plain."""
+    def why_not_dtype(self, x: torch.Tensor) -> str | None:
+        """Why x's dtype needs stock PEFT's forward, in words."""
         base: Any = self._modules["base_layer"]
-        scalings = self._scalings
+        dtype = parameter(base, "weight").dtype
+        if x.dtype != dtype and dispatch.autocast_dtype(x.device) is None:
+            return f"the input is {x.dtype} and the base weight {dtype}, without autocast"
+        return None
+
+    def base_weight(self, gathered: bool = False) -> torch.Tensor | str:
+        """The base weight that products read, or why it is not fused, in words; see :func:`examine`."""
+        base: Any = self._modules["base_layer"]
+        if type(base) is not nn.Linear:
+            return f"the base layer is a {kind_of(base)}, not an nn.Linear itself"
+        if hooked(base):
+            return "the base layer has hooks or a replaced forward"
+        weight = parameter(base, "weight")
+        if type(weight) is torch.Tensor:
+            weight = fsdp1.as_asked(weight, base)
+        if type(weight) not in BASES and not gathered:
+            return f"the base weight is a {type(weight).__name__}"
+        if weight.dtype not in FLOATS:
+            return f"the base weight is quantised ({weight.dtype})"
+        return "the base weight requires grad" if weight.requires_grad else weight
+
+    def label_of_base(self, packed: PackedWeight) -> str:
+        """What a report calls it."""
+        return packed.LABEL
+
+    def frozen(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The base's weight and bias as the products read them."""
+        base: Any = self._modules["base_layer"]
         weight, bias = parameter(base, "weight"), parameter(base, "bias")
         if type(weight) is torch.Tensor:
             weight = fsdp1.as_asked(weight, base)
+        return weight, bias
+
+    def _fused(self, x: torch.Tensor, parts: list[tuple[Any, ...]]) -> torch.Tensor:
+        """The forward with what :func:`examine` found to be plain."""
+        scalings = self._scalings
+        weight, bias = self.frozen()
         name, a, b, dropout = parts[0]
         p = dropout.p if type(dropout) is nn.Dropout else 0.0
         scaling = scalings.of(name, x.device)

@@ -83,7 +83,7 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[bool, str]:
     parts = examine(layer, names, gathered)
     if isinstance(parts, str):
         return False, parts
-    weight = layer.base_layer.weight
+    weight = layer.frozen()[0]
     mesh = getattr(weight, "device_mesh", None)  # FSDP2 may keep on the CPU what it gathers on the mesh's devices
     device = weight.device if mesh is None else torch.device(mesh.device_type)
     slow = dispatch.why_slow(device, dispatch.autocast_dtype(device) or weight.dtype)
@@ -92,7 +92,8 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[bool, str]:
         slow = packed.why_not(device)
     remarks = [] if slow is None else [slow]
     if packed is not None:
-        remarks.append(f"{packed.LABEL} base")
+        products = ", 8-bit products" if packed.E4M3_PRODUCTS and packed.LABEL != "fp8" else ""
+        remarks.append(f"{layer.label_of_base(packed)} base{products}")
     if is_dora(layer, names[0]):
         drops = isinstance(layer.lora_dropout[names[0]], nn.Dropout)
         remarks.append("DoRA, dropout in the low-rank branch alone" if drops else "DoRA")

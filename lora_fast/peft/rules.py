@@ -7,10 +7,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
-from lora_fast import dispatch
 from lora_fast.bases import KINDS
-from lora_fast.functional import FLOATS
-from lora_fast.wrappers import fsdp1
 
 DoraLinearVariant: Any
 try:
@@ -29,6 +26,9 @@ def why_never_fused(module: Any) -> str | None:
     Only facts that do not change count here; the rest is :func:`examine`'s.
     """
     kind = type(module).__name__
+    if kind == "Linear4bit" and type(module).__module__ == "peft.tuners.lora.bnb":
+        name = type(module.base_layer).__name__
+        return None if name == "Linear4bit" else f"the base layer is a {name}, not bitsandbytes' Linear4bit"
     if type(module) is not Linear:
         if kind == "ParamWrapper":
             return "expert parameters (target_parameters)"
@@ -71,20 +71,9 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
     ``gathered``: FSDP will have gathered the parameters when forward runs.
     """
     modules = layer._modules  # nn.Module's own attribute look-up takes its time
-    base = modules["base_layer"]
-    if type(base) is not nn.Linear:
-        return f"the base layer is a {kind_of(base)}, not an nn.Linear itself"
-    if hooked(base):
-        return "the base layer has hooks or a replaced forward"
-    weight = parameter(base, "weight")
-    if type(weight) is torch.Tensor:
-        weight = fsdp1.as_asked(weight, base)
-    if type(weight) not in BASES and not gathered:
-        return f"the base weight is a {type(weight).__name__}"
-    if weight.dtype not in FLOATS:
-        return f"the base weight is quantised ({weight.dtype})"
-    if weight.requires_grad:
-        return "the base weight requires grad"
+    weight = layer.base_weight(gathered)
+    if isinstance(weight, str):
+        return weight
     downs, ups, dropouts = (modules[key]._modules for key in ("lora_A", "lora_B", "lora_dropout"))
     parts: list[tuple[Any, ...]] = []
     for name in names:
@@ -132,10 +121,7 @@ def why_not_this_call(layer: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs
             return f"forward was given more than x: {', '.join(kwargs) or 'positional arguments'}"
     if type(x) not in PLAIN:
         return f"the input is a {type(x).__name__}"
-    dtype = parameter(layer._modules["base_layer"], "weight").dtype
-    if x.dtype != dtype and dispatch.autocast_dtype(x.device) is None:
-        return f"the input is {x.dtype} and the base weight {dtype}, without autocast"
-    return None
+    return layer.why_not_dtype(x)
 
 
 def parameter(module: nn.Module, name: str) -> Any:
