@@ -33,7 +33,12 @@ def stock(device, *, dora=False, nested=True, quant_type="nf4", compute=torch.fl
     model = nn.Sequential(first, nn.SiLU(), second).to(device)
     model.is_loaded_in_4bit = True
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"], use_dora=dora, lora_dropout=p, **config)
-    model = get_peft_model(model, config)
+    try:
+        model = get_peft_model(model, config)
+    except AssertionError as error:  # PEFT 0.13
+        if "CUDA" not in str(error):
+            raise
+        pytest.skip("this PEFT makes DoRA over 4 bits on a GPU alone")
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
