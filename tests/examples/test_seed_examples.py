@@ -17,7 +17,7 @@ for package in ("peft", "transformers", "accelerate", "tqdm"):
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.usefixtures("as_scripts")
-NAMES = ["llama2_7b", "glm4", "peft_models"]
+NAMES = ["llama2_7b", "llama3_70b", "glm4", "peft_models"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -31,6 +31,16 @@ def test_help(name, capsys):
 @pytest.mark.parametrize("name", [*NAMES, "lightning_mnist", "encoder"])
 def test_the_gallery_shows_it(name):
     assert f"python examples/{name}.py" in (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.medium
+def test_llama3_70b(capsys):
+    found = importlib.import_module("llama3_70b").main(["--small", "--steps", "1"])
+    printed = capsys.readouterr().out
+    assert printed.count(" s a step, ") == len(found) >= 2 and "2 layers of 64" in printed
+    first = [loss for _, _, loss in found.values()]
+    exact = [loss for name, loss in zip(found, first, strict=True) if "8-bit" not in name]
+    assert max(exact) - min(exact) < 2e-3 and max(first) - min(first) < 2e-2
 
 
 @pytest.mark.slow
