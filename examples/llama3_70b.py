@@ -49,10 +49,11 @@ def materialise(module: nn.Module) -> None:
         nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else nn.init.ones_(parameter)
 
 
-def model_of(config: LlamaConfig, adapt: Callable[[Any], None]) -> Any:
+def model_of(config: LlamaConfig, adapt: Callable[[nn.Module], object]) -> Any:
     """The model, frozen, each of whose blocks is made, adapted and so quantised before the next is there."""
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config).to(DTYPE).requires_grad_(False)
+        model: Any = LlamaForCausalLM(config)
+        model.to(DTYPE).requires_grad_(False)
     for block in model.model.layers:
         materialise(block)
         with torch.random.fork_rng():  # the same weights whatever an adapter draws

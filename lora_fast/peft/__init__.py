@@ -146,6 +146,7 @@ def adopt(layer: Any, e4m3: bool) -> None:
         return
     FastLinear4bit.adopt(layer)
     layer.e4m3 = e4m3
+    layer.base_weight()
 
 
 def _quantisable(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:

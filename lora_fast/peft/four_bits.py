@@ -28,6 +28,9 @@ SET_COMPUTE = (
 )
 
 
+NOT_SEEN = "torch.compile sees a 4-bit layer whose weight changed: call it once before"
+
+
 class View:
     """bitsandbytes' weight as one of ours, over the same memory. Copies of a layer make their own."""
 
@@ -40,7 +43,9 @@ class View:
 
     def of(self, base: Any, e4m3: bool) -> FourBitWeight | str:
         """The weight of this layer of bitsandbytes' as it is now, or in words why that cannot be fused. The host waits
-        for this in every call."""
+        for this in every call, but for compiled ones, which take what is there."""
+        if torch.compiler.is_compiling():
+            return NOT_SEEN if self.weight is None else self.weight
         weight = parameter(base, "weight")
         state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
         if state is None:
@@ -50,8 +55,6 @@ class View:
         # ``to`` puts new tensors into the same state; of e4m3 the scales follow what is stored.
         now = weight.data_ptr(), state.absmax.data_ptr(), base.compute_dtype, e4m3, weight._version if e4m3 else 0
         if self.weight is None or now != self.made_from:
-            if torch.compiler.is_compiling():
-                return "the model was compiled before the first call of a patched layer"
             found = view(base, weight, state)
             if isinstance(found, str):
                 return found
@@ -204,6 +207,9 @@ class FastLinear4bit(FastLinear, Linear4bit):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FastLinear4bit":
         super()._apply(fn, recurse)
+        self._view = View()
         if (base := vars(self).get("_quantised_base")) is not None:
             base._apply(fn, recurse)
+        else:
+            self.base_weight()
         return self

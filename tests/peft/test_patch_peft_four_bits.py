@@ -130,6 +130,19 @@ def test_another_weight_is_seen(place):
 
 
 @pytest.mark.parametrize("dora", [False, True])
+def test_compiled(place, dora):
+    """Without a graph break, in a model that never ran before."""
+    torch._dynamo.reset()
+    model, x = stock(place, dora=dora), draw(place, torch.float16)
+    patch_peft(model)
+    compiled = torch.compile(model, backend="inductor" if place == "cuda" else "aot_eager", fullgraph=True)
+    ours, grads = step(compiled, x)
+    eager, eager_grads = step(model, x)
+    assert far(ours, eager) < 1e-3
+    assert max(far(grads[f"_orig_mod.{name}" if name != "x" else name], g) for name, g in eager_grads.items()) < 2e-3
+
+
+@pytest.mark.parametrize("dora", [False, True])
 def test_merging_goes_into_16_bits(place, dora):
     model, x = stock(place, dora=dora), draw(place, torch.float16)
     patch_peft(model)
