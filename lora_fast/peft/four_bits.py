@@ -60,7 +60,7 @@ class View:
                 return found
             if e4m3 and (why := why_not_e4m3(found.shape)):
                 return why
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self.made_from, self.weight = now, found.for_e4m3() if e4m3 else found
         return self.weight
 
