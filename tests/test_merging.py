@@ -142,9 +142,9 @@ def test_what_cannot_be_merged(tmp_path):
     with pytest.raises(ValueError, match="original: up: merged already"):
         merge_lora(model, original=folder)
     assert not model["rest"][0].merged
-    with pytest.raises(ValueError, match="expected None for a model without fp8 bases"):
+    with pytest.raises(ValueError, match="expected None for a model without fp8 or nf4 or mxfp4 bases"):
         merge_lora(adapted(base, base_dtype=None, base_dtype_exclude=None), original=folder)
-    with pytest.raises(ValueError, match=r"expected None over a base that is not fp8 \(torch.bfloat16\)"):
+    with pytest.raises(ValueError, match=r"a base that is not fp8 or nf4 or mxfp4 \(torch.bfloat16\)"):
         model["head"].merge(original=base["head"].weight)
     with pytest.raises(TypeError, match="original: got str, expected a tensor"):
         model["rest"][0].merge(original="base")
