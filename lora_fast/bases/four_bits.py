@@ -4,7 +4,8 @@ NF4 (Dettmers et al. 2023, arXiv 2305.14314) in bitsandbytes' layout and with it
 Microscaling Formats 1.0).
 """
 
-from functools import cache
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,17 +14,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lora_fast import dispatch
+from lora_fast.bases.four_bit_tables import E2M1, NESTED_BLOCK, NF4, dynamic_map, quant_state
 from lora_fast.bases.fp8 import E4M3, Fp8Weight, quantise_rows
 from lora_fast.bases.packed import PackedWeight
 
-# The values of the sixteen codes: 8 quantiles of a normal distribution on either side of zero, scaled to 1; e2m1.
-NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-NESTED_BLOCK = 256  # scales that share one of their own
 STORED = ("packed", "absmax", "table")
 NESTED = (*STORED, "code2", "absmax2", "offset")
 
@@ -79,7 +73,7 @@ class FourBitWeight(PackedWeight):
     @classmethod
     def exact(cls) -> "type[FourBitWeight]":
         """The same storage with products in the dtype that it acts as."""
-        return next(kind for kind in cls.__mro__ if issubclass(kind, FourBitWeight) and not kind.E4M3_PRODUCTS)
+        return next(kind for kind in cls.__mro__ if kind in WITH_E4M3)
 
     @classmethod
     def for_compute(cls, base_compute: str | None) -> type[PackedWeight]:
@@ -132,6 +126,14 @@ class FourBitWeight(PackedWeight):
     def like(self, inner: Any, dtype: torch.dtype) -> Self:
         return type(self)(*inner, shape=self.shape, dtype=dtype)
 
+    # What torch's distributed checkpoints ask for by the keys of four_bit_files.
+    quant_map = property(attrgetter("table"))
+
+    @property
+    def quant_state(self) -> SimpleNamespace:
+        quant_type, written = quant_state(self)
+        return SimpleNamespace(**{f"bitsandbytes__{quant_type}": written})
+
     def is_made_from(self, weight: torch.Tensor) -> bool:
         return all(map(torch.equal, self.exact().store(weight.contiguous()), self.stored()))
 
@@ -178,11 +180,12 @@ class Nf4Weight(FourBitWeight):
     code2: torch.Tensor
     absmax2: torch.Tensor
     offset: torch.Tensor
+    nested_absmax, nested_quant_map = property(attrgetter("absmax2")), property(attrgetter("code2"))
 
     @classmethod
     def store(cls, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         packed, absmax, table = BlockWeight.store(weight)
-        code2, offset = dynamic_map().to(weight.device), absmax.mean()
+        code2, offset = dynamic_map().to(weight.device, copy=True), absmax.mean()
         rest = absmax - offset
         blocks = F.pad(rest, (0, -len(rest) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
         absmax2 = blocks.abs().amax(1)
@@ -276,18 +279,6 @@ def why_not_e4m3(shape: torch.Size) -> str | None:
 def check_for_e4m3(shape: torch.Size) -> None:
     if why := why_not_e4m3(shape):
         raise ValueError(why)
-
-
-@cache
-def dynamic_map() -> torch.Tensor:
-    """The 256 values of the 8-bit code for scales (Dettmers 2015, arXiv 1511.04561): of each of seven powers of ten the
-    middles of 1, 2, 4, ... 64 equal parts of (0.1, 1), with both signs; 0 and 1."""
-    values = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
-        parts = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-        values += [*parts, *(-part for part in parts)]
-    return torch.tensor(sorted(values), dtype=torch.float32)
 
 
 def unpickled(base: str, inner: list[torch.Tensor], shape: Any, dtype: torch.dtype, parameter: bool) -> torch.Tensor:

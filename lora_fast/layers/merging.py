@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from lora_fast.bases import LABELS
+from lora_fast.bases.four_bit_files import BLOCKS, SCALES
 from lora_fast.bases.packed import PackedWeight, is_opaque, is_packed, packed_in
-from lora_fast.layers.merged_state import add_kept, read_base
+from lora_fast.layers.merged_state import KEPT, add_kept, read_base
+from lora_fast.layers.packed_state import collect, pack_given, part_of, spread
 from lora_fast.wrappers.gather import is_sharded
 from lora_fast.wrappers.placement import kind_of, offloading, place_of_weight, present, write
 
@@ -143,21 +145,40 @@ class MergingLinear(nn.Linear):
         """What a merge kept, by its name in a state dict, by which torch's distributed checkpoints ask for it."""
         return self.unmerged_weight
 
+    weight_blocks, weight_scales = part_of("weight", BLOCKS), part_of("weight", SCALES)
+    lora_unmerged_weight_blocks = part_of("unmerged_weight", BLOCKS)
+    lora_unmerged_weight_scales = part_of("unmerged_weight", SCALES)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         kept = self.unmerged_weight
         if kept is not None and self.base_is_tied and not keep_vars:
             kept = kept.clone()  # safetensors and transformers take no two names for one memory
         add_kept({"weight": kept}, destination, prefix, keep_vars)
+        for name in ("weight", KEPT["weight"]):
+            spread(destination, prefix + name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         merged, live = self.merged, {"weight": self.weight}
-        self.unmerge()
         own = {key: t for key, t in state_dict.items() if key.startswith(prefix)}
+        shape, assign = (self.out_features, self.in_features), args[0].get("assign_to_params_buffers", False)
+        try:
+            for name in ("weight", KEPT["weight"]):
+                collect(own, prefix + name, self.base_weight, shape, assign)
+        except ValueError as error:
+            args[-1].append(str(error))
+            return
+        self.unmerge()
         read_base(self, self, live if merged else {}, own, prefix, prefix)
         self._load_unmerged(own, prefix, *args)
         if merged:
             self.merge()
 
-    def _load_unmerged(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_unmerged(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if args[0].get("assign_to_params_buffers", False):
+            try:
+                pack_given(state_dict, prefix + "weight", self.weight)
+            except (TypeError, ValueError) as error:
+                args[-1].append(str(error))
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
