@@ -8,6 +8,7 @@ as they are, a kernel that writes the weight into memory which the product reads
 
 import torch
 
+from lora_fast.bases import four_bit_shards as four_bit_shards
 from lora_fast.bases import four_bits
 from lora_fast.bases.four_bits import FourBitWeight, Mxfp4Weight, Nf4Weight
 from lora_fast.bases.fp8 import Fp8Weight

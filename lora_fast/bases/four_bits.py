@@ -17,6 +17,7 @@ from lora_fast import dispatch
 from lora_fast.bases.four_bit_tables import E2M1, NESTED_BLOCK, NF4, dynamic_map, quant_state
 from lora_fast.bases.fp8 import E4M3, Fp8Weight, quantise_rows
 from lora_fast.bases.packed import PackedWeight
+from lora_fast.bases.shards import sharding
 
 STORED = ("packed", "absmax", "table")
 NESTED = (*STORED, "code2", "absmax2", "offset")
@@ -32,6 +33,7 @@ class FourBitWeight(PackedWeight):
     LOW_FIRST: ClassVar[bool] = False  # which half of a byte is the first of its two elements
     BLOCK: ClassVar[int]  # of :meth:`quantise`
     ROUNDING, E4M3_PRODUCTS, ROUNDS_NORM = 2**-3, False, True
+    DIVIDED = "its rows, into parts of an even number of elements"  # by the processes of FSDP2
     packed: torch.Tensor
     absmax: torch.Tensor
     table: torch.Tensor
@@ -108,12 +110,37 @@ class FourBitWeight(PackedWeight):
         """Elements that share a scale."""
         return 2 * self.packed.numel() // self.absmax.numel()
 
+    def blocks(self) -> torch.Tensor:
+        """The numbers of the blocks that absmax is of."""
+        return torch.arange(self.absmax.numel(), device=self.absmax.device)
+
+    def scaled(self, values: torch.Tensor) -> torch.Tensor:
+        """The values of all elements times their scales."""
+        return values.view(-1, self.block) * self.scales()[:, None]
+
+    def divides(self, count: int) -> bool:
+        """Whether each of so many processes could keep whole bytes of as many rows."""
+        n, k = self.shape
+        return n % count == 0 and n // count * k % 2 == 0
+
+    def parts(self, count: int) -> "list[FourBitWeight]":
+        """Shards of as many rows, of which FSDP2 keeps one in each process."""
+        n, k = self.shape
+        kind: Any = SHARDS[type(self)]
+        cut = ("packed", "absmax") if n // count * k % self.block == 0 else ("packed",)
+        inner = [t.chunk(count) if name in cut else count * (t,) for name in self.INNER for t in [getattr(self, name)]]
+        firsts = torch.arange(0, n, n // count, device=self.packed.device).split(1)
+        told = {"shape": (n // count, k), "dtype": self.dtype, "block": self.block}
+        return [kind(first, *parts, **told) for first, *parts in zip(firsts, *inner, strict=True)]
+
+    def sharded(self, func: Any, *args: Any) -> Any:
+        return sharding(func, self, *args)
+
     def dequantise(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """``table[code] * scale`` [N, K], in ``dtype`` or in what this acts as: a plain tensor."""
         low, high = self.packed & 15, self.packed >> 4
-        codes = torch.stack((low, high) if self.LOW_FIRST else (high, low), -1)
-        blocks = self.table[codes.int()].view(-1, self.block) * self.scales()[:, None]
-        return blocks.to(dtype or self.dtype).view(self.shape)
+        codes = torch.stack((low, high) if self.LOW_FIRST else (high, low), -1).view(-1)
+        return self.scaled(self.table[codes.int()]).to(dtype or self.dtype).view(self.shape)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         dtype = dispatch.autocast_dtype(x.device)
@@ -196,8 +223,7 @@ class Nf4Weight(FourBitWeight):
         return packed, codes.view(-1)[: len(rest)].clone(), table, code2, absmax2, offset.view(1)
 
     def scales(self) -> torch.Tensor:
-        each = self.absmax2.repeat_interleave(NESTED_BLOCK)[: self.absmax.numel()]
-        return self.code2[self.absmax.int()] * each + self.offset
+        return self.code2[self.absmax.int()] * self.absmax2[self.blocks() // NESTED_BLOCK] + self.offset
 
 
 class Mxfp4Weight(FourBitWeight):
@@ -267,6 +293,7 @@ WITH_E4M3: dict[type[FourBitWeight], type[FourBitWeight]] = {
     Mxfp4Weight: Mxfp4E4m3Weight,
 }
 KINDS = {kind.BASE: kind for pair in WITH_E4M3.items() for kind in pair}
+SHARDS: dict[type[FourBitWeight], type[FourBitWeight]] = {}  # of each kind, from four_bit_shards
 
 
 def why_not_e4m3(shape: torch.Size) -> str | None:

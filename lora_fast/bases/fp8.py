@@ -10,15 +10,11 @@ from torch.autograd.function import once_differentiable
 
 from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight
+from lora_fast.bases.shards import sharding
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 LEAST = 2.0**-60  # rows whose largest element is smaller are scaled as if it were this
-CANNOT_SHARD = (
-    "weight: got fp8 [{}, {}] to shard, expected a number of processes that divides both "
-    "(fully_shard(..., ignored_params={{weight}}) leaves it whole in each)"
-)
-aten = torch.ops.aten
 
 
 def quantise_rows(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,6 +43,7 @@ class Fp8Weight(PackedWeight):
 
     INNER, BASE, LABEL = ("rows", "row_scale", "columns", "col_scale"), "e4m3", "fp8"
     ROUNDING, E4M3_PRODUCTS, ROUNDS_NORM = 2**-4, True, False
+    DIVIDED = "both"  # by the processes of FSDP2
     rows: torch.Tensor
     row_scale: torch.Tensor
     columns: torch.Tensor
@@ -96,7 +93,16 @@ class Fp8Weight(PackedWeight):
         return torch.equal(rows.float(), self.rows.float()) and torch.equal(scale, self.row_scale)
 
     def sharded(self, func: Any, *args: Any) -> Any:
-        return _sharding(func, self, *args) if func in SHARDING else None
+        return sharding(func, self, *args)
+
+    def divides(self, count: int) -> bool:
+        """Whether so many processes could each keep as many rows, and columns."""
+        return not any(size % count for size in self.shape)
+
+    def parts(self, count: int) -> "list[Fp8Shard]":
+        """Shards of as many rows and columns, of which FSDP2 keeps one in each process."""
+        cut = zip(*(getattr(self, name).chunk(count) for name in self.INNER), strict=True)
+        return [Fp8Shard(*inner, self.dtype) for inner in cut]  # type: ignore[call-arg]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # As bytes: pickle, outside torch.save, does not know 8-bit floats.
@@ -125,41 +131,6 @@ class Fp8Shard(Fp8Weight):
             rows, row_scale, columns, col_scale = gathered
             return Fp8Weight(rows.view(E4M3), row_scale, columns.view(E4M3), col_scale, dtype), gathered
         # else ``out`` is made of these tensors, to which FSDP2 has given their memory back
-
-
-SHARDING = {getattr(aten, name).default for name in ("new_empty", "new_zeros", "as_strided", "view")}
-SHARDING |= {aten.split.Tensor, aten.slice.Tensor}
-
-
-def _sharding(func: Any, weight: Fp8Weight, *args: Any) -> Any:
-    """What FSDP2 needs of ``SHARDING`` to make shards of a weight and a parameter of what it gathered; None of the
-    rest, which gives plain tensors.
-
-    Raises:
-        ValueError: a number of processes that does not divide both dimensions.
-    """
-    (n, k), shard = weight.shape, isinstance(weight, Fp8Shard)
-
-    def parts(count: int) -> list[tuple[torch.Tensor, ...]]:
-        return list(zip(*(getattr(weight, name).chunk(count) for name in weight.INNER), strict=True))
-
-    if func is aten.split.Tensor and not shard and args[1:] in ((), (0,)):
-        if n % args[0] or k % (n // args[0]):
-            raise ValueError(CANNOT_SHARD.format(n, k))
-        return [Fp8Shard(*inner, weight.dtype) for inner in parts(n // args[0])]  # type: ignore[call-arg]
-    if func is aten.new_empty.default and shard:  # for a process without rows
-        raise ValueError(CANNOT_SHARD.format("N", k))
-    if func is aten.new_zeros.default and not shard and len(size := args[0]) == 2 and size[1] == k and size[0]:
-        if n % size[0] == 0 and k % (n // size[0]) == 0:
-            return Fp8Shard(*map(torch.zeros_like, parts(n // size[0])[0]), weight.dtype)  # type: ignore[call-arg]
-    if (
-        (func is aten.slice.Tensor and args[:2] == (0, 0) and args[2] >= n and args[3:] in ((), (1,)))
-        or (func is aten.as_strided.default and args[:2] == ([n, k], [k, 1]) and args[2:] in ((), (0,)))
-        or (func is aten.view.default and args[0] == [n, k])
-        or (func is aten.view.default and shard and args[0] == [-1])  # which FSDP2 keeps, and does not read
-    ):
-        return weight.each(lambda t: t)
-    return None
 
 
 def unpickled(

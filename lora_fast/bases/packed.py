@@ -180,7 +180,7 @@ class PackedWeight(torch.Tensor):
 
     def take(self, source: torch.Tensor) -> Self:
         """Copy a weight into this, quantised if it is not."""
-        if not isinstance(source, PackedWeight) or source.BASE != self.BASE:
+        if not isinstance(source, PackedWeight) or (source.BASE, source.WHOLE) != (self.BASE, self.WHOLE):
             if self._is(source):  # DDP's broadcast, of what this acts as
                 return self
             source = type(self).quantise(as_plain(source))

@@ -1,0 +1,168 @@
+"""Two processes over 4-bit bases. tests/bases/test_four_bit_shards.py starts this script twice: ``RANK FOLDER BACKEND
+DEVICE``.
+
+Both have the same rows, so that each mode gives the bits of a process alone; what did not goes to ``FOLDER/RANK.json``.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from lora_fast import LoRAConfig, add_lora, lora_parameters, set_backend
+from lora_fast.bases.four_bit_shards import FourBitShard
+from lora_fast.bases.four_bits import FourBitWeight
+
+STEPS, ROWS = 3, 8
+WIDTHS = {None: (16, 32, 20, 16), "float8_e4m3": (16, 32, 48, 16)}  # 16 x 20: half of it is no whole number of blocks
+CHOICES = [(kind, products, dora) for kind in ("nf4", "mxfp4") for products in WIDTHS for dora in (False, True)]
+
+
+def network(base_dtype: str, base_compute: str | None, dora: bool, device: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    widths = WIDTHS[base_compute]
+    pairs = zip(widths, widths[1:], strict=False)
+    model = nn.Sequential(*(nn.Linear(k, n, bias=n == 32) for k, n in pairs)).to(device)
+    options: dict[str, Any] = {"base_dtype": base_dtype, "base_compute": base_compute, "use_dora": dora}
+    add_lora(model, LoRAConfig(r=4, target_modules="all-linear", **options))
+    for parameter in lora_parameters(model):
+        with torch.no_grad():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def bases(model: nn.Module) -> list[Any]:
+    return [p.detach() for name, p in model.named_parameters() if name.endswith("weight")]
+
+
+def full(tensor: Any) -> torch.Tensor:
+    """Of a shard on the CPU, too, where NCCL gathers nothing."""
+    found = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return (found.dequantise() if isinstance(found, FourBitWeight) else found).detach().cpu()
+
+
+def train(model: nn.Module, rows: torch.Tensor, steps: int) -> list[torch.Tensor]:
+    """Each step's output, and the gradient of what went in."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0)
+    seen = []
+    for _ in range(steps):
+        x = rows.clone().requires_grad_()
+        y = model(x)
+        (y - rows).square().mean().backward()
+        seen += [y.detach().cpu(), x.grad.cpu()]  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+def by_layers(model: nn.Module, **options: Any) -> Any:
+    for module in list(model.modules()):
+        if hasattr(module, "lora_A"):
+            fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def whole_bases(model: nn.Module) -> Any:
+    return fully_shard(model, ignored_params={p for p in model.parameters() if isinstance(p, FourBitWeight)})
+
+
+MODES: dict[str, tuple[Callable, dict[str, Any]]] = {
+    "ddp": (DistributedDataParallel, {}),
+    "fsdp2": (fully_shard, {}),
+    "fsdp2, by layers": (by_layers, {}),
+    "fsdp2, kept": (by_layers, {"reshard_after_forward": False}),
+    "fsdp2, on the CPU": (by_layers, {"offload_policy": CPUOffloadPolicy(torch.cuda.is_available())}),
+    "fsdp2, whole bases": (whole_bases, {}),
+}
+# Alone, and for a step: the interpreter is slow.
+INTERPRETED = [("nf4", None, False), ("mxfp4", "float8_e4m3", True)], "fsdp2, by layers"
+
+
+def is_kept(model: nn.Module, mode: str) -> bool:
+    """Whether each process holds what it should: the bytes of its rows, and scales where the blocks divide."""
+    held = [getattr(base, "_local_tensor", base) for base in bases(model)]
+    sharded = mode.startswith("fsdp2") and "whole" not in mode
+    right = []
+    for base, layer in zip(held, layers(model), strict=True):
+        elements = layer.in_features * layer.out_features // (2 if sharded else 1)
+        right += [isinstance(base, FourBitShard) == sharded, base.packed.numel() * 2 == elements]
+        right += [not sharded or base.has_own_scales == (elements % base.block == 0)]
+    return all(right)
+
+
+def layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
+def loads(model: nn.Module) -> bool:
+    """A whole state dict where it is what is there already; one with another base is refused."""
+    options = StateDictOptions(full_state_dict=True)
+    state = get_model_state_dict(model, options=options)
+    right = all(type(t) is torch.Tensor for t in state.values())
+    set_model_state_dict(model, dict(state), options=options)
+    if "0.weight" not in state or state["0.weight"].dtype == torch.uint8:  # type: ignore[union-attr]
+        return right and state.keys() > {"0.lora_A", "0.lora_B"}  # whole in each process, in four tensors or more
+    try:
+        set_model_state_dict(model, state | {"0.weight": torch.ones(32, 16)}, options=options)
+    except RuntimeError as error:
+        return right and "load it before fully_shard" in str(error)
+    return False
+
+
+def refused() -> list[str]:
+    """What is said where two processes do not divide the rows, or one has none."""
+    said = []
+    for n in (15, 1):
+        try:
+            fully_shard(add_lora(nn.Sequential(nn.Linear(64, n)), LoRAConfig(target_modules=["0"], base_dtype="nf4")))
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def main() -> None:
+    rank, folder, backend, device = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    set_backend(backend)
+    name = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(name, init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    rows = torch.randn(ROWS, 16, generator=torch.Generator().manual_seed(1)).to(device)
+    seen: dict[str, Any] = {}
+    interpreted = device == "cpu" and backend == "triton"
+    steps = 1 if interpreted else STEPS
+    for choice in INTERPRETED[0] if interpreted else CHOICES:
+        alone = network(*choice, device)
+        start, expected = [full(base) for base in bases(alone)], train(alone, rows, steps)
+        for mode, (wrap, options) in MODES.items():
+            if interpreted and mode != INTERPRETED[1]:
+                continue
+            model = network(*choice, device)
+            found = train(wrap(model, **options), rows, steps)
+            right = {
+                "kept": is_kept(model, mode),
+                "results": all(map(torch.equal, found, expected))
+                and (interpreted or not torch.equal(found[0], found[-2])),
+                "adapters": all(
+                    torch.equal(full(a), full(b))
+                    for a, b in zip(lora_parameters(model), lora_parameters(alone), strict=True)
+                ),
+                "bases": all(map(torch.equal, map(full, bases(model)), start)),
+                "loads": mode not in ("fsdp2", "fsdp2, whole bases") or loads(model),
+            }
+            seen[f"{choice}, {mode}"] = [name for name, well in right.items() if not well]
+    seen["refused"] = refused() if device == "cpu" else []
+    (folder / f"{rank}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
