@@ -5,7 +5,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from lora_fast.bases.four_bits import KINDS, SHARDS, FourBitWeight
+from lora_fast.bases.four_bit_weight import SHARDS, FourBitWeight
+from lora_fast.bases.four_bits import KINDS
 
 
 class FourBitShard(FourBitWeight):

@@ -11,8 +11,7 @@ from devices import CUDA, TRITON
 from torch import nn
 
 from lora_fast import DoRALinear, LoRALinear
-from lora_fast.bases.four_bit_tables import E2M1, NF4, dynamic_map
-from lora_fast.bases.four_bits import KINDS, BlockWeight, Mxfp4Weight, Nf4Weight
+from lora_fast.bases.four_bits import E2M1, KINDS, NF4, BlockWeight, Mxfp4Weight, Nf4Weight, dynamic_map
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.functional import dora_linear, lora_linear
 
