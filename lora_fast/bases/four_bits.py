@@ -80,6 +80,16 @@ class Nf4Weight(FourBitWeight):
     def scales(self) -> torch.Tensor:
         return self.code2[self.absmax.int()] * self.absmax2[self.blocks() // NESTED_BLOCK] + self.offset
 
+    def is_made_from(self, weight: torch.Tensor) -> bool:
+        """But for ``offset``, a mean that devices sum in other orders, and what follows from it."""
+        made = Nf4Weight(*self.store(weight.contiguous()), shape=self.shape, dtype=self.dtype)
+        pairs = {name: (getattr(made, name), getattr(self, name)) for name in NESTED}
+        if made.block != self.block or not all(torch.equal(*pairs[name]) for name in ("packed", "table", "code2")):
+            return False
+        codes, held = pairs["absmax"]
+        near = all(torch.allclose(*pairs[name], rtol=1e-4) for name in ("absmax2", "offset"))
+        return near and bool(((codes.int() - held.int()).abs() <= 1).all())
+
 
 class Mxfp4Weight(FourBitWeight):
     """e2m1 over a power of two for each 32 elements, kept as its exponent plus 127: 4.25 bits an element."""

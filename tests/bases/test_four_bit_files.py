@@ -168,6 +168,23 @@ def test_kept_blocks_of_other_sizes_and_shapes():
     assert to_tensors(weight)["_blocks"].shape == (18, 16)
 
 
+def test_original_of_a_base_whose_offset_was_summed_in_another_order():
+    """As on another device, or by bitsandbytes on a CPU."""
+    weight = linear(n=64, k=512).weight.data
+    held = Nf4Weight.quantise(weight)
+    held.offset.mul_(1 + 2e-7)
+    held.absmax2.mul_(1 - 2e-7)
+    held.absmax[:3] ^= 1
+    held.check_original(weight)
+    for other in (weight * 2, weight * 1.01, -weight, weight.roll(1, 0)):
+        with pytest.raises(ValueError, match="another weight, expected that which the nf4 base was made from"):
+            held.check_original(other)
+    stock = theirs(weight, "nf4", True, 128).state_dict()
+    kept = from_tensors({key.removeprefix("weight"): t for key, t in stock.items()}, weight.shape, BF16)
+    with pytest.raises(ValueError, match="another weight"):
+        kept.check_original(weight)
+
+
 def test_gpt_oss_reads_our_mxfp4():
     mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
     weight = Mxfp4Weight.quantise(torch.randn(48, 64, dtype=BF16))
