@@ -11,14 +11,16 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-NO_FP8 = "FSDP1 makes a plain weight of an fp8 one (FSDP2, fully_shard, keeps it in 8 bits; or leave base_dtype out)"
+NO_FP8 = (
+    "FSDP1 makes a plain weight of an fp8 one, or one in 4 bits (FSDP2, fully_shard, does not; or leave base_dtype out)"
+)
 
 
 def as_asked(weight: torch.Tensor, module: nn.Module) -> torch.Tensor:
     """``module.weight``, detached if it is a view of FSDP1's flat parameter and stands for a frozen one.
 
     Raises:
-        TypeError: it stands for an fp8 weight.
+        TypeError: it stands for an fp8 weight, or one in 4 bits.
     """
     flat = weight._base
     for infos, originals in (("_param_infos", "_params"), ("_shared_param_infos", "_shared_params")):
