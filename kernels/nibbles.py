@@ -115,7 +115,7 @@ def look_up(words, i: tl.constexpr, scale, table_ptr, LOW_FIRST: tl.constexpr):
 
 
 @triton.jit
-def _half_bits(v, KIND: tl.constexpr):
+def half_bits(v, KIND: tl.constexpr):
     """The bits of v in 16 bits, in an int32; bfloat16 by hand, since the interpreter's cast cuts."""
     if KIND == tl.bfloat16:
         bits = v.to(tl.int32, bitcast=True)
@@ -126,10 +126,10 @@ def _half_bits(v, KIND: tl.constexpr):
 
 
 @triton.jit
-def _e4m3_bits(v, factor, KIND: tl.constexpr):
+def e4m3_bits(v, factor, KIND: tl.constexpr):
     """The bits of v, rounded to KIND, times a power of two, in e4m3; likewise by hand."""
     if KIND == tl.bfloat16:
-        v = (_half_bits(v, KIND) << 16).to(tl.float32, bitcast=True)
+        v = (half_bits(v, KIND) << 16).to(tl.float32, bitcast=True)
     if KIND == tl.float16:
         v = v.to(tl.float16).to(tl.float32)
     bits = (v * factor).to(tl.int32, bitcast=True)
@@ -142,25 +142,25 @@ def _e4m3_bits(v, factor, KIND: tl.constexpr):
 @triton.jit
 def pair(words, i: tl.constexpr, scale, table_ptr, LOW_FIRST: tl.constexpr, KIND: tl.constexpr):
     """Elements i and i + 1, in 16 bits."""
-    high = _half_bits(look_up(words, i + 1, scale, table_ptr, LOW_FIRST), KIND)
-    return _half_bits(look_up(words, i, scale, table_ptr, LOW_FIRST), KIND) | (high << 16)
+    high = half_bits(look_up(words, i + 1, scale, table_ptr, LOW_FIRST), KIND)
+    return half_bits(look_up(words, i, scale, table_ptr, LOW_FIRST), KIND) | (high << 16)
 
 
 @triton.jit
 def four_of_row(words, i: tl.constexpr, scale, factor, table_ptr, LOW_FIRST: tl.constexpr, KIND: tl.constexpr):
     """Elements i to i + 3, in e4m3."""
-    four = _e4m3_bits(look_up(words, i, scale, table_ptr, LOW_FIRST), factor, KIND)
+    four = e4m3_bits(look_up(words, i, scale, table_ptr, LOW_FIRST), factor, KIND)
     for j in tl.static_range(1, 4):
-        four |= _e4m3_bits(look_up(words, i + j, scale, table_ptr, LOW_FIRST), factor, KIND) << (8 * j)
+        four |= e4m3_bits(look_up(words, i + j, scale, table_ptr, LOW_FIRST), factor, KIND) << (8 * j)
     return four
 
 
 @triton.jit
 def four_of_column(words, scales, i: tl.constexpr, factor, table_ptr, LOW_FIRST: tl.constexpr, KIND: tl.constexpr):
     """Element i of the words of four rows, in e4m3."""
-    four = _e4m3_bits(look_up(words[0], i, scales[0], table_ptr, LOW_FIRST), factor, KIND)
+    four = e4m3_bits(look_up(words[0], i, scales[0], table_ptr, LOW_FIRST), factor, KIND)
     for j in tl.static_range(1, 4):
-        four |= _e4m3_bits(look_up(words[j], i, scales[j], table_ptr, LOW_FIRST), factor, KIND) << (8 * j)
+        four |= e4m3_bits(look_up(words[j], i, scales[j], table_ptr, LOW_FIRST), factor, KIND) << (8 * j)
     return four
 
 
