@@ -8,7 +8,6 @@ import importlib.util
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -62,11 +61,20 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-@cache
 def why_not_fp8(device: torch.device) -> str | None:
     """The reason why products of e4m3 operands cannot run on a GPU, in words; None where they can, and elsewhere."""
     if device.type != "cuda":
         return None
+    if device not in _fp8:
+        _fp8[device] = _why_not_fp8(device)
+    return _fp8[device]
+
+
+why_not_fp8._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_fp8: dict[torch.device, str | None] = {}
+
+
+def _why_not_fp8(device: torch.device) -> str | None:
     chip, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
     if chip < (8, 9):
         return f"{name} has no fp8 matrix units (compute capability 8.9 and later have)"

@@ -454,7 +454,7 @@ def test_the_page_in_the_docs():
 
 
 def test_old_cards_are_named(monkeypatch):
-    dispatch.why_not_fp8.cache_clear()
+    dispatch._fp8.clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if device.index is None else (10, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     try:
@@ -464,7 +464,7 @@ def test_old_cards_are_named(monkeypatch):
             dispatch.choose("auto", torch.device("cuda", 1), BF16, fp8=True)
         assert dispatch.choose("reference", torch.device("cuda"), BF16, fp8=True) == "reference"
     finally:
-        dispatch.why_not_fp8.cache_clear()
+        dispatch._fp8.clear()
 
 
 def test_bad_save_x():

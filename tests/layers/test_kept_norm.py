@@ -183,9 +183,9 @@ def test_it_is_made_anew(path, change):
 @pytest.mark.medium
 def test_other_data_where_the_former_was(path):
     """The same address, as an allocator gives again what was freed."""
-    layer, x, memory = made("cpu"), torch.randn(3, 64), bytearray(48 * 64 * 4)
     if path[1] != "cpu":
         pytest.skip("memory of the test's own")
+    layer, x, memory = made("cpu"), torch.randn(3, 64), bytearray(48 * 64 * 4)
     for _ in range(3):
         layer.weight.data = torch.frombuffer(memory, dtype=FLOAT).view(48, 64)
         torch.frombuffer(memory, dtype=FLOAT).normal_()
