@@ -233,7 +233,8 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
             layer((m, k, n, r, dtype, p, adapter, with_bias), magnitude)
     for base in BASES.values():
         if base.unpack_y and (not base.e4m3 or capability in (89, 90, 120)):
-            for dtype in (BF16, torch.float16, FLOAT) if "nested" in base.name else (BF16,):
+            others = () if "nested" not in base.name else (torch.float16,) if base.e4m3 else (torch.float16, FLOAT)
+            for dtype in (BF16, *others):
                 problem = f"4096x4096x4096 r=16 {str(dtype)[6:]} p=0.0 {base.name}"
                 layer((4096, 4096, 4096, 16, dtype, 0.0, dtype, False), torch.empty(4096), base.name)
     return found

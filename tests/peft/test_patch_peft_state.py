@@ -325,8 +325,8 @@ def test_quantised_layers_are_named_so():
     from peft.tuners.lora import Linear
 
     model = stock_model()
-    model.base_model.model.up.__class__ = type("Linear4bit", (Linear,), {"__module__": "peft.tuners.lora.bnb"})
-    assert patch_peft(model).layers[0].reason == "PEFT's Linear4bit, on a quantised base"
+    model.base_model.model.up.__class__ = type("Linear8bitLt", (Linear,), {"__module__": "peft.tuners.lora.bnb"})
+    assert patch_peft(model).layers[0].reason == "PEFT's Linear8bitLt, on a quantised base"
     model.base_model.model.down.base_layer.weight.data = model.base_model.model.down.base_layer.weight.data.to(
         torch.int8
     )
