@@ -135,8 +135,10 @@ class FastLinear4bit(FastLinear, Linear4bit):
 
     def base_weight(self, gathered: bool = False) -> torch.Tensor | str:
         base: Any = self._modules["base_layer"]
-        if type(base).__name__ != "Linear4bit" or type(parameter(base, "weight")).__name__ != "Params4bit":
+        if type(base).__name__ != "Linear4bit":
             return f"the base layer is a {kind_of(base)}, not bitsandbytes' Linear4bit itself"
+        if (kind := type(parameter(base, "weight")).__name__) != "Params4bit":
+            return f"the base weight is a {kind}, not bitsandbytes' Params4bit"
         if hooked(base):
             return "the base layer has hooks or a replaced forward"
         return self._view.of(base, self.e4m3)
