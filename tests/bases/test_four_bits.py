@@ -185,8 +185,10 @@ CALLS = [
 @pytest.mark.parametrize("e4m3", [False, True])
 @pytest.mark.usefixtures("poisoned")
 def test_a_layer_has_the_bits_of_one_over_the_dense_weight(device, kind, e4m3, call):
-    if device == "cpu" and kind is not Nf4Weight and call not in (CALLS[0], CALLS[4]):
-        pytest.skip("one kind stands for the others there")
+    if device == "cpu" and (
+        call not in (CALLS[0], CALLS[4]) if kind is not Nf4Weight else e4m3 and call in CALLS[2::3]
+    ):
+        pytest.skip("some stand for the others there: the interpreter is slow")
     if device == "cpu":
         kinds, shapes = [torch.float16 if kind is Nf4Weight else torch.float32], [(48, 80, 20)]
     else:
