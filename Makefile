@@ -1,7 +1,7 @@
 # make demo      the main job: LoRA on MNIST, every rank beside the full fine-tune
-# make check     ruff, mypy and the fast tests, in two minutes on two cores
-# make test      the tests but for the slow ones, in six
-# make test-all  all tests, those of PEFT models and of the kernels also with other versions, in ten
+# make check     ruff, mypy and the fast tests, in three to four minutes on two cores
+# make test      the tests but for the slow ones, in ten
+# make test-all  all tests, those of PEFT models and of the kernels also with other versions, in twenty
 # make lint      ruff and mypy
 # make examples  every example, in under ten minutes on two cores; outputs in examples-out
 # make clean     removes the virtual environment, builds and caches

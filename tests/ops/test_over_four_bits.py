@@ -43,6 +43,7 @@ def grads(y, leaves, dora):
     return [y.detach(), *torch.autograd.grad(y.sin().sum(), wanted)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dora, e4m3", [(True, False), (False, True)])
 def test_compiled(device, dora, e4m3):
     torch._dynamo.reset()
@@ -125,6 +126,7 @@ def backward_grads(y, leaves, dora):
     return [y.detach(), *found]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("e4m3", [False, True])
 def test_under_autocast(device, e4m3):
     given, (packed, dense) = leaves(device), pair(device, e4m3)

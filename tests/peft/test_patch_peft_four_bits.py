@@ -205,6 +205,7 @@ def test_later_adapters_files_and_copies(place, tmp_path):
     assert far(second, model(x)) < 2e-3
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dora", [False, True])
 def test_products_of_8_bits(place, dora):
     if dora and interpreted(place):
@@ -244,6 +245,7 @@ def test_what_cannot_be_fused_says_so(place):
     model(x)
 
 
+@pytest.mark.medium
 def test_a_checkpointed_model_prepared_for_training(place):
     """prepare_model_for_kbit_training casts what is not quantised to float32."""
     transformers = pytest.importorskip("transformers")
