@@ -34,7 +34,7 @@ class Stored(NamedTuple):
 
 def _shifts(low_first: bool) -> list[int]:
     """Where in a word its elements lie, in their order: two in a byte, the first in its high half or in its low one."""
-    return [8 * (i // 2) + 4 * (i % 2 == (0 if not low_first else 1)) for i in range(8)]
+    return [8 * (i // 2) + 4 * (i % 2 == low_first) for i in range(8)]
 
 
 _REGISTERS = (
@@ -48,14 +48,14 @@ def _assembly(table: int, lines: list[str]) -> str:
     return "\n".join([_REGISTERS.replace("$TABLE", f"${table}"), *lines, "}"])
 
 
-def _element(v: str, word: str, shift: int, *factors: str) -> list[str]:
+def _element(v: str, word: str, shift: int, scale: str) -> list[str]:
     """Looks an element up, whose lane the low four bits of the shifted word name, and multiplies it."""
     found = f"shr.u32 t, {word}, {shift}; shfl.sync.idx.b32 {v}, table, t, 0x101f, 0xffffffff;"
-    return [found, *(f"mul.rn.f32 {v}, {v}, {factor};" for factor in factors)]
+    return [found, f"mul.rn.f32 {v}, {v}, {scale};"]
 
 
-def _to_e4m3(out: str, first: str, second: str, factors: tuple[str, str], kind: str) -> list[str]:
-    """Two floats, rounded to ``kind``, times factors that are powers of two, in e4m3."""
+def _to_e4m3(out: str, first: str, second: str, factor: str, kind: str) -> list[str]:
+    """Two floats, rounded to ``kind``, times a power of two, in e4m3."""
     lines = []
     if kind == "bf16":
         lines = [f"cvt.rn.bf16x2.f32 p, {second}, {first};"]
@@ -63,7 +63,7 @@ def _to_e4m3(out: str, first: str, second: str, factors: tuple[str, str], kind: 
     if kind == "f16":
         for v in (first, second):
             lines += [f"cvt.rn.f16.f32 h7, {v}; cvt.f32.f16 {v}, h7;"]
-    lines += [f"mul.rn.f32 {v}, {v}, {factor};" for v, factor in zip((first, second), factors, strict=True)]
+    lines += [f"mul.rn.f32 {v}, {v}, {factor};" for v in (first, second)]
     return [*lines, f"cvt.rn.satfinite.e4m3x2.f32 {out}, {second}, {first};"]
 
 
@@ -84,7 +84,7 @@ def rows_assembly(low_first: bool, kind: str) -> str:
         for i, shift in enumerate(_shifts(low_first)):
             lines += _element(f"v{i}", word, shift, "$5")
         for j in range(4):
-            lines += _to_e4m3(f"h{j}", f"v{2 * j}", f"v{2 * j + 1}", ("$6", "$6"), kind)
+            lines += _to_e4m3(f"h{j}", f"v{2 * j}", f"v{2 * j + 1}", "$6", kind)
         lines += [f"mov.b32 ${2 * half + j}, {{h{2 * j}, h{2 * j + 1}}};" for j in range(2)]
     return _assembly(7, lines)
 
@@ -98,8 +98,7 @@ def columns_assembly(low_first: bool, kind: str) -> str:
         for row in range(4):
             lines += _element(f"v{row}", f"${8 + row}", shift, f"${12 + row}")
         for pair in range(2):
-            factor = f"${16 + i}"
-            lines += _to_e4m3(f"h{pair}", f"v{2 * pair}", f"v{2 * pair + 1}", (factor, factor), kind)
+            lines += _to_e4m3(f"h{pair}", f"v{2 * pair}", f"v{2 * pair + 1}", f"${16 + i}", kind)
         lines.append(f"mov.b32 ${i}, {{h0, h1}};")
     return _assembly(24, lines)
 
