@@ -30,6 +30,19 @@ def dynamic_map() -> torch.Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
+def middles_of(table: torch.Tensor) -> torch.Tensor:
+    """Between its neighbours, which ascend."""
+    return (table[:-1] + table[1:]) / 2
+
+
+def nearest(blocks: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes uint8 [blocks, elements] of the nearest values of an ascending table, absmax [blocks], over which the
+    elements are taken)."""
+    absmax = blocks.abs().amax(1)
+    scaled = blocks * (1 / absmax.clamp_min(1e-38))[:, None]
+    return torch.bucketize(scaled, middles_of(table), out_int32=True).to(torch.uint8), absmax
+
+
 def quant_state(weight: Any) -> tuple[str, torch.Tensor]:
     """(quant_type, what is no tensor of an NF4 or FP4 weight as bitsandbytes' QuantState.as_dict(packed=True) writes
     it: JSON, as bytes)."""

@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch
 import torch.nn.functional as F
 
-from lora_fast.bases.four_bit_tables import E2M1, NESTED_BLOCK, NF4, dynamic_map
+from lora_fast.bases.four_bit_tables import E2M1, NESTED_BLOCK, NF4, dynamic_map, middles_of, nearest
 from lora_fast.bases.four_bit_weight import KINDS, WITH_E4M3, FourBitWeight, why_not_e4m3
 from lora_fast.bases.fp8 import E4M3, Fp8Weight
 
@@ -42,14 +42,8 @@ class BlockWeight(FourBitWeight):
     @classmethod
     def store(cls, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         table = torch.tensor(NF4, device=weight.device)
-        blocks = weight.float().view(-1, cls.BLOCK)
-        absmax = blocks.abs().amax(1)
-        middles = (table[:-1] + table[1:]) / 2
-        codes = (
-            torch.bucketize(blocks * (1 / absmax.clamp_min(1e-38))[:, None], middles, out_int32=True)
-            .to(torch.uint8)
-            .view(-1, 2)
-        )
+        codes, absmax = nearest(weight.float().view(-1, cls.BLOCK), table)
+        codes = codes.view(-1, 2)
         return codes[:, 0] << 4 | codes[:, 1], absmax, table
 
 
@@ -69,12 +63,7 @@ class Nf4Weight(FourBitWeight):
         packed, absmax, table = BlockWeight.store(weight)
         code2, offset = dynamic_map().to(weight.device, copy=True), absmax.mean()
         rest = absmax - offset
-        blocks = F.pad(rest, (0, -len(rest) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-        absmax2 = blocks.abs().amax(1)
-        middles = (code2[:-1] + code2[1:]) / 2
-        codes = torch.bucketize(blocks * (1 / absmax2.clamp_min(1e-38))[:, None], middles, out_int32=True).to(
-            torch.uint8
-        )
+        codes, absmax2 = nearest(F.pad(rest, (0, -len(rest) % NESTED_BLOCK)).view(-1, NESTED_BLOCK), code2)
         return packed, codes.view(-1)[: len(rest)].clone(), table, code2, absmax2, offset.view(1)
 
     def scales(self) -> torch.Tensor:
@@ -106,8 +95,7 @@ class Mxfp4Weight(FourBitWeight):
         ) - 2  # of the peak, plus 127, less e2m1's
         # To nearest, of two that are as near that with an even code.
         scaled = torch.ldexp(blocks, 127 - exponents[:, None])
-        positive = table[:8]
-        middles = (positive[:-1] + positive[1:]) / 2
+        middles = middles_of(table[:8])
         codes = torch.bucketize(scaled.abs(), middles)
         codes += torch.isin(scaled.abs(), middles) & (codes % 2 == 1)
         codes = (codes | (torch.signbit(scaled).long() << 3)).to(torch.uint8).view(-1, 2)
@@ -123,7 +111,7 @@ class _WithE4m3(FourBitWeight):
     """With both products of e4m3 operands: :meth:`dequantise` gives what is stored, the products read it rounded to
     e4m3 over row_scale [N] for y, over col_scale [K] for dX."""
 
-    E4M3_PRODUCTS, ROUNDS_NORM = True, False
+    E4M3_PRODUCTS, ROUNDS_NORM, BASE_COMPUTE = True, False, "float8_e4m3"
     row_scale: torch.Tensor
     col_scale: torch.Tensor
 

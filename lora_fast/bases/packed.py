@@ -31,6 +31,7 @@ class PackedWeight(torch.Tensor):
     LABEL: str  # in messages
     ROUNDING: float  # the largest error of an element, as a part of it
     E4M3_PRODUCTS: bool  # whether both products read 8-bit operands
+    BASE_COMPUTE: str | None = None  # the ``base_compute`` that asks for this kind, where the same is kept for another
     ROUNDS_NORM: bool  # whether DoRA's norm may be rounded, as PEFT rounds that of the weight which this was made from
     WHOLE = True  # whether it is a weight, not what one of several processes keeps of it
     acts_as: torch.dtype

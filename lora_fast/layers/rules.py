@@ -34,7 +34,7 @@ def arguments_of_base(weight: torch.Tensor) -> str:
     if found is None:
         return ""
     name = next((name for name, kind in PACKED.items() if isinstance(found, kind)), found.LABEL)
-    compute = ", base_compute='float8_e4m3'" if found.E4M3_PRODUCTS and name != "float8_e4m3" else ""
+    compute = f", base_compute={found.BASE_COMPUTE!r}" if found.BASE_COMPUTE else ""
     return f", base_dtype={name!r}{compute}"
 
 

@@ -183,7 +183,7 @@ class FastLinear4bit(FastLinear, Linear4bit):
             base, kind = self.base_layer, weight.dtype
             plain = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
             dense = weight.dequantise(torch.float32) if original is None else original.to(weight.device, torch.float32)
-            plain.weight = nn.Parameter(dense.clone() if dense is original else dense, requires_grad=False)
+            plain.weight = nn.Parameter(dense, requires_grad=False)
             if base.bias is not None:
                 plain.bias = nn.Parameter(base.bias.detach().clone().float(), requires_grad=False)
             vars(self)["_quantised_base"], self.base_layer = base, plain.train(base.training)

@@ -92,7 +92,7 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[bool, str]:
         slow = packed.why_not(device)
     remarks = [] if slow is None else [slow]
     if packed is not None:
-        products = ", 8-bit products" if packed.E4M3_PRODUCTS and packed.LABEL != "fp8" else ""
+        products = ", 8-bit products" if packed.BASE_COMPUTE else ""
         remarks.append(f"{layer.label_of_base(packed)} base{products}")
     if is_dora(layer, names[0]):
         drops = isinstance(layer.lora_dropout[names[0]], nn.Dropout)
