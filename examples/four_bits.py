@@ -34,12 +34,17 @@ def missing(library: str) -> bool:
     return importlib.util.find_spec(library) is None
 
 
-def quantise(model: Any, library: str) -> None:
-    """The linear layers of all blocks of transformers' Llama, in place: their weights themselves stay as they are."""
-    for module in list(model.model.layers.modules()):
+def quantise_linears(root: nn.Module, library: str) -> None:
+    """The linear layers within, in place: their weights themselves stay as they are."""
+    for module in list(root.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, LIBRARIES[library](child))
+
+
+def quantise(model: Any, library: str) -> None:
+    """The linear layers of all blocks of transformers' Llama."""
+    quantise_linears(model.model.layers, library)
     model.is_loaded_in_4bit = library == "bitsandbytes"  # how PEFT knows
 
 

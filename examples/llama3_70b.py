@@ -74,13 +74,7 @@ def ours(config: LlamaConfig, base_compute: str | None) -> Any:
 
 
 def peft_on_bitsandbytes(config: LlamaConfig, patched: bool) -> Any:
-    def quantise(block: nn.Module) -> None:
-        for module in list(block.modules()):
-            for name, child in list(module.named_children()):
-                if type(child) is nn.Linear:
-                    setattr(module, name, four_bits.bitsandbytes(child))
-
-    model = model_of(config, quantise)
+    model = model_of(config, lambda block: four_bits.quantise_linears(block, "bitsandbytes"))
     model.is_loaded_in_4bit = True
     names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     adapters = LoraConfig(r=R, lora_alpha=2 * R, target_modules=names, task_type="CAUSAL_LM")
