@@ -6,16 +6,15 @@ Both have the same rows, so that each mode gives the bits of a process alone; wh
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from sharding_modes import MODES
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import fully_shard
 
 from lora_fast import LoRAConfig, add_lora, lora_parameters, set_backend
 from lora_fast.bases.four_bit_shards import FourBitShard
@@ -63,25 +62,6 @@ def train(model: nn.Module, rows: torch.Tensor, steps: int) -> list[torch.Tensor
     return seen
 
 
-def by_layers(model: nn.Module, **options: Any) -> Any:
-    for module in list(model.modules()):
-        if hasattr(module, "lora_A"):
-            fully_shard(module, **options)
-    return fully_shard(model, **options)
-
-
-def whole_bases(model: nn.Module) -> Any:
-    return fully_shard(model, ignored_params={p for p in model.parameters() if isinstance(p, FourBitWeight)})
-
-
-MODES: dict[str, tuple[Callable, dict[str, Any]]] = {
-    "ddp": (DistributedDataParallel, {}),
-    "fsdp2": (fully_shard, {}),
-    "fsdp2, by layers": (by_layers, {}),
-    "fsdp2, kept": (by_layers, {"reshard_after_forward": False}),
-    "fsdp2, on the CPU": (by_layers, {"offload_policy": CPUOffloadPolicy(torch.cuda.is_available())}),
-    "fsdp2, whole bases": (whole_bases, {}),
-}
 # Alone, and for a step: the interpreter is slow.
 INTERPRETED = [("nf4", None, False), ("mxfp4", "float8_e4m3", True)], "fsdp2, by layers"
 

@@ -6,16 +6,16 @@ Each mode trains what a process alone trains with the rows of both; what came of
 import copy
 import json
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import sharding_modes
 import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_fast import LoRAConfig, add_lora, patch_peft, peft_report, set_backend
@@ -71,26 +71,7 @@ def from_the_first(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model)
 
 
-def by_layers(model: nn.Module, **options) -> Any:
-    for module in list(model.modules()):
-        if hasattr(module, "lora_A"):
-            fully_shard(module, **options)
-    return fully_shard(model, **options)
-
-
-def whole_bases(model: nn.Module) -> Any:
-    return fully_shard(model, ignored_params={p for p in model.parameters() if isinstance(p, Fp8Weight)})
-
-
-MODES: dict[str, tuple[Callable, dict[str, Any]]] = {
-    "ddp": (DistributedDataParallel, {}),
-    "ddp, bases from the first process": (from_the_first, {}),
-    "fsdp2": (fully_shard, {}),
-    "fsdp2, by layers": (by_layers, {}),
-    "fsdp2, kept": (by_layers, {"reshard_after_forward": False}),
-    "fsdp2, on the CPU": (by_layers, {"offload_policy": CPUOffloadPolicy(torch.cuda.is_available())}),
-    "fsdp2, whole bases": (whole_bases, {}),
-}
+MODES = sharding_modes.MODES | {"ddp, bases from the first process": (from_the_first, {})}
 INTERPRETED = ("ddp", "fsdp2, by layers")  # of them: the interpreter is slow
 
 
