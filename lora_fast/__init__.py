@@ -2,6 +2,8 @@
 
 from lora_fast import fp8 as fp8
 from lora_fast import functional, parametrize, reference
+from lora_fast.blocks.form import Layer
+from lora_fast.blocks.functional import lora_glu, lora_group
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
 from lora_fast.files.adapter import load_adapter, save_adapter
 from lora_fast.layers.bottleneck import BottleneckAdapter
@@ -28,6 +30,7 @@ __all__ = [
     "DoRALinear",
     "LoRAConfig",
     "LoRALinear",
+    "Layer",
     "PeftReport",
     "SlowPathWarning",
     "add_bottleneck",
@@ -38,6 +41,8 @@ __all__ = [
     "get_backend",
     "load_adapter",
     "load_lora_state_dict",
+    "lora_glu",
+    "lora_group",
     "lora_parameters",
     "lora_state_dict",
     "merge_lora",

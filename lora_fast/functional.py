@@ -63,7 +63,7 @@ def lora_linear(
     """
     facts, call = _recall(x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, backend, save_x)
     if call is None:
-        dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+        dtype = check_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         _check_save_x(save_x)
         call = _settle(facts, dtype, backend, (x, weight, lora_A, lora_B, bias), save_x=save_x)
     return call(x, weight, lora_A, lora_B, scaling, bias, dropout_p if training else 0.0)
@@ -132,8 +132,8 @@ def dora_linear(
         save_x,
     )
     if call is None:
-        dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-        _check_dora(magnitude, weight, detach_norm, round_norm, save)
+        dtype = check_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+        check_dora(magnitude, weight, detach_norm, round_norm, save)
         _check_save_x(save_x)
         call = _settle(
             facts,
@@ -174,7 +174,7 @@ def dora_norm(
         raise (ValueError if isinstance(weight, torch.Tensor) else TypeError)(f"weight: got {got}, expected [N, K]")
     if isinstance(weight, PackedWeight):
         weight = weight.multiplied()
-    _check(weight.detach()[:0], weight.detach(), lora_A, lora_B, scaling, None, 0.0)
+    check_linear(weight.detach()[:0], weight.detach(), lora_A, lora_B, scaling, None, 0.0)
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
     if dispatch.choose(backend, weight.device, weight.dtype) == "triton":
@@ -185,7 +185,8 @@ def dora_norm(
     return reference.dora_norm(weight, lora_A, lora_B, scaling)
 
 
-def _check_dora(magnitude: Any, weight: torch.Tensor, detach_norm: Any, round_norm: Any, save: Any) -> None:
+def check_dora(magnitude: Any, weight: torch.Tensor, detach_norm: Any, round_norm: Any, save: Any) -> None:
+    """Raise where what DoRA has beside LoRA does not fit the weight or is none of what it may be."""
     if not isinstance(magnitude, torch.Tensor):
         raise TypeError(f"magnitude: got {type(magnitude).__name__}, expected a tensor")
     if magnitude.dtype not in FLOATS:
@@ -271,7 +272,8 @@ def _plain(
 _calls: dict[Facts, Callable[..., torch.Tensor]] = {}  # what takes them, by their facts
 
 
-def _facts(t: torch.Tensor) -> Facts:
+def facts_of(t: torch.Tensor) -> Facts:
+    """What of a tensor the checks and the choice of a path rest on."""
     return t.dtype, t.shape, t.stride(), t.device, t.requires_grad
 
 
@@ -295,12 +297,12 @@ def _recall(
                 base = getattr(weight, weight.INNER[0])
                 acts_as = weight.traits, weight.requires_grad
         facts = (
-            _facts(x),
-            _facts(base),
-            _facts(lora_A),
-            _facts(lora_B),
-            None if bias is None else _facts(bias),
-            None if magnitude is None else _facts(magnitude),
+            facts_of(x),
+            facts_of(base),
+            facts_of(lora_A),
+            facts_of(lora_B),
+            None if bias is None else facts_of(bias),
+            None if magnitude is None else facts_of(magnitude),
             acts_as,
             None if number else (scaling.dtype, scaling.shape, scaling.device),
             torch.is_grad_enabled(),
@@ -324,9 +326,14 @@ def check_tensors(tensors: dict[str, Any]) -> None:
             raise ValueError(f"{name}: got a tensor on {t.device}, expected {device}, where x is")
 
 
-def _check(x: Any, weight: Any, lora_A: Any, lora_B: Any, scaling: Any, bias: Any, dropout_p: Any) -> torch.dtype:
-    """Raise on arguments that do not fit together; return the dtype that the products are made in."""
-    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+def check_linear(
+    x: Any, weight: Any, lora_A: Any, lora_B: Any, scaling: Any, bias: Any, dropout_p: Any, *, adapted: bool = True
+) -> torch.dtype:
+    """Raise on arguments that do not fit together; return the dtype that the products are made in. Of a layer that is
+    not ``adapted`` lora_A and lora_B are not looked at."""
+    tensors = {"x": x, "weight": weight}
+    if adapted:
+        tensors |= {"lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias
     check_tensors(tensors)
@@ -342,11 +349,12 @@ def _check(x: Any, weight: Any, lora_A: Any, lora_B: Any, scaling: Any, bias: An
     k = x.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != k:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, {k}] to fit x {tuple(x.shape)}")
-    if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:
-        raise ValueError(f"lora_A: got shape {tuple(lora_A.shape)}, expected [r, {k}] with r >= 1")
-    n, r = weight.shape[0], lora_A.shape[0]
-    if lora_B.shape != (n, r):
-        raise ValueError(f"lora_B: got shape {tuple(lora_B.shape)}, expected {(n, r)}")
+    n = weight.shape[0]
+    if adapted:
+        if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:
+            raise ValueError(f"lora_A: got shape {tuple(lora_A.shape)}, expected [r, {k}] with r >= 1")
+        if lora_B.shape != (n, r := lora_A.shape[0]):
+            raise ValueError(f"lora_B: got shape {tuple(lora_B.shape)}, expected {(n, r)}")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected {(n,)}")
     if isinstance(scaling, torch.Tensor):

@@ -22,6 +22,7 @@ ROOMS = [
     {"models"},
     {"layers"},
     {"wrappers"},
+    {"blocks"},
     {"functional"},
     {"ops"},
     {"reference", "fp8", "kept"},

@@ -1,0 +1,1 @@
+"""Several layers as one step: projections of one input as a group, a gated MLP as one operator."""

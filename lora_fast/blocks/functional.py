@@ -1,0 +1,184 @@
+"""Blocks as functions: checked inputs, one choice of path, then the fused kernels or the plain torch reference."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.compiler import is_compiling
+
+from lora_fast import dispatch
+from lora_fast.bases.packed import PackedWeight
+from lora_fast.blocks import apart, reference
+from lora_fast.blocks.form import Layer
+from lora_fast.functional import Facts, check_dora, check_linear, facts_of
+
+_calls: dict[Facts, Callable[..., Any]] = {}  # what takes them, by their facts
+
+
+def lora_group(
+    x: torch.Tensor, layers: Sequence[Layer], *, training: bool = True, backend: str = "auto"
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of several layers that share their input, such as the q, k and v projections of an attention.
+
+    Each is what :func:`lora_fast.functional.lora_linear`, or ``dora_linear``, gives. The fused kernels read x once for
+    all of them, forward and backward, and make its gradient in one product, rounded once. Layers whose dropout is on
+    share one mask; an output that no loss depends on gives its adapters no gradient (None).
+
+    Args:
+        x: [..., K], any strides, floating point.
+        layers: two :class:`lora_fast.blocks.form.Layer` or more over weights [N, K], each with its own N. Ranks,
+            scalings, dropout, biases, magnitudes and the adapters' dtypes may differ; some may have no adapters.
+        training: False switches dropout off.
+        backend: "auto" (what :func:`lora_fast.set_backend` says), "triton" or "reference".
+
+    Returns:
+        [..., N] of each layer, in the dtype of ``F.linear(x, weight, bias)``, autocast included.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``lora_linear``; the message begins with the layer's place, as in
+            ``layers[1].lora_A``.
+    """
+    named = [(f"layers[{i}]", layer) for i, layer in enumerate(_listed(layers))]
+    facts, call = _recall(x, [layer for _, layer in named], training, backend, "group")
+    if call is None:
+        dtype = _check(x, named)
+        call = _settle(facts, backend, x, dtype, named, "group")
+    return call(x, layers, training)
+
+
+def lora_glu(
+    x: torch.Tensor,
+    gate: Layer,
+    up: Layer,
+    down: Layer,
+    activation: str = "silu",
+    *,
+    training: bool = True,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """A gated MLP: ``down(act(gate(x)) * up(x))`` (Shazeer 2020, arXiv 2002.05202), such as that of Llama.
+
+    The fused kernels keep x and the outputs of ``gate`` and ``up`` for the backward, and make what ``down`` reads
+    again. The gradients of those two outputs take their memory, unless the graph is kept for another backward.
+
+    Args:
+        x: [..., K], any strides, floating point.
+        gate, up: :class:`lora_fast.blocks.form.Layer` over weights [I, K].
+        down: one over a weight [N, I]. Each of the three may have no adapters.
+        activation: "silu", "gelu" (by the error function) or "gelu_tanh".
+        training: False switches dropout off.
+        backend: as in :func:`lora_group`.
+
+    Returns:
+        [..., N], in the dtype of ``F.linear(x, weight, bias)``, autocast included.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``lora_linear``; the message begins with the layer's name, as in
+            ``gate.lora_A``. ValueError: another activation.
+    """
+    if not isinstance(activation, str) or activation not in reference.ACTIVATIONS:
+        expected = ", ".join(map(repr, reference.ACTIVATIONS))
+        raise ValueError(f"activation: got {activation!r}, expected one of {expected}")
+    named = [("gate", gate), ("up", up), ("down", down)]
+    facts, call = _recall(x, [layer for _, layer in named], training, backend, activation)
+    if call is None:
+        dtype = _check(x, named[:2])
+        if gate.weight.shape != up.weight.shape:
+            shape, expected = tuple(up.weight.shape), tuple(gate.weight.shape)
+            raise ValueError(f"up.weight: got shape {shape}, expected {expected}, as gate.weight")
+        _check(x.detach().new_empty(0, len(gate.weight)), named[2:])
+        call = _settle(facts, backend, x, dtype, named, activation)
+    return call(x, gate, up, down, training)
+
+
+def _listed(layers: Any) -> Sequence[Layer]:
+    if not isinstance(layers, (list, tuple)) or isinstance(layers, Layer):
+        raise TypeError(f"layers: got {type(layers).__name__}, expected a list of Layer")
+    if len(layers) < 2:
+        raise ValueError(f"layers: got {len(layers)}, expected two or more")
+    return layers
+
+
+def _check(x: Any, named: Sequence[tuple[str, Any]]) -> torch.dtype:
+    """Raise where a layer does not fit x, with its name; return the dtype that the products are made in."""
+    dtype = None
+    for name, layer in named:
+        if not isinstance(layer, Layer):
+            raise TypeError(f"{name}: got {type(layer).__name__}, expected a Layer")
+        a, b, adapted = layer.lora_A, layer.lora_B, layer.adapted
+        if adapted != (b is not None):
+            missing, given = ("lora_B", "lora_A") if adapted else ("lora_A", "lora_B")
+            raise TypeError(f"{name}.{missing}: got None, expected a tensor beside {given}")
+        try:
+            dtype = check_linear(
+                x, layer.weight, a, b, layer.scaling, layer.bias, layer.dropout_p, adapted=layer.adapted
+            )
+            if layer.lora_magnitude_vector is not None:
+                if not adapted:
+                    raise ValueError("lora_magnitude_vector: got a tensor without adapters, expected None")
+                check_dora(layer.lora_magnitude_vector, layer.weight, True, layer.round_norm, layer.save)
+        except (TypeError, ValueError) as error:
+            message = str(error).replace("magnitude: ", "lora_magnitude_vector: ")
+            raise type(error)(message if message.startswith("x: ") else f"{name}.{message}") from None
+    assert dtype is not None
+    return dtype
+
+
+def _recall(x: Any, layers: Sequence[Any], training: Any, *asked: Any) -> tuple[Facts | None, Any]:
+    """(facts, what takes calls with these facts), as for a single layer; no facts where numbers are wrong or something
+    is no tensor, which the checks will say, for packed weights, and under compilation."""
+    if is_compiling() or type(training) is not bool:
+        return None, None
+    facts: list[Any] = []
+    try:
+        for weight, a, b, scaling, bias, p, magnitude, round_norm, save in layers:
+            number = type(scaling) is float
+            wrong = number and not -math.inf < scaling < math.inf
+            if wrong or type(p) is not float or not 0 <= p < 1 or isinstance(weight, PackedWeight):
+                return None, None
+            facts += (
+                facts_of(weight),
+                *(None if t is None else facts_of(t) for t in (a, b, bias, magnitude)),
+                None if number else (scaling.dtype, scaling.shape, scaling.device),
+                p if training else 0.0,
+                round_norm,
+                save,
+            )
+        found = (
+            facts_of(x),
+            *facts,
+            torch.is_grad_enabled(),
+            dispatch.autocast_dtype(x.device) if torch._C._is_any_autocast_enabled() else None,
+            dispatch.get_backend(),
+            *asked,
+        )
+        return found, _calls.get(found)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None, None
+
+
+def _settle(
+    facts: Facts | None, backend: str, x: torch.Tensor, dtype: torch.dtype, named: Sequence[Any], asked: str
+) -> Callable[..., Any]:
+    """What takes this call, which passed the checks, and from now on those with the same facts."""
+    layers = [layer for _, layer in named]
+    e4m3 = any(isinstance(layer.weight, PackedWeight) and layer.weight.E4M3_PRODUCTS for layer in layers)
+    call: Callable[..., Any]
+    if dispatch.choose(backend, x.device, dtype, e4m3) == "reference":
+        call = reference.lora_group if asked == "group" else partial(_plain_glu, asked)
+    elif asked == "group":
+        call = partial(apart.lora_group, backend=backend)
+    else:
+        call = partial(apart.lora_glu, activation=asked, backend=backend)
+    if facts is not None:
+        if len(_calls) >= 4096:  # batch sizes that never repeat
+            _calls.clear()
+        _calls[facts] = call
+    return call
+
+
+def _plain_glu(activation: str, x: Any, gate: Any, up: Any, down: Any, training: bool) -> torch.Tensor:
+    """The reference, called as the fused form is."""
+    return reference.lora_glu(x, gate, up, down, activation, training)
