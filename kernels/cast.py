@@ -31,7 +31,7 @@ class Copied(NamedTuple):
 
 
 @triton.jit
-def _cast(t, block, lift, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def cast_block(t, block, lift, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     """STEPS blocks of the copy of t. A ``lift`` multiplies it."""
     for step in range(STEPS):
         i = (block * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
@@ -49,11 +49,11 @@ def cast_both(
     """A and then B."""
     a_blocks = tl.cdiv(a.rows * a.cols, BLOCK * STEPS)
     if block < a_blocks:
-        _cast(a, block, None, BLOCK, STEPS)
+        cast_block(a, block, None, BLOCK, STEPS)
     elif LIFTED:
-        _cast(b, block - a_blocks, lift_of(scaling, SCALING_PTR), BLOCK, STEPS)
+        cast_block(b, block - a_blocks, lift_of(scaling, SCALING_PTR), BLOCK, STEPS)
     else:
-        _cast(b, block - a_blocks, None, BLOCK, STEPS)
+        cast_block(b, block - a_blocks, None, BLOCK, STEPS)
 
 
 @triton.jit

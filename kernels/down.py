@@ -136,6 +136,7 @@ def _down_fwd_kernel(
     x8_ptr,
     row_scale_ptr,
     gain_ptr,
+    scales_ptr,
     M,
     K,
     R,
@@ -145,6 +146,7 @@ def _down_fwd_kernel(
     stride_xk,
     stride_ar,
     stride_ak,
+    stride_s,
     stride_bits,
     WAYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -205,8 +207,11 @@ def _down_fwd_kernel(
                     words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
                     tile = tl.where(unpack_words(words), tile, 0.0)
                 acc = mma(tile, a.to(DTYPE).T, acc, PRECISION)
-        s = acc * (low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale)
-        s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * RS + ranks[None, :]
+        if scales_ptr is not None:
+            s = acc * (tl.load(scales_ptr + ranks, mask=ranks < R, other=0.0) * keep_scale)[None, :]
+        else:
+            s = acc * (low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale)
+        s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * stride_s + ranks[None, :]
         tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < RS))
     elif b_ptr is not None:  # the programs past the last rows, on processors that would idle
         if rank == 0:
@@ -233,7 +238,7 @@ def down(
     x: Operand,
     a: Operand,
     s: Operand,
-    scaling: Operand | Number,
+    scaling: Operand | Number | None,
     keep: Number,
     *,
     bits: Operand | None = None,
@@ -241,10 +246,12 @@ def down(
     quantised: Quantised[Operand] | None = None,
     gain: Operand | None = None,
     lifted: bool = False,
+    scales: Operand | None = None,
 ) -> Launch:
     """S [M, padded R] = scaling * keep * drop(x) A^T from x [M, K], a [R, K] in any float dtype, and the mask's bits.
     With ``cast`` a is its A, and the copies are made on the way; with ``quantised`` that is filled from x, or from x *
-    gain [K], of which S is then made, too. ``lifted``: B carries a part of the scaling."""
+    gain [K], of which S is then made, too. ``lifted``: B carries a part of the scaling. ``scales`` [R] in its place
+    are one for each rank. s may be columns of a wider matrix."""
     (m, k), r, tma = x.shape, a.shape[0], tma_fits(x)
     a_tma = tma and cast is None and a.dtype == x.dtype and tma_fits(a)
     chip, masked = Chip.of(x.device), bits is not None
@@ -280,6 +287,7 @@ def down(
         x8_ptr=quantised and quantised.x8,
         row_scale_ptr=quantised and quantised.row_scale,
         gain_ptr=gain,
+        scales_ptr=scales,
         M=m,
         K=k,
         R=r,
@@ -289,6 +297,7 @@ def down(
         stride_xk=x.stride(1),
         stride_ar=a.stride(0),
         stride_ak=a.stride(1),
+        stride_s=s.stride(0),
         stride_bits=0 if bits is None else triton.cdiv(k, 32),
         WAYS=tile.ways,
         BLOCK_M=tile.m,

@@ -32,7 +32,6 @@ from lora_fast.kernels.common import (
     load_tile,
     mask_words,
     mma,
-    padded_rank,
     precision,
     store_tile,
     unpack_words,
@@ -47,7 +46,7 @@ GROUP_M = 16  # row blocks that are walked together; 8 and 12 are no worse
 
 
 @triton.jit
-def _tile_of(tile, grid_m, grid_n, GROUP_M: tl.constexpr):
+def tile_of(tile, grid_m, grid_n, GROUP_M: tl.constexpr):
     """Where a tile lies (the last one for those past it). Walk GROUP_M row blocks at a time, so that neighbouring
     programs share tiles of X and W in the cache."""
     tile = tl.minimum(tile, grid_m * grid_n - 1)
@@ -58,7 +57,7 @@ def _tile_of(tile, grid_m, grid_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _halves(tile):
+def halves(tile):
     """The left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 
@@ -99,7 +98,7 @@ class Scales(NamedTuple):
 
 
 @triton.jit
-def _words(bits, row, col, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+def mask_of_tile(bits, row, col, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
     """The mask words of a tile or a part of its columns."""
     rows = tl.minimum(row + tl.arange(0, BLOCK_M), bits.rows - 1)
     return mask_words(bits.ptr, rows, col, bits.stride, WIDTH)
@@ -148,17 +147,17 @@ def _store_masked(
     BLOCK_M: tl.constexpr = acc.shape[0]
     PIECES: tl.constexpr = 4 if acc.shape[1] >= 128 else 2  # that fit the registers beside a low-rank product
     WIDTH: tl.constexpr = acc.shape[1] // PIECES
-    left, right = _halves(acc)
+    left, right = halves(acc)
     for i in tl.static_range(PIECES):
         piece = left if i < PIECES // 2 else right
         if PIECES == 4:
-            first, second = _halves(piece)
+            first, second = halves(piece)
             piece = first if i % 2 == 0 else second
         low = tl.zeros([BLOCK_M, WIDTH], dtype=acc.dtype)
         for step in tl.static_range(RANK_STEPS):  # at run time it would make ptxas serialise the base product
             a, b = _ranks(p, q, row, col, step * BLOCK_R, BLOCK_M, WIDTH, BLOCK_R, Q_T, TMA)
             low = mma(a, b, low, PRECISION)
-        low = tl.where(unpack_words(_words(bits, row, col, BLOCK_M, WIDTH)), low, 0.0)
+        low = tl.where(unpack_words(mask_of_tile(bits, row, col, BLOCK_M, WIDTH)), low, 0.0)
         x_scale = _part(scales.x, row, out.rows, BLOCK_M).to(acc.dtype)
         w_scale = _part(scales.w, col, out.cols, WIDTH).to(acc.dtype)
         store_tile(out, piece * x_scale[:, None] * w_scale[None, :] + low, row, col, DTYPE, TMA)
@@ -256,13 +255,13 @@ def _gemm_kernel(
     c = end - BLOCK_C
     row = 0
     col = 0
-    pid_m, pid_n = _tile_of(tl.program_id(0), grid_m, grid_n, GROUP_M)
+    pid_m, pid_n = tile_of(tl.program_id(0), grid_m, grid_n, GROUP_M)
     row_next = pid_m * BLOCK_M
     col_next = pid_n * BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     words, x_scale, w_scale = 0, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     if MASK and not FP8:
-        words = _words(Bits(bits_ptr, stride_bits, M), row_next, col_next, BLOCK_M, BLOCK_N)
+        words = mask_of_tile(Bits(bits_ptr, stride_bits, M), row_next, col_next, BLOCK_M, BLOCK_N)
     if LOW_FIRST:
         x_scale, w_scale = _part(x_scale_ptr, row_next, M, BLOCK_M), _part(w_scale_ptr, col_next, N, BLOCK_N)
         p0, q0 = _ranks(whole_p, whole_q, row_next, col_next, 0, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
@@ -272,7 +271,7 @@ def _gemm_kernel(
         if c == end:
             c = 0
             tile += PROGRAMS
-            pid_m, pid_n = _tile_of(tile, grid_m, grid_n, GROUP_M)
+            pid_m, pid_n = tile_of(tile, grid_m, grid_n, GROUP_M)
             row = pid_m * BLOCK_M
             col = pid_n * BLOCK_N
         xs, ws, at, to = x, w, c - n_rank, C
@@ -292,7 +291,7 @@ def _gemm_kernel(
         else:
             turn = c == end - BLOCK_C
         if turn:
-            pid_m, pid_n = _tile_of(tile + PROGRAMS, grid_m, grid_n, GROUP_M)
+            pid_m, pid_n = tile_of(tile + PROGRAMS, grid_m, grid_n, GROUP_M)
             row_next = pid_m * BLOCK_M
             col_next = pid_n * BLOCK_N
             if c == end - BLOCK_C:
@@ -320,7 +319,7 @@ def _gemm_kernel(
                         TMA,
                     )
                 else:
-                    left_half, right_half = _halves(acc)
+                    left_half, right_half = halves(acc)
                     _store(whole_out, z, left_half, row, col, gain_ptr, bias_ptr, DTYPE, TMA)
                     _store(whole_out, z, right_half, row, col + BLOCK_N // 2, gain_ptr, bias_ptr, DTYPE, TMA)
                 if LOW_FIRST:
@@ -342,7 +341,7 @@ def _gemm_kernel(
                     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
             elif MASK and not FP8:
                 acc = tl.where(unpack_words(words), acc, 0.0)
-                words = _words(Bits(bits_ptr, stride_bits, M), row_next, col_next, BLOCK_M, BLOCK_N)
+                words = mask_of_tile(Bits(bits_ptr, stride_bits, M), row_next, col_next, BLOCK_M, BLOCK_N)
 
 
 def product(
@@ -362,10 +361,10 @@ def product(
 ) -> Launch:
     """out = gain * (x w^T + p q^T) + bias if transposed (w [N, C], q [N, R]), else x w + mask * (p q) ([C, N], [R, N]).
 
-    x [M, C], w, p [M, padded R] (contiguous) and q in one dtype, rows of p and q contiguous; bits are of a mask of
-    out's shape (transposed has none). With z, [M, N] and contiguous, that is filled with the sum before gain and bias.
-    With scales, [M] of x's rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and out in a wider
-    dtype.
+    x [M, C], w, p [M, padded R] (or columns of a wider matrix) and q in one dtype, rows of p and q contiguous; bits are
+    of a mask of out's shape (transposed has none). With z, [M, N] and contiguous, that is filled with the sum before
+    gain and bias. With scales, [M] of x's rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and
+    out in a wider dtype.
     """
     (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
     fp8, kind, masked, w_t = x.dtype == FP8, out.dtype, bits is not None, transposed or x.dtype == FP8
@@ -377,7 +376,7 @@ def product(
     bm, bn, bc, br, programs = tile.m, tile.n, tile.k, tile.r, int(chip.processors * tile.fill)
     # float16 over a scale leaves its range; beside an fp8 product bfloat16's digits are enough.
     over = torch.float32 if INTERPRETED else torch.bfloat16
-    steps, ranks = triton.cdiv(r, br) if fp8 and masked else 0, padded_rank(r)
+    steps = triton.cdiv(r, br) if fp8 and masked else 0
     read: dict[str, Operand | Tiles | None] = {"x": x, "w": w, "p": p, "q": q, "out": out, "z": z}
     if tma:
         stored, left, right = [bm, bn // (4 if steps else 2)], [bm, bc], [bn, bc] if w_t else [bc, bn]
@@ -407,7 +406,7 @@ def product(
         stride_xc=x.stride(1),
         stride_wr=w.stride(0),
         stride_wc=w.stride(1),
-        stride_p=ranks,
+        stride_p=p.stride(0),
         stride_qr=q.stride(0),
         stride_qc=q.stride(1),
         stride_bits=triton.cdiv(n, 32) if masked else 0,

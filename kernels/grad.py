@@ -66,6 +66,7 @@ def _grad_kernel(
     stride_gs,
     stride_gn,
     stride_gr,
+    stride_p,
     stride_bits,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -117,7 +118,7 @@ def _grad_kernel(
         if row_scale_ptr is not None:
             tile = tile.to(DTYPE)
         if p_ptr is not None:
-            p = load_tile(Matrix(p_ptr, M, RS, RS, 1), m, rank, BLOCK_M, BLOCK_R)
+            p = load_tile(Matrix(p_ptr, M, RS, stride_p, 1), m, rank, BLOCK_M, BLOCK_R)
             if row_scale_ptr is not None:
                 scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
                 p = (p.to(ACC) * scale[:, None]).to(DTYPE)
@@ -262,6 +263,7 @@ class ColumnPass:
             stride_gs=0 if g is None else n * self.r,
             stride_gn=0 if g is None else g.stride(0),
             stride_gr=0 if g is None else g.stride(1),
+            stride_p=0 if self.p is None else self.p.stride(0),
             stride_bits=0 if self.bits is None else triton.cdiv(n, 32),
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,

@@ -6,19 +6,18 @@ one for a whole backward: for small problems the host's time is the layer's time
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from lora_fast.kernels.binding import bound_program, kind_of
 from lora_fast.kernels.common import FP8, precision
 from lora_fast.kernels.few_rows import makes_s
 from lora_fast.kernels.kept import Keeping, kept_launches
 from lora_fast.kernels.layer import Backward, Forward, backward_launches, forward_launches
 from lora_fast.kernels.mask import keep_count, keep_scale
-from lora_fast.kernels.operands import as_scaling, operand
+from lora_fast.kernels.operands import as_scaling
 from lora_fast.kernels.passes import needs_dz
 from lora_fast.kernels.problem import Call, Made, MaybeTensor, Problem
-from lora_fast.kernels.program import Bound, Program, starts
 
 
 def forward(
@@ -76,13 +75,13 @@ def forward(
     key = (
         forward_launches,
         kept is None,
-        None if seed is None else _kind(seed),
-        _kind(scaling),
+        None if seed is None else kind_of(seed),
+        kind_of(scaling),
         problem.is_float32 and precision(problem.kind, 256),
     )
     program = problem.programs.get(key)
     if program is None or (bound := program.bind(*given)) is None:
-        program, bound = _bound(problem, key, Forward, given)
+        program, bound = bound_program(problem, key, Forward, given)
     if call.defers and not makes_s(program.launches[-1]):
         program.run(bound, 0, -problem.last)
         call.deferred = program, bound, -problem.last
@@ -96,30 +95,9 @@ def make_kept(problem: Problem, call: Call, a: torch.Tensor, b: torch.Tensor, ma
     kept = a.new_empty(problem.lasting.bytes, dtype=torch.uint8)
     scaling = as_scaling(call.scaling)
     given = a, b, magnitude, kept, scaling, *call.held[problem.for_y]
-    program, bound = _bound(problem, (kept_launches, _kind(scaling)), Keeping, given)
+    program, bound = bound_program(problem, (kept_launches, kind_of(scaling)), Keeping, given)
     program.run(bound)
     return kept
-
-
-def _kind(value: float | int | torch.Tensor) -> object:
-    """What of a scaling or of a seed a program depends on: not the number."""
-    return (value.dtype, value.data_ptr() % 16) if isinstance(value, torch.Tensor) else type(value)
-
-
-def _bound(problem: Problem, key: tuple, args: Any, given: tuple) -> tuple[Program, Bound]:
-    """The program for what is ``given``, bound to it. Programs are kept under their keys for tensors that start at
-    multiples of 16 bytes, and under longer ones for other tensors. A key begins with the function that says what a new
-    one launches, from ``args`` of operands, the last of which is a tuple of those that are left."""
-    if (found := starts(given)) is not None:
-        key = *key, found
-    program = problem.programs.get(key)
-    if program is None or program.stale:
-        operands, last = tuple(operand(i, value) for i, value in enumerate(given)), len(args._fields) - 1
-        at = args(*operands[:last], operands[last:])
-        program = problem.programs[key] = Program(len(given), key[0](at, problem), found is None)
-    bound = program.bind(*given)
-    assert bound is not None
-    return program, bound
 
 
 def backward(
@@ -159,11 +137,11 @@ def backward(
         x if x is None else x.stride(),
         bits is None,
         *[t if t is None else t.stride() for t in held],
-        None if type(scaling) is float else _kind(scaling),
+        None if type(scaling) is float else kind_of(scaling),
         problem.is_float32 and precision(problem.kind, 256),
     )
     program = problem.programs.get(key)
     if program is None or (bound := program.bind(*given)) is None:
-        program, bound = _bound(problem, key, Backward, given)
+        program, bound = bound_program(problem, key, Backward, given)
     program.run(bound)
     return grads

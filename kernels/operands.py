@@ -76,6 +76,14 @@ class Operand:
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         return Operand(view, shape, strides, dtype, self.device, (self.start + start) % 16)
 
+    def block(self, row: int, col: int, rows: int, cols: int) -> "Operand":
+        """So many rows and columns of this matrix, from there on."""
+        (down, right), size = self.strides, self.dtype.itemsize
+        arg, start = (self.place, 0) if isinstance(self.place, int) else self.place[:2]
+        offset = (row * down + col * right) * size
+        view = View(arg, start + offset, ((rows - 1) * down + (cols - 1) * right + 1) * size, self.dtype)
+        return replace(self, place=view, shape=(rows, cols), start=(self.start + offset) % 16)
+
     def seen_as(self, shape: Size, dtype: torch.dtype) -> "Operand":
         """The same memory, which is contiguous, from its beginning."""
         if isinstance(self.place, int):

@@ -78,12 +78,15 @@ class Shapes(dict[str, tuple[Size, torch.dtype]]):
     def bytes(self) -> int:
         return sum(rounded(math.prod(shape) * kind.itemsize) for shape, kind in self.values())
 
-    def of(self, memory: Operand) -> Small:
+    def parts(self, memory: Operand) -> dict[str, Operand]:
         start, found = 0, {}
         for name, (shape, kind) in self.items():
             found[name] = memory.part(shape, kind, start)
             start += rounded(found[name].nbytes)
-        return Small(**found)
+        return found
+
+    def of(self, memory: Operand) -> Small:
+        return Small(**self.parts(memory))
 
 
 @dataclass(eq=False)

@@ -39,11 +39,13 @@ def _sum_of(src, i, parts, size, BLOCK: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _add_parts(src, dst, block, parts, size, scale, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """dst[i] = scale * sum over parts of src[part, i]."""
+def _add_parts(src, dst, block, parts, size, scale, cols, stride, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """dst[i] = scale * sum over parts of src[part, i]; with ``cols`` dst is a matrix of so many, its rows ``stride``
+    apart."""
     i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = _sum_of(src, i, parts, size, BLOCK, ACC)
-    tl.store(dst + i, (total * scale).to(dst.dtype.element_ty), mask=i < size)
+    to = i if cols is None else i // cols * stride + i % cols
+    tl.store(dst + to, (total * scale).to(dst.dtype.element_ty), mask=i < size)
 
 
 @triton.jit
@@ -104,6 +106,10 @@ def _sum_kernel(
     stride_wk,
     stride_bn,
     stride_br,
+    stride_s,
+    ds_cols,
+    stride_ds,
+    APART: tl.constexpr,
     WEAK: tl.constexpr,
     LIFTED: tl.constexpr,
     SCALING_PTR: tl.constexpr,
@@ -119,12 +125,14 @@ def _sum_kernel(
         n = tl.cdiv(ds_size, BLOCK)
         if block < n:
             scale = low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale
-            _add_parts(parts_ptr, ds_ptr, block, col_blocks, ds_size, scale, BLOCK, ACC)
+            _add_parts(
+                parts_ptr, ds_ptr, block, col_blocks, ds_size, scale, ds_cols if APART else None, stride_ds, BLOCK, ACC
+            )
         block -= n
     if sum_ptr is not None:
         n = tl.cdiv(sum_size, BLOCK)
         if (block >= 0) & (block < n):
-            _add_parts(parts_ptr + sum_at, sum_ptr, block, splits, sum_size, 1.0, BLOCK, ACC)
+            _add_parts(parts_ptr + sum_at, sum_ptr, block, splits, sum_size, 1.0, None, None, BLOCK, ACC)
         block -= n
     if dm_ptr is not None:
         n = tl.cdiv(dm_size, DM_BLOCK)
@@ -138,7 +146,7 @@ def _sum_kernel(
                 total /= tl.where(tl.abs(gain) < WEAK, 1.0, gain)
                 if tl.max(weak.to(tl.int32), 0) > 0:
                     dy, x = Matrix(dy_ptr, M, N, stride_ym, stride_yn), Matrix(x_ptr, M, K, stride_xm, stride_xk)
-                    w, s = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(s_ptr, M, RS, RS, 1)
+                    w, s = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(s_ptr, M, RS, stride_s, 1)
                     b = Matrix(b_ptr, N, R, stride_bn, stride_br)
                     again = _column_dots(dy, x, w, s, b, w_scale_ptr, block * DM_BLOCK, DM_BLOCK, ACC, PRECISION)
                     total = tl.where(weak, again, total)
@@ -147,7 +155,7 @@ def _sum_kernel(
         block -= n
     if g_ptr is not None:
         if block >= 0:
-            _add_parts(parts_ptr + g_at, g_ptr, block, splits, g_size, 1.0, BLOCK, ACC)
+            _add_parts(parts_ptr + g_at, g_ptr, block, splits, g_size, 1.0, None, None, BLOCK, ACC)
 
 
 def weak_gain(kind: torch.dtype) -> float:
@@ -261,6 +269,10 @@ def add_parts(
         R=r,
         RS=padded_rank(max(r, 1)),
         **strides,
+        stride_s=0 if s is None else s.stride(0),
+        ds_cols=0 if ds is None else ds.shape[1],
+        stride_ds=0 if ds is None else ds.stride(0),
+        APART=ds is not None and ds.stride(0) != ds.shape[1],
         WEAK=None if x is None else weak_gain(kind),
         LIFTED=lifted,
         SCALING_PTR=isinstance(scaling, Operand),

@@ -40,11 +40,10 @@ def lora_group(
         TypeError, ValueError, RuntimeError: as ``lora_linear``; the message begins with the layer's place, as in
             ``layers[1].lora_A``.
     """
-    named = [(f"layers[{i}]", layer) for i, layer in enumerate(_listed(layers))]
-    facts, call = _recall(x, [layer for _, layer in named], training, backend, "group")
+    facts, call = _recall(x, layers, training, backend, "group")
     if call is None:
-        dtype = _check(x, named)
-        call = _settle(facts, backend, x, dtype, named, "group")
+        dtype = _check(x, [(f"layers[{i}]", layer) for i, layer in enumerate(_listed(layers))])
+        call = _settle(facts, backend, x, dtype, layers, training, "group")
     return call(x, layers, training)
 
 
@@ -81,15 +80,15 @@ def lora_glu(
     if not isinstance(activation, str) or activation not in reference.ACTIVATIONS:
         expected = ", ".join(map(repr, reference.ACTIVATIONS))
         raise ValueError(f"activation: got {activation!r}, expected one of {expected}")
-    named = [("gate", gate), ("up", up), ("down", down)]
-    facts, call = _recall(x, [layer for _, layer in named], training, backend, activation)
+    layers = gate, up, down
+    facts, call = _recall(x, layers, training, backend, activation)
     if call is None:
-        dtype = _check(x, named[:2])
+        dtype = _check(x, [("gate", gate), ("up", up)])
         if gate.weight.shape != up.weight.shape:
             shape, expected = tuple(up.weight.shape), tuple(gate.weight.shape)
             raise ValueError(f"up.weight: got shape {shape}, expected {expected}, as gate.weight")
-        _check(x.detach().new_empty(0, len(gate.weight)), named[2:])
-        call = _settle(facts, backend, x, dtype, named, activation)
+        _check(x.detach().new_empty(0, len(gate.weight)), [("down", down)])
+        call = _settle(facts, backend, x, dtype, layers, training, activation)
     return call(x, gate, up, down, training)
 
 
@@ -160,16 +159,21 @@ def _recall(x: Any, layers: Sequence[Any], training: Any, *asked: Any) -> tuple[
 
 
 def _settle(
-    facts: Facts | None, backend: str, x: torch.Tensor, dtype: torch.dtype, named: Sequence[Any], asked: str
+    facts: Facts | None,
+    backend: str,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    layers: Sequence[Layer],
+    training: bool,
+    asked: str,
 ) -> Callable[..., Any]:
     """What takes this call, which passed the checks, and from now on those with the same facts."""
-    layers = [layer for _, layer in named]
     e4m3 = any(isinstance(layer.weight, PackedWeight) and layer.weight.E4M3_PRODUCTS for layer in layers)
     call: Callable[..., Any]
     if dispatch.choose(backend, x.device, dtype, e4m3) == "reference":
         call = reference.lora_group if asked == "group" else partial(_plain_glu, asked)
     elif asked == "group":
-        call = partial(apart.lora_group, backend=backend)
+        call = _fused_group(x, layers, training, backend)
     else:
         call = partial(apart.lora_glu, activation=asked, backend=backend)
     if facts is not None:
@@ -182,3 +186,18 @@ def _settle(
 def _plain_glu(activation: str, x: Any, gate: Any, up: Any, down: Any, training: bool) -> torch.Tensor:
     """The reference, called as the fused form is."""
     return reference.lora_glu(x, gate, up, down, activation, training)
+
+
+def _fused_group(
+    x: torch.Tensor, layers: Sequence[Layer], training: bool, backend: str
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    from lora_fast.blocks.group import FEW, FusedGroup, why_apart  # needs Triton
+
+    alone = partial(apart.lora_group, backend=backend)
+    if not any(layer.adapted for layer in layers):
+        return alone
+    if why := why_apart(x, layers, training):
+        dispatch.tell("runs a group layer by layer", why)
+        return alone
+    fused, dropping = FusedGroup(x, layers), training and any(layer.dropout_p > 0 for layer in layers)
+    return alone if not fused.records and fused.group.m <= FEW and not dropping else fused

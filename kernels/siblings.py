@@ -1,0 +1,155 @@
+"""What the programs of layers with one input are decided by, and what passes from their forward to their backward."""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from lora_fast.kernels.cast import cast_wanted
+from lora_fast.kernels.common import padded_rank
+from lora_fast.kernels.operands import Operand, Size
+from lora_fast.kernels.problem import Kinds, MaybeTensor, Needs, Shapes, Small
+from lora_fast.kernels.program import Bound, Program
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """One of the layers. ``needs.x`` is not looked at: the group says that."""
+
+    n: int
+    r: int
+    kinds: Kinds
+    needs: Needs
+    dora: bool = False
+    keep_z: bool = False  # the forward keeps z for the magnitude's gradient
+    round_norm: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return padded_rank(self.r)
+
+    @property
+    def casts(self) -> bool:
+        """Whether products need a copy of B."""
+        return self.kinds.x == torch.float16 or cast_wanted(self.kinds[:3], self.r)
+
+    @property
+    def z_again(self) -> bool:
+        """Whether the magnitude's gradient comes from y, which may have to make z again."""
+        return self.needs.m and not self.keep_z
+
+
+class Shared(NamedTuple):
+    """The small things of a group, in one piece of memory, the room."""
+
+    stacked: Operand  # [sum of padded R, K], all A's
+    scales: Operand  # [sum of padded R]
+    s: Operand  # [M, sum of padded R]
+    each: tuple[Small, ...]  # parts of these, and b where the products need a copy, norm and gain of DoRA
+
+
+@dataclass(eq=False)
+class Siblings:
+    """A group of layers with adapters over weights as they are, with one x [*lead, K] and one dropout mask. It serves
+    calls whose tensors agree in dtype, shape, strides and device, and keeps the programs that were made for them."""
+
+    lead: Size
+    k: int
+    each: tuple[Sibling, ...]
+    needs_x: bool
+    programs: dict[tuple, Program] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.m, self.kind = math.prod(self.lead), self.each[0].kinds.x
+        self.x_shape = *self.lead, self.k
+        self.is_float32, self.lifted = self.kind == torch.float32, self.kind == torch.float16
+        self.ranks = sum(one.ranks for one in self.each)
+        self.needs_a = any(one.needs.a for one in self.each)
+        self.needs_ds = self.needs_x or self.needs_a
+        self.a_kind = self.each[0].kinds.a  # of the gradients of all A's, which lie in one matrix
+        for one in self.each[1:]:
+            self.a_kind = torch.promote_types(self.a_kind, one.kinds.a)
+
+    @cached_property
+    def late(self) -> int:
+        """How many of the outputs, at the end, the backward does not read."""
+        needed = [one.needs.m for one in reversed(self.each)]
+        return needed.index(True) if any(needed) else len(needed)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Of the small things."""
+        gains = torch.float64 if self.kind == torch.float64 else torch.float32
+        shapes = Shapes()
+        shapes["stacked"] = (self.ranks, self.k), self.kind
+        shapes["scales"] = (self.ranks,), torch.float32
+        shapes["s"] = (self.m, self.ranks), self.kind
+        for i, one in enumerate(self.each):
+            if one.casts:
+                shapes[f"b{i}"] = (one.n, one.ranks), self.kind
+            if one.dora:
+                shapes |= {f"norm{i}": ((one.n,), gains), f"gain{i}": ((one.n,), gains)}
+        return shapes
+
+    @cached_property
+    def bytes(self) -> int:
+        return self.shapes.bytes
+
+    def small(self, room: Operand) -> Shared:
+        parts, each, first = self.shapes.parts(room), [], 0
+        for i, one in enumerate(self.each):
+            found: dict[str, Any] = {name: parts.get(f"{name}{i}") for name in ("b", "norm", "gain")}
+            found["a"] = parts["stacked"].block(first, 0, one.r, self.k)
+            found["s"] = parts["s"].block(0, first, self.m, one.ranks)
+            each.append(Small(**found))
+            first += one.ranks
+        return Shared(parts["stacked"], parts["scales"], parts["s"], tuple(each))
+
+    def columns(self, ds: Operand) -> list[Operand]:
+        """Each layer's of a [M, sum of padded R]."""
+        first, found = 0, []
+        for one in self.each:
+            found.append(ds.block(0, first, self.m, one.ranks))
+            first += one.ranks
+        return found
+
+
+class Made(NamedTuple):
+    """What a forward leaves for the backward, beside the outputs."""
+
+    room: torch.Tensor
+    bits: MaybeTensor
+    z: tuple[MaybeTensor, ...]
+
+
+class Given(NamedTuple):
+    """A layer's tensors and its scaling; magnitude None without DoRA."""
+
+    weight: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    bias: MaybeTensor
+    magnitude: MaybeTensor
+    scaling: float | torch.Tensor
+
+
+class Kept(NamedTuple):
+    """What the backward reads of one layer, each None where it does not."""
+
+    weight: MaybeTensor = None
+    b: MaybeTensor = None
+    y: MaybeTensor = None
+    z: MaybeTensor = None
+
+
+class Deferred(NamedTuple):
+    """Launches that wait until what the backward reads is saved."""
+
+    program: Program
+    bound: Bound
+    first: int
+
+    def run(self) -> None:
+        self.program.run(self.bound, self.first)

@@ -1,0 +1,195 @@
+"""A group of layers with one input as one differentiable operator."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
+
+from lora_fast.bases.packed import PackedWeight
+from lora_fast.blocks.form import Layer
+from lora_fast.dispatch import autocast_dtype
+from lora_fast.kernels.group import backward, forward
+from lora_fast.kernels.problem import MaybeTensor, Needs
+from lora_fast.kernels.siblings import Deferred, Given, Kept, Made, Sibling, Siblings
+from lora_fast.kernels.stack import MOST
+from lora_fast.ops.linear import draw_seed
+from lora_fast.ops.parts import addressable, contiguous, kinds_of, on
+
+FEW = 128  # rows whose forwards without gradients have kernels of their own, a layer at a time
+
+
+def why_apart(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> str | None:
+    """Why such layers do not share launches, in words; None where they do."""
+    if is_compiling():
+        return "torch.compile has no operator for it yet"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is at work"
+    if len(layers) > MOST:
+        return f"it has {len(layers)} layers, and at most {MOST} share their launches"
+    for layer in layers:
+        if isinstance(layer.weight, PackedWeight):
+            return f"a base weight is an {type(layer.weight).__name__}"
+        if layer.weight.stride(1) != 1:
+            return "rows of a base weight are not contiguous"
+    if len(rates := {layer.dropout_p for layer in layers if layer.adapted and training}) > 1:
+        return f"its layers differ in their dropout ({', '.join(map(str, sorted(rates)))})"
+    return None
+
+
+def sibling(layer: Layer, kind: torch.dtype, train: bool) -> Sibling:
+    """What decides the launches of a layer with adapters."""
+    _, a, b, bias, magnitude = layer.tensors
+    needs = Needs(False, *(t is not None and train and t.requires_grad for t in (a, b, bias, magnitude)))
+    # z is kept where y cannot stand for it, as in a layer by itself.
+    keeps_y = layer.save == "auto" and bias is None and needs.a and needs.b
+    return Sibling(
+        layer.weight.shape[0],
+        len(a),
+        kinds_of(kind, a, b, bias, magnitude),
+        needs,
+        dora=magnitude is not None,
+        keep_z=needs.m and not keeps_y,
+        round_norm=layer.round_norm,
+    )
+
+
+class Call(NamedTuple):
+    """What one call has beside tensors that autograd looks at."""
+
+    weights: Sequence[torch.Tensor]  # of all layers
+    scalings: Sequence[float | torch.Tensor]  # of those with adapters, as all below
+    seed: torch.Tensor | int | None
+    p: float
+    late: list[Deferred]  # filled: launches for once what the backward reads is saved
+
+
+class FusedGroup:
+    """The fused form of ``reference.lora_group`` for calls, checked before, that are alike (see ``FusedLinear``)."""
+
+    def __init__(self, x: torch.Tensor, layers: Sequence[Layer]) -> None:
+        dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
+        self.kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
+        self.adapted = [i for i, layer in enumerate(layers) if layer.adapted]
+        self.frozen = [i for i, layer in enumerate(layers) if not layer.adapted]
+        each = tuple(sibling(layers[i], self.kind, train) for i in self.adapted)
+        self.group = Siblings(tuple(x.shape[:-1]), x.shape[-1], each, train and x.requires_grad)
+        self.records = train and any(
+            t is not None and t.requires_grad for t in (x, *(t for layer in layers for t in layer.tensors))
+        )
+        self.n = len(layers)
+
+    def __call__(self, x: torch.Tensor, layers: Sequence[Layer], training: bool) -> tuple[torch.Tensor, ...]:
+        with on(x.device):
+            x = x.to(self.kind)
+            p = layers[self.adapted[0]].dropout_p if training else 0.0
+            weights = [layer.weight.to(self.kind) for layer in layers]
+            scalings = [layers[i].scaling for i in self.adapted]
+            call = Call(weights, scalings, draw_seed(x.device) if p > 0 else None, p, [])
+            small = [contiguous(t) for i in self.adapted for t in layers[i].tensors[1:]]
+            biases = [layers[i].bias for i in self.frozen]
+            if not self.records:
+                ys, _, late = self.forward(x, call, *small, *biases)
+            else:
+                ys, late = _Group.apply(x, self, call, *small, *biases), None
+                call.late[:], late = [], call.late[0] if call.late else None
+            if late is not None:
+                late.run()
+        return tuple(ys)
+
+    def forward(self, x: torch.Tensor, call: Call, *small: Any) -> tuple[list[torch.Tensor], Made, Deferred | None]:
+        """The outputs in the order of the layers, but for launches that come late."""
+        end = 4 * len(self.adapted)
+        ys: list[Any] = [None] * self.n
+        for i, bias in zip(self.frozen, small[end:], strict=True):
+            ys[i] = F.linear(x, call.weights[i], None if bias is None else bias.to(self.kind))
+        each = [Given(call.weights[i], *small[4 * j : 4 * j + 4], call.scalings[j]) for j, i in enumerate(self.adapted)]
+        found, made, late = forward(self.group, addressable(x), each, call.seed, call.p)
+        for i, y in zip(self.adapted, found, strict=True):
+            ys[i] = y
+        return ys, made, late
+
+    def to_save(
+        self, x: torch.Tensor, call: Call, small: Sequence[Any], ys: Sequence[torch.Tensor], made: Made
+    ) -> list[MaybeTensor]:
+        """What the backward will read: x, room and bits, each layer's ``Kept``, and the weights of frozen ones."""
+        group = self.group
+        again = any(one.z_again for one in group.each)
+        saved: list[MaybeTensor] = [
+            x if group.needs_a or again else None,
+            made.room,
+            made.bits if group.needs_ds else None,
+        ]
+        for j, (i, one) in enumerate(zip(self.adapted, group.each, strict=True)):
+            saved += Kept(
+                call.weights[i] if group.needs_x or one.z_again else None,
+                small[4 * j + 1] if not one.casts and (group.needs_ds or one.z_again) else None,
+                ys[i] if one.z_again else None,
+                made.z[j] if one.needs.m else None,
+            )
+        return saved + [call.weights[i] if group.needs_x else None for i in self.frozen]
+
+    def backward(
+        self, dys: Sequence[MaybeTensor], saved: Sequence[Any], scalings: Sequence[Any], p: float, needs: Sequence[bool]
+    ) -> tuple[MaybeTensor, ...]:
+        """dX, then dA, dB, dbias and dm of each layer with adapters, then dbias of the others; ``needs``: of these
+        last."""
+        x, room, bits, *rest = saved
+        end = 4 * len(self.adapted)
+        kept = [Kept(*rest[i : i + 4]) for i in range(0, end, 4)]
+        frozen = []
+        if self.group.needs_x:
+            pairs = zip([dys[i] for i in self.frozen], rest[end:], strict=True)
+            frozen = [(as_rows(dy), weight) for dy, weight in pairs if dy is not None]
+        own = [None if dys[i] is None else as_rows(dys[i]) for i in self.adapted]
+        made = Made(room, bits, ())
+        x = None if x is None else addressable(x)
+        dx, grads = backward(self.group, own, frozen, x, made, kept, scalings, p)
+        biases = [
+            dys[i].reshape(-1, dys[i].shape[-1]).sum(0) if need and dys[i] is not None else None
+            for i, need in zip(self.frozen, needs, strict=True)
+        ]
+        return dx, *(grad for four in grads for grad in four), *biases
+
+
+def as_rows(dy: Any) -> torch.Tensor:
+    """A gradient [..., N] as kernels read it: contiguous, or the matrix of its rows, each contiguous."""
+    if not dy.is_contiguous():
+        dy = addressable(dy)
+        if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
+            dy = dy.contiguous()
+    return dy
+
+
+class _Group(torch.autograd.Function):
+    """The products of outputs that the backward does not read wait until what it does read is saved: a checkpoint's
+    second forward ends there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, fused: FusedGroup, call: Call, *small: Any) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ys, made, late = fused.forward(x, call, *small)
+        if late is not None:
+            call.late.append(late)
+        scalings = list(call.scalings)
+        tensors = [i for i, scaling in enumerate(scalings) if isinstance(scaling, torch.Tensor)]
+        saved = fused.to_save(x, call, small, ys, made)
+        ctx.save_for_backward(*saved, *(scalings[i] for i in tensors))
+        for i in tensors:
+            scalings[i] = None
+        ctx.rest = fused, scalings, tensors, call.p
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Any) -> tuple[Any, ...]:
+        fused, scalings, tensors, p = ctx.rest
+        saved = list(ctx.saved_tensors)
+        scalings = list(scalings)
+        for i in reversed(tensors):
+            scalings[i] = saved.pop()
+        needs = ctx.needs_input_grad[3 + 4 * len(fused.adapted) :]
+        dx, *rest = fused.backward(dys, saved, scalings, p, needs)
+        return dx, None, None, *rest
