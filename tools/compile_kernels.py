@@ -80,7 +80,7 @@ def longest_run(cubin: bytes) -> int:
     return best
 
 
-PRODUCTS = "_gemm_kernel", "_few_rows_kernel", "_decode_kernel"
+PRODUCTS = "_gemm_kernel", "_products_kernel", "_few_rows_kernel", "_decode_kernel"
 BF16, FLOAT = torch.bfloat16, torch.float32
 
 
@@ -125,6 +125,43 @@ def layer(case: Case, magnitude: torch.Tensor | None, base_name: str = "plain") 
     y, made = lora.forward(problem, Call(2.0, 1 if p else None, p, held), x, a, b, bias, magnitude)
     saved = (*Saved(x, a, b, y if dora and not with_bias else None, *made), *held)
     lora.backward(problem, dy, saved, 2.0, p)
+
+
+# M, K, the columns of each output, r, the dtype of x, p, the dtype of the adapters, whether there are magnitudes
+GroupCase = tuple[int, int, tuple[int, ...], int, torch.dtype, float, torch.dtype, bool]
+
+
+def group(case: GroupCase) -> None:
+    """The launches of layers with one input, forward and backward."""
+    from lora_fast.kernels.group import backward, forward
+    from lora_fast.kernels.problem import Kinds, Needs
+    from lora_fast.kernels.siblings import Given, Kept, Sibling, Siblings
+
+    m, k, widths, r, dtype, p, adapter, dora = case
+    x, kinds, needs = torch.empty(m, k, dtype=dtype), Kinds(dtype, adapter, adapter), Needs(False, True, True)
+    if dora:
+        kinds, needs = kinds._replace(m=adapter), needs._replace(m=True)
+    siblings = Siblings((m,), k, tuple(Sibling(n, r, kinds, needs, dora) for n in widths), True)
+    each = [
+        Given(
+            torch.empty(n, k, dtype=dtype),
+            torch.empty(r, k, dtype=adapter),
+            torch.empty(n, r, dtype=adapter),
+            None,
+            torch.empty(n, dtype=adapter) if dora else None,
+            2.0,
+        )
+        for n in widths
+    ]
+    ys, made, late = forward(siblings, x, each, 1 if p else None, p)
+    if late is not None:
+        late.run()
+    kept = [
+        Kept(one.weight, None if sibling.casts else one.b, y if dora else None)
+        for one, sibling, y in zip(each, siblings.each, ys, strict=True)
+    ]
+    dys = [torch.empty_like(y) for y in ys]
+    backward(siblings, dys, [], x, made, kept, [2.0] * len(ys), p)
 
 
 def compile_for(chip: Chip, problems: list[Case], few: Iterable[Case] = ()) -> list[dict[str, Any]]:
@@ -231,6 +268,10 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
         for magnitude in (None, torch.empty(n)):
             problem = f"{m}x{k}x{n} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]} layer"
             layer((m, k, n, r, dtype, p, adapter, with_bias), magnitude)
+    for m, k, widths, r, dtype, p, adapter, dora in GROUPS:
+        names = "dora" if dora else "lora"
+        problem = f"{m}x{k}x{'+'.join(map(str, widths))} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]} group {names}"
+        group((m, k, widths, r, dtype, p, adapter, dora))
     for base in BASES.values():
         if base.unpack_y and (not base.e4m3 or capability in (89, 90, 120)):
             others = () if "nested" not in base.name else (torch.float16,) if base.e4m3 else (torch.float16, FLOAT)
@@ -264,6 +305,14 @@ FEW_ROWS = [  # which among them take every tile
     (128, 8192, 2048, 64, BF16, 0.0, BF16, True),
     (128, 14336, 4096, 16, BF16, 0.0, BF16, False),
     (4096, 4096, 4096, 40, BF16, 0.0, BF16, False),  # whose B would be loaded by single elements, and spill
+]
+
+GROUPS: list[GroupCase] = [
+    (8192, 4096, (4096, 1024, 1024), 16, BF16, 0.0, BF16, False),
+    (8192, 4096, (14336, 14336), 16, BF16, 0.1, FLOAT, True),
+    (2048, 2048, (2048, 512, 512), 16, BF16, 0.1, BF16, False),
+    (4096, 4096, (4096, 1024, 1024, 1000), 8, torch.float16, 0.0, FLOAT, False),
+    (4096, 1024, (1024, 512), 16, FLOAT, 0.1, FLOAT, False),
 ]
 
 if __name__ == "__main__":
