@@ -203,7 +203,7 @@ def forward(
         program, bound = bound_program(group, key, Forward, given)
     first = len(program.launches) - group.late
     program.run(bound, 0, first)
-    return ys, made, Deferred(program, bound, first) if group.late else None
+    return ys, made, Deferred(program, bound, first, (x,)) if group.late else None
 
 
 def backward(
@@ -242,7 +242,7 @@ def backward(
         for grad in (dx, stacked, *(grad for three in grads for grad in three)):
             if grad is not None:
                 grad.zero_()
-    elif any(dy is not None for dy in dys) or frozen:
+    elif any(t is not None for t in (dx, stacked, *(grad for three in grads for grad in three))):
         ds = None
         if group.needs_ds and any(dy is None for dy in dys):  # whose columns of dS nobody writes
             ds = new(m, group.ranks, dtype=group.kind).zero_()

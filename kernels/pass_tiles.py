@@ -160,6 +160,23 @@ def grad_splits(m: int, n: int, r: int, *, tile: Tile, chip: Chip) -> tuple[int,
 
 
 @choice
+def glu_down(m: int, r: int, *, dtype: torch.dtype, chip: Chip, tma: bool, masked: bool) -> Tile:
+    """h = act(e) g and S = h A^T: as ``down``, with three tiles of the size of x's on their way. Not measured yet."""
+    block_r = rank_block(r, 64)
+    if dtype.itemsize > 2 or not tma or chip.small:
+        return Tile(m=32, k=32 if dtype.itemsize > 2 else 64, r=block_r)  # what fits
+    if m <= 2048:
+        return Tile(m=16, k=256, r=block_r)  # few rows: more programs
+    return Tile(m=64, k=128, r=block_r, stages=3 if masked or block_r == 64 else 4)
+
+
+@choice
+def glu_grad() -> Tile:
+    """de, dg and h, element by element: m rows a step, k steps and n columns a program. Not measured yet."""
+    return Tile(m=8, n=256, k=16)
+
+
+@choice
 def norm(n: int, r: int, *, dtype: torch.dtype, kind: torch.dtype, chip: Chip) -> Tile:
     """Row norms: n rows of W a program, k columns a step. ``kind`` is the adapters' dtype."""
     block_r, wide = rank_block(r, 64), dtype.itemsize > 2 or kind.itemsize > 2

@@ -145,11 +145,12 @@ class Kept(NamedTuple):
 
 
 class Deferred(NamedTuple):
-    """Launches that wait until what the backward reads is saved."""
+    """Launches that wait until what the backward reads is saved, and tensors that they read."""
 
     program: Program
     bound: Bound
     first: int
+    held: tuple[torch.Tensor, ...]
 
     def run(self) -> None:
         self.program.run(self.bound, self.first)

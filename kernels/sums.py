@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_fast.kernels.activations import gated
 from lora_fast.kernels.common import (
     Matrix,
     acc_dtype,
@@ -49,13 +50,19 @@ def _add_parts(src, dst, block, parts, size, scale, cols, stride, BLOCK: tl.cons
 
 
 @triton.jit
-def _column_dots(dy, x, w, s, b, w_scale_ptr, col, BLOCK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """sum over rows of dY * (x W^T + S B^T), for BLOCK columns from col on."""
+def _column_dots(
+    dy, x, gate_ptr, w, s, b, w_scale_ptr, col, BLOCK: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sum over rows of dY * (x W^T + S B^T), for BLOCK columns from col on; with a gate act(x) * gate is x."""
     total = tl.zeros([BLOCK], dtype=ACC)
     for m in range(0, dy.rows, BLOCK):
         z = tl.zeros([BLOCK, BLOCK], dtype=ACC)
         for k in range(0, x.cols, 16):
             x_tile, w_tile = load_tile(x, m, k, BLOCK, 16), load_tile(w, col, k, BLOCK, 16)
+            if gate_ptr is not None:
+                gate = load_tile(Matrix(gate_ptr, x.rows, x.cols, x.stride_r, x.stride_c), m, k, BLOCK, 16)
+                x_tile = gated(x_tile, gate, ACT, ACC, x_tile.dtype)
             if w_scale_ptr is not None:  # x as it is: where y was too small to carry z, z's own rounding is no matter
                 cols = col + tl.arange(0, BLOCK)
                 scale = tl.load(w_scale_ptr + cols, mask=cols < w.rows, other=0.0)
@@ -80,6 +87,7 @@ def _sum_kernel(
     norm_ptr,
     dy_ptr,
     x_ptr,
+    gate_ptr,
     w_ptr,
     s_ptr,
     b_ptr,
@@ -111,6 +119,7 @@ def _sum_kernel(
     stride_ds,
     APART: tl.constexpr,
     WEAK: tl.constexpr,
+    ACT: tl.constexpr,
     LIFTED: tl.constexpr,
     SCALING_PTR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -148,7 +157,9 @@ def _sum_kernel(
                     dy, x = Matrix(dy_ptr, M, N, stride_ym, stride_yn), Matrix(x_ptr, M, K, stride_xm, stride_xk)
                     w, s = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(s_ptr, M, RS, stride_s, 1)
                     b = Matrix(b_ptr, N, R, stride_bn, stride_br)
-                    again = _column_dots(dy, x, w, s, b, w_scale_ptr, block * DM_BLOCK, DM_BLOCK, ACC, PRECISION)
+                    again = _column_dots(
+                        dy, x, gate_ptr, w, s, b, w_scale_ptr, block * DM_BLOCK, DM_BLOCK, ACT, ACC, PRECISION
+                    )
                     total = tl.where(weak, again, total)
             dm = tl.where(norm != 0, total / tl.where(norm != 0, norm, 1.0), 0.0)
             tl.store(dm_ptr + cols, dm.to(dm_ptr.dtype.element_ty), mask=cols < N)
@@ -177,6 +188,8 @@ class Dora(NamedTuple, Generic[T]):
     s: T | None = None
     b: T | None = None
     w_scale: T | None = None
+    gate: T | None = None  # like x, and the activation: act(x) * gate is then what the layer was given
+    act: str | None = None
 
 
 class Parts(NamedTuple):
@@ -225,7 +238,7 @@ def add_parts(
 ) -> Launch:
     """ds = scaling * keep * the sum of its parts, sums, dora.dm and g likewise, after a pass over z, whose products
     were made in this dtype; those without parts are not touched."""
-    (m, n), (x, w, s, b, w_scale) = z.shape, (None,) * 5 if dora is None else dora[5:]
+    (m, n), (x, w, s, b, w_scale, gate, act) = z.shape, (None,) * 7 if dora is None else dora[5:]
     k = r = 0
     strides: dict[str, int] = dict.fromkeys((f"stride_{axes}" for axes in "ym yn xm xk wn wk bn br".split()), 0)
     if x is not None and w is not None and b is not None:
@@ -250,6 +263,7 @@ def add_parts(
         norm_ptr=dora and dora.norm,
         dy_ptr=z,
         x_ptr=x,
+        gate_ptr=gate,
         w_ptr=w,
         s_ptr=s,
         b_ptr=b,
@@ -274,6 +288,7 @@ def add_parts(
         stride_ds=0 if ds is None else ds.stride(0),
         APART=ds is not None and ds.stride(0) != ds.shape[1],
         WEAK=None if x is None else weak_gain(kind),
+        ACT=act,
         LIFTED=lifted,
         SCALING_PTR=isinstance(scaling, Operand),
         BLOCK=SUM_BLOCK,

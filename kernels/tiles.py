@@ -59,6 +59,8 @@ KERNELS = (
     "down_quantised",
     "pair",
     "grad",
+    "glu_down",
+    "glu_grad",
     "norm",
     "norm_parts",
     "weight",

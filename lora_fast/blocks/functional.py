@@ -85,8 +85,8 @@ def lora_glu(
     if call is None:
         dtype = _check(x, [("gate", gate), ("up", up)])
         if gate.weight.shape != up.weight.shape:
-            shape, expected = tuple(up.weight.shape), tuple(gate.weight.shape)
-            raise ValueError(f"up.weight: got shape {shape}, expected {expected}, as gate.weight")
+            got, wanted = tuple(up.weight.shape), tuple(gate.weight.shape)
+            raise ValueError(f"up.weight: got shape {got}, expected {wanted}, as gate.weight")
         _check(x.detach().new_empty(0, len(gate.weight)), [("down", down)])
         call = _settle(facts, backend, x, dtype, layers, training, activation)
     return call(x, gate, up, down, training)
@@ -175,7 +175,7 @@ def _settle(
     elif asked == "group":
         call = _fused_group(x, layers, training, backend)
     else:
-        call = partial(apart.lora_glu, activation=asked, backend=backend)
+        call = _fused_glu(x, layers, training, backend, asked)
     if facts is not None:
         if len(_calls) >= 4096:  # batch sizes that never repeat
             _calls.clear()
@@ -201,3 +201,19 @@ def _fused_group(
         return alone
     fused, dropping = FusedGroup(x, layers), training and any(layer.dropout_p > 0 for layer in layers)
     return alone if not fused.records and fused.group.m <= FEW and not dropping else fused
+
+
+def _fused_glu(
+    x: torch.Tensor, layers: Sequence[Layer], training: bool, backend: str, activation: str
+) -> Callable[..., torch.Tensor]:
+    from lora_fast.blocks.glu import FusedGlu, why_apart  # needs Triton
+    from lora_fast.blocks.group import FEW
+
+    alone = partial(apart.lora_glu, activation=activation, backend=backend)
+    if not any(layer.adapted for layer in layers):
+        return alone
+    if why := why_apart(x, layers, training):
+        dispatch.tell("runs a gated MLP layer by layer", why)
+        return alone
+    fused, dropping = FusedGlu(x, layers, activation), training and any(layer.dropout_p > 0 for layer in layers)
+    return alone if not fused.records and fused.mlp.inner.m <= FEW and not dropping else fused

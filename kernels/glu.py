@@ -1,0 +1,211 @@
+"""The middle of a gated MLP, h = act(e) * g, element by element, with what else one read of e and g gives.
+
+Forward: h, and S = scaling * drop(h) A^T of the layer that reads it. Backward, from dh: de = dh * g * act'(e) and dg =
+dh * act(e), which may take the memory of e and g; h again, which takes that of dh; and the column sums of de * e and
+dg * g, of which the gradients of DoRA's magnitudes are made.
+"""
+
+import triton
+import triton.language as tl
+
+from lora_fast.kernels import pass_tiles
+from lora_fast.kernels.activations import act_and_slope, gated
+from lora_fast.kernels.chip import Chip
+from lora_fast.kernels.common import (
+    TL,
+    Matrix,
+    acc_dtype,
+    load_tile,
+    mask_words,
+    mma,
+    precision,
+    store_tile,
+    unpack_words,
+    wait_for_stream,
+)
+from lora_fast.kernels.operands import Number, Operand, Tiles, launch
+from lora_fast.kernels.program import Launch
+from lora_fast.kernels.tiles import tma_fits
+
+
+@triton.jit(do_not_specialize=["M"])
+def _glu_down_kernel(
+    e,
+    g,
+    h,
+    a_ptr,
+    s_ptr,
+    scales_ptr,
+    bits_ptr,
+    keep_scale,
+    M,
+    K,
+    R,
+    stride_bits,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACT: tl.constexpr,
+    TMA: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_stream(PDL)
+    row, rank = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_R
+    rows, ranks = row + tl.arange(0, BLOCK_M), rank + tl.arange(0, BLOCK_R)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
+    for k in range(0, K, BLOCK_K):
+        e_tile = load_tile(Matrix(e, M, K, K, 1), row, k, BLOCK_M, BLOCK_K, TMA)
+        g_tile = load_tile(Matrix(g, M, K, K, 1), row, k, BLOCK_M, BLOCK_K, TMA)
+        a = load_tile(Matrix(a_ptr, R, K, K, 1), rank, k, BLOCK_R, BLOCK_K, TMA)
+        tile = gated(e_tile, g_tile, ACT, ACC, DTYPE)
+        if rank == 0:
+            store_tile(Matrix(h, M, K, K, 1), tile, row, k, DTYPE, TMA)
+        if bits_ptr is not None:
+            words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
+            tile = tl.where(unpack_words(words), tile, 0.0)
+        acc = mma(tile, a.T, acc, PRECISION)
+    s = acc * (tl.load(scales_ptr + ranks, mask=ranks < R, other=0.0) * keep_scale)[None, :]
+    s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :]
+    tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < R))
+
+
+def glu_down(
+    e: Operand,
+    g: Operand,
+    h: Operand,
+    a: Operand,
+    s: Operand,
+    scales: Operand,
+    keep: Number,
+    *,
+    act: str,
+    bits: Operand | None = None,
+) -> Launch:
+    """h [M, K] = act(e) * g, and s [M, R] = scales * keep * drop(h) a^T, from a [R, K], R a multiple of 16, and the
+    bits of a mask on h. All are contiguous and in one dtype, scales [R] in float32."""
+    (m, k), r = e.shape, len(a)
+    tma, masked = tma_fits(e, g, h, a), bits is not None
+    tile = pass_tiles.glu_down(m, r, dtype=e.dtype, chip=Chip.of(e.device), tma=tma, masked=masked)
+    block, of_a = [tile.m, tile.k], [tile.r, tile.k]
+    return launch(
+        _glu_down_kernel,
+        (triton.cdiv(m, tile.m), triton.cdiv(r, tile.r)),
+        tile.options,
+        e,
+        e=Tiles(e, block) if tma else e,
+        g=Tiles(g, block) if tma else g,
+        h=Tiles(h, block) if tma else h,
+        a_ptr=Tiles(a, of_a) if tma else a,
+        s_ptr=s,
+        scales_ptr=scales,
+        bits_ptr=bits,
+        keep_scale=keep,
+        M=m,
+        K=k,
+        R=r,
+        stride_bits=triton.cdiv(k, 32) if masked else 0,
+        BLOCK_M=tile.m,
+        BLOCK_K=tile.k,
+        BLOCK_R=tile.r,
+        ACT=act,
+        TMA=tma,
+        ACC=acc_dtype(e.dtype),
+        PRECISION=precision(e.dtype, k),
+        DTYPE=TL[e.dtype],
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def _glu_grad_kernel(
+    dh_ptr,
+    e_ptr,
+    g_ptr,
+    de_ptr,
+    dg_ptr,
+    h_ptr,
+    e_parts_ptr,
+    g_parts_ptr,
+    M,
+    N,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STEPS: tl.constexpr,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_stream(PDL)
+    col, first = tl.program_id(0) * COLS, tl.program_id(1) * ROWS * STEPS
+    cols = col + tl.arange(0, COLS)
+    if e_parts_ptr is not None:
+        e_dots = tl.zeros([ROWS, COLS], dtype=ACC)
+    if g_parts_ptr is not None:
+        g_dots = tl.zeros([ROWS, COLS], dtype=ACC)
+    for row in range(first, tl.minimum(first + ROWS * STEPS, M), ROWS):
+        dh = load_tile(Matrix(dh_ptr, M, N, N, 1), row, col, ROWS, COLS).to(ACC)
+        e = load_tile(Matrix(e_ptr, M, N, N, 1), row, col, ROWS, COLS).to(ACC)
+        g = load_tile(Matrix(g_ptr, M, N, N, 1), row, col, ROWS, COLS).to(ACC)
+        f, slope = act_and_slope(e, ACT)
+        f = f.to(DTYPE).to(ACC)
+        de = (dh * g * slope).to(DTYPE)
+        dg = (dh * f).to(DTYPE)
+        if e_parts_ptr is not None:
+            e_dots += de.to(ACC) * e
+        if g_parts_ptr is not None:
+            g_dots += dg.to(ACC) * g
+        store_tile(Matrix(de_ptr, M, N, N, 1), de, row, col, DTYPE)
+        store_tile(Matrix(dg_ptr, M, N, N, 1), dg, row, col, DTYPE)
+        store_tile(Matrix(h_ptr, M, N, N, 1), f * g, row, col, DTYPE)
+    part = tl.program_id(1).to(tl.int64) * N
+    if e_parts_ptr is not None:
+        tl.store(e_parts_ptr + part + cols, tl.sum(e_dots, 0), mask=cols < N)
+    if g_parts_ptr is not None:
+        tl.store(g_parts_ptr + part + cols, tl.sum(g_dots, 0), mask=cols < N)
+
+
+def glu_splits(m: int) -> int:
+    """How many parts ``glu_grad`` leaves of a column's sums."""
+    tile = pass_tiles.glu_grad()
+    return triton.cdiv(m, tile.m * tile.k)
+
+
+def glu_grad(
+    dh: Operand,
+    e: Operand,
+    g: Operand,
+    de: Operand,
+    dg: Operand,
+    *,
+    act: str,
+    e_parts: Operand | None = None,
+    g_parts: Operand | None = None,
+) -> Launch:
+    """de and dg [M, N] from dh, e and g, which they may lie over, and h over dh; all contiguous and in one dtype. With
+    parts [``glu_splits``, N] those of the column sums of de * e and of dg * g."""
+    (m, n), tile = dh.shape, pass_tiles.glu_grad()
+    return launch(
+        _glu_grad_kernel,
+        (triton.cdiv(n, tile.n), glu_splits(m)),
+        {"num_warps": tile.warps},
+        dh,
+        dh_ptr=dh,
+        e_ptr=e,
+        g_ptr=g,
+        de_ptr=de,
+        dg_ptr=dg,
+        h_ptr=dh,
+        e_parts_ptr=e_parts,
+        g_parts_ptr=g_parts,
+        M=m,
+        N=n,
+        ROWS=tile.m,
+        COLS=tile.n,
+        STEPS=tile.k,
+        ACT=act,
+        ACC=acc_dtype(dh.dtype),
+        DTYPE=TL[dh.dtype],
+    )

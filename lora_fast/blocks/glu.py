@@ -1,0 +1,145 @@
+"""A gated MLP as one differentiable operator."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from lora_fast.blocks import group
+from lora_fast.blocks.form import Layer
+from lora_fast.blocks.group import as_rows, sibling
+from lora_fast.dispatch import autocast_dtype
+from lora_fast.kernels import group as group_kernels
+from lora_fast.kernels import mlp as mlp_kernels
+from lora_fast.kernels.mlp import Made, Mlp
+from lora_fast.kernels.problem import MaybeTensor
+from lora_fast.kernels.siblings import Deferred, Given, Kept, Siblings
+from lora_fast.kernels.siblings import Made as MadeOfGroup
+from lora_fast.ops.linear import draw_seed
+from lora_fast.ops.parts import addressable, contiguous, on
+
+# Whether another backward may come through the graph (torch 2.5 and later); without it we take it that one may.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def why_apart(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> str | None:
+    """Why these gate, up and down do not run as one step, in words; None where they do."""
+    for name, layer in zip(("gate", "up", "down"), layers, strict=True):
+        if not layer.adapted:
+            return f"{name} has no adapters"
+    return group.why_apart(x, layers[:2], training) or group.why_apart(x, layers[2:], training)
+
+
+class Call(NamedTuple):
+    """What one call has beside tensors that autograd looks at."""
+
+    weights: Sequence[torch.Tensor]
+    scalings: Sequence[float | torch.Tensor]
+    seeds: tuple[Any, Any]  # of the dropout of x and of h
+    rates: tuple[float, float]
+    late: list[Deferred]  # filled: a launch for once what the backward reads is saved
+
+
+class FusedGlu:
+    """The fused form of ``reference.lora_glu`` for calls, checked before, that are alike (see ``FusedLinear``)."""
+
+    def __init__(self, x: torch.Tensor, layers: Sequence[Layer], activation: str) -> None:
+        dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
+        self.kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
+        gate, up, down = (sibling(layer, self.kind, train) for layer in layers)
+        lead, width = tuple(x.shape[:-1]), gate.n
+        # dm of gate and up comes from e and g, which are kept anyway, where no bias is in these.
+        dots = tuple(one.z_again for one in (gate, up))
+        kinds = tuple(one.kinds.m for one in (gate, up))
+        inner = [
+            replace(one, needs=one.needs._replace(m=False)) if by_dots else one
+            for one, by_dots in zip((gate, up), dots, strict=True)
+        ]
+        needs_x = train and x.requires_grad
+        pair = Siblings(lead, x.shape[-1], tuple(inner), needs_x)
+        self.mlp = Mlp(pair, Siblings((pair.m,), width, (down,), True), activation, dots, kinds)
+        self.records = needs_x or any(
+            train and t is not None and t.requires_grad for layer in layers for t in layer.tensors[1:]
+        )
+
+    def __call__(self, x: torch.Tensor, gate: Layer, up: Layer, down: Layer, training: bool) -> torch.Tensor:
+        layers = gate, up, down
+        with on(x.device):
+            x = x.to(self.kind)
+            rates = (gate.dropout_p, down.dropout_p) if training else (0.0, 0.0)
+            seeds = tuple(draw_seed(x.device) if p > 0 else None for p in rates)
+            weights = [layer.weight.to(self.kind) for layer in layers]
+            small = [contiguous(t) for layer in layers for t in layer.tensors[1:]]
+            call = Call(weights, [layer.scaling for layer in layers], seeds, rates, [])  # type: ignore[arg-type]
+            y = _Glu.apply(x, self, call, *small) if self.records else self.forward(x, call, *small)[0]
+            for late in call.late:
+                late.run()
+        return y
+
+    def forward(self, x: torch.Tensor, call: Call, *small: Any) -> tuple[torch.Tensor, Made]:
+        each = [Given(call.weights[i], *small[4 * i : 4 * i + 4], call.scalings[i]) for i in range(3)]
+        y, made, late = mlp_kernels.forward(self.mlp, addressable(x), each, call.seeds, call.rates)
+        if late is not None:
+            call.late.append(late)
+        return y, made
+
+    def to_save(
+        self, x: torch.Tensor, call: Call, small: Sequence[Any], y: torch.Tensor, made: Made
+    ) -> list[MaybeTensor]:
+        """What the backward will read: x, e and g, the rooms, the masks' bits, and ``Kept`` of each layer."""
+        inner, down, dots = self.mlp.inner, self.mlp.down, self.mlp.dots
+        again = any(dots)
+        saved: list[MaybeTensor] = [x if inner.needs_a or again else None, *made[:6]]
+        for i, one in enumerate((*inner.each, down)):
+            by_dots = i < 2 and dots[i]
+            saved += Kept(
+                call.weights[i] if i == 2 or inner.needs_x or by_dots else None,
+                None if one.casts else small[4 * i + 1],
+                y if one.z_again else None,
+                made.z[i] if one.needs.m else None,
+            )
+        return saved
+
+    def backward(
+        self, dy: torch.Tensor, saved: Sequence[Any], scalings: Sequence[Any], rates: tuple[float, float]
+    ) -> tuple[MaybeTensor, ...]:
+        """dX, then dA, dB, dbias and dm of gate, up and down."""
+        x, kept = saved[0], [Kept(*saved[i : i + 4]) for i in (7, 11, 15)]
+        found = Made(*saved[1:7], z=(None,) * 3)
+        x = None if x is None else addressable(x)
+        de, dg, of_down, dms = mlp_kernels.backward(
+            self.mlp, as_rows(dy), x, found, kept, scalings[2], rates[1], in_place=not _keeps_graph()
+        )
+        shared = MadeOfGroup(found.room, found.bits, ())
+        dx, both = group_kernels.backward(
+            self.mlp.inner, (de, dg), (), x, shared, kept[:2], scalings[:2], rates[0], in_place=True
+        )
+        grads = [(*three, own if dm is None else dm) for (*three, own), dm in zip(both, dms, strict=True)]
+        return dx, *(grad for four in (*grads, of_down) for grad in four)
+
+
+class _Glu(torch.autograd.Function):
+    """The last product waits until what the backward reads is saved: a checkpoint's second forward ends there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, fused: FusedGlu, call: Call, *small: Any) -> torch.Tensor:
+        y, made = fused.forward(x, call, *small)
+        scalings = list(call.scalings)
+        tensors = [i for i, scaling in enumerate(scalings) if isinstance(scaling, torch.Tensor)]
+        ctx.save_for_backward(*fused.to_save(x, call, small, y, made), *(scalings[i] for i in tensors))
+        for i in tensors:
+            scalings[i] = 1.0
+        ctx.rest = fused, scalings, tensors, call.rates
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        fused, scalings, tensors, rates = ctx.rest
+        saved, scalings = list(ctx.saved_tensors), list(scalings)
+        for i in reversed(tensors):
+            scalings[i] = saved.pop()
+        dx, *grads = fused.backward(dy, saved, scalings, rates)
+        return dx, None, None, *grads
