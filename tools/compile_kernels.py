@@ -164,6 +164,34 @@ def group(case: GroupCase) -> None:
     backward(siblings, dys, [], x, made, kept, [2.0] * len(ys), p)
 
 
+def mlp(case: GroupCase, act: str) -> None:
+    """The launches of a gated MLP, forward and backward; its widths are those of gate and of down."""
+    from lora_fast.kernels.mlp import Mlp, backward, forward
+    from lora_fast.kernels.problem import Kinds, Needs
+    from lora_fast.kernels.siblings import Given, Kept, Sibling, Siblings
+
+    m, k, (width, n), r, dtype, p, adapter, dora = case
+    kinds, needs = (
+        Kinds(dtype, adapter, adapter, None, adapter if dora else None),
+        Needs(False, True, True, False, dora),
+    )
+    inner, outer = Sibling(width, r, kinds, needs._replace(m=False), dora), Sibling(n, r, kinds, needs, dora)
+    pair = Siblings((m,), k, (inner, inner), True)
+    problem = Mlp(pair, Siblings((m,), width, (outer,), True), act, (dora, dora), (kinds.m, kinds.m))
+    x, each = torch.empty(m, k, dtype=dtype), []
+    for rows, cols in ((width, k), (width, k), (n, width)):
+        a, b = torch.empty(r, cols, dtype=adapter), torch.empty(rows, r, dtype=adapter)
+        magnitude = torch.empty(rows, dtype=adapter) if dora else None
+        each.append(Given(torch.empty(rows, cols, dtype=dtype), a, b, None, magnitude, 2.0))
+    seed = 1 if p else None
+    y, made, late = forward(problem, x, each, (seed, seed), (p, p))
+    if late is not None:
+        late.run()
+    kept = [Kept(one.weight, None if inner.casts else one.b) for one in each]
+    kept[2] = kept[2]._replace(y=y if dora else None)
+    backward(problem, torch.empty_like(y), x, made, kept, 2.0, p, True)
+
+
 def compile_for(chip: Chip, problems: list[Case], few: Iterable[Case] = ()) -> list[dict[str, Any]]:
     with assume(chip):
         return _compile(chip.capability, problems, few)
@@ -272,6 +300,10 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
         names = "dora" if dora else "lora"
         problem = f"{m}x{k}x{'+'.join(map(str, widths))} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]} group {names}"
         group((m, k, widths, r, dtype, p, adapter, dora))
+    for act, (m, k, widths, r, dtype, p, adapter, dora) in MLPS:
+        names = f"{act} {'dora' if dora else 'lora'}"
+        problem = f"{m}x{k}x{'+'.join(map(str, widths))} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]} mlp {names}"
+        mlp((m, k, widths, r, dtype, p, adapter, dora), act)
     for base in BASES.values():
         if base.unpack_y and (not base.e4m3 or capability in (89, 90, 120)):
             others = () if "nested" not in base.name else (torch.float16,) if base.e4m3 else (torch.float16, FLOAT)
@@ -313,6 +345,14 @@ GROUPS: list[GroupCase] = [
     (2048, 2048, (2048, 512, 512), 16, BF16, 0.1, BF16, False),
     (4096, 4096, (4096, 1024, 1024, 1000), 8, torch.float16, 0.0, FLOAT, False),
     (4096, 1024, (1024, 512), 16, FLOAT, 0.1, FLOAT, False),
+]
+
+MLPS: list[tuple[str, GroupCase]] = [
+    ("silu", (8192, 4096, (14336, 4096), 16, BF16, 0.0, BF16, False)),
+    ("silu", (8192, 4096, (14336, 4096), 16, BF16, 0.1, FLOAT, True)),
+    ("gelu", (2048, 2048, (8192, 2048), 64, BF16, 0.1, BF16, False)),
+    ("gelu_tanh", (4096, 2048, (8192, 2048), 16, torch.float16, 0.0, FLOAT, False)),
+    ("gelu", (4096, 1024, (2048, 1024), 16, FLOAT, 0.1, FLOAT, False)),
 ]
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from devices import CPU, CUDA, TRITON, saving
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from blocks import a_layer, keep_mask, results, trained
+from blocks import a_layer, close, keep_mask, results, trained
 from torch.utils.checkpoint import checkpoint
 
 from lora_fast import Layer, SlowPathWarning, dispatch, lora_group
@@ -125,7 +125,7 @@ def test_only_what_asks_for_a_gradient_gets_one(device):
             if t is not None:
                 assert (t.grad is None) == (f"{name}{i}" in missing), f"{name}{i}"
                 if t.grad is not None:
-                    torch.testing.assert_close(t.grad, truth[f"{name}{i}"])
+                    close(t.grad, truth[f"{name}{i}"], f"{name}{i}")
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (16,), (1, 16)], ids=str)
@@ -137,7 +137,7 @@ def test_rows_of_all_numbers(device, shape):
     ours, eager = results(fused, x, layers, dys), results(reference.lora_group, x, layers, dys)
     assert ours.keys() == eager.keys()
     for name, t in eager.items():
-        torch.testing.assert_close(ours[name], t, msg=lambda text, name=name: f"{name}: {text}")
+        close(ours[name], t, name)
 
 
 def test_tensors_of_other_layouts(device):
@@ -151,7 +151,7 @@ def test_tensors_of_other_layouts(device):
     ]
     ours, eager = results(fused, x, layers, dys), results(reference.lora_group, x, layers, dys)
     for name, t in eager.items():
-        torch.testing.assert_close(ours[name], t, msg=lambda text, name=name: f"{name}: {text}")
+        close(ours[name], t, name)
 
 
 def test_scaling_in_a_tensor(device):
@@ -232,7 +232,7 @@ def test_comes_apart_and_says_so_once(device, reason, monkeypatch):
         warnings.simplefilter("error")
         found = results(fused, x, layers, dys)
     if reason != "dropout":
-        torch.testing.assert_close(found["dx"], results(reference.lora_group, x, layers, dys)["dx"])
+        close(found["dx"], results(reference.lora_group, x, layers, dys)["dx"], "dx")
 
 
 def test_frozen_layers_alone(device):

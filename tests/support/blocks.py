@@ -70,3 +70,8 @@ def keep_mask(p, m, k, device, seed=1):
     """The mask of the next fused call after this seed, and what kept elements are multiplied by."""
     bits = mask.mask_bits(seed_drawn(torch.device(device), seed), p, m, k, torch.device(device))
     return mask.unpack(bits, k), mask.keep_scale(p)
+
+
+def close(found, expected, name):
+    """Of float32 results whose sums have another order."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=lambda text: f"{name}: {text}")

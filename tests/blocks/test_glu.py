@@ -1,0 +1,303 @@
+"""A gated MLP on the kernels: the error rule, what it keeps, whose memory it takes, and when it comes apart."""
+
+import pytest
+import torch
+from accuracy import compare
+from devices import CPU, CUDA, TRITON, saving
+
+if not TRITON:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+from blocks import a_layer, close, keep_mask, results, trained
+from torch.utils.checkpoint import checkpoint
+
+from lora_fast import Layer, SlowPathWarning, dispatch, lora_glu
+from lora_fast.blocks import functional, glu, reference
+from lora_fast.kernels import activations, mask, program
+from lora_fast.kernels import glu as glu_kernels
+from lora_fast.kernels import mlp as mlp_kernels
+from lora_fast.ops import linear
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
+# What gate, up and down have.
+FORMS: dict[str, list[dict]] = {
+    "lora": [{}, {}, {}],
+    "ranks": [{"r": 16}, {"r": 3, "scaling": 0.7}, {"r": 40, "scaling": 8.0}],
+    "dora": [{"dora": True}] * 3,
+    "bias": [{"dora": True, "bias": True}, {"bias": True}, {"bias": True, "dora": True}],
+    "mixed": [{"dora": True, "adapter": FLOAT}, {"adapter": FLOAT, "r": 5}, {"dora": True, "save": "z"}],
+}
+SMALL, ODD = (24, 32, 64, 48, 16), (33, 70, 45, 21, 3)  # M, K, I, N, r
+
+
+def drawn(form, shape, dtype, device, seed=0, p=0.0):
+    """x, the layers, and a dY in a list."""
+    gen = torch.Generator(device).manual_seed(seed)
+    m, k, width, n, r = shape
+    x = torch.randn(m, k, generator=gen, device=device).to(dtype)
+    sizes = (width, k), (width, k), (n, width)
+    layers = [
+        a_layer(*size, dtype=dtype, device=device, gen=gen, p=p, **{"r": r, **what})
+        for size, what in zip(sizes, FORMS[form], strict=True)
+    ]
+    return x, layers, [torch.randn(m, n, generator=gen, device=device).to(dtype)]
+
+
+def fused(act="silu", seed=1):
+    def fn(x, layers):
+        torch.manual_seed(seed)
+        return lora_glu(x, *layers, act, backend="triton")
+
+    return fn
+
+
+def plain(act="silu", p=0.0, shape=SMALL, device="cpu"):
+    """The reference with the masks of ``fused``: the seed of x's is drawn first."""
+    if p == 0:
+        return lambda x, layers: reference.lora_glu(x, *layers, act)
+    m, k, width, *_ = shape
+    keep_x, scale = keep_mask(p, m, k, device)
+    torch.manual_seed(1)
+    seeds = [linear.draw_seed(torch.device(device)) for _ in range(2)]
+    keep_h = mask.unpack(mask.mask_bits(seeds[1], p, m, width, torch.device(device)), width)
+
+    def fn(x, layers):
+        layers = [layer._replace(dropout_p=1 - 1 / scale) for layer in layers]
+        return reference.lora_glu(x, *layers, act, keep_x=keep_x, keep_h=keep_h)
+
+    return fn
+
+
+ACTS = activations.ACTIVATIONS
+CASES = [
+    *(
+        pytest.param("cpu", FLOAT, form, "silu", SMALL, 0.0, marks=CPU.marks, id=f"cpu-float32-{form}")
+        for form in FORMS
+    ),
+    *(pytest.param("cpu", HALF, form, "silu", ODD, 0.0, marks=CPU.marks, id=f"cpu-float16-{form}") for form in FORMS),
+    *(pytest.param("cpu", FLOAT, "lora", act, ODD, 0.0, marks=CPU.marks, id=f"cpu-float32-{act}") for act in ACTS[1:]),
+    pytest.param("cpu", FLOAT, "ranks", "gelu", ODD, 0.3, marks=CPU.marks, id="cpu-float32-ranks-dropout"),
+    pytest.param("cpu", HALF, "dora", "silu", SMALL, 0.3, marks=CPU.marks, id="cpu-float16-dora-dropout"),
+    *(
+        pytest.param(
+            "cuda", dtype, form, act, shape, p, marks=CUDA.marks, id=f"cuda-{str(dtype)[6:]}-{form}-{act}-{name}-p{p}"
+        )
+        for dtype in (BF16, HALF, FLOAT)
+        for form, act in [*((form, "silu") for form in FORMS), ("lora", "gelu_tanh"), ("ranks", "gelu")]
+        for name, shape, p in [
+            ("many", (4096, 2048, 6144, 2048, 16), 0.1),
+            ("few", (1000, 1024, 3072, 1024, 16), 0.0),
+            ("odd", (1003, 1001, 333, 70, 12), 0.1),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("device, dtype, form, act, shape, p", CASES)
+def test_error_rule(device, dtype, form, act, shape, p):
+    draws = [drawn(form, shape, dtype, device, seed, p) for seed in range(2 if device == "cpu" else 1)]
+    base = plain(act, p, shape, device)
+    ours = [results(fused(act), *draw) for draw in draws]
+    eagers = [results(base, *draw) for draw in draws]
+    compare(ours, eagers, [results(base, *draw, torch.float64) for draw in draws], dtype)
+
+
+@pytest.mark.parametrize("form", ["lora", "dora", "bias"])
+def test_graph_that_is_kept(device, form):
+    """Another backward gives the same bits, and the last one, which takes the memory of e and g, too."""
+    x, layers, dys = drawn(form, ODD, HALF, device, p=0.3)
+    x, layers = x.requires_grad_(), [trained(layer) for layer in layers]
+    leaves = [x, *(t for layer in layers for t in layer.tensors[1:] if t is not None)]
+    y = fused()(x, layers)
+    before = [t.detach().clone() for t in (x, y, *dys)]
+    first, second, last = (torch.autograd.grad(y, leaves, dys, retain_graph=keep) for keep in (True, True, False))
+    assert all(map(torch.equal, first, second)) and all(map(torch.equal, first, last))
+    assert all(map(torch.equal, before, (x, y, *dys))), "something that is not its own was written"
+
+
+def test_without_knowing_whether_it_is_kept(device, monkeypatch):
+    x, layers, dys = drawn("dora", SMALL, HALF, device)
+    expected = results(fused(), x, layers, dys)
+    monkeypatch.setattr(glu, "_keeps_graph", lambda: True)
+    found = results(fused(), x, layers, dys)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_no_gradient_of_gradients(device):
+    x, layers, dys = drawn("lora", SMALL, FLOAT, device)
+    x, layers = x.requires_grad_(), [trained(layer) for layer in layers]
+    (dx,) = torch.autograd.grad(fused()(x, layers), x, dys[0].requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def kept_of(x, layers):
+    """Bytes of what is saved, by kind: x and the parameters, matrices as large as e, the rest."""
+    with saving() as saved:
+        y = fused()(x, layers)
+    given = {t.data_ptr() for t in (x, *(t for layer in layers for t in layer.tensors if t is not None))}
+    others = {t.data_ptr(): t for t in saved if t.data_ptr() not in given and t.data_ptr() != y.data_ptr()}
+    size = x.shape[0] * len(layers[0].weight) * x.element_size()
+    return [t for t in others.values() if t.nbytes == size], sum(t.nbytes for t in others.values() if t.nbytes != size)
+
+
+@pytest.mark.parametrize("form, p", [("lora", 0.0), ("lora", 0.3), ("dora", 0.0)])
+def test_keeps_two_matrices(device, form, p):
+    x, layers, _ = drawn(form, (512, 32, 256, 48, 4), HALF, device, p=p)
+    large, small = kept_of(x.requires_grad_(), [trained(layer) for layer in layers])
+    assert len(large) == 2, "e and g alone"
+    stacked, s, copies = (2 * 32 + 256) * 16 * 2, 3 * 512 * 16 * 2, (2 * 256 + 48) * 16 * 2
+    bits, gains = (512 * (32 + 256) // 8) * (p > 0), 2 * 4 * (2 * 256 + 48)
+    assert small <= stacked + s + copies + bits + gains + 20 * 128
+
+
+def test_memory_of_a_step(device, monkeypatch):
+    """Counted from allocations, with no launch: e, g and h forward; e, g and dh backward, then dX without dh."""
+    monkeypatch.setattr(program.Program, "run", lambda *args: None)
+    m, k, width, n, r = shape = 2048, 64, 512, 64, 4
+    x, layers, dys = drawn("lora", shape, HALF, device)
+    x, layers = x.requires_grad_(), [trained(layer) for layer in layers]
+    matrix, narrow = m * width * 2, m * k * 2
+    with Counting() as forward:
+        y = fused()(x, layers)
+    assert 3 * matrix + narrow <= forward.peak < 3.3 * matrix + narrow and forward.now < 2.3 * matrix + narrow
+    with Counting() as backward:
+        y.backward(dys[0])
+    assert matrix <= backward.peak < 1.3 * matrix, "dh alone, and dX after it"
+    assert backward.now < 0.3 * matrix
+
+
+class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes of tensors that were made within and are still there, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.there = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("new_empty", "empty_like", "empty", "zeros", "new_zeros"):
+            import weakref
+
+            size = found.untyped_storage().nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(found.untyped_storage(), self.freed, size)
+        return found
+
+    def freed(self, size):
+        self.now -= size
+
+
+def test_checkpoint_skips_the_last_product(device, monkeypatch):
+    x, layers, dys = drawn("lora", SMALL, HALF, device, p=0.3)
+    expected = results(fused(), x, layers, dys)
+    launched = []
+    run = program.Program.run
+
+    def counted(self, bound, first=0, last=None):
+        launched.extend(launch.kernel.fn.__name__ for launch in self.launches[first:last])
+        return run(self, bound, first, last)
+
+    monkeypatch.setattr(program.Program, "run", counted)
+    results(lambda x, layers: checkpoint(fused(), x, layers, use_reentrant=False), x, layers, dys)
+    assert launched.count("_gemm_kernel") == 6, "three forward, two again, dh"
+    assert launched.count("_glu_down_kernel") == 2
+    for reentrant in (False, True):
+
+        def again(x, layers, reentrant=reentrant):
+            return checkpoint(fused(), x, layers, use_reentrant=reentrant)
+
+        found = results(again, x, layers, dys)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_tiny_gains(device):
+    """float16: where gains leave y no digits of z, z is made again, for down from e and g."""
+    gen = torch.Generator(device).manual_seed(0)
+    small = {"dtype": HALF, "device": device, "gen": gen, "dora": True}
+    layers = [a_layer(64, 32, 4, **small), a_layer(64, 32, 4, **small), a_layer(48, 64, 4, **small)]
+    for layer in layers:
+        layer.lora_magnitude_vector[::3] *= 1e-3
+        layer.lora_magnitude_vector[1::3] = 0
+    x = torch.randn(24, 32, generator=gen, device=device).half()
+    dys = [torch.randn(24, 48, generator=gen, device=device).half()]
+    kinds = [layer._replace(lora_magnitude_vector=layer.lora_magnitude_vector.float()) for layer in layers]
+    ours, truth = results(fused(), x, kinds, dys), results(plain(), x, kinds, dys, torch.float64)
+    for i in range(3):
+        torch.testing.assert_close(ours[f"m{i}"].double(), truth[f"m{i}"], rtol=0.02, atol=0.02 * truth[f"m{i}"].std())
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (16,), (1, 16), (2, 3, 16)], ids=str)
+def test_rows_of_all_numbers(device, shape):
+    gen = torch.Generator(device).manual_seed(0)
+    sizes = (24, 16), (24, 16), (8, 24)
+    layers = [a_layer(*size, 4, FLOAT, device, gen=gen, dora=i != 1) for i, size in enumerate(sizes)]
+    x = torch.randn(*shape, generator=gen, device=device)
+    dys = [torch.randn(*shape[:-1], 8, generator=gen, device=device)]
+    ours, eager = results(fused(), x, layers, dys), results(plain(), x, layers, dys)
+    assert ours.keys() == eager.keys()
+    for name, t in eager.items():
+        close(ours[name], t, name)
+
+
+def test_tensors_of_other_layouts(device):
+    x, layers, _ = drawn("lora", (15, 32, 64, 48, 16), FLOAT, device)
+    x = torch.cat([x, x], 1)[:, 32:].view(3, 5, 32)
+    dys = [torch.randn(3, 48, 5, device=device).transpose(1, 2)]
+    ours, eager = results(fused(), x, layers, dys), results(plain(), x, layers, dys)
+    for name, t in eager.items():
+        close(ours[name], t, name)
+
+
+def test_only_what_asks_for_a_gradient_gets_one(device):
+    x, layers, dys = drawn("dora", SMALL, FLOAT, device)
+    truth = results(plain(), x, layers, dys)
+    layers = [trained(layer) for layer in layers]
+    layers[0].lora_A.requires_grad_(False)
+    layers[1].lora_magnitude_vector.requires_grad_(False)
+    layers[2].lora_B.requires_grad_(False)
+    fused()(x, layers).backward(dys[0])
+    for i, layer in enumerate(layers):
+        for name, t in zip("ABbm", layer.tensors[1:], strict=True):
+            if t is not None:
+                assert (t.grad is None) == (f"{name}{i}" in ("A0", "m1", "B2")), f"{name}{i}"
+                if t.grad is not None:
+                    close(t.grad, truth[f"{name}{i}"], f"{name}{i}")
+
+
+@pytest.mark.parametrize("reason", ["no adapters", "dropout"])
+def test_comes_apart_and_says_so(device, reason, monkeypatch):
+    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setattr(functional, "_calls", {})
+    x, layers, dys = drawn("lora", SMALL, FLOAT, device)
+    if reason == "dropout":
+        layers[1] = layers[1]._replace(dropout_p=0.5)
+    else:
+        layers[2] = Layer(layers[2].weight)
+    message = {"no adapters": "down has no adapters", "dropout": "differ in their dropout"}
+    with pytest.warns(SlowPathWarning, match=f"runs a gated MLP layer by layer: .*{message[reason]}"):
+        found = results(fused(), x, layers, dys)
+    if reason != "dropout":
+        close(found["dx"], results(plain(), x, layers, dys)["dx"], "dx")
+
+
+def test_mutants_fail(device, monkeypatch):
+    """One gelu for the other; dA of down from dh, as if h had not been put there."""
+    x, layers, dys = drawn("lora", SMALL, FLOAT, device)
+    eager, truth = (results(plain("gelu"), x, layers, dys, kind) for kind in (None, torch.float64))
+    with pytest.raises(AssertionError, match="y0: .*dx: .*A2: "):
+        compare([results(fused("gelu_tanh"), x, layers, dys)], [eager], [truth], FLOAT)
+
+    def elsewhere(dh, e, g, de, dg, **others):
+        launch = glu_kernels.glu_grad(dh, e, g, de, dg, **others)
+        launch.args = (*launch.args[:5], launch.args[4], *launch.args[6:])
+        return launch
+
+    monkeypatch.setattr(functional, "_calls", {})
+    monkeypatch.setattr(mlp_kernels, "glu_grad", elsewhere)
+    with pytest.raises(AssertionError, match="A2: "):
+        compare([results(fused("gelu"), x, layers, dys)], [eager], [truth], FLOAT)
