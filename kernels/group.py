@@ -133,7 +133,8 @@ def gradients(
     at: Backward, each: Sequence[OneBackward], frozen: Sequence[tuple[Operand, Operand]], group: Siblings
 ) -> list[Launch]:
     small, scratch, x = group.small(at.room), Scratch(at.room.device), None if at.x is None else at.x.rows()
-    ds, parts = at.ds, [None] * len(each)
+    ds = at.ds
+    parts: Sequence[Maybe] = [None] * len(each)
     if group.needs_ds:
         ds = ds or scratch.part((group.m, group.ranks), group.kind)
         parts = group.columns(ds)

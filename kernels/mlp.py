@@ -39,8 +39,8 @@ class Mlp:
     inner: Siblings
     outer: Siblings
     act: str
-    dots: tuple[bool, bool]
-    dot_kinds: tuple[torch.dtype | None, torch.dtype | None]
+    dots: Sequence[bool]
+    dot_kinds: Sequence[torch.dtype | None]
 
     def __post_init__(self) -> None:
         self.programs = self.inner.programs
@@ -191,7 +191,7 @@ class Made(NamedTuple):
     down_room: torch.Tensor
     bits: MaybeTensor
     h_bits: MaybeTensor
-    z: tuple[MaybeTensor, ...]
+    z: tuple[MaybeTensor, ...] = (None,) * 3
 
 
 Seed = torch.Tensor | int | None

@@ -131,6 +131,12 @@ def layer(case: Case, magnitude: torch.Tensor | None, base_name: str = "plain") 
 GroupCase = tuple[int, int, tuple[int, ...], int, torch.dtype, float, torch.dtype, bool]
 
 
+def described(case: GroupCase) -> str:
+    m, k, widths, r, dtype, p, adapter, dora = case
+    forms = "dora" if dora else "lora"
+    return f"{m}x{k}x{'+'.join(map(str, widths))} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]} {forms}"
+
+
 def group(case: GroupCase) -> None:
     """The launches of layers with one input, forward and backward."""
     from lora_fast.kernels.group import backward, forward
@@ -296,14 +302,12 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
         for magnitude in (None, torch.empty(n)):
             problem = f"{m}x{k}x{n} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]} layer"
             layer((m, k, n, r, dtype, p, adapter, with_bias), magnitude)
-    for m, k, widths, r, dtype, p, adapter, dora in GROUPS:
-        names = "dora" if dora else "lora"
-        problem = f"{m}x{k}x{'+'.join(map(str, widths))} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]} group {names}"
-        group((m, k, widths, r, dtype, p, adapter, dora))
-    for act, (m, k, widths, r, dtype, p, adapter, dora) in MLPS:
-        names = f"{act} {'dora' if dora else 'lora'}"
-        problem = f"{m}x{k}x{'+'.join(map(str, widths))} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]} mlp {names}"
-        mlp((m, k, widths, r, dtype, p, adapter, dora), act)
+    for case in GROUPS:
+        problem = f"{described(case)} group"
+        group(case)
+    for act, case in MLPS:
+        problem = f"{described(case)} {act} mlp"
+        mlp(case, act)
     for base in BASES.values():
         if base.unpack_y and (not base.e4m3 or capability in (89, 90, 120)):
             others = () if "nested" not in base.name else (torch.float16,) if base.e4m3 else (torch.float16, FLOAT)

@@ -9,13 +9,13 @@ from torch.autograd.function import once_differentiable
 
 from lora_fast.blocks import group
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.group import as_rows, sibling
+from lora_fast.blocks.group import as_rows, given, sibling
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels import group as group_kernels
 from lora_fast.kernels import mlp as mlp_kernels
 from lora_fast.kernels.mlp import Made, Mlp
 from lora_fast.kernels.problem import MaybeTensor
-from lora_fast.kernels.siblings import Deferred, Given, Kept, Siblings
+from lora_fast.kernels.siblings import Deferred, Kept, Siblings
 from lora_fast.kernels.siblings import Made as MadeOfGroup
 from lora_fast.ops.linear import draw_seed
 from lora_fast.ops.parts import addressable, contiguous, on
@@ -51,8 +51,8 @@ class FusedGlu:
         gate, up, down = (sibling(layer, self.kind, train) for layer in layers)
         lead, width = tuple(x.shape[:-1]), gate.n
         # dm of gate and up comes from e and g, which are kept anyway, where no bias is in these.
-        dots = tuple(one.z_again for one in (gate, up))
-        kinds = tuple(one.kinds.m for one in (gate, up))
+        dots = [one.z_again for one in (gate, up)]
+        kinds = [one.kinds.m for one in (gate, up)]
         inner = [
             replace(one, needs=one.needs._replace(m=False)) if by_dots else one
             for one, by_dots in zip((gate, up), dots, strict=True)
@@ -79,7 +79,7 @@ class FusedGlu:
         return y
 
     def forward(self, x: torch.Tensor, call: Call, *small: Any) -> tuple[torch.Tensor, Made]:
-        each = [Given(call.weights[i], *small[4 * i : 4 * i + 4], call.scalings[i]) for i in range(3)]
+        each = [given(call.weights[i], small[4 * i : 4 * i + 4], call.scalings[i]) for i in range(3)]
         y, made, late = mlp_kernels.forward(self.mlp, addressable(x), each, call.seeds, call.rates)
         if late is not None:
             call.late.append(late)
@@ -107,7 +107,7 @@ class FusedGlu:
     ) -> tuple[MaybeTensor, ...]:
         """dX, then dA, dB, dbias and dm of gate, up and down."""
         x, kept = saved[0], [Kept(*saved[i : i + 4]) for i in (7, 11, 15)]
-        found = Made(*saved[1:7], z=(None,) * 3)
+        found = Made(*saved[1:7])
         x = None if x is None else addressable(x)
         de, dg, of_down, dms = mlp_kernels.backward(
             self.mlp, as_rows(dy), x, found, kept, scalings[2], rates[1], in_place=not _keeps_graph()

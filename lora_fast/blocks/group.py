@@ -56,6 +56,12 @@ def sibling(layer: Layer, kind: torch.dtype, train: bool) -> Sibling:
     )
 
 
+def given(weight: torch.Tensor, small: Sequence[Any], scaling: float | torch.Tensor) -> Given:
+    """A layer's tensors; ``small``: A, B, bias and magnitude."""
+    a, b, bias, magnitude = small
+    return Given(weight, a, b, bias, magnitude, scaling)
+
+
 class Call(NamedTuple):
     """What one call has beside tensors that autograd looks at."""
 
@@ -105,7 +111,7 @@ class FusedGroup:
         ys: list[Any] = [None] * self.n
         for i, bias in zip(self.frozen, small[end:], strict=True):
             ys[i] = F.linear(x, call.weights[i], None if bias is None else bias.to(self.kind))
-        each = [Given(call.weights[i], *small[4 * j : 4 * j + 4], call.scalings[j]) for j, i in enumerate(self.adapted)]
+        each = [given(call.weights[i], small[4 * j : 4 * j + 4], call.scalings[j]) for j, i in enumerate(self.adapted)]
         found, made, late = forward(self.group, addressable(x), each, call.seed, call.p)
         for i, y in zip(self.adapted, found, strict=True):
             ys[i] = y
@@ -148,8 +154,8 @@ class FusedGroup:
         x = None if x is None else addressable(x)
         dx, grads = backward(self.group, own, frozen, x, made, kept, scalings, p)
         biases = [
-            dys[i].reshape(-1, dys[i].shape[-1]).sum(0) if need and dys[i] is not None else None
-            for i, need in zip(self.frozen, needs, strict=True)
+            dy.reshape(-1, dy.shape[-1]).sum(0) if need and dy is not None else None
+            for dy, need in zip([dys[i] for i in self.frozen], needs, strict=True)
         ]
         return dx, *(grad for four in grads for grad in four), *biases
 
@@ -173,7 +179,7 @@ class _Group(torch.autograd.Function):
         ys, made, late = fused.forward(x, call, *small)
         if late is not None:
             call.late.append(late)
-        scalings = list(call.scalings)
+        scalings: list[Any] = list(call.scalings)
         tensors = [i for i, scaling in enumerate(scalings) if isinstance(scaling, torch.Tensor)]
         saved = fused.to_save(x, call, small, ys, made)
         ctx.save_for_backward(*saved, *(scalings[i] for i in tensors))
