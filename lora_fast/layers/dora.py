@@ -5,6 +5,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from lora_fast.blocks.form import Layer
 from lora_fast.dispatch import has_data
 from lora_fast.functional import dora_linear, dora_norm
 from lora_fast.layers.keeping import KeepsNorm
@@ -105,6 +106,14 @@ class DoRALinear(KeepsNorm, LoRALinear):
                 return not has_data(m)
             rtol = {torch.float64: 1e-10, torch.float32: 1e-5}.get(m.dtype, torch.finfo(m.dtype).eps)
             return torch.allclose(m.to(norm.dtype), norm, rtol=rtol, atol=0)
+
+    def as_layer(self, x: torch.Tensor) -> Layer | str | None:
+        if not (self._magnitude_is_set or self._magnitude_came()):
+            return "its magnitude is not made yet"
+        made = super().as_layer(x)
+        if not isinstance(made, Layer):
+            return made
+        return made._replace(lora_magnitude_vector=self.lora_magnitude_vector, save=self.save)
 
     def _adapted(self, x: torch.Tensor) -> torch.Tensor:
         if not (self._magnitude_is_set or self._magnitude_came()):

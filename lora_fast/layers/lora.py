@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_fast import dispatch
 from lora_fast.bases import kind_of_base, packed_as
+from lora_fast.bases.packed import PackedWeight
+from lora_fast.blocks.form import Layer
+from lora_fast.blocks.joining import SIBLINGS, Joins
 from lora_fast.functional import FLOATS, lora_linear
 from lora_fast.layers.merging import MergingLinear
 from lora_fast.layers.replacing import cleared, tell_of_freezing
@@ -23,8 +27,10 @@ from lora_fast.layers.rules import (
 from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.gather import whole
 
+PLAIN = (torch.Tensor, nn.Parameter)
 
-class LoRALinear(MergingLinear):
+
+class LoRALinear(Joins, MergingLinear):
     """A frozen ``nn.Linear`` plus a trainable low-rank update: ``y = x W^T + bias + scaling * (drop(x) A^T) B^T``.
 
     Hu et al. 2021 (arXiv 2106.09685); ``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``
@@ -172,9 +178,26 @@ class LoRALinear(MergingLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] to y [..., out]; raises as :func:`lora_fast.functional.lora_linear`."""
         if self.enabled and self._buffers["unmerged_weight"] is None:
-            return self._adapted(x)
+            y = self.joined(x) if SIBLINGS in vars(self) else None
+            return self._adapted(x) if y is None else y
         weight = self.weight if self.enabled else whole(self.base_weight).to(x.device)  # kept in shards, or offloaded
         return F.linear(x, weight, self.bias)
+
+    def as_layer(self, x: torch.Tensor) -> Layer | str | None:
+        if not self.enabled or self._buffers["unmerged_weight"] is not None:
+            return None
+        if self.save_x != "x":
+            return f"save_x is {self.save_x!r}"
+        weight = self.weight
+        if type(weight) is torch.Tensor:
+            weight = fsdp1.as_asked(weight, self)
+        tensors = x, weight, self.lora_A, self.lora_B
+        if others := [t for t in tensors if type(t) not in PLAIN and not isinstance(t, PackedWeight)]:
+            return f"one of its tensors is a {type(others[0]).__name__}"
+        if x.dtype != weight.dtype and dispatch.autocast_dtype(x.device) is None:
+            return f"the input is {x.dtype} and the base weight {weight.dtype}, without autocast"
+        p = self.lora_dropout if self.training else 0.0
+        return Layer(weight, self.lora_A, self.lora_B, self.scaling, self.bias, p)
 
     def _adapted(self, x: torch.Tensor) -> torch.Tensor:
         own: dict[str, Any] = self._parameters

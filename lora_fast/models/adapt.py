@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_fast.bases import kind_of_base
+from lora_fast.blocks.joining import join, part
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.replacing import forget_adapted, lost, note_adapted
@@ -27,7 +28,7 @@ TRAINED = "_trained_with_lora"  # names of own tensors that train and are saved 
 SAVED = "_saved_with_lora"  # present where modules_to_save trains a module that has tensors of its own
 
 
-def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
+def add_lora(model: nn.Module, config: LoRAConfig, *, blocks: str | bool = "auto") -> nn.Module:
     """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, in place, freeze the rest,
     return ``model``.
 
@@ -39,11 +40,14 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     all its places: it is a target if one of its names is, unless one of them is excluded. From then on
     a tool that would put another layer in the place of one of these, and so drop its adapter, gets a RuntimeError.
 
+    With ``blocks="auto"`` gated MLPs (``down(act(gate(x)) * up(x))``) run as one step each, and layers that their
+    parent calls with one input as a group (:mod:`lora_fast.blocks`); with False every layer runs by itself.
+
     Raises:
         TypeError: not a module, not a LoRAConfig.
         ValueError: the model has LoRA layers already, is itself an ``nn.Linear`` or wrapped by FSDP1; a target is no
             plain ``nn.Linear`` or its forward would not be called; a name or pattern of the config matches nothing; a
-            weight to quantise that is not finite.
+            weight to quantise that is not finite; ``blocks`` neither "auto" nor False.
         RuntimeError: an fp8 base on a GPU that has no units for it.
         After any error the model, its modules and its requires_grad flags are as they were.
     """
@@ -51,6 +55,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a LoRAConfig")
+    if blocks not in ("auto", False):
+        raise ValueError(f'blocks: got {blocks!r}, expected "auto" or False')
     config = replace(config)  # its fields may have been assigned since it was checked
     if present := [name or "itself" for name, module in plain_modules(model) if isinstance(module, LoRALinear)]:
         raise ValueError(f"model: has LoRA layers already ({some(present)}); call remove_lora first")
@@ -67,6 +73,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
             f"get no adapter and stay frozen: {some(patterns(missed))}",
             stacklevel=2,
         )
+    if blocks:
+        join(model)
     return model
 
 
@@ -138,6 +146,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
             f"model: torch.compile was given {some(compiled)} by itself, so that its wrapper would go on "
             "calling the LoRA layer; put the wrapper's _orig_mod in its place first"
         )
+    part(model)
     linears: dict[nn.Module, nn.Module] = {layer: layer._to_linear() for layer in layers.values()}
     modules = list(model.modules())
     _swap(model, linears)

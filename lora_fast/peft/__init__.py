@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_fast.bases import kind_of_base
 from lora_fast.bases.packed import PackedWeight
+from lora_fast.blocks.joining import join, part
 from lora_fast.layers.rules import check_base_dtype, check_quantisable
 from lora_fast.models.targets import holders, matching
 from lora_fast.peft.report import PeftReport, lora_layers, peft_report
@@ -19,6 +20,7 @@ def patch_peft(
     base_dtype: str | None = None,
     base_dtype_exclude: str | list[str] | None = None,
     base_compute: str | None = None,
+    blocks: str | bool = "auto",
 ) -> PeftReport:
     """Let the LoRA and DoRA linear layers of a PEFT model run through lora_fast's fused kernels, in place.
 
@@ -47,6 +49,9 @@ def patch_peft(
         base_compute: None, or "float8_e4m3": products over a base of 4 bits, bitsandbytes' too, are made from 8-bit
             operands.
         base_dtype_exclude: a list of names or last parts, or a regex: more layers whose base stays as it is.
+        blocks: "auto": gated MLPs (``down(act(gate(x)) * up(x))``) run as one step each, and layers that their parent
+            calls with one input as a group (:mod:`lora_fast.blocks`): faster, and with fewer activations kept. The
+            report names them. False: every layer by itself.
 
     Returns:
         What is fused as things stand now; :func:`peft_report` tells it anew.
@@ -54,12 +59,15 @@ def patch_peft(
     Raises:
         TypeError: not a module; a weight to quantise of another dtype than float16, bfloat16 or float32.
         ValueError: no LoRA layer of PEFT's in it, ``save`` neither "auto" nor "z", an unknown base_dtype, a weight to
-            quantise that is not finite. The model is then as it was, as after any other error.
+            quantise that is not finite; ``blocks`` neither "auto" nor False. The model is then as it was, as after any
+            other error.
         RuntimeError: an fp8 base on a GPU that has no units for it.
         ImportError: without PEFT.
     """
     if save not in ("auto", "z"):
         raise ValueError(f'save: got {save!r}, expected "auto" or "z"')
+    if blocks not in ("auto", False):
+        raise ValueError(f'blocks: got {blocks!r}, expected "auto" or False')
     check_base_dtype(base_dtype, base_compute)
     layers = lora_layers(model)
     if base_compute is not None and base_dtype is None:
@@ -74,7 +82,7 @@ def patch_peft(
     from lora_fast.peft.rules import why_never_fused
 
     kind = None if base_dtype is None else kind_of_base(base_dtype, base_compute)
-    asked = Asked(save, kind, base_dtype_exclude, base_compute == "float8_e4m3")
+    asked = Asked(save, kind, base_dtype_exclude, base_compute == "float8_e4m3", bool(blocks))
     kept = matching("base_dtype_exclude", base_dtype_exclude, {layer: [name] for name, layer in layers.items()})
     done: list[Any] = []
     eight: dict[str, Any] = {}
@@ -99,6 +107,9 @@ def patch_peft(
         elif type(module) in (LoraModel, FastLoraModel):
             module.__class__ = FastLoraModel
             module.patch_later = asked._replace(prefix=f"{name}." if name else "")
+    part(model)
+    if blocks:
+        join(model)
     return peft_report(model)
 
 
@@ -109,6 +120,7 @@ class Asked(NamedTuple):
     kind: type[PackedWeight] | None  # of the base weights
     base_dtype_exclude: str | list[str] | None
     e4m3: bool  # whether products over bitsandbytes' 4-bit bases are made from 8-bit operands
+    blocks: bool = True
     prefix: str = ""  # of the tuner's layers, in the names that base_dtype_exclude speaks of
 
     def __call__(self, tuner: nn.Module) -> None:
@@ -120,6 +132,8 @@ class Asked(NamedTuple):
         for layer in new.values():
             adopt(layer, self.e4m3)
             layer.save = self.save
+        if self.blocks and new:
+            join(tuner)
         if self.kind is None:
             return
         names = {layer: [name] for name, layer in layers.items()}
@@ -203,6 +217,7 @@ def unpatch_peft(model: nn.Module) -> None:
 
     from lora_fast.peft.layers import FastLinear, FastLoraModel
 
+    part(model)
     for layer in layers.values():
         if isinstance(layer, FastLinear):
             layer.release()

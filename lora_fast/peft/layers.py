@@ -10,6 +10,8 @@ from torch import nn
 
 from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight, as_plain
+from lora_fast.blocks.form import Layer
+from lora_fast.blocks.joining import SIBLINGS, Joins
 from lora_fast.functional import FLOATS, dora_linear, lora_linear
 from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm
 from lora_fast.layers.merged_state import TO_COME
@@ -75,7 +77,7 @@ class Scalings(dict[str, Any]):
         return type(self), (dict(self), torch.device("cpu"))  # a pickle may be read where there is no such device
 
 
-class FastLinear(KeepsNorm, KeepingLinear):
+class FastLinear(KeepsNorm, Joins, KeepingLinear):
     """``peft.tuners.lora.Linear`` that runs plain LoRA and DoRA adapters through :mod:`lora_fast.functional`.
 
     Not constructed, but put in place of an instance's class (:meth:`adopt`). Parameters are PEFT's own, read in each
@@ -108,7 +110,7 @@ class FastLinear(KeepsNorm, KeepingLinear):
         self._forget_base()
         scalings = dict(self.scaling)
         del self._scalings
-        for name in ("save", "save_x", "is_embedding", TO_COME, KEPT_NORM, "keep_in_graphs"):
+        for name in ("save", "save_x", "is_embedding", TO_COME, KEPT_NORM, "keep_in_graphs", SIBLINGS):
             vars(self).pop(name, None)
         if isinstance(self.base_layer.weight, PackedWeight):
             self.base_layer.weight = nn.Parameter(self.base_layer.weight.dequantise(), requires_grad=False)
@@ -133,6 +135,8 @@ class FastLinear(KeepsNorm, KeepingLinear):
         DoRA's dropout acts on the low-rank branch alone, and several adapters share one mask; stock PEFT, in contrast,
         also drops the input of DoRA's base product, and draws a mask for each adapter.
         """
+        if SIBLINGS in vars(self) and not args and not kwargs and (y := self.joined(x)) is not None:
+            return y
         if not self.disable_adapters and not self.merged and (names := active(self)):
             parts = why_not_this_call(self, x, args, kwargs) or examine(self, names)
             if not isinstance(parts, str):
@@ -185,36 +189,52 @@ class FastLinear(KeepsNorm, KeepingLinear):
             weight = fsdp1.as_asked(weight, base)
         return weight, bias
 
-    def _fused(self, x: torch.Tensor, parts: list[tuple[Any, ...]]) -> torch.Tensor:
-        """The forward with what :func:`examine` found to be plain."""
+    def as_layer(self, x: torch.Tensor) -> Layer | str | None:
+        if self.disable_adapters or self.merged or not (names := active(self)):
+            return None
+        parts = why_not_this_call(self, x, (), {}) or examine(self, names)
+        if isinstance(parts, str):
+            return parts
+        if self.save_x != "x":
+            return f"save_x is {self.save_x!r}"
+        return self._layer(x, parts)
+
+    def _layer(self, x: torch.Tensor, parts: list[tuple[Any, ...]]) -> Layer:
+        """What a call computes, of what :func:`examine` found to be plain."""
         scalings = self._scalings
         weight, bias = self.frozen()
         name, a, b, dropout = parts[0]
-        p = dropout.p if type(dropout) is nn.Dropout else 0.0
+        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         scaling = scalings.of(name, x.device)
         if is_dora(self, name):
-            magnitude = self.lora_magnitude_vector[name]
-            caching = peft_norms.wanted(magnitude)
-            return dora_linear(
-                x,
-                weight,
-                a,
-                b,
-                magnitude.weight,
-                scaling,
-                bias,
-                dropout_p=p,
-                training=dropout.training,
-                save=self.save,
-                round_norm=True,
-                save_x=self.save_x,
-                kept=self.kept_norm(in_graphs=caching),
-            )
+            magnitude = self.lora_magnitude_vector[name].weight
+            return Layer(weight, a, b, scaling, bias, p, magnitude, True, self.save)
         if len(parts) > 1:  # the sum of the adapters is one adapter, stacked along r
             a = torch.cat([a for _, a, _, _ in parts])
             b = torch.cat([b * scalings.of(name, x.device) for name, _, b, _ in parts], 1)
             scaling = 1.0
-        return lora_linear(x, weight, a, b, scaling, bias, dropout_p=p, training=dropout.training, save_x=self.save_x)
+        return Layer(weight, a, b, scaling, bias, p)
+
+    def _fused(self, x: torch.Tensor, parts: list[tuple[Any, ...]]) -> torch.Tensor:
+        """The forward with what :func:`examine` found to be plain."""
+        weight, a, b, scaling, bias, p, magnitude, _, save = self._layer(x, parts)
+        if magnitude is None:
+            return lora_linear(x, weight, a, b, scaling, bias, dropout_p=p, save_x=self.save_x)  # type: ignore[arg-type]
+        caching = peft_norms.wanted(self.lora_magnitude_vector[parts[0][0]])
+        return dora_linear(
+            x,
+            weight,
+            a,  # type: ignore[arg-type]
+            b,  # type: ignore[arg-type]
+            magnitude,
+            scaling,
+            bias,
+            dropout_p=p,
+            save=save,
+            round_norm=True,
+            save_x=self.save_x,
+            kept=self.kept_norm(in_graphs=caching),
+        )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in PEFT, but for the weight of a head, which PEFT's files take along: if it is fp8 it is plain there, and

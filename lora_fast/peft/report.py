@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_fast import dispatch
 from lora_fast.bases.packed import is_packed, packed_in
+from lora_fast.blocks.joining import joined_in
 from lora_fast.wrappers import fsdp1
 
 
@@ -24,9 +25,19 @@ class PeftLayer:
 
 @dataclass(frozen=True)
 class PeftReport:
-    """Which of a model's LoRA layers the fused kernels run, as things stood when it was made; prints as a table."""
+    """Which of a model's LoRA layers the fused kernels run, as things stood when it was made; prints as a table.
+
+    Attributes:
+        layers: all of them.
+        blocks: names of gated MLPs whose three layers run as one step, where nothing in a call speaks against it.
+        groups: of layers that run together where they are given one input, their names.
+    """
 
     layers: tuple[PeftLayer, ...]
+    blocks: tuple[str, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+    joined: tuple[tuple[str, str, str], ...] = ()  # (module, "block", "group" or "no block", remark)
+    in_blocks: int = 0  # of the layers
 
     @property
     def fused(self) -> int:
@@ -38,10 +49,10 @@ class PeftReport:
 
     def __str__(self) -> str:
         """A line for all layers whose names differ in numbers alone and that share the rest."""
+        layers = [(layer.name, "fused" if layer.fused else "not fused", layer.reason) for layer in self.layers]
         groups: dict[tuple[str, str, str], int] = {}
-        for layer in self.layers:
-            name = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
-            key = name, "fused" if layer.fused else "not fused", layer.reason
+        for name, *rest in [*layers, *self.joined]:
+            key = ".".join("*" if part.isdigit() else part for part in name.split(".")), *rest
             groups[key] = groups.get(key, 0) + 1
         rows = [(name, str(count), *rest) for (name, *rest), count in groups.items()]
         table = [("layer", "count", "", "reason"), *rows]
@@ -50,7 +61,13 @@ class PeftReport:
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
             for row in table
         ]
-        return "\n".join([*lines, f"{self.fused} fused, {self.not_fused} not fused"])
+        joined = []
+        if self.blocks:
+            joined.append(f"{self.in_blocks} in {len(self.blocks)} blocks")
+        if self.groups:
+            joined.append(f"{sum(map(len, self.groups))} in {len(self.groups)} groups")
+        together = f" ({', '.join(joined)})" if joined else ""
+        return "\n".join([*lines, f"{self.fused} fused{together}, {self.not_fused} not fused"])
 
 
 def peft_report(model: nn.Module) -> PeftReport:
@@ -62,7 +79,37 @@ def peft_report(model: nn.Module) -> PeftReport:
     layers = lora_layers(model)
     gathered, flat = set(_under_fsdp(model)), set(fsdp1.wrapped(model))
     verdicts = {name: _judge(layer, layer in gathered, layer in flat) for name, layer in layers.items()}
-    return PeftReport(tuple(PeftLayer(name, *verdict) for name, verdict in verdicts.items()))
+    return joined_report(model, tuple(PeftLayer(name, *verdict) for name, verdict in verdicts.items()))
+
+
+def joined_report(model: nn.Module, layers: tuple[PeftLayer, ...]) -> PeftReport:
+    """With what of the model runs together."""
+    joined, names = joined_in(model), {layer.name for layer in layers}
+    lines, in_blocks, groups = [], 0, []
+    for name, glu in joined.blocks.items():
+        own = glu.gate, glu.up, glu.down
+        in_blocks += sum(_under(name, child) in names for child in own)
+        what = f"{', '.join(own)} in one step ({glu.activation}); the product is made again in the backward"
+        lines.append((name, "block", what))
+    for name, of_module in joined.groups.items():
+        for own_names in of_module:
+            full = tuple(_under(name, child) for child in own_names)
+            groups.append(full)
+            wasted = [
+                f"{child} was given another input in {joined.wasted[_under(name, child)][0]} of "
+                f"{joined.wasted[_under(name, child)][1]} calls"
+                for child in own_names
+                if _under(name, child) in joined.wasted
+            ]
+            lines.append(
+                (name, "group", "; ".join([f"{', '.join(own_names)} share one pass over their input", *wasted]))
+            )
+    lines += [(name, "no block", why) for name, why in joined.refused.items()]
+    return PeftReport(layers, tuple(joined.blocks), tuple(groups), tuple(lines), in_blocks)
+
+
+def _under(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child
 
 
 def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[bool, str]:

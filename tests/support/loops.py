@@ -11,6 +11,9 @@ import transformers
 from torch import nn
 
 from lora_fast import PeftReport, peft_report
+from lora_fast.blocks.form import Layer
+from lora_fast.blocks.glu import FusedGlu
+from lora_fast.blocks.group import FusedGroup
 from lora_fast.ops import linear as ops
 from lora_fast.peft.report import PeftLayer
 
@@ -72,8 +75,8 @@ def arguments(way, cls, path, **kwargs):
 
 @dataclass
 class Seen:
-    """What happened while a loop ran: the model's losses, its report at the first of them, calls of the fused operator
-    and launches of kernels."""
+    """What happened while a loop ran: the model's losses, its report at the first of them, the layers that fused
+    operators ran and the launches of kernels."""
 
     losses: list[float] = field(default_factory=list)
     report: PeftReport | None = None
@@ -87,26 +90,45 @@ class Seen:
         return cls(**fields | {"report": PeftReport(layers)})
 
 
+def layers_in(args: tuple) -> int:
+    """Of a call of a fused operator; groups and gated MLPs are given several."""
+    return sum(isinstance(arg, Layer) + (isinstance(arg, (list, tuple)) and len(arg)) for arg in args[1:]) or 1
+
+
 @contextmanager
 def watched() -> Iterator[Seen]:
-    """Counts what the fused operator and the kernels' launcher are called for."""
+    """Counts what the fused operators and the kernels' launcher are called for."""
     from lora_fast.kernels.program import Program
 
-    seen, run, start = Seen(), ops.FusedLinear.__call__, Program.run
+    seen, start, inside = Seen(), Program.run, [False]
+    plain = {kind: kind.__call__ for kind in (ops.FusedLinear, FusedGroup, FusedGlu)}
 
-    def operator(*args, **kwargs):
-        seen.calls += 1
-        return run(*args, **kwargs)
+    def counting(run):
+        def operator(self, x, *args, **kwargs):
+            if inside[0]:  # of another one, which counted
+                return run(self, x, *args, **kwargs)
+            seen.calls += layers_in((x, *args)) if run is not plain[ops.FusedLinear] else 1
+            inside[0] = True
+            try:
+                return run(self, x, *args, **kwargs)
+            finally:
+                inside[0] = False
+
+        return operator
 
     def launch(program, bound, first=0, last=None):
         seen.launches += len(program.launches[first:last])
         return start(program, bound, first, last)
 
-    ops.FusedLinear.__call__, Program.run = operator, launch  # type: ignore[method-assign]
+    for kind, run in plain.items():
+        kind.__call__ = counting(run)
+    Program.run = launch  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        ops.FusedLinear.__call__, Program.run = run, start  # type: ignore[method-assign]
+        Program.run = start  # type: ignore[method-assign]
+        for kind, run in plain.items():
+            kind.__call__ = run
 
 
 def trained(model: nn.Module, loop: Callable[[nn.Module], object]) -> Seen:
