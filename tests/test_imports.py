@@ -21,6 +21,7 @@ ROOMS = [
     {"files", "parametrize", "peft"},
     {"models"},
     {"layers"},
+    {"experts"},
     {"wrappers"},
     {"functional"},
     {"ops"},
