@@ -72,7 +72,7 @@ def lora_experts(
     wide = torch.promote_types(y.dtype, torch.float32)
     weights = torch.where(foreign, 0, top_k_weights.reshape(-1).to(wide))
     by_slot = torch.zeros(len(slots), x.shape[1], dtype=y.dtype, device=y.device).index_copy(0, order[:start], y)
-    return (by_slot.to(wide) * weights[:, None]).view(*top_k_index.shape, -1).sum(1).to(x.dtype)
+    return (by_slot.to(wide) * weights[:, None]).view(*top_k_index.shape, x.shape[1]).sum(1).to(x.dtype)
 
 
 def apply_gate(h: torch.Tensor, form: ExpertsForm) -> torch.Tensor:
