@@ -47,7 +47,7 @@ GROUP_M = 16  # row blocks that are walked together; 8 and 12 are no worse
 
 
 @triton.jit
-def _tile_of(tile, grid_m, grid_n, GROUP_M: tl.constexpr):
+def tile_of(tile, grid_m, grid_n, GROUP_M: tl.constexpr):
     """Where a tile lies (the last one for those past it). Walk GROUP_M row blocks at a time, so that neighbouring
     programs share tiles of X and W in the cache."""
     tile = tl.minimum(tile, grid_m * grid_n - 1)
@@ -58,7 +58,7 @@ def _tile_of(tile, grid_m, grid_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _halves(tile):
+def halves(tile):
     """The left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 
@@ -148,11 +148,11 @@ def _store_masked(
     BLOCK_M: tl.constexpr = acc.shape[0]
     PIECES: tl.constexpr = 4 if acc.shape[1] >= 128 else 2  # that fit the registers beside a low-rank product
     WIDTH: tl.constexpr = acc.shape[1] // PIECES
-    left, right = _halves(acc)
+    left, right = halves(acc)
     for i in tl.static_range(PIECES):
         piece = left if i < PIECES // 2 else right
         if PIECES == 4:
-            first, second = _halves(piece)
+            first, second = halves(piece)
             piece = first if i % 2 == 0 else second
         low = tl.zeros([BLOCK_M, WIDTH], dtype=acc.dtype)
         for step in tl.static_range(RANK_STEPS):  # at run time it would make ptxas serialise the base product
@@ -256,7 +256,7 @@ def _gemm_kernel(
     c = end - BLOCK_C
     row = 0
     col = 0
-    pid_m, pid_n = _tile_of(tl.program_id(0), grid_m, grid_n, GROUP_M)
+    pid_m, pid_n = tile_of(tl.program_id(0), grid_m, grid_n, GROUP_M)
     row_next = pid_m * BLOCK_M
     col_next = pid_n * BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
@@ -272,7 +272,7 @@ def _gemm_kernel(
         if c == end:
             c = 0
             tile += PROGRAMS
-            pid_m, pid_n = _tile_of(tile, grid_m, grid_n, GROUP_M)
+            pid_m, pid_n = tile_of(tile, grid_m, grid_n, GROUP_M)
             row = pid_m * BLOCK_M
             col = pid_n * BLOCK_N
         xs, ws, at, to = x, w, c - n_rank, C
@@ -292,7 +292,7 @@ def _gemm_kernel(
         else:
             turn = c == end - BLOCK_C
         if turn:
-            pid_m, pid_n = _tile_of(tile + PROGRAMS, grid_m, grid_n, GROUP_M)
+            pid_m, pid_n = tile_of(tile + PROGRAMS, grid_m, grid_n, GROUP_M)
             row_next = pid_m * BLOCK_M
             col_next = pid_n * BLOCK_N
             if c == end - BLOCK_C:
@@ -320,7 +320,7 @@ def _gemm_kernel(
                         TMA,
                     )
                 else:
-                    left_half, right_half = _halves(acc)
+                    left_half, right_half = halves(acc)
                     _store(whole_out, z, left_half, row, col, gain_ptr, bias_ptr, DTYPE, TMA)
                     _store(whole_out, z, right_half, row, col + BLOCK_N // 2, gain_ptr, bias_ptr, DTYPE, TMA)
                 if LOW_FIRST:

@@ -82,7 +82,7 @@ def forward(
     )
     program = problem.programs.get(key)
     if program is None or (bound := program.bind(*given)) is None:
-        program, bound = _bound(problem, key, Forward, given)
+        program, bound = bound_program(problem, key, Forward, given)
     if call.defers and not makes_s(program.launches[-1]):
         program.run(bound, 0, -problem.last)
         call.deferred = program, bound, -problem.last
@@ -96,7 +96,7 @@ def make_kept(problem: Problem, call: Call, a: torch.Tensor, b: torch.Tensor, ma
     kept = a.new_empty(problem.lasting.bytes, dtype=torch.uint8)
     scaling = as_scaling(call.scaling)
     given = a, b, magnitude, kept, scaling, *call.held[problem.for_y]
-    program, bound = _bound(problem, (kept_launches, _kind(scaling)), Keeping, given)
+    program, bound = bound_program(problem, (kept_launches, _kind(scaling)), Keeping, given)
     program.run(bound)
     return kept
 
@@ -106,7 +106,7 @@ def _kind(value: float | int | torch.Tensor) -> object:
     return (value.dtype, value.data_ptr() % 16) if isinstance(value, torch.Tensor) else type(value)
 
 
-def _bound(problem: Problem, key: tuple, args: Any, given: tuple) -> tuple[Program, Bound]:
+def bound_program(problem: Any, key: tuple, args: Any, given: tuple) -> tuple[Program, Bound]:
     """The program for what is ``given``, bound to it. Programs are kept under their keys for tensors that start at
     multiples of 16 bytes, and under longer ones for other tensors. A key begins with the function that says what a new
     one launches, from ``args`` of operands, the last of which is a tuple of those that are left."""
@@ -164,6 +164,6 @@ def backward(
     )
     program = problem.programs.get(key)
     if program is None or (bound := program.bind(*given)) is None:
-        program, bound = _bound(problem, key, Backward, given)
+        program, bound = bound_program(problem, key, Backward, given)
     program.run(bound)
     return grads
