@@ -75,8 +75,13 @@ _calls: dict[tuple[Any, ...], Callable[..., torch.Tensor]] = {}  # what takes ca
 
 def _settle(given: tuple[Any, ...], form: ExpertsForm, dtype: torch.dtype, backend: str) -> Callable[..., torch.Tensor]:
     """What takes this call, which passed the checks, and from now on those with the same facts."""
-    dispatch.choose(backend, given[0].device, dtype)
-    return partial(reference.lora_experts, form=form)
+    if dispatch.choose(backend, given[0].device, dtype) == "reference":
+        return partial(reference.lora_experts, form=form)
+    if dtype == torch.float64:  # which the interpreter has, for other operators
+        raise RuntimeError(f"backend='triton': {dtype} has no fused kernel (bfloat16, float16 and float32 have)")
+    from lora_fast.experts.fused import FusedExperts  # imports Triton
+
+    return FusedExperts(*given, form=form)
 
 
 def _facts_of(given: tuple[Any, ...], form: Any, backend: Any) -> tuple[Any, ...] | None:
