@@ -75,9 +75,10 @@ _tried: dict[tuple[Any, ...], bool] = {}
 
 
 def _form_of(module: Any) -> ExpertsForm | str:
-    name = type(module).__name__
+    kind = getattr(type(module), "ADAPTED", type(module))  # what it was before add_lora
+    name = kind.__name__
     # The decorator's forward, around which functools.wraps puts the looks of the original.
-    forward = getattr(type(module).forward, "__globals__", {}).get("__name__")
+    forward = getattr(kind.forward, "__globals__", {}).get("__name__")
     if forward != "transformers.integrations.moe":
         return f"{name} has a forward of its own"
     if not module.has_gate:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from lora_fast.dispatch import has_data
 from lora_fast.experts.form import Adapter, ExpertsForm, Gate
-from lora_fast.reference import lora_linear
+from lora_fast.reference import lora_linear, lora_weight
 
 
 def lora_experts(
@@ -73,6 +73,18 @@ def lora_experts(
     weights = torch.where(foreign, 0, top_k_weights.reshape(-1).to(wide))
     by_slot = torch.zeros(len(slots), x.shape[1], dtype=y.dtype, device=y.device).index_copy(0, order[:start], y)
     return (by_slot.to(wide) * weights[:, None]).view(*top_k_index.shape, x.shape[1]).sum(1).to(x.dtype)
+
+
+def merged_weight(weight: torch.Tensor, lora: Adapter, transposed: bool) -> torch.Tensor:
+    """``W_e + scaling * B_e A_e`` of every expert, in weight's layout and dtype: summed in float32 or better, rounded
+    once, an expert at a time, without gradient."""
+    weights, loras, scaling, _ = _per_expert(weight, lora, None, transposed)
+    assert loras is not None
+    merged = torch.empty_like(weight)
+    with torch.no_grad():
+        for own, new, (a, b) in zip(weights, merged, loras, strict=True):
+            (new.mT if transposed else new).copy_(lora_weight(own, a, b, scaling))
+    return merged
 
 
 def apply_gate(h: torch.Tensor, form: ExpertsForm) -> torch.Tensor:
