@@ -50,7 +50,7 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# Kernels whose tiles are chosen, here and in pass_tiles.py, by functions of these names.
+# Kernels whose tiles are chosen, here, in pass_tiles.py and in experts/tiles.py, by functions of these names.
 KERNELS = (
     "product",
     "product_with_s",
@@ -65,6 +65,10 @@ KERNELS = (
     "norm_parts",
     "weight",
     "weight_grad",
+    "experts_product",
+    "experts_rows",
+    "experts_gate",
+    "experts_columns",
 )
 
 _overridden: dict[str, Tile | None] = {}

@@ -5,6 +5,7 @@ from lora_fast import functional, parametrize, reference
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.functional import lora_glu, lora_group
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
+from lora_fast.experts.registry import register_experts
 from lora_fast.files.adapter import load_adapter, save_adapter
 from lora_fast.layers.bottleneck import BottleneckAdapter
 from lora_fast.layers.dora import DoRALinear
@@ -52,6 +53,7 @@ __all__ = [
     "peft_report",
     "print_trainable_parameters",
     "reference",
+    "register_experts",
     "remove_lora",
     "save_adapter",
     "set_backend",

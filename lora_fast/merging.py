@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_fast.bases import LABELS
 from lora_fast.bases.packed import PackedWeight
+from lora_fast.layers.experts import ExpertsLoRA
 from lora_fast.models.adapt import lora_layers, noting
 from lora_fast.models.targets import holders, some
 from lora_fast.peft.report import lora_layers as peft_layers
@@ -44,6 +45,9 @@ def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.Pa
         held, offloaded = holders(model), any(map(offloading, model.modules()))
         for name, layer in layers.items():
             with noting(f"while merging {name!r}"):
+                if isinstance(layer, ExpertsLoRA):
+                    layer.check_place()
+                    continue
                 if offloaded and layer.weight.is_meta and offloading(layer) is None:
                     raise ValueError(AWAY)
                 if not layer.merged and place_of_weight(layer) is not None and held[id(layer.weight)] > 1:

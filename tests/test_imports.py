@@ -21,6 +21,7 @@ ROOMS = [
     {"files", "parametrize", "peft"},
     {"models"},
     {"layers"},
+    {"experts"},
     {"wrappers"},
     {"blocks"},
     {"functional"},
@@ -31,7 +32,7 @@ ROOMS = [
 ]
 RANK = {room: rank for rank, rooms in enumerate(reversed(ROOMS)) for room in rooms}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "kernels"))
-KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 
 def named(path: Path) -> str:

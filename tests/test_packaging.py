@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 
-KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
+
+def files_in(kernels: Path) -> list[str]:
+    return sorted(path.relative_to(kernels).as_posix() for path in kernels.rglob("*.py"))
+
+
+def name_of(file: str) -> str:
+    return "lora_fast.kernels." + file.removesuffix(".py").replace("/", ".")
+
+
+KERNELS = files_in(ROOT / "kernels")
 GENERATED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
 
 
@@ -72,8 +81,8 @@ assert (package / "py.typed").is_file()
 assert importlib.metadata.version("lora_fast") == lora_fast.__version__
 (command,) = importlib.metadata.distribution("lora_fast").entry_points
 assert command.name == "lora-fast" and callable(command.load())
-for name in {KERNELS!r}:
-    importlib.import_module("lora_fast.kernels." + name.removesuffix(".py"))
+for name in {list(map(name_of, KERNELS))!r}:
+    importlib.import_module(name)
 """
         run(self.python, "-c", code, cwd=self.path)
         assert (self.path / "bin" / "lora-fast").is_file()
@@ -95,7 +104,7 @@ def test_wheel(checkout, environment, tmp_path):
     environment.install(wheel)
     environment.check(environment.site / "lora_fast")
     assert modules(environment.site) == modules(checkout) and len(modules(checkout)) > 50
-    assert sorted(path.name for path in (environment.site / "lora_fast" / "kernels").glob("*.py")) == KERNELS
+    assert files_in(environment.site / "lora_fast" / "kernels") == KERNELS
     assert not (environment.site / "kernels").exists()
 
 
@@ -122,7 +131,7 @@ def test_install_from_a_checkout_without_symlinks(without_symlink, environment):
 
 def test_in_place(checkout, environment):
     """A checkout that is not installed."""
-    code = "import lora_fast.__main__\n" + "".join(f"import lora_fast.kernels.{Path(k).stem}\n" for k in KERNELS)
+    code = "import lora_fast.__main__\n" + "".join(f"import {name_of(file)}\n" for file in KERNELS)
     run(environment.python, "-c", code, cwd=checkout)
 
 

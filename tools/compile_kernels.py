@@ -80,7 +80,7 @@ def longest_run(cubin: bytes) -> int:
     return best
 
 
-PRODUCTS = "_gemm_kernel", "_products_kernel", "_few_rows_kernel", "_decode_kernel"
+PRODUCTS = "_gemm_kernel", "_products_kernel", "_few_rows_kernel", "_decode_kernel", "_experts_kernel"
 BF16, FLOAT = torch.bfloat16, torch.float32
 
 
@@ -198,6 +198,52 @@ def mlp(case: GroupCase, act: str) -> None:
     backward(problem, torch.empty_like(y), x, made, kept, 2.0, p, True)
 
 
+def experts(
+    tokens: int,
+    k: int,
+    count: int,
+    h: int,
+    i: int,
+    r: int,
+    dtype: torch.dtype,
+    turned: bool = False,
+    adapter: torch.dtype | None = None,
+) -> None:
+    """The launches of a layer of experts; ``turned``: as gpt-oss has them, with biases, a limit, in turn."""
+    from lora_fast.kernels.experts import problem, run
+    from lora_fast.kernels.experts.gate import Gate
+
+    adapter = adapter or dtype
+    x, weights = torch.empty(tokens, h, dtype=dtype), torch.empty(tokens, k)
+    adapters: Any = (None,) * 4
+    if r:
+        shapes = (count * r, h), (2 * i, r * count), (count * r, i), (h, r * count)
+        adapters = tuple(torch.empty(shape, dtype=adapter) for shape in shapes)
+    held: Any = (torch.empty(count, 2 * i, h, dtype=dtype), torch.empty(count, h, i, dtype=dtype), None, None)
+    if turned:
+        biases = torch.empty(count, 2 * i, dtype=dtype), torch.empty(count, h, dtype=dtype)
+        held = torch.empty(count, h, 2 * i, dtype=dtype), torch.empty(count, i, h, dtype=dtype), *biases
+    kinds = problem.Kinds(dtype, torch.float32, *((adapter,) * 4 if r else ()))
+    needs = problem.Needs(True, True, *(r > 0,) * 4)
+    gate = Gate(1.702, 7.0, 1.0, True) if turned else Gate()
+    made = problem.Problem(tokens, k, count, h, i, r, r, kinds, needs, (turned, turned), gate, x.device)
+    call = run.Call(2.0, 2.0)
+    _, hidden, room = run.forward(made, call, x, torch.empty(tokens, k, dtype=torch.int64), weights, adapters, held)
+    saved = run.to_save(made, x, hidden, room, adapters, held)
+    run.backward(made, call, torch.empty_like(x), saved[:5], saved[5:])
+
+
+EXPERTS = (
+    (4096, 8, 128, 2048, 768, 16, BF16),
+    (4096, 4, 32, 2880, 2880, 16, BF16, True),
+    (4096, 2, 8, 4096, 1536, 64, torch.float16, False, FLOAT),
+    (4096, 2, 8, 4096, 1536, 40, BF16, True, FLOAT),
+    (4096, 2, 8, 2051, 1031, 128, BF16),
+    (4096, 2, 8, 2048, 1024, 0, BF16),
+    (4096, 2, 8, 2048, 1024, 16, FLOAT),
+)
+
+
 def compile_for(chip: Chip, problems: list[Case], few: Iterable[Case] = ()) -> list[dict[str, Any]]:
     with assume(chip):
         return _compile(chip.capability, problems, few)
@@ -308,6 +354,10 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
     for act, case in MLPS:
         problem = f"{described(case)} {act} mlp"
         mlp(case, act)
+    for case in EXPERTS:
+        tokens, k, count, h, i, r, dtype, *rest = case
+        problem = f"experts {tokens}x{k}x{count}x{h}x{i} {str(dtype)[6:]} r={r} {rest}"
+        experts(*case)
     for base in BASES.values():
         if base.unpack_y and (not base.e4m3 or capability in (89, 90, 120)):
             others = () if "nested" not in base.name else (torch.float16,) if base.e4m3 else (torch.float16, FLOAT)

@@ -159,7 +159,7 @@ def _fitted(
     model = skeleton({name: like(place.shape, place.dtype) for name, place in places.items()})
     found = read_adapter(model, adapter)
     fit_adapter(model, found)
-    layers = lora_layers(model)
+    layers = {name: layer for name, layer in lora_layers(model).items() if isinstance(layer, LoRALinear)}
     own = {f"{name}.{part}" for name, layer in layers.items() for part in layer.adapter_names}
     replaced = [name for name in found.state if name not in own and name not in tied]
     for name in (*(f"{layer}.weight" for layer in layers), *replaced):

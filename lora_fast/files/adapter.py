@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fast.files.experts import parameter_of, target_parameters, wrappers_of
 from lora_fast.files.fitting import Adapter, fit_adapter
 from lora_fast.files.format import (
     CONFIG,
@@ -29,6 +30,7 @@ from lora_fast.files.format import (
 )
 from lora_fast.files.pattern_keys import pattern_of
 from lora_fast.layers.dora import DoRALinear
+from lora_fast.layers.experts import ExpertsLoRA
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.models.adapt import SAVED, TRAINED, lora_layers
 from lora_fast.models.state import state_at_hand
@@ -70,14 +72,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         if missing := [key for key, tensor in state.items() if tensor.is_meta]:
             raise ValueError(f"model: {some(missing)}: on the meta device, without data to save")
         state = {key: whole(tensor).clone() if lent else whole(tensor) for key, tensor in state.items()}
+    experts = {name: parameter_of(name) for name, layer in layers.items() if isinstance(layer, ExpertsLoRA)}
+    wrappers = wrappers_of(model, experts.values())
     tensors = {}
     for key, tensor in state.items():
         owner, _, name = key.rpartition(".")
-        if owner in layers:
+        if owner in experts:
+            owner, name = wrappers[experts[owner]], f"{name}.weight"
+        elif owner in layers:
             name = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}.get(name, name)
             name = f"base_layer.{name}" if name == "bias" else name
         tensors[f"{PREFIX}{owner}.{name}" if owner else PREFIX + name] = tensor.contiguous()
-    if misread := _taken_for_experts(unwrapped(model), list(layers)):
+    if misread := _taken_for_experts(unwrapped(model), [name for name in layers if name not in experts]):
         warnings.warn(
             f"save_adapter: {some(misread)}: beside transformers 5, PEFT takes adapters of layers so named for ones of "
             "the model's fused experts, and gives these layers none. load_adapter and lora-fast merge read the file "
@@ -158,10 +164,13 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
     return Adapter(settings, ranks, alphas, state)
 
 
-def _config_of(model: nn.Module, layers: dict[str, LoRALinear], saved: list[str]) -> dict[str, Any]:
+def _config_of(model: nn.Module, layers: dict[str, Any], saved: list[str]) -> dict[str, Any]:
     first = next(iter(layers.values()))
-    ranks = {name: layer.r for name, layer in layers.items()}
-    alphas = {name: plain_number(layer.lora_alpha) for name, layer in layers.items()}
+    linears = {name for name, layer in layers.items() if isinstance(layer, LoRALinear)}
+    parameters = {parameter_of(name) for name in layers.keys() - linears}
+    names = {name: name if name in linears else parameter_of(name) for name in layers}
+    ranks = {names[name]: layer.r for name, layer in layers.items()}
+    alphas = {names[name]: plain_number(layer.lora_alpha) for name, layer in layers.items()}
     r, alpha = _commonest(ranks), _commonest(alphas)
     with_biases = [module for module in model.modules() if vars(module).get(TRAINED) and SAVED not in vars(module)]
     biases = "lora_only" if all(isinstance(module, LoRALinear) for module in with_biases) else "all"
@@ -173,7 +182,8 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear], saved: list[str]
         "use_rslora": first.use_rslora,
         "use_dora": isinstance(first, DoRALinear),
         "bias": biases if with_biases else "none",
-        "target_modules": target_modules(model, set(layers)),
+        "target_modules": target_modules(model, linears) if linears else [],
+        "target_parameters": target_parameters(model, parameters) if parameters else None,
         "rank_pattern": pattern_of(ranks, r),
         "alpha_pattern": pattern_of(alphas, alpha),
         "modules_to_save": saved or None,

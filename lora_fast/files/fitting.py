@@ -2,15 +2,15 @@
 
 import re
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from lora_fast.files.experts import layer_of, parameter_of, targeted
 from lora_fast.files.format import CONFIG, TENSORS, Settings
 from lora_fast.layers.dora import DoRALinear
-from lora_fast.layers.lora import LoRALinear
-from lora_fast.models.adapt import adapter_tensors, add_lora, remove_lora
+from lora_fast.models.adapt import LAYERS, adapter_tensors, add_lora, remove_lora
 from lora_fast.models.config import LoRAConfig
 from lora_fast.models.state import load_into, places_to_load
 from lora_fast.models.targets import some
@@ -47,7 +47,7 @@ def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> 
             model, places_to_load(model) if with_data else adapter_tensors(model), under_first_names(model, state)
         )
 
-    layers = {name: module for name, module in plain_modules(model) if isinstance(module, LoRALinear)}
+    layers = {name: module for name, module in plain_modules(model) if isinstance(module, LAYERS)}
     if layers:
         _check_converted(layers, ranks, settings)
         if ties:
@@ -59,7 +59,11 @@ def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> 
         for name, layer in layers.items():
             layer.lora_alpha, layer.use_rslora = alphas[name], settings.use_rslora
         return
-    longest_first = sorted(ranks, key=len, reverse=True)  # a name may be the last part of another
+    parameters = targeted(model, settings.target_parameters)
+    experts = {layer_of(name) for name in parameters}
+    linears = [name for name in ranks if name not in experts]
+    # A name may be the last part of another.
+    longest_first = sorted(((name, parameter_of(name) if name in experts else name) for name in ranks), key=_length)
     config = LoRAConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
@@ -67,10 +71,11 @@ def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> 
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         bias=settings.bias,  # type: ignore[arg-type]
-        target_modules="|".join(re.escape(name) for name in ranks),
+        target_modules="|".join(re.escape(name) for name in linears) or None,
+        target_parameters=parameters or None,
         modules_to_save=saved or None,
-        rank_pattern={re.escape(name): ranks[name] for name in longest_first},
-        alpha_pattern={re.escape(name): alphas[name] for name in longest_first},
+        rank_pattern={re.escape(written): ranks[name] for name, written in longest_first},
+        alpha_pattern={re.escape(written): alphas[name] for name, written in longest_first},
     )
     replaced = [entry for tie in ties for entry in cut(model, tie.place)]
     try:
@@ -92,7 +97,11 @@ def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> 
         )
 
 
-def _check_converted(layers: dict[str, LoRALinear], ranks: dict[str, int], settings: Settings) -> None:
+def _length(names: tuple[str, str]) -> int:
+    return -len(names[1])
+
+
+def _check_converted(layers: dict[str, Any], ranks: dict[str, int], settings: Settings) -> None:
     if layers.keys() != ranks.keys():
         apart = sorted(layers.keys() ^ ranks.keys())
         raise ValueError(f"{TENSORS}: {some(apart)}: either the adapter or the model's LoRA layers lack them")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fast.files.experts import layer_of, shapes_of, targeted, wrappers_of
 from lora_fast.files.hub_names import in_memory
 from lora_fast.files.pattern_keys import Pattern, is_name
 from lora_fast.files.ways_out import BASE_WEIGHTS, NO_LINEAR, RENAMED, RESIZED, UNSUPPORTED
@@ -41,7 +42,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
             "layer_replication",
             "megatron_config",
             "monteclora_config",
-            "target_parameters",
             "trainable_token_indices",
             "use_bdlora",
             "velora_config",
@@ -65,6 +65,7 @@ class Settings:
     alpha_pattern: Pattern
     modules_to_save: list[str]
     ensure_weight_tying: bool
+    target_parameters: list[str]
 
     def of(self, pattern: Pattern, default: Any, name: str) -> Any:
         """The value for a layer, by the first key that stands for it to PEFT. ValueError if its own comes later."""
@@ -146,6 +147,9 @@ def settings_of(config: dict[str, Any]) -> Settings:
     saved = get("modules_to_save", [], list, "a list of module names")
     if not all(isinstance(name, str) for name in saved):
         raise ValueError(f"{CONFIG}: modules_to_save: got {saved!r:.100}, expected a list of module names")
+    parameters = get("target_parameters", [], list, "a list of parameter names")
+    if not all(isinstance(name, str) for name in parameters):
+        raise ValueError(f"{CONFIG}: target_parameters: got {parameters!r:.100}, expected a list of parameter names")
     settings = Settings(
         r,
         get("lora_alpha", 8, (int, float), "a number"),
@@ -157,6 +161,7 @@ def settings_of(config: dict[str, Any]) -> Settings:
         patterns["alpha_pattern"],
         saved,
         get("ensure_weight_tying", False, bool, "true or false"),
+        parameters,
     )
     if not math.isfinite(settings.lora_alpha):
         raise ValueError(f"{CONFIG}: lora_alpha: got {settings.lora_alpha}, expected a finite number")
@@ -178,7 +183,13 @@ def check_header(
     in_file = {match[1] for key in keys if (match := _ADAPTER.fullmatch(key))}
     renamed = in_memory(model, [f"{name}.weight" for name in in_file - modules.keys()])
     layers = {name: renamed.get(f"{name}.weight", name).removesuffix(".weight") for name in in_file}
-    written = {layer: name for name, layer in layers.items()}
+    try:
+        wrappers = wrappers_of(model, targeted(model, settings.target_parameters))
+    except ValueError as error:
+        raise ValueError(f"{CONFIG}: {error}") from None
+    experts = {layer_of(parameter): parameter for parameter in wrappers}
+    layers |= {wrapper: layer_of(parameter) for parameter, wrapper in wrappers.items()}
+    written = {layer: name for name, layer in layers.items()} | experts
     found: dict[str, dict[str, str]] = {}
     sources: dict[str, str] = {}
     for key in file.keys():  # noqa: SIM118 (not a dict)
@@ -209,6 +220,8 @@ def check_header(
         sources[name] = key
     if not found:
         raise ValueError(f"{TENSORS}: holds no adapter")
+    if missing := [parameter for layer, parameter in experts.items() if layer not in found]:
+        raise ValueError(f"{TENSORS}: has no adapter for {missing[0]!r:.200}, which {CONFIG} names")
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if settings.use_dora else set())
     ranks, alphas = {}, {}
     for name, parts in found.items():
@@ -216,6 +229,11 @@ def check_header(
             raise ValueError(
                 f"{TENSORS}: {name!r:.200} has {', '.join(sorted(parts))}, expected {', '.join(sorted(wanted))}"
             )
+        r = ranks[name] = settings.of(settings.rank_pattern, settings.r, written[name])
+        alphas[name] = settings.of(settings.alpha_pattern, settings.lora_alpha, written[name])
+        if name in experts:
+            _check_experts(modules, experts[name], r, file, parts)
+            continue
         layer = modules.get(name)
         if not isinstance(layer, nn.Linear):
             what = "the model has no such module" if layer is None else f"it is a {type(layer).__name__}"
@@ -223,13 +241,21 @@ def check_header(
                 f"{TENSORS}: has an adapter for {name!r:.200}, but {what}; expected an nn.Linear"
                 + (RENAMED if layer is None else "")
             )
-        r = ranks[name] = settings.of(settings.rank_pattern, settings.r, written[name])
-        alphas[name] = settings.of(settings.alpha_pattern, settings.lora_alpha, written[name])
         n, k = layer.out_features, layer.in_features
         for part, shape in (("lora_A", [r, k]), ("lora_B", [n, r]), ("lora_magnitude_vector", [n])):
             if part in parts:
                 _check_shape(file, parts[part], shape)
     return ranks, alphas, sources
+
+
+def _check_experts(modules: dict[str, nn.Module], parameter: str, r: int, file: Any, parts: dict[str, str]) -> None:
+    """Raise where the tensors are no adapter of rank r for the parameter: E r rows of A, and columns of B."""
+    owner, _, key = parameter.rpartition(".")
+    shapes = shapes_of(modules[owner], key, r)
+    if isinstance(shapes, str):
+        raise ValueError(f"{TENSORS}: has an adapter for {parameter!r:.200}, but {shapes}")
+    for part, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
+        _check_shape(file, parts[part], shape)
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

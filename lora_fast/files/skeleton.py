@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_fast.files.adapter import open_adapter
-from lora_fast.files.format import PREFIX
+from lora_fast.files.format import CONFIG, PREFIX
 
 MAX_DEPTH = 64  # more than any model nests its modules
 
@@ -56,6 +56,8 @@ def skeleton_of_adapter(directory: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError, ValueError, ImportError: as :func:`lora_fast.load_adapter`, about the files by themselves.
     """
     with open_adapter(directory) as (settings, file):
+        if settings.target_parameters:
+            raise ValueError(f"{CONFIG}: target_parameters: adapters of experts can only be compared with the model")
         slices = {key.removeprefix(PREFIX): file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         found = {name: like(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     tensors = {}

@@ -172,6 +172,12 @@ class LoRALinear(Joins, MergingLinear):
         init_adapter(self.lora_A, self.lora_B, init_lora_weights)
 
     @property
+    def adapter_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of ``adapter_names``."""
+        shapes = (self.r, self.in_features), (self.out_features, self.r), (self.out_features,)
+        return shapes[: len(self.adapter_names)]
+
+    @property
     def scaling(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 

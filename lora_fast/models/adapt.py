@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,16 +12,19 @@ from torch import nn
 from lora_fast.bases import kind_of_base
 from lora_fast.blocks.joining import join, part
 from lora_fast.layers.dora import DoRALinear
+from lora_fast.layers.experts import ExpertsLoRA
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.replacing import forget_adapted, lost, note_adapted
 from lora_fast.layers.rules import check_quantisable
 from lora_fast.models.config import LoRAConfig
 from lora_fast.models.projections import missed_by, patterns, projections
-from lora_fast.models.targets import find_targets, holders, matching, resolve_pattern, some
+from lora_fast.models.targets import find_parameters, find_targets, holders, matching, resolve_pattern, some
 from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.gather import identities
 from lora_fast.wrappers.names import compiled_alone, plain_modules, unwrapped
 from lora_fast.wrappers.placement import keeper
+
+LAYERS = LoRALinear, ExpertsLoRA  # what has an adapter
 
 # What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
 BEFORE = "_before_lora"  # {parameter name: requires_grad before add_lora}, for remove_lora
@@ -29,8 +33,8 @@ SAVED = "_saved_with_lora"  # present where modules_to_save trains a module that
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, *, blocks: str | bool = "auto") -> nn.Module:
-    """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, in place, freeze the rest,
-    return ``model``.
+    """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, in place, give the targeted
+    parameters of experts adapters, freeze the rest, return ``model``.
 
     Parameters that ``target_modules`` also means and that are no ``nn.Linear``'s get no adapter, and a warning names
     them: fused experts, routers, transformers' ``Conv1D``. "all-linear" means all of these.
@@ -58,7 +62,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, blocks: str | bool = "auto
     if blocks not in ("auto", False):
         raise ValueError(f'blocks: got {blocks!r}, expected "auto" or False')
     config = replace(config)  # its fields may have been assigned since it was checked
-    if present := [name or "itself" for name, module in plain_modules(model) if isinstance(module, LoRALinear)]:
+    if present := [name or "itself" for name, module in plain_modules(model) if isinstance(module, LAYERS)]:
         raise ValueError(f"model: has LoRA layers already ({some(present)}); call remove_lora first")
     if fsdp1.holds(model):
         raise ValueError("model: is wrapped by FSDP1 (FullyShardedDataParallel); call add_lora first, then wrap it")
@@ -90,8 +94,10 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
             names[module].append(name)  # as patterns may have spelt it, a wrapper's parts and all
     saved = {m for root in matching("modules_to_save", config.modules_to_save, names) for m in root.modules()}
     targets = find_targets(model, config, names, saved)
-    ranks = resolve_pattern("rank_pattern", config.rank_pattern, config.r, targets, names)
-    alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, config.lora_alpha, targets, names)
+    parameters = find_parameters(config, names, saved)
+    both: dict[Any, list[str]] = {**{m: names[m] for m in targets}, **parameters}
+    ranks = resolve_pattern("rank_pattern", config.rank_pattern, config.r, both, both)
+    alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, config.lora_alpha, both, both)
     trained = {m: _trained_names(m, config.bias, m in targets, m in saved) for m in model.modules()}
     to_train = {p for m, own in trained.items() for n, p in m._parameters.items() if n in own and p is not None}
     if tied := [names[m][0] for m in targets if m.weight in to_train]:
@@ -102,6 +108,7 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
     eight = [m for m in targets if config.base_dtype is not None and m not in kept and owners[id(m.weight)] == 1]
     before = {m: {n: p.requires_grad for n, p in m._parameters.items() if p is not None} for m in model.modules()}
     layers: dict[nn.Module, LoRALinear] = {}
+    beside: list[ExpertsLoRA] = []
     kind = DoRALinear if config.use_dora else LoRALinear
     try:
         for linear in targets:
@@ -110,6 +117,10 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
                 layers[linear] = kind.from_linear(linear, *hyperparameters, init_lora_weights=config.init_lora_weights)
                 if linear in eight and config.base_dtype is not None:
                     check_quantisable(linear.weight, kind_of_base(config.base_dtype, config.base_compute))
+        for target, full in parameters.items():
+            hyper = ranks[target], alphas[target], config.use_rslora
+            with noting(f"while converting {full[0]!r}"):
+                beside.append(ExpertsLoRA(*target, *hyper, init_lora_weights=config.init_lora_weights))
         for parameter in model.parameters():
             parameter.requires_grad = parameter in to_train and parameter.is_floating_point()
     except BaseException:
@@ -118,6 +129,8 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
         raise
     # From here on nothing can fail.
     _swap(model, layers)
+    for each in beside:
+        each.attach()
     note_adapted(model)
     for layer in layers.values():
         layer.base_is_tied = owners[id(layer.weight)] > 1
@@ -137,7 +150,9 @@ def remove_lora(model: nn.Module) -> nn.Module:
             are in the keeping of FSDP or accelerate.
     """
     layers = lora_layers(model, complete=False)
-    if kept := [f"{name} (by {who})" for name, layer in layers.items() if (who := keeper(layer))]:
+    experts = [layer for layer in layers.values() if isinstance(layer, ExpertsLoRA)]
+    homes = {name: layer.owner if isinstance(layer, ExpertsLoRA) else layer for name, layer in layers.items()}
+    if kept := [f"{name} (by {who})" for name, home in homes.items() if (who := keeper(home))]:
         raise ValueError(f"model: has weights that a wrapper keeps: {some(kept)}; remove_lora before wrapping it")
     if isinstance(unwrapped(model), LoRALinear):
         raise ValueError("model: got a LoRALinear, which cannot be replaced in place; use its to_linear()")
@@ -147,7 +162,11 @@ def remove_lora(model: nn.Module) -> nn.Module:
             "calling the LoRA layer; put the wrapper's _orig_mod in its place first"
         )
     part(model)
-    linears: dict[nn.Module, nn.Module] = {layer: layer._to_linear() for layer in layers.values()}
+    linears: dict[nn.Module, nn.Module] = {
+        layer: layer._to_linear() for layer in layers.values() if isinstance(layer, LoRALinear)
+    }
+    for each in experts:
+        each.release()
     modules = list(model.modules())
     _swap(model, linears)
     for module in modules:
@@ -194,11 +213,12 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
             layer.enable()
 
 
-def lora_layers(model: nn.Module, complete: bool = True) -> dict[str, LoRALinear]:
-    """{name: layer}; raises TypeError, ValueError: no module, none of them, or (``complete``) some were replaced."""
+def lora_layers(model: nn.Module, complete: bool = True) -> dict[str, LoRALinear | ExpertsLoRA]:
+    """{name: layer, of experts each adapter}; raises TypeError, ValueError: no module, none of them, or (``complete``)
+    some were replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
-    layers = {name: module for name, module in plain_modules(model) if isinstance(module, LoRALinear)}
+    layers = {name: module for name, module in plain_modules(model) if isinstance(module, LAYERS)}
     if complete and (gone := lost(model)):
         raise ValueError(
             f"model: has lost adapters: other layers took the places of LoRA layers ({some(gone)}); "
@@ -214,7 +234,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     lora_layers(model)
     tensors: dict[str, torch.Tensor] = {}
     for owner, module in plain_modules(model):
-        own = module.adapter_names if isinstance(module, LoRALinear) else ()
+        own = module.adapter_names if isinstance(module, LAYERS) else ()
         for name in (*own, *vars(module).get(TRAINED, ())):
             tensors[f"{owner}.{name}" if owner else name] = getattr(module, name)
     first: dict[Hashable, str] = {}

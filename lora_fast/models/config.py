@@ -26,6 +26,9 @@ class LoRAConfig:
             match the full name, or "all-linear": every ``nn.Linear`` but the model's ``get_output_embeddings()``. What
             projects and is no ``nn.Linear`` (fused experts) gets no adapter, and add_lora a warning that names it.
             A layer among them that no adapter can stand in for (of an ``nn.MultiheadAttention``, say) is an error.
+        target_parameters: a list of names of parameters, or of their last parts ("mlp.experts.gate_up_proj"): those of
+            transformers' experts, "gate_up_proj" and "down_proj", whose adapters have rank r for each expert. It stands
+            beside ``target_modules``, which may then be None. Not with lora_dropout or use_dora, as in PEFT.
         exclude_modules: a list or a regex, likewise: targets to leave alone.
         rank_pattern, alpha_pattern: {regex of a full name or its last parts: r or lora_alpha}; the first match wins.
         bias: the existing biases that train: "none", "lora_only" (those of the converted layers) or "all".
@@ -42,6 +45,7 @@ class LoRAConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     target_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -60,6 +64,13 @@ class LoRAConfig:
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'bias: got {self.bias!r}, expected "none", "all" or "lora_only"')
         _check_names("target_modules", self.target_modules)
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"target_parameters: got {self.target_parameters!r}, expected a list of parameter names")
+        _check_names("target_parameters", self.target_parameters)
+        if self.target_parameters is not None:
+            for name, given in (("lora_dropout", self.lora_dropout), ("use_dora", self.use_dora)):
+                if given:
+                    raise ValueError(f"{name}: got {given!r}, expected none with target_parameters")
         _check_names("exclude_modules", self.exclude_modules)
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save: got {self.modules_to_save!r}, expected a list of module names")

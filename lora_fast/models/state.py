@@ -73,8 +73,7 @@ def places_to_load(model: nn.Module) -> dict[str, torch.Tensor]:
 def _whole_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors. ValueError for bare shards, of which only what sharded them knows the whole."""
     for name, layer in lora_layers(model).items():
-        r, n, k = layer.r, layer.out_features, layer.in_features
-        for part, shape in zip(layer.adapter_names, ((r, k), (n, r), (n,)), strict=False):
+        for part, shape in zip(layer.adapter_names, layer.adapter_shapes, strict=True):
             if (found := getattr(layer, part).shape) != shape:
                 raise ValueError(
                     f"model: {name or 'itself'}: {part} has shape {tuple(found)}, expected {shape}: something shards "

@@ -2,18 +2,21 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
+from lora_fast.layers.experts import why_not_adapted
 from lora_fast.layers.rules import why_not_lora
 from lora_fast.models.config import SUFFIX, LoRAConfig
 from lora_fast.models.projections import patterns as name_patterns
 from lora_fast.models.projections import projections
 from lora_fast.wrappers.gather import is_sharded
 from lora_fast.wrappers.names import is_compiled, unwrapped
+
+Target = TypeVar("Target")
 
 
 def find_targets(
@@ -22,6 +25,8 @@ def find_targets(
     """The layers to convert, in the model's order; ValueError if there is none or one that cannot be."""
     patterns = config.target_modules
     if patterns is None:
+        if config.target_parameters is not None:
+            return {}
         raise ValueError('target_modules: got None, expected a list of module names, a regex or "all-linear"')
     head: Any = None
     if isinstance(patterns, str) and patterns.lower() == "all-linear":
@@ -43,6 +48,44 @@ def find_targets(
     if unfit := [f"{names[m][0]} {why}" for m in targets if (why := _why_not(m, parents[m]))]:
         raise ValueError(f"target_modules: cannot convert {'; '.join(unfit)} (exclude_modules leaves layers out)")
     return {m: None for m in targets if isinstance(m, nn.Linear)}
+
+
+class ParameterTarget(NamedTuple):
+    """A parameter of a module of experts, which is to get an adapter."""
+
+    module: nn.Module
+    parameter: str
+
+
+def find_parameters(
+    config: LoRAConfig, names: dict[nn.Module, list[str]], saved: set[nn.Module]
+) -> dict[ParameterTarget, list[str]]:
+    """{parameter to adapt: its names}, in the model's order.
+
+    Raises:
+        ValueError: an entry that matches nothing, a parameter that cannot have an adapter.
+    """
+    own = {
+        ParameterTarget(module, key): [f"{name}.{key}" for name in module_names]
+        for module, module_names in names.items()
+        for key, p in module._parameters.items()
+        if p is not None
+    }
+    found: dict[ParameterTarget, list[str]] = {}
+    for entry in config.target_parameters or ():
+        hits = {t: full for t, full in own.items() if any(f".{name}".endswith(f".{entry}") for name in full)}
+        if not hits:
+            raise ValueError(f"target_parameters: {entry!r} matches no parameter")
+        found |= hits
+    unfit = []
+    for (module, key), full in found.items():
+        if why := why_not_adapted(module, key):
+            unfit.append(f"{full[0]}: {why}")
+        elif len(full) > 1 or module in saved:
+            unfit.append(f"{full[0]}: its module {'is in several places' if len(full) > 1 else 'is to be saved'}")
+    if unfit:
+        raise ValueError(f"target_parameters: cannot adapt {some(unfit)}")
+    return {target: full for target, full in own.items() if target in found}
 
 
 def _why_not(module: nn.Module, parents: list[nn.Module]) -> str | None:
@@ -91,9 +134,9 @@ def resolve_pattern(
     argument: str,
     pattern: dict[str, Any],
     default: Any,
-    targets: Collection[nn.Module],
-    names: dict[nn.Module, list[str]],
-) -> dict[nn.Module, Any]:
+    targets: Collection[Target],
+    names: Mapping[Target, list[str]],
+) -> dict[Target, Any]:
     """r or lora_alpha of each target; ValueError if a key stands for none of them."""
     values = dict.fromkeys(targets, default)
     for key, value in reversed(pattern.items()):  # the first key that matches wins

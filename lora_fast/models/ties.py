@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lora_fast.layers.lora import LoRALinear
-from lora_fast.models.adapt import SAVED, adapter_tensors
+from lora_fast.models.adapt import LAYERS, SAVED, adapter_tensors
 from lora_fast.models.targets import some
 from lora_fast.wrappers.gather import identities, one_by_one, stored, whole
 from lora_fast.wrappers.names import plain_modules
@@ -73,14 +72,14 @@ def saved_places(model: nn.Module) -> list[str]:
     found = _outermost([name for name, _ in modules if name in owners])
     for place in found:
         inside = list(dict(modules)[place].modules())
-        if not place or any(isinstance(module, LoRALinear) for module in inside):
+        if not place or any(isinstance(module, LAYERS) for module in inside):
             owner = next(owner for name, owner in trained.items() if _within(name, [place]))
             what = f"{place}, which has an adapter" if place else "the model itself"
             raise ValueError(
                 f"modules_to_save: {owner} has a tensor that is tied to one of {what}: PEFT's format "
                 "cannot hold that; torch.save(lora_state_dict(model), ...) does"
             )
-    plain = [name for name, module in modules if not any(isinstance(m, LoRALinear) for m in module.modules())]
+    plain = [name for name, module in modules if not any(isinstance(m, LAYERS) for m in module.modules())]
     while more := [name for name in plain if name.endswith(tuple(found)) and not _within(name, found)]:
         found = _outermost([*found, *more])
     return found

@@ -11,7 +11,7 @@ from lora_fast.bases.packed import PackedWeight
 from lora_fast.blocks.joining import join, part
 from lora_fast.layers.rules import check_base_dtype, check_quantisable
 from lora_fast.models.targets import holders, matching
-from lora_fast.peft.report import PeftReport, lora_layers, peft_report
+from lora_fast.peft.report import PeftReport, experts_layers, lora_layers, peft_report
 
 
 def patch_peft(
@@ -25,8 +25,9 @@ def patch_peft(
     """Let the LoRA and DoRA linear layers of a PEFT model run through lora_fast's fused kernels, in place.
 
     Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear``, and PEFT's layer on a ``Linear4bit`` of bitsandbytes',
-    becomes an instance of a subclass of it; parameters, state dict keys and all else that PEFT does with the model
-    stay. Layers of adapters that are added later follow by
+    becomes an instance of a subclass of it, and so does the outermost ``ParamWrapper`` of PEFT's around a module of
+    transformers' experts (``target_parameters``); parameters, state dict keys and all else that PEFT does with the
+    model stay. Layers of adapters that are added later follow by
     themselves in a ``PeftModel``, with the same ``save`` and ``base_dtype``; in a model with PEFT's layers alone, patch
     it again then.
 
@@ -91,6 +92,7 @@ def patch_peft(
             if why_never_fused(layer) is None:
                 adopt(layer, base_compute == "float8_e4m3")
                 done.append(layer)
+        done += adopt_experts(layers)
         if kind is not None:
             eight = _quantisable(model, {name: layer for name, layer in layers.items() if layer not in kept})
             for name, layer in eight.items():
@@ -134,6 +136,7 @@ class Asked(NamedTuple):
             layer.save = self.save
         if self.blocks and new:
             join(tuner)
+        adopt_experts(layers)
         if self.kind is None:
             return
         names = {layer: [name] for name, layer in layers.items()}
@@ -161,6 +164,18 @@ def adopt(layer: Any, e4m3: bool) -> None:
     FastLinear4bit.adopt(layer)
     layer.e4m3 = e4m3
     layer.base_weight()
+
+
+def adopt_experts(layers: dict[str, Any]) -> list[Any]:
+    """Make the stock wrappers of experts among the layers, where they can be, ones of ours: these."""
+    done: list[Any] = []
+    for name, wrapper in experts_layers(layers).items():
+        from lora_fast.peft.experts import FastExperts, why_never_fused  # not in every PEFT
+
+        if not isinstance(wrapper, FastExperts) and why_never_fused(wrapper) is None:
+            FastExperts.adopt(wrapper, name)
+            done.append(wrapper)
+    return done
 
 
 def _quantisable(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
@@ -221,6 +236,9 @@ def unpatch_peft(model: nn.Module) -> None:
     for layer in layers.values():
         if isinstance(layer, FastLinear):
             layer.release()
+    for wrapper in experts_layers(layers).values():
+        if hasattr(wrapper, "release"):  # a FastExperts
+            wrapper.release()
     for module in model.modules():
         if type(module) is FastLoraModel:
             vars(module).pop("patch_later", None)

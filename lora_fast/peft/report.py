@@ -78,8 +78,13 @@ def peft_report(model: nn.Module) -> PeftReport:
     """
     layers = lora_layers(model)
     gathered, flat = set(_under_fsdp(model)), set(fsdp1.wrapped(model))
-    verdicts = {name: _judge(layer, layer in gathered, layer in flat) for name, layer in layers.items()}
-    return joined_report(model, tuple(PeftLayer(name, *verdict) for name, verdict in verdicts.items()))
+    wrappers, found = experts_layers(layers), []
+    for name, layer in layers.items():
+        if name in wrappers:
+            found += [PeftLayer(*verdict) for verdict in _judge_experts(name, layer, layer in gathered)]
+        elif not is_wrapper(layer):
+            found.append(PeftLayer(name, *_judge(layer, layer in gathered, layer in flat)))
+    return joined_report(model, tuple(found))
 
 
 def joined_report(model: nn.Module, layers: tuple[PeftLayer, ...]) -> PeftReport:
@@ -110,6 +115,33 @@ def joined_report(model: nn.Module, layers: tuple[PeftLayer, ...]) -> PeftReport
 
 def _under(name: str, child: str) -> str:
     return f"{name}.{child}" if name else child
+
+
+def _judge_experts(name: str, wrapper: Any, gathered: bool) -> Iterator[tuple[str, bool, str]]:
+    """(name, fused, reason) of each parameter with an adapter, of those that one module has."""
+    from lora_fast.peft.experts import FastExperts, chain_of, why_never_fused
+    from lora_fast.peft.rules import active
+
+    loras: Any = "not patched"
+    if not isinstance(wrapper, FastExperts):
+        loras = why_never_fused(wrapper) or loras
+    elif "forward" in vars(wrapper):
+        loras = "its forward was replaced on the instance (if by an accelerate hook: patch before it)"
+    else:
+        loras = wrapper.examine(gathered)
+    for one in reversed(chain_of(wrapper)):
+        if one.disable_adapters or one.merged:
+            why = "nothing to fuse: " + ("adapters are disabled" if one.disable_adapters else "merged")
+        elif not active(one):
+            why = "nothing to fuse: none of its adapters is active"
+        elif isinstance(loras, str):
+            why = loras
+        else:
+            parameter = one.get_param()
+            mesh = getattr(parameter, "device_mesh", None)
+            device = parameter.device if mesh is None else torch.device(mesh.device_type)
+            why = dispatch.why_slow(device, dispatch.autocast_dtype(device) or parameter.dtype) or ""
+        yield f"{name}.{one.parameter_name}", not why, why
 
 
 def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[bool, str]:
@@ -161,6 +193,20 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     if not layers:
         raise ValueError(f"model: got a {type(model).__name__} without LoRA layers of PEFT's, expected some")
     return layers
+
+
+def is_wrapper(layer: Any) -> bool:
+    """Whether it is PEFT's for a parameter (``target_parameters``), stock or fused; not every PEFT has it."""
+    return type(layer).__name__ == "ParamWrapper"
+
+
+def experts_layers(layers: dict[str, Any]) -> dict[str, Any]:
+    """{name: wrapper} of the wrappers of parameters among these layers that are in no other one."""
+    if not any(map(is_wrapper, layers.values())):
+        return {}
+    from lora_fast.peft.experts import outermost
+
+    return outermost(layers)
 
 
 def _under_fsdp(model: nn.Module) -> Iterator[nn.Module]:

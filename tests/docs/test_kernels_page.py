@@ -17,7 +17,9 @@ def test_files_exist():
 
 def test_every_kernel_file_is_named():
     kernels = {
-        path.name for path in (ROOT / "kernels").glob("*.py") if re.search(r"^def _\w+_kernel", path.read_text(), re.M)
+        path.relative_to(ROOT / "kernels").as_posix()
+        for path in (ROOT / "kernels").rglob("*.py")
+        if re.search(r"^def _\w+_kernel", path.read_text(), re.M)
     }
     assert kernels and not [name for name in kernels if name not in PAGE]
 

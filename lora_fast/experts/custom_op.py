@@ -1,0 +1,223 @@
+"""The fused experts as an operator for torch.compile: ``torch.ops.lora_fast.lora_experts``, y of a layer.
+
+Under autograd it becomes ``lora_experts_fwd``, and its gradients ``lora_experts_bwd``, else ``lora_experts_alone``, as
+``lora_linear`` does (ops/custom_op.py).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lora_fast.kernels.experts.gate import Gate
+from lora_fast.kernels.experts.problem import Kinds, Needs, Problem
+from lora_fast.kernels.experts.run import Call, Held, MaybeTensor, backward, forward, to_save
+from lora_fast.kernels.memo import Memo
+from lora_fast.ops.parts import contiguous, dtype_of, on
+
+Adapters = tuple[MaybeTensor, ...]  # lora_A and lora_B of gate_up, and of down
+
+_GATE = "bool[] turned, float alpha, float limit, float plus, bool interleaved"
+_GIVEN = f"""(Tensor x, Tensor ids, Tensor weights, Tensor? a1, Tensor? b1, Tensor? a2, Tensor? b2, Tensor gate_up,
+    Tensor down, Tensor? gate_up_bias, Tensor? down_bias, float s1, float s2, {_GATE})"""
+_library = torch.library.Library("lora_fast", "FRAGMENT")
+_library.define(f"lora_experts{_GIVEN} -> Tensor")
+_library.define(f"lora_experts_alone{_GIVEN} -> Tensor")
+_library.define(f"lora_experts_fwd{_GIVEN} -> Tensor[]")
+_library.define(f"""lora_experts_bwd(Tensor dout, Tensor?[] saved, float s1, float s2, SymInt[] sizes,
+    ScalarType w_kind, ScalarType a1_kind, ScalarType b1_kind, ScalarType a2_kind, ScalarType b2_kind, bool[] needs,
+    {_GATE}) -> Tensor[]""")  # not ScalarType[], of which numbers arrive up to torch 2.11
+_problems = Memo()
+
+
+class _Given(NamedTuple):
+    """The arguments of ``lora_experts``."""
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    a1: MaybeTensor
+    b1: MaybeTensor
+    a2: MaybeTensor
+    b2: MaybeTensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: MaybeTensor
+    down_bias: MaybeTensor
+    s1: float
+    s2: float
+    turned: Sequence[bool]
+    alpha: float
+    limit: float  # inf: none
+    plus: float
+    interleaved: bool
+
+    @property
+    def adapters(self) -> Adapters:
+        return self[3:7]
+
+    @property
+    def held(self) -> Held:
+        return self[7:11]
+
+    def problem(self, *needs: bool) -> Problem:
+        gate = Gate(self.alpha, None if math.isinf(self.limit) else self.limit, self.plus, self.interleaved)
+        first, second = self.turned
+        return problem_of(
+            self.x, self.ids, self.weights, self.adapters, self.held, Needs(*needs), (first, second), gate
+        )
+
+
+def problem_of(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    adapters: Adapters,
+    held: Held,
+    needs: Needs,
+    turned: tuple[bool, bool],
+    gate: Gate,
+) -> Problem:
+    """For tensors as ``forward`` takes them; ``turned``: which of the weights have their outputs last."""
+    (tokens, h), experts = x.shape, held[0].shape[0]
+    a1, _, a2, _ = adapters
+    return Problem(
+        tokens,
+        ids.shape[1],
+        experts,
+        h,
+        held[0].shape[2 if turned[0] else 1] // 2,
+        0 if a1 is None else a1.shape[0] // experts,
+        0 if a2 is None else a2.shape[0] // experts,
+        Kinds(x.dtype, weights.dtype, *map(dtype_of, adapters)),
+        needs,
+        turned,
+        gate,
+        x.device,
+    )
+
+
+def experts(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    adapters: Adapters,
+    held: Held,
+    scalings: Sequence[float],
+    turned: tuple[bool, bool],
+    gate: Gate,
+) -> torch.Tensor:
+    """y, by way of the operator."""
+    limit = math.inf if gate.limit is None else gate.limit
+    return torch.ops.lora_fast.lora_experts(
+        x, ids, weights, *adapters, *held, *scalings, turned, gate.alpha, limit, gate.plus, gate.interleaved
+    )
+
+
+def _alone(*args: Any) -> torch.Tensor:
+    return _forward(*args)[0]
+
+
+def _forward(*args: Any) -> list[torch.Tensor]:
+    """y, h and the room."""
+    given = _Given(*args)
+    tensors = given[:11]
+    rest = *given.turned, *given[14:]
+    key = *((None if t is None else (t.device, t.dtype, t.shape, t.stride())) for t in tensors), *rest
+    problem = _problems.get(key) or _problems.keep(key, given.problem())
+    small: Any = tuple(map(contiguous, tensors[:7]))
+    held: Any = *tensors[7:9], *map(contiguous, tensors[9:])
+    with on(given.x.device):
+        return list(forward(problem, Call(given.s1, given.s2), small[0], small[1], small[2], small[3:], held))
+
+
+def _forward_fake(*args: Any) -> list[torch.Tensor]:
+    given = _Given(*args)
+    x, problem = given.x, given.problem()
+    return [
+        x.new_empty(x.shape),
+        x.new_empty(problem.slots, 2 * problem.i),
+        x.new_empty(problem.bytes, dtype=torch.uint8),
+    ]
+
+
+def _gradients(
+    dout: torch.Tensor, saved: Sequence[MaybeTensor], s1: float, s2: float, *rest: Any
+) -> list[torch.Tensor]:
+    """The gradients that are needed, in the order of ``Needs``."""
+    strides = (None if t is None else (t.dtype, t.stride()) for t in saved)
+    sizes, *kinds, needs, turned, alpha, limit, plus, interleaved = rest
+    key = (
+        dout.device,
+        dout.dtype,
+        dout.shape,
+        *strides,
+        *sizes,
+        *kinds,
+        *needs,
+        *turned,
+        alpha,
+        limit,
+        plus,
+        interleaved,
+    )
+    problem = _problems.get(key)
+    if problem is None:
+        k, count, i, r1, r2 = sizes
+        gate = Gate(alpha, None if math.isinf(limit) else limit, plus, interleaved)
+        every = Kinds(dout.dtype, *kinds)
+        tokens, h = dout.shape
+        problem = Problem(
+            tokens, k, count, h, i, r1, r2, every, Needs(*needs), (turned[0], turned[1]), gate, dout.device
+        )
+        _problems.keep(key, problem)
+    with on(dout.device):
+        grads = backward(problem, Call(s1, s2), dout.contiguous(), tuple(saved[:5]), tuple(saved[5:]))
+    return [grad for grad in grads if grad is not None]
+
+
+def _gradients_fake(dout: torch.Tensor, saved: Any, s1: float, s2: float, *rest: Any) -> list[torch.Tensor]:
+    (k, count, i, r1, r2), *kinds, needs, _, _, _, _, _ = rest
+    tokens, h = dout.shape
+    shapes = (tokens, h), (tokens, k), (count * r1, h), (2 * i, count * r1), (count * r2, i), (h, count * r2)
+    made = zip(shapes, (dout.dtype, *kinds), needs, strict=True)
+    return [dout.new_empty(shape, dtype=kind) for shape, kind, need in made if need]
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        given, needed = _Given(*args), ctx.needs_input_grad
+        problem = given.problem(needed[0], *needed[2:7])
+        y, h, room = torch.ops.lora_fast.lora_experts_fwd(*args)
+        ctx.save_for_backward(*to_save(problem, given.x, h, room, given.adapters, given.held))
+        kinds = [kind or given.x.dtype for kind in problem.kinds[1:]]
+        sizes = [problem.k, problem.experts, problem.i, problem.r1, problem.r2]
+        ctx.rest = given.s1, given.s2, sizes, *kinds, list(problem.needs), *args[13:]
+        ctx.given = len(args)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[Any, ...]:
+        found = torch.ops.lora_fast.lora_experts_bwd(dout, ctx.saved_tensors, *ctx.rest)
+        needs = ctx.rest[8]
+        dx, *others = (found.pop(0) if need else None for need in needs)
+        return dx, None, *others, *(None,) * (ctx.given - 7)
+
+
+def _recorded(*given: Any) -> torch.Tensor:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*given):
+        return _Experts.apply(*given)
+    return torch.ops.lora_fast.lora_experts_alone(*given)
+
+
+_library.impl("lora_experts", torch.ops.lora_fast.lora_experts_alone, "CompositeExplicitAutograd")
+_library.impl("lora_experts", _recorded, "Autograd")
+_library.impl("lora_experts_alone", _alone, "CompositeExplicitAutograd")
+_library.impl("lora_experts_fwd", _forward, "CompositeExplicitAutograd")
+_library.impl("lora_experts_bwd", _gradients, "CompositeExplicitAutograd")
+for _name in ("lora_experts", "lora_experts_alone"):
+    torch.library.register_fake(f"lora_fast::{_name}", lambda *given: _forward_fake(*given)[0], lib=_library)
+torch.library.register_fake("lora_fast::lora_experts_fwd", _forward_fake, lib=_library)
+torch.library.register_fake("lora_fast::lora_experts_bwd", _gradients_fake, lib=_library)

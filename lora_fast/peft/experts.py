@@ -1,0 +1,173 @@
+"""PEFT's LoRA on the parameters of experts, with a fused forward: what ``patch_peft`` makes of instances of theirs."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+
+from lora_fast import dispatch
+from lora_fast.experts.form import Adapter, ExpertsForm
+from lora_fast.experts.functional import lora_experts
+from lora_fast.experts.known import DOWN, GATE_UP, PLAIN, form_of, frozen_of, why_not_now
+from lora_fast.peft.rules import active, hooked, kind_of, parameter
+
+
+class FastExperts(ParamWrapper):
+    """PEFT's outermost ``ParamWrapper`` around a module of experts, whose forward computes the experts with their
+    adapters instead of writing out the adapted weights of all of them.
+
+    PEFT wraps the module once for each parameter that has an adapter; the wrappers inside stay stock, and this one
+    reads their adapters in each call. Where anything is out of the ordinary (:meth:`examine`) the call is stock PEFT's,
+    with one warning for each reason.
+    """
+
+    base_layer: Any
+    _form: ExpertsForm
+    _name: str  # of the module, its last part
+
+    @classmethod
+    def adopt(cls, wrapper: Any, name: str) -> None:
+        """Make ``wrapper``, of which :func:`why_never_fused` finds nothing, one of these."""
+        form = form_of(wrapper.get_base_layer())
+        assert isinstance(form, ExpertsForm)
+        wrapper.__class__ = cls
+        wrapper._form, wrapper._name = form, name.rpartition(".")[2]
+
+    def release(self) -> None:
+        """Make the wrapper stock again."""
+        del self._form, self._name
+        self.__class__ = ParamWrapper  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [T, H], the ids [T, k] and weights [T, k] of its experts, to [T, H], as stock PEFT's; raises as it does, or
+        as :func:`lora_fast.experts.functional.lora_experts`."""
+        loras = self.examine()
+        if not isinstance(loras, str) and any(lora is not None for lora in loras):
+            if (why := self._why_not_this_call(x, args, kwargs)) is None:
+                index, weights = args
+                gate_up, down, *biases = frozen_of(self.get_base_layer())
+                return lora_experts(
+                    x,
+                    index,
+                    weights,
+                    gate_up,
+                    down,
+                    loras.gate_up,
+                    loras.down,
+                    gate_up_bias=biases[0],
+                    down_bias=biases[1],
+                    form=self._form,
+                )
+            loras = why
+        if isinstance(loras, str):
+            names = " and ".join(f"{self._name}.{wrapper.parameter_name}" for wrapper in chain_of(self))
+            dispatch.tell(f"leaves {names} to stock PEFT", loras)
+        return super().forward(x, *args, **kwargs)
+
+    def examine(self, gathered: bool = False) -> "str | Loras":
+        """Why the experts, in their present state, run stock PEFT's forward, in words; or, if they need not, the
+        adapter of each parameter, or None where none is active. The host waits for this in every call.
+
+        ``gathered``: FSDP will have gathered the parameters when forward runs.
+        """
+        found: dict[str, Adapter] = {}
+        wrappers = chain_of(self)
+        for wrapper in wrappers:
+            adapter = _adapter_of(wrapper, gathered)
+            if isinstance(adapter, str):
+                return adapter
+            if adapter is not None:
+                found[wrapper.parameter_name] = adapter
+        if not found:
+            return Loras(None, None)
+        base = wrappers[-1].base_layer
+        if any(map(hooked, wrappers[1:])) or hooked(base):
+            return "the experts have hooks or a replaced forward"
+        return why_not_now(base, gathered) or Loras(found.get(GATE_UP), found.get(DOWN))
+
+    def _why_not_this_call(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if kwargs.get("adapter_names") is not None:
+            return "several adapters in one batch (adapter_names)"
+        if kwargs or len(args) != 2:
+            return f"forward was given {1 + len(args)} arguments and {', '.join(kwargs) or 'no names'}, expected three"
+        if type(x) not in PLAIN or x.dim() != 2:
+            return f"the input is a {type(x).__name__} of {x.dim()} dimensions"
+        dtype = self.get_param().dtype
+        if x.dtype != dtype and dispatch.autocast_dtype(x.device) is None:
+            return f"the input is {x.dtype} and the experts {dtype}, without autocast"
+        return None
+
+
+FastExperts.__name__ = ParamWrapper.__name__  # which PEFT compares; a pickle finds the class by __qualname__
+
+
+class Loras(NamedTuple):
+    """The active adapters of a module of experts."""
+
+    gate_up: Adapter | None
+    down: Adapter | None
+
+
+def chain_of(wrapper: Any) -> list[Any]:
+    """The wrapper and those inside it, one for each parameter."""
+    found = [wrapper]
+    while isinstance(inner := found[-1]._modules["base_layer"], ParamWrapper):
+        found.append(inner)
+    return found
+
+
+def outermost(layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """{name: wrapper} of the wrappers among PEFT's layers that are in no other one."""
+    wrappers = {name: layer for name, layer in layers.items() if isinstance(layer, ParamWrapper)}
+    inside = {id(wrapper._modules["base_layer"]) for wrapper in wrappers.values()}
+    return {name: wrapper for name, wrapper in wrappers.items() if id(wrapper) not in inside}
+
+
+def why_never_fused(wrapper: Any) -> str | None:
+    """Why an outermost wrapper stays stock for good, in words; None where a :class:`FastExperts` can stand in for it.
+
+    Only facts that do not change count here; the rest is :meth:`FastExperts.examine`'s.
+    """
+    if type(wrapper) is not ParamWrapper:
+        return f"PEFT's {kind_of(wrapper)}, not its ParamWrapper itself"
+    wrappers = chain_of(wrapper)
+    base = wrappers[-1].base_layer
+    form = form_of(base)
+    if isinstance(form, str):
+        return f"target_parameters: {form}"
+    for one in wrappers:
+        if type(one) is not ParamWrapper:
+            return f"PEFT's {kind_of(one)}, not its ParamWrapper itself"
+        if one.parameter_name not in (GATE_UP, DOWN):
+            return f"an adapter of {one.parameter_name}: only those of {GATE_UP} and {DOWN} are fused"
+        if one.num_experts < 2:
+            return "a single expert"
+        if getattr(one, "_did_swap_in_out_features", False) == form.transposed:
+            return "this PEFT has lora_A on the output's side"
+    return None
+
+
+def _adapter_of(wrapper: Any, gathered: bool) -> str | Adapter | None:
+    """The active adapter of one parameter; None where it has none, or is merged, or its adapters are disabled."""
+    if wrapper.disable_adapters:
+        return "merged, to be unmerged" if wrapper.merged else None
+    if wrapper.merged:
+        return None
+    names = active(wrapper)
+    if len(names) != 1:
+        return "several active adapters" if names else None
+    modules, name = wrapper._modules, names[0]
+    down, up = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        kind = kind_of(up if type(down) is nn.Linear else down)
+        return f"lora_A or lora_B is a {kind}, not an nn.Linear itself"
+    if hooked(down) or hooked(up):
+        return "lora_A or lora_B has hooks or a replaced forward"
+    a, b = parameter(down, "weight"), parameter(up, "weight")
+    if not gathered and (type(a) not in PLAIN or type(b) not in PLAIN):
+        return f"an adapter's weight is a {type(b if type(a) in PLAIN else a).__name__}"
+    if not isinstance(scaling := wrapper.scaling[name], (int, float)):
+        return f"the scaling is a {type(scaling).__name__}, not a number"
+    return Adapter(a, b, float(scaling))
