@@ -4,6 +4,7 @@ from lora_fast import fp8 as fp8
 from lora_fast import functional, parametrize, reference
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
 from lora_fast.files.adapter import load_adapter, save_adapter
+from lora_fast.files.fp8_checkpoint import load_fp8
 from lora_fast.layers.bottleneck import BottleneckAdapter
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.lora import LoRALinear
@@ -37,6 +38,7 @@ __all__ = [
     "functional",
     "get_backend",
     "load_adapter",
+    "load_fp8",
     "load_lora_state_dict",
     "lora_parameters",
     "lora_state_dict",

@@ -10,7 +10,7 @@ from torch import nn
 from lora_fast.wrappers.names import plain_modules
 
 # In the name of a class or parameter that does not project.
-OTHERS = ("embed", "norm", "bias", "token", "position", "_log")
+OTHERS = ("embed", "norm", "bias", "token", "position", "_log", "_scale")
 
 PLAIN = (nn.Module, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
