@@ -133,9 +133,9 @@ def _recall(x: Any, layers: Sequence[Any], training: Any, *asked: Any) -> tuple[
     facts: list[Any] = []
     try:
         for weight, a, b, scaling, bias, p, magnitude, round_norm, save in layers:
-            number = type(scaling) is float
+            number = type(scaling) in (float, int)
             wrong = number and not -math.inf < scaling < math.inf
-            if wrong or type(p) is not float or not 0 <= p < 1 or isinstance(weight, PackedWeight):
+            if wrong or type(p) not in (float, int) or not 0 <= p < 1 or isinstance(weight, PackedWeight):
                 return None, None
             facts += (
                 facts_of(weight),
@@ -191,7 +191,8 @@ def _plain_glu(activation: str, x: Any, gate: Any, up: Any, down: Any, training:
 def _fused_group(
     x: torch.Tensor, layers: Sequence[Layer], training: bool, backend: str
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
-    from lora_fast.blocks.group import FEW, FusedGroup, why_apart  # needs Triton
+    from lora_fast.blocks import group_op  # needs Triton, as the next
+    from lora_fast.blocks.group import FEW, FusedGroup, why_apart
 
     alone = partial(apart.lora_group, backend=backend)
     if not any(layer.adapted for layer in layers):
@@ -199,6 +200,8 @@ def _fused_group(
     if why := why_apart(x, layers, training):
         dispatch.tell("runs a group layer by layer", why)
         return alone
+    if is_compiling():
+        return group_op.lora_group
     fused, dropping = FusedGroup(x, layers), training and any(layer.dropout_p > 0 for layer in layers)
     return alone if not fused.records and fused.group.m <= FEW and not dropping else fused
 
@@ -206,7 +209,8 @@ def _fused_group(
 def _fused_glu(
     x: torch.Tensor, layers: Sequence[Layer], training: bool, backend: str, activation: str
 ) -> Callable[..., torch.Tensor]:
-    from lora_fast.blocks.glu import FusedGlu, why_apart  # needs Triton
+    from lora_fast.blocks import glu_op  # needs Triton, as the next
+    from lora_fast.blocks.glu import FusedGlu, why_apart
     from lora_fast.blocks.group import FEW
 
     alone = partial(apart.lora_glu, activation=activation, backend=backend)
@@ -215,5 +219,7 @@ def _fused_glu(
     if why := why_apart(x, layers, training):
         dispatch.tell("runs a gated MLP layer by layer", why)
         return alone
+    if is_compiling():
+        return partial(glu_op.lora_glu, activation=activation)
     fused, dropping = FusedGlu(x, layers, activation), training and any(layer.dropout_p > 0 for layer in layers)
     return alone if not fused.records and fused.mlp.inner.m <= FEW and not dropping else fused

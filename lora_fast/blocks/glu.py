@@ -14,8 +14,9 @@ from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels import group as group_kernels
 from lora_fast.kernels import mlp as mlp_kernels
 from lora_fast.kernels.mlp import Made, Mlp
+from lora_fast.kernels.operands import Size
 from lora_fast.kernels.problem import MaybeTensor
-from lora_fast.kernels.siblings import Deferred, Kept, Siblings
+from lora_fast.kernels.siblings import Deferred, Kept, Sibling, Siblings
 from lora_fast.kernels.siblings import Made as MadeOfGroup
 from lora_fast.ops.linear import draw_seed
 from lora_fast.ops.parts import addressable, contiguous, on
@@ -30,6 +31,20 @@ def why_apart(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> str |
         if not layer.adapted:
             return f"{name} has no adapters"
     return group.why_apart(x, layers[:2], training) or group.why_apart(x, layers[2:], training)
+
+
+def mlp_of(lead: Size, k: int, each: Sequence[Sibling], needs_x: bool, activation: str) -> Mlp:
+    """What decides the launches for an x [*lead, k], from what does for gate, up and down."""
+    *both, down = each
+    # dm of gate and up comes from e and g, which are kept anyway, where no bias is in these.
+    dots = [one.z_again for one in both]
+    inner = [
+        replace(one, needs=one.needs._replace(m=False)) if by_dots else one
+        for one, by_dots in zip(both, dots, strict=True)
+    ]
+    pair = Siblings(lead, k, tuple(inner), needs_x)
+    outer = Siblings((pair.m,), both[0].n, (down,), True)
+    return Mlp(pair, outer, activation, dots, [one.kinds.m for one in both])
 
 
 class Call(NamedTuple):
@@ -48,18 +63,9 @@ class FusedGlu:
     def __init__(self, x: torch.Tensor, layers: Sequence[Layer], activation: str) -> None:
         dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
         self.kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
-        gate, up, down = (sibling(layer, self.kind, train) for layer in layers)
-        lead, width = tuple(x.shape[:-1]), gate.n
-        # dm of gate and up comes from e and g, which are kept anyway, where no bias is in these.
-        dots = [one.z_again for one in (gate, up)]
-        kinds = [one.kinds.m for one in (gate, up)]
-        inner = [
-            replace(one, needs=one.needs._replace(m=False)) if by_dots else one
-            for one, by_dots in zip((gate, up), dots, strict=True)
-        ]
         needs_x = train and x.requires_grad
-        pair = Siblings(lead, x.shape[-1], tuple(inner), needs_x)
-        self.mlp = Mlp(pair, Siblings((pair.m,), width, (down,), True), activation, dots, kinds)
+        each = [sibling(layer, self.kind, train) for layer in layers]
+        self.mlp = mlp_of(tuple(x.shape[:-1]), x.shape[-1], each, needs_x, activation)
         self.records = needs_x or any(
             train and t is not None and t.requires_grad for layer in layers for t in layer.tensors[1:]
         )

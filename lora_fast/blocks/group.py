@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
 
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.blocks.form import Layer
@@ -23,8 +22,6 @@ FEW = 128  # rows whose forwards without gradients have kernels of their own, a 
 
 def why_apart(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> str | None:
     """Why such layers do not share launches, in words; None where they do."""
-    if is_compiling():
-        return "torch.compile has no operator for it yet"
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is at work"
     if len(layers) > MOST:
@@ -96,16 +93,13 @@ class FusedGroup:
             call = Call(weights, scalings, draw_seed(x.device) if p > 0 else None, p, [])
             small = [contiguous(t) for i in self.adapted for t in layers[i].tensors[1:]]
             biases = [layers[i].bias for i in self.frozen]
-            if not self.records:
-                ys, _, late = self.forward(x, call, *small, *biases)
-            else:
-                ys, late = _Group.apply(x, self, call, *small, *biases), None
-                call.late[:], late = [], call.late[0] if call.late else None
-            if late is not None:
+            tensors = *small, *biases
+            ys = _Group.apply(x, self, call, *tensors) if self.records else self.forward(x, call, *tensors)[0]
+            for late in call.late:
                 late.run()
         return tuple(ys)
 
-    def forward(self, x: torch.Tensor, call: Call, *small: Any) -> tuple[list[torch.Tensor], Made, Deferred | None]:
+    def forward(self, x: torch.Tensor, call: Call, *small: Any) -> tuple[list[torch.Tensor], Made]:
         """The outputs in the order of the layers, but for launches that come late."""
         end = 4 * len(self.adapted)
         ys: list[Any] = [None] * self.n
@@ -115,7 +109,9 @@ class FusedGroup:
         found, made, late = forward(self.group, addressable(x), each, call.seed, call.p)
         for i, y in zip(self.adapted, found, strict=True):
             ys[i] = y
-        return ys, made, late
+        if late is not None:
+            call.late.append(late)
+        return ys, made
 
     def to_save(
         self, x: torch.Tensor, call: Call, small: Sequence[Any], ys: Sequence[torch.Tensor], made: Made
@@ -176,9 +172,7 @@ class _Group(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, fused: FusedGroup, call: Call, *small: Any) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ys, made, late = fused.forward(x, call, *small)
-        if late is not None:
-            call.late.append(late)
+        ys, made = fused.forward(x, call, *small)
         scalings: list[Any] = list(call.scalings)
         tensors = [i for i, scaling in enumerate(scalings) if isinstance(scaling, torch.Tensor)]
         saved = fused.to_save(x, call, small, ys, made)

@@ -1,0 +1,124 @@
+"""Blocks under torch.compile, without a graph break: one operator forward, one backward."""
+
+import pytest
+import torch
+from devices import TRITON
+from torch._dynamo.testing import CompileCounterWithBackend
+
+if not TRITON:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+from blocks import a_layer, close, results
+
+from lora_fast import lora_glu, lora_group
+
+FLOAT = torch.float32
+
+
+@pytest.fixture
+def compiled(device):
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("inductor" if device == "cuda" else "aot_eager")
+
+    def compiled(function):
+        return torch.compile(function, backend=backend, fullgraph=True)
+
+    compiled.counter = backend
+    return compiled
+
+
+def drawn(sizes, forms, device, p=0.0):
+    gen = torch.Generator(device).manual_seed(0)
+    x = torch.randn(3, 8, 32, generator=gen, device=device)
+    layers = [
+        a_layer(n, k, dtype=FLOAT, device=device, gen=gen, p=p, **{"r": 4, **what})
+        for (n, k), what in zip(sizes, forms, strict=True)
+    ]
+    return x, layers, gen
+
+
+def same(ours, expected):
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        close(ours[name], expected[name], name)
+
+
+FORMS = {
+    "lora": [{}, {}, {}],
+    "dora": [{"dora": True}, {"dora": True, "bias": True}, {"dora": True, "save": "z"}],
+}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("form", ["lora", "dora", "mixed"])
+def test_group(device, compiled, form, p):
+    forms = {**FORMS, "mixed": [{"r": 0, "bias": True}, {"bias": True, "scaling": 0.5}, {"dora": True}]}[form]
+    x, layers, gen = drawn([(32, 32), (16, 32), (8, 32)], forms, device, p)
+    dys = [torch.randn(3, 8, len(layer.weight), generator=gen, device=device) for layer in layers]
+
+    def fn(x, layers):
+        return lora_group(x, layers, backend="triton")
+
+    once = compiled(fn)
+    if p:  # other seeds than in eager
+        ours = results(once, x, layers, dys)
+        assert ours.keys() == results(fn, x, layers, dys).keys() and all(t.isfinite().all() for t in ours.values())
+    else:
+        same(results(once, x, layers, dys), results(fn, x, layers, dys))
+    assert compiled.counter.frame_count == 1
+
+
+def test_output_that_the_graph_drops(device, compiled):
+    """Its adapters get no gradient. (An unused output of the compiled function itself gets zeros.)"""
+    x, layers, gen = drawn([(32, 32), (16, 32), (8, 32)], FORMS["lora"], device)
+    dys = [torch.randn(3, 8, len(layers[i].weight), generator=gen, device=device) for i in (0, 2)]
+
+    def fn(x, layers):
+        first, _, last = lora_group(x, layers, backend="triton")
+        return first, last
+
+    ours = results(compiled(fn), x, layers, dys)
+    assert "A1" not in ours
+    same(ours, results(fn, x, layers, dys))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("form", ["lora", "dora"])
+def test_glu(device, compiled, form, p):
+    x, layers, gen = drawn([(48, 32), (48, 32), (40, 48)], FORMS[form], device, p)
+    dys = [torch.randn(3, 8, 40, generator=gen, device=device)]
+
+    def fn(x, layers):
+        return lora_glu(x, *layers, "gelu_tanh", backend="triton")
+
+    once = compiled(fn)
+    if p:
+        ours = results(once, x, layers, dys)
+        assert ours.keys() == results(fn, x, layers, dys).keys() and all(t.isfinite().all() for t in ours.values())
+    else:
+        same(results(once, x, layers, dys), results(fn, x, layers, dys))
+    assert compiled.counter.frame_count == 1
+
+
+def test_without_gradients(device, compiled):
+    x, layers, _ = drawn([(32, 32), (32, 32), (16, 32)], FORMS["lora"], device)
+
+    def fn(x, layers):
+        return (*lora_group(x, layers, backend="triton"), lora_glu(x, *layers, backend="triton"))
+
+    with torch.no_grad():
+        for ours, expected in zip(compiled(fn)(x, layers), fn(x, layers), strict=True):
+            close(ours, expected, "y")
+
+
+def test_scalings_hardly_recompile(device, compiled):
+    x, layers, _ = drawn([(32, 32), (16, 32), (8, 32)], FORMS["lora"], device)
+
+    def fn(x, scaling):
+        return lora_group(x, [layer._replace(scaling=scaling) for layer in layers], backend="triton")
+
+    once = compiled(fn)
+    for scaling in (0.5, 1.5, 2.5, 3.5):
+        for ours, expected in zip(once(x, scaling), fn(x, scaling), strict=True):
+            close(ours, expected, "y")
+    assert compiled.counter.frame_count <= 3
