@@ -1,4 +1,5 @@
-"""Frozen weights W [N, K] as the programs of a layer read them: as they are, in e4m3, in 4 bits.
+"""Frozen weights W [N, K] as the programs of a layer read them: as they are, in e4m3, in 4 bits, as fp8 checkpoints
+hold them.
 
 A base is a row of ``BASES``. It says which tensors hold W (a call hands them over, in this order), which of them each
 product reads, and whether the passes over x and dY must also write these in e4m3 for it. One whose tensors no product
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.kernels import four_bits
+from lora_fast.kernels import block_scales, four_bits
+from lora_fast.kernels.block_scales import Scaled
 from lora_fast.kernels.common import FP8
 from lora_fast.kernels.nibbles import Stored
 from lora_fast.kernels.operands import Operand, Scratch
@@ -74,44 +76,46 @@ class Base:
         return self.for_y if y else self.for_dx if dx else slice(0)
 
 
-def _whole(stored: Sequence[Operand], wanted: Wanted, *, low_first: bool) -> Read:
-    out = wanted.room.seen_as((wanted.n, wanted.k), wanted.kind)
-    return Read(out, launches=[four_bits.whole(Stored(*stored), out, low_first=low_first)])
+@dataclass(frozen=True)
+class Written:
+    """How weights are kept that no product reads: the tensors' record, and what makes the launches that write W."""
+
+    record: Callable[..., Any]
+    whole: Callable[..., Launch]
+    by_rows: Callable[..., Launch]
+    by_columns: Callable[..., Launch]
+
+    def write(self, stored: Sequence[Operand], wanted: Wanted) -> Read:
+        out = wanted.room.seen_as((wanted.n, wanted.k), wanted.kind)
+        return Read(out, launches=[self.whole(self.record(*stored), out)])
+
+    def write_rows(self, held: Sequence[Operand], wanted: Wanted) -> Read:
+        scale, *stored = held
+        out = wanted.room.seen_as((wanted.n, wanted.k), FP8)
+        gain = {"gain": wanted.gain, "weak": wanted.weak}
+        return Read(out, scale, [self.by_rows(self.record(*stored), out, scale, kind=wanted.kind, **gain)])
+
+    def write_columns(self, held: Sequence[Operand], wanted: Wanted) -> Read:
+        *stored, scale = held
+        out = wanted.room.seen_as((wanted.k, wanted.n), FP8)
+        return Read(out, scale, [self.by_columns(self.record(*stored), out, scale, kind=wanted.kind)])
+
+    def bases(self, name: str, stored: tuple[str, ...]) -> tuple[Base, Base]:
+        """The rows of such a weight: for exact products, and for those of e4m3, which scales of rows and columns make
+        of it, powers of two."""
+        count = len(stored)
+        exact = Base(name, stored, slice(count), slice(count), unpack_y=self.write, unpack_dx=self.write)
+        tensors, for_y, for_dx = ("row_scale", *stored, "col_scale"), slice(count + 1), slice(1, count + 2)
+        unpack = {"unpack_y": self.write_rows, "unpack_dx": self.write_columns}
+        return exact, Base(f"{name}_e4m3", tensors, for_y, for_dx, e4m3=True, **unpack)
 
 
-def _by_rows(held: Sequence[Operand], wanted: Wanted, *, low_first: bool) -> Read:
-    scale, *stored = held
-    out = wanted.room.seen_as((wanted.n, wanted.k), FP8)
-    made = four_bits.by_rows(
-        Stored(*stored),
-        out,
-        scale,
-        low_first=low_first,
-        kind=wanted.kind,
-        gain=wanted.gain,
-        weak=wanted.weak,
-    )
-    return Read(out, scale, [made])
+def _four_bits(low_first: bool) -> Written:
+    written = four_bits.whole, four_bits.by_rows, four_bits.by_columns
+    return Written(Stored, *(partial(write, low_first=low_first) for write in written))
 
 
-def _by_columns(held: Sequence[Operand], wanted: Wanted, *, low_first: bool) -> Read:
-    *stored, scale = held
-    out = wanted.room.seen_as((wanted.k, wanted.n), FP8)
-    made = four_bits.by_columns(Stored(*stored), out, scale, low_first=low_first, kind=wanted.kind)
-    return Read(out, scale, [made])
-
-
-def _packed(name: str, stored: tuple[str, ...], low_first: bool) -> tuple[Base, Base]:
-    """The rows of a weight in 4 bits: for exact products, and for those of e4m3, which scales of rows and columns make
-    of it, powers of two."""
-    whole, count = partial(_whole, low_first=low_first), len(stored)
-    rows, columns = partial(_by_rows, low_first=low_first), partial(_by_columns, low_first=low_first)
-    exact = Base(name, stored, slice(count), slice(count), unpack_y=whole, unpack_dx=whole)
-    tensors = "row_scale", *stored, "col_scale"
-    for_y, for_dx = slice(count + 1), slice(1, count + 2)
-    return exact, Base(f"{name}_e4m3", tensors, for_y, for_dx, e4m3=True, unpack_y=rows, unpack_dx=columns)
-
-
+SCALED = Written(Scaled, block_scales.whole, block_scales.by_rows, block_scales.by_columns)
 PLAIN = Base("plain", ("weight",), for_y=slice(1), for_dx=slice(1))
 # Row n of W is row_scale[n] * rows[n], for dX column k is col_scale[k] * columns[k]: rows [N, K], columns [K, N].
 E4M3 = Base("e4m3", ("rows", "row_scale", "columns", "col_scale"), for_y=slice(2), for_dx=slice(2, 4), e4m3=True)
@@ -120,8 +124,9 @@ BASES = {
     for base in (
         PLAIN,
         E4M3,
-        *_packed("four_bits", Stored._fields[:3], low_first=False),
-        *_packed("four_bits_nested", Stored._fields, low_first=False),
-        *_packed("mxfp4", Stored._fields[:3], low_first=True),
+        *_four_bits(low_first=False).bases("four_bits", Stored._fields[:3]),
+        *_four_bits(low_first=False).bases("four_bits_nested", Stored._fields),
+        *_four_bits(low_first=True).bases("mxfp4", Stored._fields[:3]),
+        *SCALED.bases("scaled_fp8", Scaled._fields),
     )
 }

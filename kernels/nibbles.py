@@ -164,6 +164,13 @@ def four_of_column(words, scales, i: tl.constexpr, factor, table_ptr, LOW_FIRST:
 
 
 @triton.jit
+def power_of(exponent):
+    """2 to the exponents less 127, in float32; 255 is NaN."""
+    bits = tl.where(exponent == 0, 1 << 22, tl.where(exponent == 255, 0x7FC00000, exponent << 23))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def scale_of(w, block, inside):
     """The scales of blocks, in float32."""
     if w.code2 is not None:
@@ -182,9 +189,7 @@ def scale_of(w, block, inside):
         else:
             scale = code2 * absmax2 + offset
     elif w.absmax.dtype.element_ty == tl.uint8:
-        code = tl.load(w.absmax + block, mask=inside, other=127).to(tl.int32)
-        bits = tl.where(code == 0, 1 << 22, tl.where(code == 255, 0x7FC00000, code << 23))
-        scale = bits.to(tl.float32, bitcast=True)
+        scale = power_of(tl.load(w.absmax + block, mask=inside, other=127).to(tl.int32))
     else:
         scale = tl.load(w.absmax + block, mask=inside, other=0.0)
     return scale

@@ -90,8 +90,16 @@ def held_by(base_name: str, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
     (n, k), blocks = w.shape, w.numel() // 64
     bytes_of_scales = "nested" in base_name or "mxfp4" in base_name
+    # Each form of scales that fp8 checkpoints have, with another dtype of the products.
+    scales = {
+        BF16: torch.empty(-(-n // 128), -(-k // 128)),
+        torch.float16: torch.empty(-(-n // 128), -(-k // 128), dtype=torch.uint8),
+        FLOAT: torch.empty(n, 1, dtype=BF16),
+    }
     tensors = {
         "weight": w,
+        "stored": torch.empty(n, k, dtype=torch.uint8),
+        "scale": scales[w.dtype],
         "packed": torch.empty(n * k // 2, dtype=torch.uint8),
         "absmax": torch.empty(blocks, dtype=torch.uint8 if bytes_of_scales else torch.float32),
         "table": torch.empty(16),
@@ -360,7 +368,8 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
         experts(*case)
     for base in BASES.values():
         if base.unpack_y and (not base.e4m3 or capability in (89, 90, 120)):
-            others = () if "nested" not in base.name else (torch.float16,) if base.e4m3 else (torch.float16, FLOAT)
+            some = "nested" not in base.name and "scaled" not in base.name
+            others = () if some else (torch.float16,) if base.e4m3 else (torch.float16, FLOAT)
             for dtype in (BF16, *others):
                 problem = f"4096x4096x4096 r=16 {str(dtype)[6:]} p=0.0 {base.name}"
                 layer((4096, 4096, 4096, 16, dtype, 0.0, dtype, False), torch.empty(4096), base.name)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from lora_fast.bases.four_bit_tables import E2M1, NESTED_BLOCK, NF4, dynamic_map, middles_of, nearest
-from lora_fast.bases.four_bit_weight import KINDS, WITH_E4M3, FourBitWeight, why_not_e4m3
-from lora_fast.bases.fp8 import E4M3, Fp8Weight
+from lora_fast.bases.four_bit_weight import FourBitWeight
+from lora_fast.bases.written import WithE4m3, known
 
 __all__ = [
     "E2M1",
@@ -26,7 +26,6 @@ __all__ = [
     "Nf4E4m3Weight",
     "Nf4Weight",
     "dynamic_map",
-    "why_not_e4m3",
 ]
 STORED = ("packed", "absmax", "table")
 NESTED = (*STORED, "code2", "absmax2", "offset")
@@ -107,38 +106,18 @@ class Mxfp4Weight(FourBitWeight):
         return bits.view(torch.float32)
 
 
-class _WithE4m3(FourBitWeight):
-    """With both products of e4m3 operands: :meth:`dequantise` gives what is stored, the products read it rounded to
-    e4m3 over row_scale [N] for y, over col_scale [K] for dX."""
-
-    E4M3_PRODUCTS, ROUNDS_NORM, BASE_COMPUTE = True, False, "float8_e4m3"
-    row_scale: torch.Tensor
-    col_scale: torch.Tensor
-
-    def multiplied(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.as_fp8().dequantise(dtype)
-
-    def as_fp8(self) -> Fp8Weight:
-        dense = self.dequantise()
-        rows, columns = ((t / s[:, None]).to(E4M3) for t, s in ((dense, self.row_scale), (dense.t(), self.col_scale)))
-        inner = rows, self.row_scale, columns.contiguous(), self.col_scale
-        return Fp8Weight(*inner, self.dtype)
-
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self.as_fp8().linear(x, bias)
-
-
-class BlockE4m3Weight(_WithE4m3, BlockWeight):
+class BlockE4m3Weight(WithE4m3, BlockWeight):
     INNER, BASE = ("row_scale", *STORED, "col_scale"), "four_bits_e4m3"
 
 
-class Nf4E4m3Weight(_WithE4m3, Nf4Weight):
+class Nf4E4m3Weight(WithE4m3, Nf4Weight):
     INNER, BASE = ("row_scale", *NESTED, "col_scale"), "four_bits_nested_e4m3"
 
 
-class Mxfp4E4m3Weight(_WithE4m3, Mxfp4Weight):
+class Mxfp4E4m3Weight(WithE4m3, Mxfp4Weight):
     INNER, BASE = ("row_scale", *STORED, "col_scale"), "mxfp4_e4m3"
 
 
-WITH_E4M3.update({BlockWeight: BlockE4m3Weight, Nf4Weight: Nf4E4m3Weight, Mxfp4Weight: Mxfp4E4m3Weight})
-KINDS.update({kind.BASE: kind for pair in WITH_E4M3.items() for kind in pair})
+PAIRS = {BlockWeight: BlockE4m3Weight, Nf4Weight: Nf4E4m3Weight, Mxfp4Weight: Mxfp4E4m3Weight}
+KINDS = {kind.BASE: kind for pair in PAIRS.items() for kind in pair}
+known(PAIRS)

@@ -43,13 +43,17 @@ class PackedWeight(torch.Tensor):
         for name, t in zip(cls.INNER, inner, strict=True):
             setattr(self, name, t)
         # As self.dtype, and with it all that calls depend on, which take the host longer to read.
-        self.acts_as, self.traits = dtype, (cls, dtype, shape, *(t.shape for t in inner))
+        self.acts_as, self.traits = dtype, (cls, dtype, shape, *((t.shape, t.dtype) for t in inner))
         return self
 
     @classmethod
     def quantise(cls, weight: torch.Tensor) -> Self:
         """From ``weight`` [N, K]; raises as :meth:`check`."""
         raise NotImplementedError
+
+    def quantised_alike(self, weight: torch.Tensor) -> "PackedWeight":
+        """``weight`` in inner tensors of these shapes and dtypes."""
+        return type(self).quantise(weight)
 
     @classmethod
     def check(cls, weight: torch.Tensor) -> None:
@@ -184,7 +188,7 @@ class PackedWeight(torch.Tensor):
         if not isinstance(source, PackedWeight) or (source.BASE, source.WHOLE) != (self.BASE, self.WHOLE):
             if self._is(source):  # DDP's broadcast, of what this acts as
                 return self
-            source = type(self).quantise(as_plain(source))
+            source = self.quantised_alike(as_plain(source))
         for name in self.INNER:
             inner = getattr(self, name)
             inner.copy_(getattr(source, name))

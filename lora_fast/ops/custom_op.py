@@ -135,7 +135,7 @@ def _gradients(
 ) -> list[torch.Tensor]:
     """The gradients that are needed, in the order of ``Needs``; flags are dora, keep_x8 and keep_z."""
     *kinds, needs, flags, base = rest
-    held = (None if t is None else t.shape for t in saved[len(Saved._fields) :])
+    held = (None if t is None else (t.dtype, t.shape) for t in saved[len(Saved._fields) :])
     key = dy.device, dy.dtype, dy.shape, *shape, *kinds, *needs, *flags, base, *held
     problem = _problems.get(key)
     if problem is None:

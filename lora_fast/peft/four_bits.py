@@ -9,8 +9,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.bases.four_bits import NESTED_BLOCK, BlockWeight, FourBitWeight, Nf4Weight, why_not_e4m3
+from lora_fast.bases.four_bits import NESTED_BLOCK, BlockWeight, FourBitWeight, Nf4Weight
 from lora_fast.bases.packed import PackedWeight
+from lora_fast.bases.written import WrittenWeight, why_not_e4m3
 from lora_fast.peft.layers import FastLinear
 from lora_fast.peft.rules import hooked, kind_of, parameter
 
@@ -36,12 +37,12 @@ class View:
 
     def __init__(self) -> None:
         self.made_from: tuple[Any, ...] | None = None
-        self.weight: FourBitWeight | None = None
+        self.weight: WrittenWeight | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return View, ()
 
-    def of(self, base: Any, e4m3: bool) -> FourBitWeight | str:
+    def of(self, base: Any, e4m3: bool) -> WrittenWeight | str:
         """The weight of this layer of bitsandbytes' as it is now, or in words why that cannot be fused. The host waits
         for this in every call, but for compiled ones, which take what is there."""
         if torch.compiler.is_compiling():
@@ -180,7 +181,7 @@ class FastLinear4bit(FastLinear, Linear4bit):
             weight = self.base_weight()
             if isinstance(weight, str):
                 raise ValueError(f"merge: {weight}")
-            assert isinstance(weight, FourBitWeight)
+            assert isinstance(weight, WrittenWeight)
             if original is not None:
                 weight.check_original(original)
             base, kind = self.base_layer, weight.dtype
