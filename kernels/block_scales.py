@@ -98,9 +98,7 @@ def whole(w: Scaled, out: Operand) -> Launch:
     return _written(w, out, out.dtype, TILE)
 
 
-def by_rows(
-    w: Scaled, out: Operand, scale: Operand, *, kind: torch.dtype, gain: Operand | None, weak: float
-) -> Launch:
+def by_rows(w: Scaled, out: Operand, scale: Operand, *, kind: torch.dtype, gain: Operand | None, weak: float) -> Launch:
     """out [N, K], e4m3, is filled with W, rounded to ``kind``, over the scales [N] of its rows, powers of two; with a
     gain [N] only in rows where that is below ``weak``."""
     return _written(w, out, kind, TILE, scale, gain=gain, weak=weak)

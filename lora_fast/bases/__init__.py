@@ -39,5 +39,6 @@ def packed_as(weight: torch.Tensor, kind: type[PackedWeight]) -> PackedWeight:
 
 def is_kept_as(weight: torch.Tensor, kind: type[PackedWeight]) -> TypeGuard[WrittenWeight]:
     """Whether the storage of this kind is the weight's, whatever products it has."""
-    written_out = isinstance(weight, WrittenWeight) and issubclass(kind, WrittenWeight)
-    return written_out and weight.exact() is kind.exact()
+    if not isinstance(weight, WrittenWeight) or not issubclass(kind, WrittenWeight):
+        return False
+    return weight.exact() is kind.exact()

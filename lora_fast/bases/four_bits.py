@@ -5,6 +5,7 @@ Microscaling Formats 1.0).
 """
 
 from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,6 @@ class Mxfp4E4m3Weight(WithE4m3, Mxfp4Weight):
     INNER, BASE = ("row_scale", *STORED, "col_scale"), "mxfp4_e4m3"
 
 
-PAIRS = {BlockWeight: BlockE4m3Weight, Nf4Weight: Nf4E4m3Weight, Mxfp4Weight: Mxfp4E4m3Weight}
-KINDS = {kind.BASE: kind for pair in PAIRS.items() for kind in pair}
+PAIRS: dict[Any, Any] = {BlockWeight: BlockE4m3Weight, Nf4Weight: Nf4E4m3Weight, Mxfp4Weight: Mxfp4E4m3Weight}
+KINDS: dict[str, type[FourBitWeight]] = {kind.BASE: kind for pair in PAIRS.items() for kind in pair}
 known(PAIRS)

@@ -76,7 +76,7 @@ class WrittenWeight(PackedWeight):
         kind = WITH_E4M3[type(self)]
         return kind(rows, *self.stored_tensors(), columns, shape=self.shape, dtype=self.dtype)
 
-    def as_kind(self, kind: "type[WrittenWeight]") -> "WrittenWeight":
+    def as_kind(self, kind: type[PackedWeight]) -> "WrittenWeight":
         """The same storage, for other products."""
         exact = self.exact()(*self.stored_tensors(), shape=self.shape, dtype=self.dtype)
         return exact.for_e4m3() if kind.E4M3_PRODUCTS else exact

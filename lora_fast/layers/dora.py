@@ -50,7 +50,7 @@ class DoRALinear(KeepsNorm, LoRALinear):
         self.lora_magnitude_vector = nn.Parameter(m)
         self.reset_magnitude()
 
-    def quantise_base(self, base_dtype: str = "float8_e4m3", base_compute: str | None = None) -> None:
+    def quantise_base(self, base_dtype: str | None = "float8_e4m3", base_compute: str | None = None) -> None:
         """As LoRALinear's; a magnitude that is still the start's is made anew, so that the layer equals its base."""
         fresh = self._magnitude_is_set and torch.equal(self._norm(), self.lora_magnitude_vector.detach())
         super().quantise_base(base_dtype, base_compute)

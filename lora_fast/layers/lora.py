@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.bases import kind_of_base, packed_as
+from lora_fast.bases import packed_as
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.joining import SIBLINGS, Joins
 from lora_fast.functional import FLOATS, lora_linear
+from lora_fast.layers.fp8_linears import holds_fp8, plain_linear
 from lora_fast.layers.merging import MergingLinear
 from lora_fast.layers.replacing import cleared, tell_of_freezing
 from lora_fast.layers.rules import (
@@ -22,6 +23,7 @@ from lora_fast.layers.rules import (
     check_init,
     check_quantisable,
     init_adapter,
+    kind_asked_for,
     why_not_lora,
 )
 from lora_fast.wrappers import fsdp1
@@ -102,7 +104,9 @@ class LoRALinear(Joins, MergingLinear):
         such a weight shares it. ``"float8_e4m3"``: a :class:`lora_fast.fp8.Fp8Weight`, products of 8-bit operands,
         forward and backward, at twice the rate. ``"nf4"`` or ``"mxfp4"``: 4 bits an element, which are written out
         ahead of each product, in the layer's dtype, or with ``base_compute="float8_e4m3"`` for products of 8-bit
-        operands (docs/four_bits.md).
+        operands (docs/four_bits.md). A ``linear`` that holds fp8, transformers' FP8Linear or compressed-tensors', has
+        its bytes shared, too, as a :class:`lora_fast.bases.ScaledFp8Weight`; over it, and over 4 bits that ``linear``
+        has already, ``base_compute`` goes without a ``base_dtype``.
 
         Raises:
             TypeError: not an ``nn.Linear`` itself, or one with hooks, a replaced forward or a quantised weight.
@@ -110,10 +114,13 @@ class LoRALinear(Joins, MergingLinear):
             RuntimeError: fp8 on a GPU that has no units for it (unless ``set_backend("reference")`` is on).
         """
         check_base_dtype(base_dtype, base_compute)
-        if base_compute is not None and base_dtype is None:
-            raise ValueError(f"base_compute: got {base_compute!r}, expected None without a base_dtype")
         if why := why_not_lora(linear):
             raise TypeError(f"linear: expected a plain nn.Linear, got one that {why}")
+        if holds_fp8(linear):
+            linear = plain_linear(linear)
+        kind = None
+        if base_dtype is not None or base_compute is not None:
+            kind = kind_asked_for(linear.weight, base_dtype, base_compute)
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -126,10 +133,10 @@ class LoRALinear(Joins, MergingLinear):
             init_lora_weights=init_lora_weights,
         )
         layer.weight, layer.bias = linear.weight, linear.bias
-        if base_dtype is not None:
-            check_quantisable(linear.weight, kind_of_base(base_dtype, base_compute))
+        if kind is not None:
+            check_quantisable(linear.weight, kind)
         layer._add_adapter(init_lora_weights)
-        if base_dtype is not None:
+        if kind is not None:
             layer.quantise_base(base_dtype, base_compute)
         return layer.train(linear.training)
 
@@ -150,9 +157,10 @@ class LoRALinear(Joins, MergingLinear):
         self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, device=device, dtype=dtype))
         self.reset_lora_parameters(init_lora_weights)
 
-    def quantise_base(self, base_dtype: str = "float8_e4m3", base_compute: str | None = None) -> None:
+    def quantise_base(self, base_dtype: str | None = "float8_e4m3", base_compute: str | None = None) -> None:
         """Put a packed weight (an :class:`lora_fast.fp8.Fp8Weight`, say) in the weight's place, which is freed if
-        nothing else holds it.
+        nothing else holds it. Without a ``base_dtype`` a base that is kept in 4 bits, or as an fp8 checkpoint holds it,
+        stays so, and its products are made as ``base_compute`` says.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`from_linear` with a ``base_dtype``; a merged layer.
@@ -160,7 +168,7 @@ class LoRALinear(Joins, MergingLinear):
         check_base_dtype(base_dtype, base_compute)
         if self.merged:
             raise ValueError("quantise_base: the layer is merged; unmerge it first")
-        kind = kind_of_base(base_dtype, base_compute)
+        kind = kind_asked_for(self.weight, base_dtype, base_compute)
         check_quantisable(self.weight, kind)
         if (packed := packed_as(self.weight, kind)) is not self.weight:
             self.weight = nn.Parameter(packed, requires_grad=False)

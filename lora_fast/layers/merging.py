@@ -9,6 +9,7 @@ from torch import nn
 from lora_fast.bases import LABELS
 from lora_fast.bases.four_bit_files import BLOCKS, SCALES
 from lora_fast.bases.packed import PackedWeight, is_opaque, is_packed, packed_in
+from lora_fast.bases.scaled import BY_BLOCKS, BY_ROWS
 from lora_fast.layers.merged_state import KEPT, add_kept, read_base
 from lora_fast.layers.packed_state import collect, pack_given, part_of, spread
 from lora_fast.wrappers.gather import is_sharded
@@ -146,8 +147,11 @@ class MergingLinear(nn.Linear):
         return self.unmerged_weight
 
     weight_blocks, weight_scales = part_of("weight", BLOCKS), part_of("weight", SCALES)
+    weight_scale_inv, weight_scale = part_of("weight", BY_BLOCKS), part_of("weight", BY_ROWS)
     lora_unmerged_weight_blocks = part_of("unmerged_weight", BLOCKS)
     lora_unmerged_weight_scales = part_of("unmerged_weight", SCALES)
+    lora_unmerged_weight_scale_inv = part_of("unmerged_weight", BY_BLOCKS)
+    lora_unmerged_weight_scale = part_of("unmerged_weight", BY_ROWS)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,22 +1,49 @@
-"""What a layer's state dict holds of a weight in 4 bits: plain tensors by the names that checkpoints have for them."""
+"""What a layer's state dict holds of a weight in 4 bits, or of one as fp8 checkpoints hold it: plain tensors by the
+names that checkpoints have for them."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.bases import packed_as
-from lora_fast.bases.four_bit_files import NAMES, describe, from_tensors, to_tensors
+from lora_fast.bases import four_bit_files, packed_as, scaled
 from lora_fast.bases.four_bits import FourBitWeight, Mxfp4Weight
+from lora_fast.bases.fp8 import E4M3
 from lora_fast.bases.packed import PackedWeight, packed_in
+from lora_fast.bases.scaled import ScaledFp8Weight
+from lora_fast.bases.written import WrittenWeight
 from lora_fast.wrappers.gather import is_sharded
 
 
+class Form(NamedTuple):
+    """How a checkpoint holds a weight."""
+
+    names: tuple[str, ...]  # what follows the weight's own
+    dtype: torch.dtype  # of what has that name itself
+    make: Callable[..., WrittenWeight]  # the weight of these
+
+
+FORMS = (
+    Form(four_bit_files.NAMES, torch.uint8, four_bit_files.from_tensors),
+    Form(scaled.NAMES, E4M3, ScaledFp8Weight.from_tensors),
+)
+
+
+def tensors_of(weight: Any) -> dict[str, torch.Tensor]:
+    """The plain tensors of such a weight, by what follows its name; none of another one."""
+    if isinstance(weight, PackedWeight) and weight.WHOLE:
+        if isinstance(weight, ScaledFp8Weight):
+            return weight.tensors()
+        if isinstance(weight, FourBitWeight):
+            return four_bit_files.to_tensors(weight)
+    return {}
+
+
 def spread(state_dict: dict[str, Any], key: str) -> None:
-    """Put plain tensors into a state dict in the place of the 4-bit weight that it has there, if it is one."""
-    weight = state_dict.get(key)
-    if isinstance(weight, FourBitWeight) and weight.WHOLE:
+    """Put plain tensors into a state dict in the place of such a weight that it has there."""
+    if tensors := tensors_of(state_dict.get(key)):
         del state_dict[key]
-        state_dict.update({key + name: t for name, t in to_tensors(weight).items()})
+        state_dict.update({key + name: t for name, t in tensors.items()})
 
 
 def collect(state_dict: dict[str, Any], key: str, own: torch.Tensor, shape: tuple[int, int], assign: bool) -> None:
@@ -25,29 +52,46 @@ def collect(state_dict: dict[str, Any], key: str, own: torch.Tensor, shape: tupl
     Raises:
         ValueError: the tensors make no such weight, or one that is packed in another way than ``own``.
     """
-    given = state_dict.get(key)
-    parts = {name: state_dict[key + name] for name in NAMES if key + name in state_dict}
-    if not parts and getattr(given, "dtype", None) != torch.uint8:
+    given: Any = state_dict.get(key)
+    for form in FORMS:
+        parts = {name: state_dict[key + name] for name in form.names if key + name in state_dict}
+        if parts or getattr(given, "dtype", None) == form.dtype:
+            break
+    else:
         return
-    found = from_tensors(parts if given is None else {"": given, **parts}, shape, own.dtype, key)
+    found: Any = form.make(parts if given is None else {"": given, **parts}, shape, own.dtype, key)
     _check(key, found, own, assign)
     for name in parts:
         del state_dict[key + name]
-    state_dict[key] = found.for_e4m3() if isinstance(own, FourBitWeight) and own.E4M3_PRODUCTS else found
+    state_dict[key] = found.for_e4m3() if isinstance(own, WrittenWeight) and own.E4M3_PRODUCTS else found
 
 
-def _check(key: str, found: FourBitWeight, own: torch.Tensor, assign: bool) -> None:
-    """Whether it may be loaded there: in the place of a weight in bitsandbytes' layout any other in that layout."""
+def describe(weight: WrittenWeight) -> str:
+    """How it is kept, in words."""
+    if isinstance(weight, ScaledFp8Weight):
+        return f"fp8 with {weight.scale.dtype} scales of shape {tuple(weight.scale.shape)}"
+    assert isinstance(weight, FourBitWeight)
+    return four_bit_files.describe(weight)
+
+
+def _check(key: str, found: WrittenWeight, own: torch.Tensor, assign: bool) -> None:
+    """Whether it may be loaded there: in the place of a weight in bitsandbytes' layout any other in that layout, of one
+    in fp8 any with other scales."""
     if is_sharded(own):
         raise ValueError(f"{key}: got {describe(found)}, expected it before fully_shard, whose shards take none")
     if (packed := packed_in(own)) is None:
         return
-    if not isinstance(packed, FourBitWeight):
+    if not isinstance(packed, WrittenWeight):
         raise ValueError(f"{key}: got {describe(found)}, expected the {packed.LABEL} base's own form or a plain weight")
-    alike = type(found) is packed.exact() and found.block == packed.block
-    if not alike and not (assign and isinstance(found, Mxfp4Weight) == isinstance(packed, Mxfp4Weight)):
-        hint = "" if assign or packed.LOW_FIRST != found.LOW_FIRST else " (assign=True takes either)"
+    related = _layout(found) == _layout(packed)
+    if not (related and assign) and describe(found) != describe(packed):
+        hint = " (assign=True takes either)" if related and not assign else ""
         raise ValueError(f"{key}: got {describe(found)}, expected {describe(packed)}{hint}")
+
+
+def _layout(weight: WrittenWeight) -> type:
+    kinds = (ScaledFp8Weight, Mxfp4Weight, FourBitWeight)
+    return next(kind for kind in kinds if isinstance(weight, kind))
 
 
 def pack_given(state_dict: dict[str, Any], key: str, own: torch.Tensor) -> None:
@@ -66,11 +110,11 @@ def pack_given(state_dict: dict[str, Any], key: str, own: torch.Tensor) -> None:
 
 
 def part_of(weight: str, name: str) -> property:
-    """The attribute of a layer that torch's distributed checkpoints ask for by the key of an MXFP4 weight's part."""
+    """The attribute of a layer that torch's distributed checkpoints ask for by the key of a part of its weight."""
 
     def get(self: Any) -> torch.Tensor:
-        if not isinstance(held := getattr(self, weight), Mxfp4Weight):
+        if (found := tensors_of(getattr(self, weight)).get(name)) is None:
             raise AttributeError(f"{type(self).__name__} has no {weight}{name}")
-        return to_tensors(held)[name]
+        return found
 
     return property(get)

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.bases import COMPUTE, PACKED
+from lora_fast.bases import COMPUTE, PACKED, is_kept_as, kind_of_base
 from lora_fast.bases.packed import PackedWeight, is_opaque, packed_in
+from lora_fast.bases.written import WrittenWeight, check_for_e4m3
 from lora_fast.functional import FLOATS
+from lora_fast.layers.fp8_linears import holds_fp8, why_not_held
 
 
 def check_base_dtype(base_dtype: Any, base_compute: Any = None) -> None:
@@ -19,11 +21,31 @@ def check_base_dtype(base_dtype: Any, base_compute: Any = None) -> None:
         raise ValueError(f"base_compute: got {base_compute!r}, expected {' or '.join(map(repr, COMPUTE))}")
 
 
+def kind_asked_for(weight: torch.Tensor, base_dtype: str | None, base_compute: str | None) -> type[PackedWeight]:
+    """The kind that the weight is to become. Without a ``base_dtype`` it is one that is written out for its products,
+    is kept as it is, and has those of ``base_compute``.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if base_dtype is not None:
+        return kind_of_base(base_dtype, base_compute)
+    if not isinstance(weight, WrittenWeight):
+        what = "None without a base_dtype, but over weights that are in 4 bits or as an fp8 checkpoint holds them"
+        raise ValueError(f"base_compute: got {base_compute!r}, expected {what}")
+    return type(weight).for_compute(base_compute)
+
+
 def check_quantisable(weight: torch.Tensor, kind: type[PackedWeight]) -> None:
     """Raise as :meth:`LoRALinear.from_linear` with a ``base_dtype`` where the weight cannot become one of this kind."""
     if dispatch.get_backend() != "reference" and (why := kind.why_not(weight.device)):
         raise RuntimeError(f"base_dtype: {why}")
-    if not isinstance(weight, kind):
+    if is_kept_as(weight, kind):
+        if kind.E4M3_PRODUCTS and type(weight) is not kind:
+            check_for_e4m3(weight.shape)
+            if dispatch.has_data(weight) and not torch.isfinite(weight.dequantise()).all():
+                raise ValueError("weight: has elements that are not finite, expected finite ones for 8-bit products")
+    elif not isinstance(weight, kind):
         kind.check(weight)
 
 
@@ -42,14 +64,19 @@ def why_not_lora(module: nn.Module) -> str | None:
     """Why a :class:`LoRALinear` could not stand in for the module, in words; None where it can."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "is the output projection of nn.MultiheadAttention, which reads its weight and would skip the adapter"
-    if type(module) is not nn.Linear:
+    fp8 = holds_fp8(module)
+    if type(module) is not nn.Linear and not fp8:
         return f"is a {type(module).__name__}, not a plain nn.Linear"
-    if "forward" in vars(module) or any(value for key, value in vars(module).items() if key.endswith("_hooks")):
+    replaced = "forward" in vars(module) and not (fp8 and hasattr(module, "quantization_scheme"))  # compressed-tensors'
+    if replaced or any(value for key, value in vars(module).items() if key.endswith("_hooks")):
         return "has hooks or a replaced forward, which would be lost (register hooks after the conversion)"
-    if module.weight.dtype not in FLOATS:
-        return f"has a quantised weight ({module.weight.dtype})"
-    if is_opaque(module.weight):
-        return f"has a quantised weight (a {type(module.weight).__name__})"
+    if fp8:
+        return why_not_held(module)
+    weight: Any = module.weight
+    if weight.dtype not in FLOATS:
+        return f"has a quantised weight ({weight.dtype})"
+    if is_opaque(weight):
+        return f"has a quantised weight (a {type(weight).__name__})"
     return None
 
 

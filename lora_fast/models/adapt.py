@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast.bases import kind_of_base
+from lora_fast.bases.written import WrittenWeight
 from lora_fast.blocks.joining import join, part
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.experts import ExpertsLoRA
+from lora_fast.layers.fp8_linears import dtype_beside, holds_fp8, plain_linear
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.replacing import forget_adapted, lost, note_adapted
-from lora_fast.layers.rules import check_quantisable
+from lora_fast.layers.rules import check_quantisable, kind_asked_for
 from lora_fast.models.config import LoRAConfig
 from lora_fast.models.projections import missed_by, patterns, projections
 from lora_fast.models.targets import find_parameters, find_targets, holders, matching, resolve_pattern, some
@@ -39,6 +40,9 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, blocks: str | bool = "auto
     Parameters that ``target_modules`` also means and that are no ``nn.Linear``'s get no adapter, and a warning names
     them: fused experts, routers, transformers' ``Conv1D``. "all-linear" means all of these.
 
+    Layers that hold fp8 (transformers' FP8Linear, compressed-tensors') keep their bytes, as a
+    :class:`lora_fast.bases.ScaledFp8Weight`, which acts as most elements of the model's other parameters do.
+
     Training flags are kept. Names are as without the wrappers of torch.compile, checkpointing or parallel training, in
     the model or around it; patterns may also spell these out. A layer found under several names is converted once, in
     all its places: it is a target if one of its names is, unless one of them is excluded. From then on
@@ -51,7 +55,8 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, blocks: str | bool = "auto
         TypeError: not a module, not a LoRAConfig.
         ValueError: the model has LoRA layers already, is itself an ``nn.Linear`` or wrapped by FSDP1; a target is no
             plain ``nn.Linear`` or its forward would not be called; a name or pattern of the config matches nothing; a
-            weight to quantise that is not finite; ``blocks`` neither "auto" nor False.
+            weight to quantise that is not finite; a base_compute alone where no weight is kept so that it applies;
+            ``blocks`` neither "auto" nor False.
         RuntimeError: an fp8 base on a GPU that has no units for it.
         After any error the model, its modules and its requires_grad flags are as they were.
     """
@@ -69,7 +74,6 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, blocks: str | bool = "auto
     if isinstance(unwrapped(model), nn.Linear):
         raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")
     for layer in _convert(model, config):
-        assert config.base_dtype is not None
         layer.quantise_base(config.base_dtype, config.base_compute)
     if missed := missed_by(model, config.target_modules):
         warnings.warn(
@@ -105,7 +109,11 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
 
     kept = matching("base_dtype_exclude", config.base_dtype_exclude, {m: names[m] for m in targets})
     owners = holders(model)
-    eight = [m for m in targets if config.base_dtype is not None and m not in kept and owners[id(m.weight)] == 1]
+    dtype = dtype_beside(model) if any(map(holds_fp8, targets)) else None
+    own = {m: plain_linear(m, dtype) if holds_fp8(m) else m for m in targets}
+    eight = _to_quantise(
+        config, {m: linear for m, linear in own.items() if owners[id(m.weight)] == 1 and m not in kept}
+    )
     before = {m: {n: p.requires_grad for n, p in m._parameters.items() if p is not None} for m in model.modules()}
     layers: dict[nn.Module, LoRALinear] = {}
     beside: list[ExpertsLoRA] = []
@@ -114,9 +122,12 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
         for linear in targets:
             hyperparameters = ranks[linear], alphas[linear], config.lora_dropout, config.use_rslora
             with noting(f"while converting {names[linear][0]!r}"):
-                layers[linear] = kind.from_linear(linear, *hyperparameters, init_lora_weights=config.init_lora_weights)
-                if linear in eight and config.base_dtype is not None:
-                    check_quantisable(linear.weight, kind_of_base(config.base_dtype, config.base_compute))
+                layers[linear] = kind.from_linear(
+                    own[linear], *hyperparameters, init_lora_weights=config.init_lora_weights
+                )
+                if linear in eight:
+                    weight = own[linear].weight
+                    check_quantisable(weight, kind_asked_for(weight, config.base_dtype, config.base_compute))
         for target, full in parameters.items():
             hyper = ranks[target], alphas[target], config.use_rslora
             with noting(f"while converting {full[0]!r}"):
@@ -138,6 +149,16 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
         note = {SAVED: True} if module in saved and trained[module] else {}
         vars(layers.get(module, module)).update({BEFORE: flags, TRAINED: trained[module], **note})
     return [layers[linear] for linear in eight]
+
+
+def _to_quantise(config: LoRAConfig, targets: dict[nn.Linear, nn.Linear]) -> list[nn.Linear]:
+    """Those of the targets, each with what stands for it, whose bases are to be of another kind."""
+    if config.base_dtype is not None or config.base_compute is None:
+        return [] if config.base_dtype is None else list(targets)
+    if found := [m for m, linear in targets.items() if isinstance(linear.weight, WrittenWeight)]:
+        return found
+    what = "None without a base_dtype, but over weights that are in 4 bits or as an fp8 checkpoint holds them"
+    raise ValueError(f"base_compute: got {config.base_compute!r}, expected {what}")
 
 
 def remove_lora(model: nn.Module) -> nn.Module:

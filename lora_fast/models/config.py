@@ -18,7 +18,8 @@ class LoRAConfig:
         base_dtype: None, "float8_e4m3", "nf4" or "mxfp4": the frozen weights of the converted layers are kept so (an
             :class:`lora_fast.fp8.Fp8Weight`, or 4 bits), one after the other, the original freed; one that is tied to
             another parameter stays as it is. remove_lora leaves them so.
-        base_compute: None, or "float8_e4m3": the products over a base of 4 bits are made from 8-bit operands.
+        base_compute: None, or "float8_e4m3": the products over a base of 4 bits are made from 8-bit operands; without a
+            base_dtype those over weights that are in 4 bits already, or as an fp8 checkpoint holds them.
         base_dtype_exclude: a list or a regex, as exclude_modules: converted layers that keep their weight as it is.
             None: all are quantised ("all-linear" leaves the output head out by itself).
         use_dora: convert to :class:`lora_fast.DoRALinear`, which also trains the lengths of the weight's rows.
@@ -76,10 +77,8 @@ class LoRAConfig:
             raise TypeError(f"modules_to_save: got {self.modules_to_save!r}, expected a list of module names")
         _check_names("modules_to_save", self.modules_to_save)
         check_base_dtype(self.base_dtype, self.base_compute)
-        if self.base_compute is not None and self.base_dtype is None:
-            raise ValueError(f"base_compute: got {self.base_compute!r}, expected None without a base_dtype")
         _check_names("base_dtype_exclude", self.base_dtype_exclude)
-        if self.base_dtype_exclude is not None and self.base_dtype is None:
+        if self.base_dtype_exclude is not None and self.base_dtype is None and self.base_compute is None:
             raise ValueError(f"base_dtype_exclude: got {self.base_dtype_exclude!r}, expected None without a base_dtype")
         for argument in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, argument)

@@ -11,7 +11,7 @@ from lora_fast.layers.experts import CHILD
 from lora_fast.wrappers.names import plain_modules
 
 # In the name of a class or parameter that does not project.
-OTHERS = ("embed", "norm", "bias", "token", "position", "_log")
+OTHERS = ("embed", "norm", "bias", "token", "position", "_log", "_scale")
 
 PLAIN = (nn.Module, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 

@@ -4,12 +4,14 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from lora_fast.bases import kind_of_base
-from lora_fast.bases.packed import PackedWeight
+from lora_fast.bases import packed_as
+from lora_fast.bases.written import WrittenWeight
 from lora_fast.blocks.joining import join, part
-from lora_fast.layers.rules import check_base_dtype, check_quantisable
+from lora_fast.layers.fp8_linears import dtype_beside, holds_fp8, make_plain
+from lora_fast.layers.rules import check_base_dtype, check_quantisable, kind_asked_for
 from lora_fast.models.targets import holders, matching
 from lora_fast.peft.report import PeftReport, experts_layers, lora_layers, peft_report
 
@@ -72,37 +74,34 @@ def patch_peft(
     check_base_dtype(base_dtype, base_compute)
     layers = lora_layers(model)
     if base_compute is not None and base_dtype is None:
-        if not any(type(layer).__name__.endswith("Linear4bit") for layer in layers.values()):
-            what = "a base_dtype, or a model that bitsandbytes keeps in 4 bits"
+        if not any(map(_is_written_out, layers.values())):
+            what = "a base_dtype, or a model that is kept in 4 bits or as an fp8 checkpoint holds it"
             raise ValueError(f"base_compute: got {base_compute!r}, expected None without {what}")
-    if base_dtype_exclude is not None and base_dtype is None:
+    if base_dtype_exclude is not None and base_dtype is None and base_compute is None:
         raise ValueError(f"base_dtype_exclude: got {base_dtype_exclude!r}, expected None without a base_dtype")
     from peft.tuners.lora import LoraModel
 
     from lora_fast.peft.layers import FastLinear, FastLoraModel
     from lora_fast.peft.rules import why_never_fused
 
-    kind = None if base_dtype is None else kind_of_base(base_dtype, base_compute)
-    asked = Asked(save, kind, base_dtype_exclude, base_compute == "float8_e4m3", bool(blocks))
+    asked = Asked(save, base_dtype, base_compute, base_dtype_exclude, bool(blocks))
     kept = matching("base_dtype_exclude", base_dtype_exclude, {layer: [name] for name, layer in layers.items()})
     done: list[Any] = []
-    eight: dict[str, Any] = {}
     try:
+        dtype = dtype_beside(model)
         for layer in layers.values():
             if why_never_fused(layer) is None:
-                adopt(layer, base_compute == "float8_e4m3")
+                adopt(layer, base_compute, dtype)
                 done.append(layer)
         done += adopt_experts(layers)
-        if kind is not None:
-            eight = _quantisable(model, {name: layer for name, layer in layers.items() if layer not in kept})
-            for name, layer in eight.items():
-                _check_base(name, layer, kind)
+        eight = asked.quantisable(model, {name: layer for name, layer in layers.items() if layer not in kept})
+        for name, layer in eight.items():
+            asked.check_base(name, layer)
     except BaseException:
         for layer in done:
             layer.release()
         raise
-    if kind is not None:
-        _quantise(model, eight.values(), kind)
+    asked.quantise(model, eight.values())
     for name, module in model.named_modules():
         if isinstance(module, FastLinear):
             module.save = save
@@ -119,9 +118,9 @@ class Asked(NamedTuple):
     """What :func:`patch_peft` was asked for. A tuner keeps it, and calls it when an adapter came later."""
 
     save: str
-    kind: type[PackedWeight] | None  # of the base weights
+    base_dtype: str | None
+    base_compute: str | None
     base_dtype_exclude: str | list[str] | None
-    e4m3: bool  # whether products over bitsandbytes' 4-bit bases are made from 8-bit operands
     blocks: bool = True
     prefix: str = ""  # of the tuner's layers, in the names that base_dtype_exclude speaks of
 
@@ -131,38 +130,79 @@ class Asked(NamedTuple):
 
         layers = {self.prefix + name: layer for name, layer in lora_layers(tuner).items()}
         new = {name: layer for name, layer in layers.items() if why_never_fused(layer) is None}
+        dtype = dtype_beside(tuner)
         for layer in new.values():
-            adopt(layer, self.e4m3)
+            adopt(layer, self.base_compute, dtype)
             layer.save = self.save
         if self.blocks and new:
             join(tuner)
         adopt_experts(layers)
-        if self.kind is None:
-            return
         names = {layer: [name] for name, layer in layers.items()}
         kept = matching("base_dtype_exclude", self.base_dtype_exclude, names)
-        fit = _quantisable(tuner, {name: layer for name, layer in new.items() if layer not in kept})
+        fit = self.quantisable(tuner, {name: layer for name, layer in new.items() if layer not in kept})
         for name in list(fit):
             try:
-                _check_base(name, fit[name], self.kind)
+                self.check_base(name, fit[name])
             except (TypeError, ValueError, RuntimeError) as error:
                 warnings.warn(
                     f"base_dtype: a layer that came later keeps its base weight as it is: {error}", stacklevel=2
                 )
                 del fit[name]
-        _quantise(tuner, fit.values(), self.kind)
+        self.quantise(tuner, fit.values())
+
+    def quantisable(self, model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
+        """Those of the layers whose base weight is to become another: plain ones for a base_dtype, without it those
+        that are written out for their products."""
+        from lora_fast.peft.layers import FastLinear
+        from lora_fast.peft.rules import PLAIN
+
+        if self.base_dtype is None and self.base_compute is None:
+            return {}
+        found, held = {}, holders(model)
+        for name, layer in layers.items():
+            weight: Any = getattr(layer.base_layer, "weight", None)
+            fits = isinstance(weight, WrittenWeight) if self.base_dtype is None else type(weight) in PLAIN
+            if isinstance(layer, FastLinear) and fits and not (weight.requires_grad or layer.merged):
+                if held[id(weight)] == 1:
+                    found[name] = layer
+        return found
+
+    def check_base(self, name: str, layer: Any) -> None:
+        weight = layer.base_layer.weight
+        try:
+            check_quantisable(weight, kind_asked_for(weight, self.base_dtype, self.base_compute))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+
+    def quantise(self, model: nn.Module, layers: Iterable[Any]) -> None:
+        embeddings = set(_embeddings(model))
+        for layer in layers:
+            weight = layer.base_layer.weight
+            packed = packed_as(weight, kind_asked_for(weight, self.base_dtype, self.base_compute))
+            layer.base_layer.weight = nn.Parameter(packed, requires_grad=False)
+            layer.is_embedding = layer in embeddings
 
 
-def adopt(layer: Any, e4m3: bool) -> None:
-    """Make a stock layer, of which ``why_never_fused`` finds nothing, one of ours."""
+def _is_written_out(layer: Any) -> bool:
+    """Whether the base is kept so that its products could be made from 8-bit operands."""
+    weight = getattr(layer.base_layer, "weight", None)
+    four_bits = type(layer).__name__.endswith("Linear4bit")
+    return four_bits or isinstance(weight, WrittenWeight) or holds_fp8(layer.base_layer)
+
+
+def adopt(layer: Any, base_compute: str | None, dtype: torch.dtype | None) -> None:
+    """Make a stock layer, of which ``why_never_fused`` finds nothing, one of ours. A base that others hold in
+    fp8 becomes a plain layer over the same bytes, which act as ``dtype``."""
     from lora_fast.peft.four_bits import FastLinear4bit
     from lora_fast.peft.layers import FastLinear
 
     if type(layer).__name__ != "Linear4bit":
         FastLinear.adopt(layer)
+        if holds_fp8(layer.base_layer):
+            make_plain(layer.base_layer, dtype)
         return
     FastLinear4bit.adopt(layer)
-    layer.e4m3 = e4m3
+    layer.e4m3 = base_compute == "float8_e4m3"
     layer.base_weight()
 
 
@@ -176,36 +216,6 @@ def adopt_experts(layers: dict[str, Any]) -> list[Any]:
             FastExperts.adopt(wrapper, name)
             done.append(wrapper)
     return done
-
-
-def _quantisable(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
-    """Those of the layers whose base weight is to become an fp8 one."""
-    from lora_fast.peft.layers import FastLinear
-    from lora_fast.peft.rules import PLAIN
-
-    found, held = {}, holders(model)
-    for name, layer in layers.items():
-        weight: Any = getattr(layer.base_layer, "weight", None)
-        if not isinstance(layer, FastLinear) or type(weight) not in PLAIN or weight.requires_grad:
-            continue
-        if not layer.merged and held[id(weight)] == 1:
-            found[name] = layer
-    return found
-
-
-def _check_base(name: str, layer: Any, kind: type[PackedWeight]) -> None:
-    try:
-        check_quantisable(layer.base_layer.weight, kind)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
-def _quantise(model: nn.Module, layers: Iterable[Any], kind: type[PackedWeight]) -> None:
-    embeddings = set(_embeddings(model))
-    for layer in layers:
-        packed = kind.quantise(layer.base_layer.weight)
-        layer.base_layer.weight = nn.Parameter(packed, requires_grad=False)
-        layer.is_embedding = layer in embeddings
 
 
 def _embeddings(model: nn.Module) -> Iterator[nn.Module]:

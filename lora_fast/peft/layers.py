@@ -10,14 +10,16 @@ from torch import nn
 
 from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight, as_plain
+from lora_fast.bases.scaled import ScaledFp8Weight
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.joining import SIBLINGS, Joins
 from lora_fast.functional import FLOATS, dora_linear, lora_linear
+from lora_fast.layers.fp8_linears import make_as_before
 from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm
 from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
 from lora_fast.peft import norms as peft_norms
-from lora_fast.peft.merging import KeepingLinear, for_an_adapters_file
+from lora_fast.peft.merging import KeepingLinear, for_an_adapters_file, spread_scaled
 from lora_fast.peft.rules import (
     BASES,
     active,
@@ -112,8 +114,10 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         del self._scalings
         for name in ("save", "save_x", "is_embedding", TO_COME, KEPT_NORM, "keep_in_graphs", SIBLINGS):
             vars(self).pop(name, None)
-        if isinstance(self.base_layer.weight, PackedWeight):
-            self.base_layer.weight = nn.Parameter(self.base_layer.weight.dequantise(), requires_grad=False)
+        make_as_before(self.base_layer)
+        weight = self.base_layer.weight
+        if isinstance(weight, PackedWeight) and not isinstance(weight, ScaledFp8Weight):  # which was there before
+            self.base_layer.weight = nn.Parameter(weight.dequantise(), requires_grad=False)
         self.__class__ = self.STOCK
         self.scaling = scalings
 
@@ -246,6 +250,7 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
             destination.update({key: t for key, t in kept.items() if t is not None and key in destination})
         if self.is_embedding:
             destination[f"{prefix}base_layer.weight"] = as_plain(destination[f"{prefix}base_layer.weight"])
+        spread_scaled(destination, f"{prefix}base_layer.weight")
         return destination
 
     def requires_grad_(self, requires_grad: bool = True) -> "FastLinear":

@@ -13,7 +13,9 @@ from torch import nn
 
 from lora_fast.bases import LABELS
 from lora_fast.bases.packed import PackedWeight, as_plain
-from lora_fast.layers.merged_state import add_kept, read_base
+from lora_fast.bases.scaled import ScaledFp8Weight
+from lora_fast.layers.merged_state import KEPT, add_kept, read_base
+from lora_fast.layers.packed_state import collect, spread
 from lora_fast.wrappers.gather import is_sharded, whole
 from lora_fast.wrappers.placement import (
     AWAY,
@@ -183,6 +185,7 @@ class KeepingLinear(Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged and not for_an_adapters_file():
             add_kept(self._both_kept(), destination, prefix, keep_vars)
+            spread_scaled(destination, prefix + KEPT["weight"])
 
     def _both_kept(self) -> dict[str, torch.Tensor | None]:
         return {"weight": self.lora_unmerged_weight, "bias": self.lora_unmerged_offset}
@@ -191,8 +194,22 @@ class KeepingLinear(Linear):
         live = self._base() if self.merged else {}
         if self.merged:
             self.unmerge()
-        read_base(self, self.base_layer, live, state_dict, prefix, prefix + "base_layer.")
+        base = self.base_layer
+        if isinstance(base.weight, ScaledFp8Weight):
+            shape, assign = (base.out_features, base.in_features), args[0].get("assign_to_params_buffers", False)
+            try:
+                for key in (f"{prefix}base_layer.weight", prefix + KEPT["weight"]):
+                    collect(state_dict, key, base.weight, shape, assign)
+            except ValueError as error:
+                args[-1].append(str(error))
+        read_base(self, base, live, state_dict, prefix, prefix + "base_layer.")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def spread_scaled(state_dict: dict[str, Any], key: str) -> None:
+    """Put the checkpoint's tensors in the place of a weight that was loaded in fp8."""
+    if isinstance(state_dict.get(key), ScaledFp8Weight):
+        spread(state_dict, key)
 
 
 def for_an_adapters_file() -> bool:

@@ -8,6 +8,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
 from lora_fast.bases import KINDS
+from lora_fast.layers.fp8_linears import holds_fp8, why_not_held
 
 DoraLinearVariant: Any
 try:
@@ -37,6 +38,9 @@ def why_never_fused(module: Any) -> str | None:
         hint = " (if FSDP made it: patch before fully_shard)" if isinstance(module, Linear) else ""
         return f"PEFT's {kind if kind != 'Linear' else kind_of(module)}, not its LoRA Linear{hint}"
     base = module.base_layer
+    if holds_fp8(base):
+        why = why_not_held(base)
+        return why and f"the base layer {why}"
     if not isinstance(base, nn.Linear) or isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return f"the base layer is a {kind_of(base)}, not an nn.Linear"
     if module.fan_in_fan_out:

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from lora_fast.bases import PACKED
-from lora_fast.bases.written import KINDS
 from lora_fast.bases.packed import as_plain, is_opaque, is_packed, rounds_norm
+from lora_fast.bases.written import KINDS
 from lora_fast.kernels.bases import BASES, PLAIN, Wanted
 from lora_fast.kernels.operands import Operand, Scratch
 

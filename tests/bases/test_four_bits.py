@@ -7,20 +7,15 @@ import pickle
 
 import pytest
 import torch
-from devices import CUDA, TRITON
+from base_calls import CALLS, named, needs_triton, normal, results
+from devices import CUDA
 from torch import nn
 
 from lora_fast import DoRALinear, LoRALinear
 from lora_fast.bases.four_bits import E2M1, KINDS, NF4, BlockWeight, Mxfp4Weight, Nf4Weight, dynamic_map
 from lora_fast.fp8 import Fp8Weight
-from lora_fast.functional import dora_linear, lora_linear
 
 EXACT = BlockWeight, Nf4Weight, Mxfp4Weight
-needs_triton = pytest.mark.skipif(not TRITON, reason="needs Triton")
-
-
-def normal(n, k, dtype=torch.float32, device="cpu", seed=1):
-    return torch.randn(n, k, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def oracle(weight):
@@ -149,38 +144,9 @@ def test_bad_weights():
             Nf4Weight.quantise(torch.ones(shape)).for_e4m3()
 
 
-def results(weight, device, dtype, *, dora, bias, p, x_grad, backend="triton", save="auto", save_x="x", m=70):
-    torch.manual_seed(0)
-    n, k = weight.shape
-    shapes = (m, k), (3, k), (n, 3), (n,), (n,), (m, n)
-    x, a, b, magnitude, offset, dy = (torch.randn(*shape, device=device, dtype=dtype) for shape in shapes)
-    magnitude[::5] = 0  # whose gradients need z again
-    leaves = [a, b, *([x] if x_grad else []), *([magnitude] if dora else []), *([offset] if bias else [])]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    options = {"bias": offset if bias else None, "dropout_p": p, "backend": backend, "save_x": save_x}
-    if dora:
-        y = dora_linear(x, weight, a, b, magnitude, 2.0, save=save, **options)
-    else:
-        y = lora_linear(x, weight, a, b, 2.0, **options)
-    y.backward(dy)
-    return [y.detach(), *(leaf.grad for leaf in leaves)]
-
-
-CALLS = [
-    {"dora": False, "bias": False, "p": 0.0, "x_grad": True},
-    {"dora": False, "bias": True, "p": 0.5, "x_grad": True},
-    {"dora": False, "bias": False, "p": 0.0, "x_grad": False},
-    {"dora": True, "bias": False, "p": 0.0, "x_grad": True},
-    {"dora": True, "bias": True, "p": 0.5, "x_grad": True},
-    {"dora": True, "bias": False, "p": 0.0, "x_grad": True, "save": "z"},
-    {"dora": True, "bias": False, "p": 0.5, "x_grad": False, "save_x": "fp8"},
-]
-
-
 @needs_triton
 @pytest.mark.medium
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: "-".join(f"{k}{v}" for k, v in call.items()))
+@pytest.mark.parametrize("call", CALLS, ids=named)
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("e4m3", [False, True])
 @pytest.mark.usefixtures("poisoned")

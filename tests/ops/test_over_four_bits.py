@@ -1,21 +1,25 @@
-"""Calls over 4-bit bases as models make them: compiled, checkpointed, under autocast, in CUDA graphs, on two streams.
-Each is held against the same call over the dense weight, bit for bit."""
+"""Calls over bases that are written out ahead of each product, in 4 bits or as fp8 checkpoints hold them, as models
+make them: compiled, checkpointed, under autocast, in CUDA graphs, on two streams. Each is held against the same call
+over the dense weight, bit for bit."""
 
 import pytest
 import torch
+from base_calls import FORMS, scaled
 from devices import TRITON
 from torch.utils.checkpoint import checkpoint
 
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from lora_fast.bases.four_bits import FourBitWeight, Nf4Weight
+from lora_fast.bases.four_bits import Nf4Weight
+from lora_fast.bases.scaled import ScaledFp8Weight
+from lora_fast.bases.written import WrittenWeight
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.kernels import program
 from lora_fast.timing import graphed
 
-FILLS = {"_whole_kernel", "_rows_kernel", "_columns_kernel"}
+FILLS = {"_whole_kernel", "_rows_kernel", "_columns_kernel", "_scaled_kernel"}
 
 
 def leaves(device, dtype=torch.float32, m=24, k=64, n=96, r=4):
@@ -24,10 +28,14 @@ def leaves(device, dtype=torch.float32, m=24, k=64, n=96, r=4):
     return [torch.randn(*shape, generator=gen).to(device, dtype).requires_grad_() for shape in shapes]
 
 
-def pair(device, e4m3, dtype=torch.float32, k=64, n=96, seed=1):
-    """(a 4-bit weight, its dense form as products read it)"""
-    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-    packed = Nf4Weight.quantise(weight)
+def pair(device, e4m3, dtype=torch.float32, k=64, n=96, seed=1, form=None):
+    """(a weight in 4 bits, or as fp8 checkpoints hold it with scales of this form; its dense form as products read
+    it)"""
+    if form is None:
+        weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+        packed = Nf4Weight.quantise(weight)
+    else:
+        packed = scaled(form, n, k, dtype, device, seed)
     dense = packed.dequantise()
     return (packed.for_e4m3(), Fp8Weight.quantise(dense)) if e4m3 else (packed, dense)
 
@@ -44,10 +52,12 @@ def grads(y, leaves, dora):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("dora, e4m3", [(True, False), (False, True)])
-def test_compiled(device, dora, e4m3):
+@pytest.mark.parametrize(
+    "dora, e4m3, form", [(True, False, None), (False, True, None), (True, False, "float32"), (False, True, "bf16 rows")]
+)
+def test_compiled(device, dora, e4m3, form):
     torch._dynamo.reset()
-    given, weights = leaves(device), pair(device, e4m3)
+    given, weights = leaves(device), pair(device, e4m3, form=form)
     x, *adapter = given
 
     def layer(x, weight):
@@ -81,12 +91,30 @@ def test_two_block_sizes_are_two_problems(device):
             assert torch.equal(torch.autograd.grad(found.sum(), [x])[0], expected)
 
 
+def test_scales_of_other_dtypes_are_other_problems(device):
+    """Of one shape, each block in a form of its own."""
+    torch._dynamo.reset()
+    (x, a, b, _), stored = leaves(device), scaled("float32", 96, 64, device=device).stored
+    compiled = torch.compile(lambda x, w: call(x, w, a, b, None, False), backend="aot_eager", fullgraph=True)
+    for scale in (torch.tensor([[0.5]]), torch.tensor([[120]], dtype=torch.uint8), torch.full((96, 1), 0.25)):
+        weight = ScaledFp8Weight(stored, scale.to(device), shape=(96, 64), dtype=torch.float32)
+        dense = call(x, weight.dequantise(), a, b, None, False)
+        (expected,) = torch.autograd.grad(dense.sum(), [x])
+        for found in (call(x, weight, a, b, None, False), compiled(x, weight)):
+            assert torch.equal(found, dense)
+            assert torch.equal(torch.autograd.grad(found.sum(), [x])[0], expected)
+
+
+CHECKPOINTED = [(False, False, False), (False, True, False), (True, False, False), (True, False, True)]
+
+
 @pytest.mark.medium
 @pytest.mark.parametrize(
-    "dora, e4m3, reentrant", [(False, False, False), (False, True, False), (True, False, False), (True, False, True)]
+    "dora, e4m3, reentrant, form",
+    [*((*one, None) for one in CHECKPOINTED), (False, False, False, "e8m0"), (True, True, False, "rows")],
 )
-def test_a_checkpoint_writes_no_weight_that_nothing_reads(device, dora, e4m3, reentrant, monkeypatch):
-    given, (packed, dense) = leaves(device), pair(device, e4m3)
+def test_a_checkpoint_writes_no_weight_that_nothing_reads(device, dora, e4m3, reentrant, form, monkeypatch):
+    given, (packed, dense) = leaves(device), pair(device, e4m3, form=form)
     x, *adapter = given
     ran, start = [], program.Program.run
 
@@ -151,12 +179,13 @@ def test_an_exception_in_between(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("form", [None, *FORMS])
 @pytest.mark.parametrize("e4m3", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
-def test_two_graphs_on_two_streams_beside_eager(dora, e4m3):
+def test_two_graphs_on_two_streams_beside_eager(dora, e4m3, form):
     kinds = {"dtype": torch.bfloat16, "k": 1024, "n": 2048}
     given = [leaves("cuda", m=m, r=16, **kinds) for m in (4096, 300)]
-    weights = [pair("cuda", e4m3, seed=seed, **kinds) for seed in (1, 2)]
+    weights = [pair("cuda", e4m3, seed=seed, form=form, **kinds) for seed in (1, 2)]
     steps, outputs, expected = [], [[], []], []
     for i, (one, (packed, dense)) in enumerate(zip(given, weights, strict=True)):
         expected.append(grads(call(one[0], dense, *one[1:], dora), one, dora))
@@ -184,10 +213,11 @@ def test_two_graphs_on_two_streams_beside_eager(dora, e4m3):
 
 
 @pytest.mark.gpu
-def test_peak_memory_is_the_plain_layers_and_one_scratch():
+@pytest.mark.parametrize("form", [None, "float32", "rows"])
+def test_peak_memory_is_the_plain_layers_and_one_scratch(form):
     shape = {"k": 4096, "n": 4096}
     given = leaves("cuda", torch.bfloat16, m=4096, r=16, **shape)
-    packed, dense = pair("cuda", False, torch.bfloat16, **shape)
+    packed, dense = pair("cuda", False, torch.bfloat16, form=form, **shape)
     peaks = []
     for weight in (dense, packed):
         grads(call(given[0], weight, *given[1:], False), given, False)
@@ -197,5 +227,5 @@ def test_peak_memory_is_the_plain_layers_and_one_scratch():
         grads(call(given[0], weight, *given[1:], False), given, False)
         torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    assert isinstance(packed, FourBitWeight)
+    assert isinstance(packed, WrittenWeight)
     assert peaks[1] <= 1.01 * peaks[0] + 2 * 4096 * 4096
