@@ -12,7 +12,9 @@ from torch import nn
 
 from lora_fast import DoRALinear, LoRALinear
 from lora_fast.bases.scaled import E8M0, ScaledFp8E4m3Weight, ScaledFp8Weight
+from lora_fast.bases.scaled_shards import ScaledFp8Shard
 from lora_fast.fp8 import E4M3, Fp8Weight
+from lora_fast.functional import lora_linear
 
 KINDS = ScaledFp8Weight, ScaledFp8E4m3Weight
 
@@ -325,3 +327,28 @@ def test_other_products_over_4_bits_that_are_there(base_dtype):
     short = LoRALinear.from_linear(nn.Linear(64, 8), r=4, base_dtype=base_dtype)
     with pytest.raises(ValueError, match=r"base_compute: got float8_e4m3 for \(8, 64\)"):
         short.quantise_base(base_dtype, "float8_e4m3")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_act_as_their_rows(kind, form):
+    whole = scaled(form, 512, 160)
+    whole = whole.for_e4m3() if kind is ScaledFp8E4m3Weight else whole
+    dense, parts = whole.dequantise(), whole.chunk(4)
+    assert all(isinstance(part, ScaledFp8Shard) and part.stored.shape == (128, 160) for part in parts)
+    assert torch.equal(torch.cat(parts), dense)
+    last = parts[-1]
+    stored = io.BytesIO()
+    torch.save(last, stored)
+    stored.seek(0)
+    for same in (pickle.loads(pickle.dumps(last)), torch.load(stored), copy.deepcopy(last), last.view_as(last)):
+        assert type(same) is type(last) and torch.equal(same.dequantise(), dense[-128:])
+    with pytest.raises(TypeError, match="expected the whole weight"):
+        lora_linear(torch.zeros(1, 160), last, torch.zeros(2, 160), torch.zeros(128, 2), 1.0)
+    for other in (dense[:128], whole):
+        with pytest.raises(RuntimeError, match="load it before fully_shard"):
+            last.copy_(other)
+    if "rows" not in form:
+        said = "expected a number of processes that divides its rows, into parts of whole blocks of 128"
+        with pytest.raises(ValueError, match=rf"weight: got scaled fp8 \[512, 160\] to shard, {said}"):
+            whole.chunk(8)
