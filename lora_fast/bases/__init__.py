@@ -11,6 +11,7 @@ from typing import TypeGuard
 import torch
 
 from lora_fast.bases import four_bit_shards as four_bit_shards
+from lora_fast.bases import scaled_shards as scaled_shards
 from lora_fast.bases import written
 from lora_fast.bases.four_bits import Mxfp4Weight, Nf4Weight
 from lora_fast.bases.fp8 import Fp8Weight

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from lora_fast.bases.four_bit_tables import quant_state
-from lora_fast.bases.written import WrittenWeight
+from lora_fast.bases.written import SHARDS, WrittenWeight
 
 
 class FourBitWeight(WrittenWeight):
@@ -78,7 +78,3 @@ class FourBitWeight(WrittenWeight):
 
     def is_made_from(self, weight: torch.Tensor) -> bool:
         return all(map(torch.equal, self.exact().store(weight.contiguous()), self.stored_tensors()))
-
-
-# Filled by four_bit_shards.py: what FSDP2 keeps of each kind.
-SHARDS: dict[type[FourBitWeight], type[FourBitWeight]] = {}

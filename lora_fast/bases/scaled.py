@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lora_fast.bases.fp8 import E4M3, LARGEST
-from lora_fast.bases.written import WithE4m3, WrittenWeight, known
+from lora_fast.bases.written import SHARDS, WithE4m3, WrittenWeight, known
 
 BLOCK = 128
 E8M0 = torch.float8_e8m0fnu
@@ -65,6 +65,16 @@ class ScaledFp8Weight(WrittenWeight):
     def divides(self, count: int) -> bool:
         n = self.shape[0]
         return n % count == 0 and (self.by_rows or n // count % BLOCK == 0)
+
+    def parts(self, count: int) -> list[WrittenWeight]:
+        n, k = self.shape
+        kind: Any = SHARDS[type(self)]
+        inner = [
+            count * (t,) if name == "col_scale" else t.chunk(count)
+            for name in self.INNER
+            for t in [getattr(self, name)]
+        ]
+        return [kind(*parts, shape=(n // count, k), dtype=self.dtype) for parts in zip(*inner, strict=True)]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds, by what follows the weight's name: tensors that share this one's memory."""

@@ -143,6 +143,8 @@ class WithE4m3(WrittenWeight):
 # Filled where the kinds are: those with products of e4m3, by the kind with exact ones; all kinds, by BASE.
 WITH_E4M3: dict[type[WrittenWeight], type[WrittenWeight]] = {}
 KINDS: dict[str, type[WrittenWeight]] = {}
+# By four_bit_shards.py and scaled_shards.py: what FSDP2 keeps of each kind.
+SHARDS: dict[type[WrittenWeight], type[WrittenWeight]] = {}
 
 
 def known(pairs: dict[Any, Any]) -> None:

@@ -52,6 +52,8 @@ def load_fp8(
     from lora_fast.files.checkpoint import open_base  # which needs safetensors
 
     files = open_base(Path(checkpoint))
+    if callable(tie := getattr(model, "tie_weights", None)):  # transformers'; what is made without data is not tied yet
+        tie()
     own = _own_tensors(model)
     scales = _scales(files)
     _check_config(files.config())

@@ -1,5 +1,5 @@
-"""Two processes over 4-bit bases. tests/bases/test_four_bit_shards.py starts this script twice: ``RANK FOLDER BACKEND
-DEVICE``.
+"""Two processes over bases that are written out for their products. tests/bases/test_four_bit_shards.py starts this
+script twice: ``RANK FOLDER BACKEND DEVICE``.
 
 Both have the same rows, so that each mode gives the bits of a process alone; what did not goes to ``FOLDER/RANK.json``.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from base_calls import scaled
 from sharding_modes import MODES
 from torch import distributed as dist
 from torch import nn
@@ -18,19 +19,31 @@ from torch.distributed.fsdp import fully_shard
 
 from lora_fast import LoRAConfig, add_lora, lora_parameters, set_backend
 from lora_fast.bases.four_bit_shards import FourBitShard
-from lora_fast.bases.four_bits import FourBitWeight
+from lora_fast.bases.packed import PackedWeight
+from lora_fast.bases.scaled import ScaledFp8Weight
+from lora_fast.bases.scaled_shards import ScaledFp8Shard
+from lora_fast.fp8 import E4M3
 
 STEPS, ROWS = 3, 8
 WIDTHS = {None: (16, 32, 20, 16), "float8_e4m3": (16, 32, 48, 16)}  # 16 x 20: half of it is no whole number of blocks
-CHOICES = [(kind, products, dora) for kind in ("nf4", "mxfp4") for products in WIDTHS for dora in (False, True)]
+CHECKPOINT = 16, 32, 256, 16  # of layers as fp8 checkpoints hold them; half of 256 is a whole block
+KINDS = "nf4", "mxfp4", "checkpoint"
+CHOICES = [(kind, products, dora) for kind in KINDS for products in WIDTHS for dora in (False, True)]
 
 
 def network(base_dtype: str, base_compute: str | None, dora: bool, device: str) -> nn.Sequential:
     torch.manual_seed(0)
-    widths = WIDTHS[base_compute]
+    widths = CHECKPOINT if base_dtype == "checkpoint" else WIDTHS[base_compute]
     pairs = zip(widths, widths[1:], strict=False)
     model = nn.Sequential(*(nn.Linear(k, n, bias=n == 32) for k, n in pairs)).to(device)
     options: dict[str, Any] = {"base_dtype": base_dtype, "base_compute": base_compute, "use_dora": dora}
+    if base_dtype == "checkpoint":
+        options["base_dtype"] = None
+        for layer in model.children():
+            n, k = layer.weight.shape  # type: ignore[misc]
+            weight = scaled("float32" if n == 256 else "bf16 rows", n, k, device=device)
+            weight.scale.mul_(0.1)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
     add_lora(model, LoRAConfig(r=4, target_modules="all-linear", **options))
     for parameter in lora_parameters(model):
         with torch.no_grad():
@@ -45,7 +58,7 @@ def bases(model: nn.Module) -> list[Any]:
 def full(tensor: Any) -> torch.Tensor:
     """Of a shard on the CPU, too, where NCCL gathers nothing."""
     found = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return (found.dequantise() if isinstance(found, FourBitWeight) else found).detach().cpu()
+    return (found.dequantise() if isinstance(found, PackedWeight) else found).detach().cpu()
 
 
 def train(model: nn.Module, rows: torch.Tensor, steps: int) -> list[torch.Tensor]:
@@ -63,7 +76,7 @@ def train(model: nn.Module, rows: torch.Tensor, steps: int) -> list[torch.Tensor
 
 
 # Alone, and for a step: the interpreter is slow.
-INTERPRETED = [("nf4", None, False), ("mxfp4", "float8_e4m3", True)], "fsdp2, by layers"
+INTERPRETED = [("nf4", None, False), ("mxfp4", "float8_e4m3", True), ("checkpoint", None, True)], "fsdp2, by layers"
 
 
 def is_kept(model: nn.Module, mode: str) -> bool:
@@ -73,6 +86,9 @@ def is_kept(model: nn.Module, mode: str) -> bool:
     right = []
     for base, layer in zip(held, layers(model), strict=True):
         elements = layer.in_features * layer.out_features // (2 if sharded else 1)
+        if isinstance(base, ScaledFp8Weight):
+            right += [isinstance(base, ScaledFp8Shard) == sharded, base.stored.numel() == elements]
+            continue
         right += [isinstance(base, FourBitShard) == sharded, base.packed.numel() * 2 == elements]
         right += [not sharded or base.has_own_scales == (elements % base.block == 0)]
     return all(right)
@@ -88,8 +104,8 @@ def loads(model: nn.Module) -> bool:
     state = get_model_state_dict(model, options=options)
     right = all(type(t) is torch.Tensor for t in state.values())
     set_model_state_dict(model, dict(state), options=options)
-    if "0.weight" not in state or state["0.weight"].dtype == torch.uint8:  # type: ignore[union-attr]
-        return right and state.keys() > {"0.lora_A", "0.lora_B"}  # whole in each process, in four tensors or more
+    if "0.weight" not in state or state["0.weight"].dtype in (torch.uint8, E4M3):  # type: ignore[union-attr]
+        return right and state.keys() > {"0.lora_A", "0.lora_B"}  # whole in each process, in plain tensors
     try:
         set_model_state_dict(model, state | {"0.weight": torch.ones(32, 16)}, options=options)
     except RuntimeError as error:
