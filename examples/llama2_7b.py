@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, set_seed
 
 import lora_fast
-from lora_fast.cli import doctor
+from lora_fast.cli.doctor_layers import examine
 
 LLAMA_2_7B = LlamaConfig(
     vocab_size=32000,
@@ -124,7 +124,7 @@ def timed(model: nn.Module, optimizer: torch.optim.Optimizer, row: dict) -> tupl
 
 def fused(model: nn.Module) -> str:
     """How many of the layers with an adapter the fused kernels run."""
-    counts = Counter(layer.fused for layer in doctor.examine(model))
+    counts = Counter(layer.fused for layer in examine(model))
     return f"{counts[True]} of {counts[True] + counts[False]}"
 
 

@@ -7,6 +7,7 @@ from lora_fast.blocks.functional import lora_glu, lora_group
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
 from lora_fast.experts.registry import register_experts
 from lora_fast.files.adapter import load_adapter, save_adapter
+from lora_fast.files.export import export_experts
 from lora_fast.files.fp8_checkpoint import load_fp8
 from lora_fast.layers.bottleneck import BottleneckAdapter
 from lora_fast.layers.dora import DoRALinear
@@ -39,6 +40,7 @@ __all__ = [
     "add_lora",
     "bottleneck_state_dict",
     "disable_lora",
+    "export_experts",
     "functional",
     "get_backend",
     "load_adapter",

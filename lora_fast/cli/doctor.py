@@ -5,26 +5,20 @@ import importlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from lora_fast import dispatch
+from lora_fast.cli.doctor_layers import examine
 from lora_fast.cli.machine import devices, versions
 from lora_fast.cli.selfcheck import Shape, check
 from lora_fast.files.adapter import open_adapter, read_adapter
 from lora_fast.files.fitting import fit_adapter
 from lora_fast.files.format import TENSORS
 from lora_fast.files.skeleton import skeleton_of_adapter
-from lora_fast.layers.dora import DoRALinear
-from lora_fast.layers.lora import LoRALinear
-from lora_fast.layers.rules import why_not_lora
 from lora_fast.models.adapt import lora_layers
-from lora_fast.models.projections import projections
-from lora_fast.peft.report import peft_report
 
 EPILOG = """\
 examples:
@@ -42,13 +36,6 @@ TINY = [Shape(24, 40, 24, 4)]
 
 class Wrong(Exception):
     """Something is wrong with the target."""
-
-
-class Layer(NamedTuple):
-    name: str
-    what: str
-    fused: bool | None  # None: not an adapter's layer
-    why: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +104,11 @@ def adapter(folder: Path) -> bool:
         print(f"  {kind}, r = {settings.r}, lora_alpha = {settings.lora_alpha:g}, bias = {settings.bias!r}")
         tensors = ", ".join(f"{count} of {dtype}" for dtype, count in sorted(dtypes.items()))
         print(f"  tensors: {tensors}; {size / 2**20:.2f} MiB")
+        if settings.target_parameters:
+            print(
+                f"  of experts: {', '.join(settings.target_parameters)}; only load_adapter can compare it with a model"
+            )
+            return True
         bare = skeleton_of_adapter(folder)
         fit_adapter(bare, read_adapter(bare, folder))
     except (OSError, ValueError, ImportError) as error:
@@ -149,63 +141,6 @@ def model(target: str, require_fused: bool) -> bool:
     counts = Counter(layer.fused for layer in layers)
     print(f"  {counts[True]} fused, {counts[False]} not fused, {counts[None]} without an adapter")
     return not (require_fused and counts[False])
-
-
-def examine(model: nn.Module) -> Iterator[Layer]:
-    """Every layer that has an adapter of ours or of PEFT's, or is linear and could have one, under its first name; and
-    the parameters that project as well and cannot have one."""
-    tuner = _peft_layers()
-    verdicts = _peft_verdicts(model) if any(isinstance(module, tuner) for module in model.modules()) else {}
-    inside: set[nn.Module] = set()  # of PEFT's layers: told with them
-    others = set(projections(model).values())
-    for name, module in model.named_modules():
-        start, name = f"{name}." if name else "", name or "(itself)"
-        if isinstance(module, LoRALinear):
-            kind = "DoRALinear" if isinstance(module, DoRALinear) else "LoRALinear"
-            why = _why_not_fused(module)
-            yield Layer(name, f"{kind} {_shape(module)}, r={module.r}", why is None, why or "")
-        elif isinstance(module, tuner):
-            inside.update(module.modules())
-            fused, why = verdicts.get(name, (False, "stock PEFT"))
-            yield Layer(name, f"{type(module).__module__}.{type(module).__qualname__}", fused, why)
-        elif isinstance(module, nn.Linear) and module not in inside:
-            why = why_not_lora(module)
-            yield Layer(
-                name,
-                f"{type(module).__name__} {_shape(module)}",
-                None,
-                f"cannot be converted: it {why}" if why else "add_lora can convert it",
-            )
-        elif module not in inside:
-            for key, parameter in module._parameters.items():
-                if parameter in others:
-                    what = f"parameter {list(parameter.shape)}, {str(parameter.dtype).removeprefix('torch.')}"
-                    yield Layer(start + key, what, None, "not adapted: it is no nn.Linear's")
-
-
-def _shape(linear: nn.Linear) -> str:
-    return f"{linear.in_features} -> {linear.out_features}, {str(linear.weight.dtype).removeprefix('torch.')}"
-
-
-def _why_not_fused(layer: LoRALinear) -> str | None:
-    if layer.merged or not layer.enabled:
-        return "merged: one plain product" if layer.merged else "disabled: the base's plain product"
-    return dispatch.why_slow(layer.weight.device, layer.weight.dtype)
-
-
-def _peft_layers() -> tuple[type[nn.Module], ...]:
-    """The class of PEFT's adapter layers, if the model can have any: PEFT is then imported already."""
-    found = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
-    return () if found is None else (found,)
-
-
-def _peft_verdicts(model: nn.Module) -> dict[str, tuple[bool, str]]:
-    """{layer: (fused, why or why not)} of PEFT's LoRA layers, as lora_fast.peft_report has it."""
-    try:
-        report = peft_report(model)
-    except ValueError:  # all are of PEFT's other methods
-        return {}
-    return {layer.name: (layer.fused, layer.reason) for layer in report.layers}
 
 
 def _is_path(target: str) -> bool:

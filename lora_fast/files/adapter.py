@@ -1,13 +1,11 @@
 """Adapters on disk in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors`` in one directory."""
 
-import json
 import os
 import re
-import secrets
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from lora_fast.files.format import (
     settings_of,
 )
 from lora_fast.files.pattern_keys import pattern_of
+from lora_fast.files.writing import safetensors_or_raise, write_adapter
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.experts import ExpertsLoRA
 from lora_fast.layers.lora import LoRALinear
@@ -59,7 +58,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             a model that is itself a LoRA layer; tensors without data (on the meta device).
         ImportError: without safetensors.
     """
-    save_file = _safetensors("torch").save_file
+    safetensors_or_raise("torch")
+    _, tensors, config = in_peft_format(model)
+    write_adapter(directory, tensors, config)
+
+
+def in_peft_format(
+    model: nn.Module,
+) -> tuple[dict[str, LoRALinear | ExpertsLoRA], dict[str, torch.Tensor], dict[str, Any]]:
+    """(layers with adapters, tensors by their names in PEFT's file, its config) of a model; raises as
+    :func:`save_adapter`."""
     layers = lora_layers(model)
     if len({(isinstance(layer, DoRALinear), layer.use_rslora) for layer in layers.values()}) > 1:
         raise ValueError("model: has layers that differ in use_dora or use_rslora, expected one adapter of one kind")
@@ -88,19 +96,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             f"save_adapter: {some(misread)}: beside transformers 5, PEFT takes adapters of layers so named for ones of "
             "the model's fused experts, and gives these layers none. load_adapter and lora-fast merge read the file "
             "rightly; for PEFT leave these layers out (exclude_modules)",
-            stacklevel=2,
+            stacklevel=3,
         )
-    config = json.dumps(_config_of(unwrapped(model), layers, saved), indent=2) + "\n"
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "adapter_config": config}  # the config again, so that a mixture of two saves is seen
-    _replace(
-        folder,
-        {
-            TENSORS: lambda path: save_file(tensors, path, metadata),
-            CONFIG: lambda path: path.write_text(config, encoding="utf-8"),
-        },
-    )
+    return layers, tensors, _config_of(unwrapped(model), layers, saved)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
@@ -135,7 +133,7 @@ def open_adapter(directory: str | os.PathLike[str]) -> Iterator[tuple[Settings, 
     Raises:
         FileNotFoundError, ValueError, ImportError: as :func:`load_adapter`, about the files by themselves.
     """
-    safe_open = _safetensors("").safe_open
+    safe_open = safetensors_or_raise("").safe_open
     folder = Path(directory)
     settings = read_config(inside(folder, CONFIG))
     path = inside(folder, TENSORS)
@@ -232,29 +230,3 @@ def _commonest(values: dict[str, Any]) -> Any:
 
 def plain_number(number: float) -> float:
     return int(number) if float(number).is_integer() else number
-
-
-def _replace(folder: Path, files: dict[str, Callable[[Path], Any]]) -> None:
-    """Write every file in full under another name, then put them all in place."""
-    token = secrets.token_hex(4)  # processes on several hosts may share the folder, and a number
-    written = {folder / name: folder / f".{name}.{token}.part" for name in files}
-    try:
-        for (path, part), write in zip(written.items(), files.values(), strict=True):
-            write(part)
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
-            if path.exists():
-                part.chmod(path.stat().st_mode)
-        for path, part in written.items():
-            os.replace(part, path)
-    finally:
-        for part in written.values():
-            part.unlink(missing_ok=True)
-
-
-def _safetensors(module: str) -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("adapters on disk need safetensors: pip install safetensors") from error
-    return safetensors.torch if module else safetensors

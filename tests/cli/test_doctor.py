@@ -443,3 +443,40 @@ def build():
         r"1\.gate_up_proj +plain +parameter \[4, 8, 16\], float32: not adapted: it is no nn.Linear's", said
     )
     assert "down_proj_bias" not in said and "0 fused, 1 not fused, 1 without an adapter" in said
+
+
+@pytest.mark.usefixtures("quick")
+def test_experts(package, capsys):
+    """Of every state that they can be in; in an adapter, too."""
+    pytest.importorskip("transformers.integrations.moe")
+    pytest.importorskip("peft", "0.21")
+    package(
+        """
+import peft
+from expert_nets import BOTH, moe_model, moe_peft
+def frozen(): return moe_model(num_hidden_layers=1)
+def unknown(): return moe_model(num_hidden_layers=1, hidden_act="gelu")
+def ours(): return lora_fast.add_lora(frozen(), lora_fast.LoRAConfig(r=3, target_parameters=BOTH))
+def theirs(): return moe_peft(sizes={"num_hidden_layers": 1})
+def patched():
+    model = theirs()
+    lora_fast.patch_peft(model)
+    return model
+"""
+    )
+    said = {}
+    for what in ("frozen", "unknown", "ours", "theirs", "patched"):
+        assert main(["doctor", f"my_model:{what}"]) == 0
+        said[what] = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "experts" in line]
+    for what, name, match in (
+        ("frozen", "model.layers.0.mlp.experts", r"plain .*gate_up_proj \[4, 48, 16\].*target_parameters can adapt"),
+        ("unknown", "model.layers.0.mlp.experts", "LoRA cannot reach these experts: the activation .* is GELU"),
+        ("ours", "model.layers.0.mlp.experts.down_proj", "ExpertsLoRA 4 x 24 -> 16, float32, r=3"),
+        ("theirs", "base_model.model.model.layers.0.mlp.experts.gate_up_proj", "not fused .* not patched"),
+        ("patched", "base_model.model.model.layers.0.mlp.experts.down_proj", "" if GPU else "not fused .*on 'cpu'"),
+    ):
+        lines = dict(said[what])
+        assert len(lines) == (1 if what in ("frozen", "unknown") else 2) and re.search(match, lines[name]), said[what]
+    save_adapter(sys.modules["my_model"].ours(), "adapter")
+    assert main(["doctor", "./adapter"]) == 0
+    assert "of experts: mlp.experts.down_proj, mlp.experts.gate_up_proj" in capsys.readouterr().out

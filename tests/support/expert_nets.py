@@ -26,7 +26,7 @@ BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def moe_model(kind="qwen3_moe", experts=4, **more):
-    """With a router that trains nothing and weights that do something."""
+    """With weights that do something."""
     torch.manual_seed(0)
     counts = {"num_experts": experts, "moe_intermediate_size": 24}
     if kind == "gpt_oss":
@@ -36,21 +36,27 @@ def moe_model(kind="qwen3_moe", experts=4, **more):
     config = getattr(importlib.import_module(f"transformers.models.{kind}.configuration_{kind}"), f"{name}Config")
     model = getattr(importlib.import_module(f"transformers.models.{kind}.modeling_{kind}"), f"{name}ForCausalLM")
     with contextlib.redirect_stderr(io.StringIO()):
-        made = model(config(**SIZES, **counts, pad_token_id=0, **more)).eval()
+        made = model(config(**{**SIZES, **counts, "pad_token_id": 0, **more})).eval()
     gen = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, p in made.named_parameters():
             if p.dim() > 1 or "bias" in name:
-                p.copy_(0.4 * torch.randn(p.shape, generator=gen))
+                p.copy_(1.6 * p.shape[-1] ** -0.5 * torch.randn(p.shape, generator=gen))
     return made
 
 
-def moe_peft(kind="qwen3_moe", experts=4, r=3, parameters=BOTH, **settings):
+def moe_peft(kind="qwen3_moe", experts=4, r=3, parameters=BOTH, sizes=None, **settings):
     """A stock PEFT model whose adapters do something."""
     config = peft.LoraConfig(
         **{"r": r, "lora_alpha": 5, "target_modules": [], "target_parameters": parameters, **settings}
     )
-    return stir(peft.get_peft_model(moe_model(kind, experts), config))
+    return stir(peft.get_peft_model(moe_model(kind, experts, **(sizes or {})), config))
+
+
+def eagerly(model):
+    """The loop over experts: transformers' products of groups are 16-bit on a GPU."""
+    model.get_base_model().set_experts_implementation("eager")
+    return model
 
 
 def ids(rows=2, length=9, seed=4):
@@ -58,7 +64,7 @@ def ids(rows=2, length=9, seed=4):
 
 
 def loss_and_gradients(model, tokens=None):
-    tokens = ids() if tokens is None else tokens
+    tokens = (ids() if tokens is None else tokens).to(next(model.parameters()).device)
     model.zero_grad()
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()

@@ -1,0 +1,108 @@
+"""What of a model is fused, layer by layer, and why not the rest: what ``lora-fast doctor`` lists."""
+
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from lora_fast import dispatch
+from lora_fast.experts.known import form_of, is_experts
+from lora_fast.experts.registry import NAME
+from lora_fast.files.experts import parameter_of
+from lora_fast.layers.dora import DoRALinear
+from lora_fast.layers.experts import AdaptedExperts, ExpertsLoRA
+from lora_fast.layers.lora import LoRALinear
+from lora_fast.layers.rules import why_not_lora
+from lora_fast.models.projections import projections
+from lora_fast.peft.report import is_wrapper, peft_report
+
+
+class Layer(NamedTuple):
+    name: str
+    what: str
+    fused: bool | None  # None: not an adapter's layer
+    why: str
+
+
+def examine(model: nn.Module) -> Iterator[Layer]:
+    """Every layer that has an adapter of ours or of PEFT's, or is linear and could have one, under its first name;
+    every module of experts; and the parameters that project as well and cannot have one."""
+    tuner = _peft_layers()
+    verdicts = _peft_verdicts(model) if any(isinstance(module, tuner) for module in model.modules()) else {}
+    inside: set[nn.Module] = set()  # of PEFT's layers: told with them
+    others = set(projections(model).values())
+    for name, module in model.named_modules():
+        start, name = f"{name}." if name else "", name or "(itself)"
+        if isinstance(module, ExpertsLoRA):
+            why = _why_not_fused(module)
+            what = f"ExpertsLoRA {module.experts} x {_shape(module)}, r={module.r}"
+            yield Layer(parameter_of(name), what, why is None, why or "")
+        elif isinstance(module, LoRALinear):
+            kind = "DoRALinear" if isinstance(module, DoRALinear) else "LoRALinear"
+            why = _why_not_fused(module)
+            yield Layer(name, f"{kind} {_shape(module)}, r={module.r}", why is None, why or "")
+        elif isinstance(module, tuner) and is_wrapper(module):
+            if module not in inside:
+                inside.update(module.modules())
+                yield from (
+                    Layer(full, "PEFT's LoRA on a parameter", *verdict)
+                    for full, verdict in verdicts.items()
+                    if full.rpartition(".")[0] == name
+                )
+        elif isinstance(module, tuner):
+            inside.update(module.modules())
+            fused, why = verdicts.get(name, (False, "stock PEFT"))
+            yield Layer(name, f"{type(module).__module__}.{type(module).__qualname__}", fused, why)
+        elif isinstance(module, nn.Linear) and module not in inside:
+            why = why_not_lora(module)
+            yield Layer(
+                name,
+                f"{type(module).__name__} {_shape(module)}",
+                None,
+                f"cannot be converted: it {why}" if why else "add_lora can convert it",
+            )
+        elif is_experts(module) and not isinstance(module, AdaptedExperts) and module not in inside:
+            yield from _experts(name, module)
+        elif module not in inside:
+            for key, parameter in module._parameters.items():
+                if parameter in others:
+                    what = f"parameter {list(parameter.shape)}, {str(parameter.dtype).removeprefix('torch.')}"
+                    yield Layer(start + key, what, None, "not adapted: it is no nn.Linear's")
+
+
+def _experts(name: str, module: nn.Module) -> Iterator[Layer]:
+    """A module of transformers' experts without an adapter: what there is for it."""
+    form, shapes = form_of(module), [f"{key} {list(p.shape)}" for key, p in module.named_parameters() if p.dim() == 3]
+    what = f"{type(module).__name__}: {', '.join(shapes)}"
+    if isinstance(form, str):
+        yield Layer(name, what, None, f"LoRA cannot reach these experts: {form}")
+        return
+    chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    frozen = "run through lora_fast" if chosen == NAME else 'register_experts and "lora_fast" make them faster'
+    yield Layer(name, what, None, f"target_parameters can adapt them; frozen, {frozen}")
+
+
+def _shape(linear: nn.Linear | ExpertsLoRA) -> str:
+    return f"{linear.in_features} -> {linear.out_features}, {str(linear.weight.dtype).removeprefix('torch.')}"
+
+
+def _why_not_fused(layer: LoRALinear | ExpertsLoRA) -> str | None:
+    if layer.merged or not layer.enabled:
+        return "merged: one plain product" if layer.merged else "disabled: the base's plain product"
+    return dispatch.why_slow(layer.weight.device, layer.weight.dtype)
+
+
+def _peft_layers() -> tuple[type[nn.Module], ...]:
+    """The class of PEFT's adapter layers, if the model can have any: PEFT is then imported already."""
+    found = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    return () if found is None else (found,)
+
+
+def _peft_verdicts(model: nn.Module) -> dict[str, tuple[bool, str]]:
+    """{layer: (fused, why or why not)} of PEFT's LoRA layers, as lora_fast.peft_report has it."""
+    try:
+        report = peft_report(model)
+    except ValueError:  # all are of PEFT's other methods
+        return {}
+    return {layer.name: (layer.fused, layer.reason) for layer in report.layers}
