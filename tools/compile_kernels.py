@@ -362,10 +362,10 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
     for act, case in MLPS:
         problem = f"{described(case)} {act} mlp"
         mlp(case, act)
-    for case in EXPERTS:
-        tokens, k, count, h, i, r, dtype, *rest = case
-        problem = f"experts {tokens}x{k}x{count}x{h}x{i} {str(dtype)[6:]} r={r} {rest}"
-        experts(*case)
+    for given in EXPERTS:
+        tokens, k, count, hidden, inner, rank, kind, *rest = given
+        problem = f"experts {tokens}x{k}x{count}x{hidden}x{inner} {str(kind)[6:]} r={rank} {rest}"
+        experts(*given)
     for base in BASES.values():
         if base.unpack_y and (not base.e4m3 or capability in (89, 90, 120)):
             some = "nested" not in base.name and "scaled" not in base.name

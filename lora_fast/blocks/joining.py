@@ -20,6 +20,7 @@ from lora_fast import dispatch
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.functional import lora_glu, lora_group
 from lora_fast.blocks.recognise import Glu, activation_of, glu_of, siblings_of
+from lora_fast.blocks.reference import ACTIVATIONS
 
 # In the __dict__ of modules: so it follows deepcopy and pickle.
 SIBLINGS = "_siblings"  # a layer's group; a parent's groups
@@ -103,7 +104,7 @@ class Siblings:
         if not calls:
             del self._open[_thread()]
 
-    def take(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    def take(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's output for x; None where it must make it by itself."""
         calls = self._open.get(_thread())
         if not calls:
@@ -156,7 +157,8 @@ class FastGlu:
         """As of the class that it had, and what that gives where the layers cannot be joined."""
         layers = why_apart_now(self, args, kwargs)
         if isinstance(layers, tuple):
-            return lora_glu(args[0], *layers, vars(self)[GLU].activation)
+            gate, up, down = layers
+            return lora_glu(args[0], gate, up, down, vars(self)[GLU].activation)
         if layers is not None:
             dispatch.tell("runs a block layer by layer", layers)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -242,17 +244,12 @@ def _same_numbers(module: Any, x: torch.Tensor) -> bool:
         whole = super(FastGlu, module).forward(rows)
         torch.manual_seed(seed)
         e, g = getattr(module, glu.gate)(rows), getattr(module, glu.up)(rows)
-        layers = {"silu": nn.functional.silu, "gelu": nn.functional.gelu}
-        act = layers.get(glu.activation, _tanh_gelu) if glu.act is None else getattr(module, glu.act)
+        act = ACTIVATIONS[glu.activation] if glu.act is None else getattr(module, glu.act)
         return torch.equal(whole, getattr(module, glu.down)(act(e) * g))
 
 
-def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
-    return nn.functional.gelu(x, approximate="tanh")
-
-
 @cache
-def _fast(plain: type) -> type:
+def _fast(plain: Any) -> Any:
     """The class of gated MLPs of a class."""
     name = plain.__name__  # which tools compare
     return type(name, (FastGlu, plain), {"PLAIN": plain, "__module__": plain.__module__, "__qualname__": name})
@@ -296,13 +293,14 @@ def _made_a_block(module: nn.Module, verdicts: dict[tuple[Any, ...], Glu | str])
     if isinstance(glu, Glu):
         vars(module)[GLU] = glu
         _ungroup(module)
-        module.__class__ = _fast(type(module))
-    elif any(type(child).__module__ in ACTIVATIONS for child in module.children()):
+        plain: Any = type(module)
+        module.__class__ = _fast(plain)
+    elif any(type(child).__module__ in OF_ACTIVATIONS for child in module.children()):
         vars(module)[GLU] = glu
     return isinstance(glu, Glu)
 
 
-ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")  # what looks like an MLP has one of theirs
+OF_ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")  # what looks like an MLP has one of theirs
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -57,7 +57,7 @@ class _Traced:
 
     def __init__(self, graph: fx.Graph, children: dict[str, nn.Module], is_linear: Callable[[nn.Module], bool]) -> None:
         self.children, self.is_linear = children, is_linear
-        self.nodes = [node for node in graph.nodes if node.op != "get_attr" or node.users]
+        self.nodes: list[Any] = [node for node in graph.nodes if node.op != "get_attr" or node.users]
 
     def glu(self) -> Glu | str:
         inputs = [node for node in self.nodes if node.op == "placeholder" and node.users]
@@ -71,7 +71,8 @@ class _Traced:
             h, dropout = h.args[0], h
         if not (isinstance(h, fx.Node) and h.op == "call_function" and h.target in PRODUCTS and len(h.args) == 2):
             return "its last linear layer is not given a product of two"
-        for gated, up in (h.args, h.args[::-1]):
+        two: Any = h.args
+        for gated, up in (two, two[::-1]):
             gate, activation = self._activated(gated)
             layers = gate, up, down
             if activation is None or not all(map(self._is_layer, layers)):
@@ -104,7 +105,7 @@ class _Traced:
             if node.target is F.silu and not any(node.kwargs.values()):
                 return node.args[0], "silu"
             if node.target is F.gelu:
-                return node.args[0], GELUS.get(node.kwargs.get("approximate", "none"))
+                return node.args[0], GELUS.get(str(node.kwargs.get("approximate", "none")))
         return None, None
 
 

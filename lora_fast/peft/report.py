@@ -50,7 +50,7 @@ class PeftReport:
     def __str__(self) -> str:
         """A line for all layers whose names differ in numbers alone and that share the rest."""
         layers = [(layer.name, "fused" if layer.fused else "not fused", layer.reason) for layer in self.layers]
-        groups: dict[tuple[str, str, str], int] = {}
+        groups: dict[tuple[str, ...], int] = {}
         for name, *rest in [*layers, *self.joined]:
             key = ".".join("*" if part.isdigit() else part for part in name.split(".")), *rest
             groups[key] = groups.get(key, 0) + 1

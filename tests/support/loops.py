@@ -121,14 +121,14 @@ def watched() -> Iterator[Seen]:
         return start(program, bound, first, last)
 
     for kind, run in plain.items():
-        kind.__call__ = counting(run)
+        kind.__call__ = counting(run)  # type: ignore[method-assign]
     Program.run = launch  # type: ignore[method-assign]
     try:
         yield seen
     finally:
         Program.run = start  # type: ignore[method-assign]
         for kind, run in plain.items():
-            kind.__call__ = run
+            kind.__call__ = run  # type: ignore[method-assign]
 
 
 def trained(model: nn.Module, loop: Callable[[nn.Module], object]) -> Seen:
