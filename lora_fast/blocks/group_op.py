@@ -98,9 +98,7 @@ def _gradients(
     problem = problems.get(key) or problems.keep(key, _problem(lead, weights, small, flags, needs))
     with on(first.device):
         rows = [None if dy is None else as_rows(dy) for dy in dys]
-        frozen = [
-            (dy, weights[i]) for i, dy in enumerate(rows) if i not in own and dy is not None and problem.needs_x
-        ]
+        frozen = [(dy, weights[i]) for i, dy in enumerate(rows) if i not in own and dy is not None and problem.needs_x]
         dx, grads = kernels.backward(
             problem,
             [rows[i] for i in own],

@@ -119,6 +119,8 @@ class Siblings:
             if entry.x is x and entry.mode == mode and name not in entry.asked:
                 entry.asked.add(name)
                 return entry.outputs.pop(name, None)
+        if any(name in entry.outputs for entry in call.entries):
+            return None  # it was predicted to get another input
         outputs = self._made(modules, x)
         call.entries.append(_Entry(x, mode, outputs, {name}))
         return outputs.pop(name, None)

@@ -9,7 +9,7 @@ import ast
 import inspect
 import operator
 import textwrap
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +159,8 @@ class _Calls(ast.NodeVisitor):
         self.blocks, self.at = 0, 0
         self.versions: dict[str, int] = {}
 
-    def block(self, statements: list[ast.stmt]) -> None:
+    def block(self, statements: Sequence[ast.AST]) -> None:
+        """What runs together or not at all."""
         outer = self.at
         self.blocks += 1
         self.at = self.blocks
@@ -175,6 +176,11 @@ class _Calls(ast.NodeVisitor):
                 for child in value if isinstance(value, list) else [value]:
                     if isinstance(child, ast.AST):
                         self.visit(child)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        self.visit(node.test)
+        self.block([node.body])
+        self.block([node.orelse])
 
     def visit_Assign(self, node: ast.Assign) -> None:
         self.visit(node.value)  # reads come before what is written

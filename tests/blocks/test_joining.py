@@ -1,0 +1,433 @@
+"""Gated MLPs and layers with one input, joined in models that were not written so: what runs together, what comes
+apart, and that numbers, state and copies are as without."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from lora_fast import LoRAConfig, SlowPathWarning, add_lora, dispatch, merge_lora, patch_peft, remove_lora, unpatch_peft
+from lora_fast.blocks import joining
+from lora_fast.blocks.joining import joined_in
+
+pytestmark = pytest.mark.filterwarnings("ignore:lora_fast takes the plain torch path")
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Attention(nn.Module):
+    """Of another one's states, if there are such."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.fail = False
+
+    def forward(self, x, other=None):
+        q = self.q(x)
+        if self.fail:
+            raise KeyError("between siblings")
+        states = x if other is None else other
+        k = self.k(x) if other is None else self.k(states)
+        v = self.v(x)
+        return self.o(torch.tanh(q * k) + v)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.mlp = Attention(), Mlp()
+
+    def forward(self, x, other=None):
+        return self.mlp(x + self.attention(x, other))
+
+
+def nets(**settings):
+    """(layer by layer, joined): the same layers with adapters that are not zero."""
+    torch.manual_seed(0)
+    config = LoRAConfig(4, 8, target_modules="all-linear", init_lora_weights=False, **settings)
+    apart = add_lora(Net(), config, blocks=False)
+    joined = copy.deepcopy(apart)
+    joining.join(joined)
+    return apart, joined
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """How often groups and gated MLPs ran as one."""
+    counts = {"group": 0, "glu": 0}
+
+    def counting(name, run):
+        def called(*args, **kwargs):
+            counts[name] += 1
+            return run(*args, **kwargs)
+
+        return called
+
+    monkeypatch.setattr(joining, "lora_group", counting("group", joining.lora_group))
+    monkeypatch.setattr(joining, "lora_glu", counting("glu", joining.lora_glu))
+    dispatch._told.clear()
+    yield counts
+    dispatch._told.clear()
+
+
+def results(net, x, *args):
+    net.zero_grad()
+    x = x.clone().requires_grad_()
+    y = net(x, *args)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in net.parameters() if p.requires_grad)]
+
+
+def same(net, expected, *args):
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
+    for ours, theirs in zip(results(net, x, *args), results(expected, x, *args), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_numbers_are_those_of_the_layers(ran):
+    apart, joined = nets()
+    assert isinstance(joined.mlp, Mlp) and type(joined.mlp).__name__ == "Mlp"
+    found = joined_in(joined)
+    assert list(found.blocks) == ["mlp"] and found.groups == {"attention": (("q", "v"),)} and not found.refused
+    assert apart.state_dict().keys() == joined.state_dict().keys()
+    same(joined, apart)
+    assert ran == {"group": 1, "glu": 1}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_and_dora(dora, ran):
+    apart, joined = nets(lora_dropout=0.5, use_dora=dora)
+    assert apart.training
+    joined(torch.randn(2, 8))
+    assert ran == {"group": 1, "glu": 1}
+    same(joined.eval(), apart.eval())
+
+
+def test_evaluation_runs_layer_by_layer(ran):
+    _, joined = nets()
+    with torch.no_grad():
+        joined.eval()(torch.randn(2, 8))
+        assert ran == {"group": 0, "glu": 0}
+        joined.train()(torch.randn(2, 8))  # as a reentrant checkpoint's first forward: the same masks must be drawn
+    assert ran == {"group": 1, "glu": 1}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant, ran):
+    apart, joined = nets(lora_dropout=0.3)
+
+    def run(net):
+        torch.manual_seed(3)
+        net.zero_grad()
+        x = torch.randn(4, 8, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(net, x, use_reentrant=reentrant).square().sum().backward()
+        return [p.grad for p in net.parameters() if p.requires_grad]
+
+    found = run(joined)
+    assert ran == {"group": 2, "glu": 2}
+    torch.manual_seed(3)
+    joined.zero_grad()
+    joined(torch.randn(4, 8, requires_grad=True)).square().sum().backward()
+    for ours, theirs in zip(found, [p.grad for p in joined.parameters() if p.requires_grad], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_sibling_with_another_input_makes_its_own(ran):
+    """The prediction may be wrong: that costs a product, and the report says so."""
+    apart, joined = nets()
+    changed = lambda module, args: (args[0] * 2,)  # noqa: E731
+    apart.attention.v.register_forward_pre_hook(changed)
+    joined.attention.v.register_forward_pre_hook(changed)
+    same(joined, apart)
+    assert joined_in(joined).wasted == {"attention.v": (1, 1)}
+
+
+def test_x_changed_in_place_between_siblings():
+    class Writes(Attention):
+        def forward(self, x, other=None):
+            x = x.clone()
+            q = self.q(x)
+            with torch.no_grad():
+                x.mul_(2)
+            return q, self.v(x)
+
+    torch.manual_seed(0)
+    net = add_lora(Writes(), LoRAConfig(4, target_modules=["q", "v"], init_lora_weights=False))
+    assert net.q._siblings is net.v._siblings
+    x = torch.randn(2, 8)
+    q, v = net(x)
+    torch.testing.assert_close(q, net.q(x))
+    torch.testing.assert_close(v, net.v(2 * x))
+
+
+def test_a_layer_called_from_elsewhere(ran):
+    apart, joined = nets()
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(joined.attention.q(x), apart.attention.q(x))
+    assert ran["group"] == 0
+
+
+def test_an_exception_between_siblings_leaves_nothing(ran):
+    apart, joined = nets()
+    joined.attention.fail = True
+    with pytest.raises(KeyError):
+        joined(torch.randn(2, 8))
+    joined.attention.fail = False
+    assert not joined.attention.q._siblings._open
+    same(joined, apart)
+
+
+def test_nothing_is_held_after_the_call():
+    _, joined = nets()
+    joined(torch.randn(2, 8))
+    assert not joined.attention.q._siblings._open
+
+
+def test_threads():
+    apart, joined = nets()
+    x = torch.randn(2, 8)
+    expected, found = apart(x), {}
+
+    def work(i):
+        found[i] = joined(x)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        torch.testing.assert_close(found[i], expected)
+
+
+def test_a_parent_inside_of_itself(ran):
+    class Twice(Attention):
+        def forward(self, x, other=None):
+            q = self.q(x)
+            if other is None:
+                q = q + Twice.__call__(self, x, x)
+            return q + self.v(x)
+
+    torch.manual_seed(0)
+    net = add_lora(Twice(), LoRAConfig(4, target_modules=["q", "v"], init_lora_weights=False))
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(net(x), 2 * net.q(x) + 2 * net.v(x))
+    assert ran["group"] == 2
+
+
+APART = {
+    "a hook on gate": (lambda net: net.mlp.gate.register_forward_hook(lambda *a: None), "hooks", "glu"),
+    "a forward put in place": (lambda net: setattr(net.mlp.up, "forward", net.mlp.up.forward), "hooks", "glu"),
+    "an x in 8 bits": (lambda net: setattr(net.attention.v, "save_x", "fp8"), "save_x", "group"),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_comes_apart_is_told_once(name, ran):
+    change, why, what = APART[name]
+    apart, joined = nets()
+    change(apart)
+    change(joined)
+    with pytest.warns(SlowPathWarning, match=f"layer by layer: .*{why}"):
+        same(joined, apart)
+    assert ran[what] == 0
+
+
+def test_what_is_switched_off_is_not_told(ran, recwarn):
+    apart, joined = nets()
+    for net in (apart, joined):
+        net.mlp.up.disable()
+        net.attention.v.merge()
+    same(joined, apart)
+    assert ran == {"group": 0, "glu": 0} and not [w for w in recwarn if "layer by layer" in str(w.message)]
+
+
+def test_merge_and_remove():
+    apart, joined = nets()
+    x = torch.randn(2, 8)
+    merge_lora(joined)
+    torch.testing.assert_close(joined(x), apart(x))
+    plain = remove_lora(joined)
+    assert type(plain.mlp) is Mlp and not plain.attention._forward_hooks and not plain.attention._forward_pre_hooks
+    assert not any(key in vars(module) for module in plain.modules() for key in (joining.SIBLINGS, joining.GLU))
+
+
+def test_copies_are_their_own(ran):
+    apart, joined = nets()
+    twin = copy.deepcopy(joined)
+    assert twin.attention.q._siblings is twin.attention.v._siblings is not joined.attention.q._siblings
+    assert type(twin.mlp) is type(joined.mlp)
+    same(twin, apart)
+    assert ran == {"group": 1, "glu": 1}
+    again = pickle.loads(pickle.dumps(joined))
+    same(again, apart)
+    assert ran == {"group": 2, "glu": 2}
+    unpickled = remove_lora(again)
+    assert not unpickled.attention._forward_hooks
+
+
+def test_only_some_outputs_used(ran):
+    """The adapters of an output that no loss depends on get no gradient, as without."""
+
+    class Drops(Attention):
+        def forward(self, x, other=None):
+            q, v = self.q(x), self.v(x)
+            return v
+
+    torch.manual_seed(0)
+    net = add_lora(Drops(), LoRAConfig(4, target_modules=["q", "v"], init_lora_weights=False))
+    net(torch.randn(2, 8)).sum().backward()
+    assert ran["group"] == 1 and net.q.lora_A.grad is None and net.v.lora_A.grad is not None
+
+
+def test_a_forward_that_tracing_takes_for_another():
+    """isinstance of a proxy is False: so two rows are looked at in the first call."""
+
+    class Sly(Mlp):
+        def forward(self, x):
+            if isinstance(x, torch.Tensor):
+                x = x + 1
+            return self.down(self.act(self.gate(x)) * self.up(x))
+
+    torch.manual_seed(0)
+    net = Sly()
+    expected = copy.deepcopy(net)
+    add_lora(net, LoRAConfig(4, target_modules="all-linear"))
+    assert isinstance(net, joining.FastGlu)
+    x = torch.randn(2, 8)
+    with pytest.warns(SlowPathWarning, match="gives other numbers"):
+        torch.testing.assert_close(net(x), expected(x))
+
+
+def test_the_probe_draws_nothing():
+    _, joined = nets(lora_dropout=0.5)
+    joining._probed.clear()
+    torch.manual_seed(5)
+    first = joined(torch.ones(2, 8))
+    torch.manual_seed(5)
+    torch.testing.assert_close(joined(torch.ones(2, 8)), first)
+
+
+@pytest.mark.medium
+def test_compiled(ran):
+    apart, joined = nets()
+    torch._dynamo.reset()
+    compiled = torch.compile(joined, fullgraph=True, backend="aot_eager")
+    same(compiled, apart)
+    assert ran == {"group": 1, "glu": 1} and not joined.attention.q._siblings._open
+
+
+def test_the_tail_of_a_chain_of_adapters_without_one(ran):
+    """A layer without an adapter may be in a block, not in a group."""
+    torch.manual_seed(0)
+    config = LoRAConfig(4, target_modules=["gate", "up", "q"], init_lora_weights=False)
+    net = add_lora(Net(), config)
+    apart = add_lora(Net(), config, blocks=False)
+    apart.load_state_dict(net.state_dict())
+    assert joined_in(net).groups == {}
+    same(net, apart)
+    assert ran == {"group": 0, "glu": 1}
+
+
+def test_bad_blocks():
+    with pytest.raises(ValueError, match="blocks: got True, expected"):
+        add_lora(Net(), LoRAConfig(4), blocks=True)
+
+
+def peft_net(**settings):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["gate", "up", "down", "q", "v"], init_lora_weights=False, **settings)
+    return peft.get_peft_model(Net(), config)
+
+
+def test_patch_peft_and_back(ran):
+    stock = peft_net()
+    model = copy.deepcopy(stock)
+    report = patch_peft(model)
+    prefix = "base_model.model."
+    assert report.blocks == (f"{prefix}mlp",)
+    assert report.groups == ((f"{prefix}attention.q", f"{prefix}attention.v"),)
+    text = str(report)
+    assert "gate, up, down in one step (silu)" in text and "(3 in 1 blocks, 2 in 1 groups)" in text
+    same(model, stock)
+    assert ran == {"group": 1, "glu": 1}
+    with model.disable_adapter():
+        with stock.disable_adapter():
+            same(model, stock)
+    unpatch_peft(model)
+    assert type(model.base_model.model.mlp) is Mlp and not model.base_model.model.attention._forward_hooks
+    same(model, stock)
+    assert not patch_peft(model, blocks=False).blocks
+    assert patch_peft(model).blocks and not patch_peft(model, blocks=False).groups
+
+
+def test_adapters_that_come_later_are_joined(ran):
+    peft = pytest.importorskip("peft")
+    model = peft_net()
+    patch_peft(model)
+    more = peft.LoraConfig(r=4, target_modules=["k", "q", "v"], init_lora_weights=False)
+    model.add_adapter("more", more)
+    stock = copy.deepcopy(model)
+    unpatch_peft(stock)
+    model.set_adapter("more")
+    stock.set_adapter("more")
+    same(model, stock)
+    assert ran["group"] == 1
+
+
+def test_refused_modules_are_reported():
+    class Clamped(Mlp):
+        def forward(self, x):
+            return self.down(self.act(self.gate(x)).clamp(max=7) * self.up(x))
+
+    peft = pytest.importorskip("peft")
+    net = Net()
+    net.mlp = Clamped()
+    model = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["gate", "up", "down"]))
+    report = patch_peft(model)
+    assert report.blocks == () and report.groups == (("base_model.model.mlp.gate", "base_model.model.mlp.up"),)
+    assert "no block" in str(report) and "not given act(gate(x)) * up(x)" in str(report)
+
+
+def test_a_gelu_by_its_type(ran):
+    """Both are "gelu" in configurations; the numbers are those of the module."""
+    for act in (nn.GELU(), nn.GELU(approximate="tanh")):
+        torch.manual_seed(0)
+        net = Net()
+        net.mlp.act = act
+        apart = add_lora(copy.deepcopy(net), LoRAConfig(4, target_modules="all-linear"), blocks=False)
+        joined = add_lora(net, LoRAConfig(4, target_modules="all-linear"))
+        joined.load_state_dict(apart.state_dict())
+        assert joined.mlp._glu.activation == {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate]
+        same(joined, apart)
+    assert ran["glu"] == 2
+
+
+def test_its_own_dropout(ran):
+    class Drops(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.down(self.drop(self.act(self.gate(x)) * self.up(x)))
+
+    net = add_lora(Drops(), LoRAConfig(4, target_modules="all-linear"))
+    with pytest.warns(SlowPathWarning, match="drops elements itself"):
+        net(torch.randn(2, 8))
+    assert ran["glu"] == 0
+    net.eval()(torch.randn(2, 8, requires_grad=True))
+    assert ran["glu"] == 1
