@@ -22,7 +22,18 @@ PLAIN = (
     "lora_fast_dora",
     "lora_fast_own_dora",
 )
-IMPLS = (*PLAIN, "lora_fast_lora_x8", "lora_fast_fp8_lora", "lora_fast_fp8_dora")
+WHOLE = (
+    "lora_fast_layers_lora",
+    "lora_fast_layers_dora",
+    "lora_fast_lora_x8",
+    "lora_fast_fp8_lora",
+    "lora_fast_fp8_dora",
+    "lora_fast_nf4_lora",
+    "lora_fast_nf4_dora",
+    "lora_fast_nf4_fp8_lora",
+    "lora_fast_nf4_fp8_dora",
+)
+IMPLS = (*PLAIN, *WHOLE)
 MODES = ("eager", "default", "reduce-overhead")
 R = 16
 
@@ -67,7 +78,7 @@ class Case(NamedTuple):
 
 def stock_of(impl: str) -> str:
     """The stock PEFT that a candidate of ours stands beside."""
-    return impl.replace("lora_fast_", "peft_").replace("fp8_", "").replace("own_", "").removesuffix("_x8")
+    return f"peft_{'dora' if impl.endswith('dora') else 'lora'}" if impl.startswith("lora_fast") else impl
 
 
 def all_cases(size: str = "large", mode: str = "eager") -> list[Case]:
@@ -123,7 +134,10 @@ def model_of(case: Case, base: nn.Module) -> nn.Module:
         )
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
     if case.impl.startswith("lora_fast"):
-        report = patch_peft(model, base_dtype="float8_e4m3" if "fp8" in case.impl else None)
+        base = "nf4" if "nf4" in case.impl else "float8_e4m3" if "fp8" in case.impl else None
+        compute = "float8_e4m3" if "nf4_fp8" in case.impl else None
+        blocks = False if "layers" in case.impl or case.impl.endswith("_x8") else "auto"
+        report = patch_peft(model, base_dtype=base, base_compute=compute, blocks=blocks)
         if report.not_fused and next(model.parameters()).is_cuda:
             raise RuntimeError(f"a candidate of ours is not fused everywhere:\n{report}")
     if case.impl.endswith("_x8"):
