@@ -134,10 +134,10 @@ def model_of(case: Case, base: nn.Module) -> nn.Module:
         )
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
     if case.impl.startswith("lora_fast"):
-        base = "nf4" if "nf4" in case.impl else "float8_e4m3" if "fp8" in case.impl else None
+        dtype = "nf4" if "nf4" in case.impl else "float8_e4m3" if "fp8" in case.impl else None
         compute = "float8_e4m3" if "nf4_fp8" in case.impl else None
         blocks = False if "layers" in case.impl or case.impl.endswith("_x8") else "auto"
-        report = patch_peft(model, base_dtype=base, base_compute=compute, blocks=blocks)
+        report = patch_peft(model, base_dtype=dtype, base_compute=compute, blocks=blocks)
         if report.not_fused and next(model.parameters()).is_cuda:
             raise RuntimeError(f"a candidate of ours is not fused everywhere:\n{report}")
     if case.impl.endswith("_x8"):

@@ -35,6 +35,11 @@ class Joins:
         nothing to join (adapters that are disabled, merged or not there)."""
         raise NotImplementedError
 
+    @property
+    def joinable(self) -> bool:
+        """Whether blocks of such layers are one step: not over a packed base, as things are."""
+        raise NotImplementedError
+
     def joined(self, x: torch.Tensor) -> torch.Tensor | None:
         """The output for x if it was, or is to be, made with that of its siblings."""
         siblings: Siblings | None = vars(self).get(SIBLINGS)
@@ -279,7 +284,7 @@ def join(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (FastGlu, Joins)):
             continue
-        own = {name: child for name, child in module.named_children() if isinstance(child, Joins)}
+        own = {name: child for name, child in module.named_children() if isinstance(child, Joins) and child.joinable}
         if own and not _made_a_block(module, verdicts):
             _group(module, own)
 
@@ -306,7 +311,7 @@ OF_ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")  # 
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, Joins) or type(module) is nn.Linear
+    return module.joinable if isinstance(module, Joins) else type(module) is nn.Linear
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:

@@ -154,8 +154,9 @@ class FastLinear4bit(FastLinear, Linear4bit):
         assert weight is not None  # ``base_weight`` was asked before
         return weight, None if bias is None else bias.to(weight.acts_as)
 
-    def as_layer(self, x: torch.Tensor) -> None:
-        """Never joined: x is cast, and the weight written out, for each layer."""
+    @property
+    def joinable(self) -> bool:
+        return False
 
     def _fused(self, x: torch.Tensor, parts: list[tuple[Any, ...]]) -> torch.Tensor:
         weight = self._view.weight

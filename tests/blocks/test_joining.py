@@ -341,6 +341,19 @@ def test_the_tail_of_a_chain_of_adapters_without_one(ran):
     assert ran == {"group": 0, "glu": 1}
 
 
+@pytest.mark.parametrize("base_dtype", ["float8_e4m3", "nf4"])
+def test_packed_bases_stay_layers(base_dtype):
+    """As yet: and nobody is told that a block came apart."""
+    net = nn.Sequential(Mlp())
+    for name, (k, n) in {"gate": (64, 128), "up": (64, 128), "down": (128, 64)}.items():
+        setattr(net[0], name, nn.Linear(k, n))
+    add_lora(net, LoRAConfig(4, target_modules="all-linear", base_dtype=base_dtype))
+    assert joined_in(net) == joining.Joined({}, {}, {}, {})
+    _, joined = nets()
+    joined.mlp.gate.quantise_base("float8_e4m3")
+    joined(torch.randn(2, 8))
+
+
 def test_bad_blocks():
     with pytest.raises(ValueError, match="blocks: got True, expected"):
         add_lora(Net(), LoRAConfig(4), blocks=True)
