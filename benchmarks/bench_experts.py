@@ -152,7 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--installed", action="store_true", help="frozen is the installed transformers' own function")
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
-    wanted, impls, modes = cases(), IMPLS, MODES
+    wanted = cases()
+    impls: tuple[str, ...] = IMPLS
+    modes: tuple[str, ...] = MODES
     for name, values in args.only:
         if name == "impl":
             impls = tuple(impl for impl in impls if impl in {"frozen", *values})

@@ -181,11 +181,10 @@ def calls(
     """(forward, what gets a gradient) of each candidate; peft is left out where it is not installed. ``installed``:
     frozen experts by the installed transformers."""
     product = None if at.x.is_cuda else product_by_loop
-    bias = {"gate_up_bias": at.biases[0], "down_bias": at.biases[1]}
 
     def ours(*loras: Adapter | None) -> Tensor:
-        given = at.x, at.ids, at.weights, at.gate_up, at.down
-        return lora_experts(*given, *loras, **bias, form=at.form)
+        given, (first, second) = (at.x, at.ids, at.weights, at.gate_up, at.down), at.biases
+        return lora_experts(*given, *loras, gate_up_bias=first, down_bias=second, form=at.form)
 
     def frozen() -> Tensor:
         return grouped(at, False, product)

@@ -118,7 +118,7 @@ def asking(one: Draw, wanted: tuple[str, ...] = NAMES) -> tuple[Draw, dict[str, 
     def lora(number: int, value: Adapter | None) -> Adapter | None:
         return value and Adapter(leaf(f"dA{number}", value[0]), leaf(f"dB{number}", value[1]), value[2])
 
-    given = {
+    given: dict[str, Any] = {
         "x": leaf("dx", one.x),
         "weights": leaf("dw", one.weights),
         "gate_up_lora": lora(1, one.gate_up_lora),
