@@ -137,16 +137,15 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     s, i = problem.slots, problem.i
     a1, a2 = _matrix_of_a(problem, room, 0, at.a1), _matrix_of_a(problem, room, 1, at.a2)
     q1, q2 = _stack_of_b(problem, room.b1, 0), _stack_of_b(problem, room.b2, 1)
-    da: Maybe = scratch.part((s, i), kind) if problem.needs_da or needs.a2 else None  # and after it w a
-    dh: Maybe = scratch.part((s, 2 * i), kind) if problem.needs_dh else None
     dp1: Maybe = scratch.part((s, padded_ranks(problem.r1)), kind) if problem.needs_dp1 else None
     dp2: Maybe = scratch.part((s, padded_ranks(problem.r2)), kind) if problem.needs_dp2 else None
     dw = scratch.part((dw_parts(i), s), torch.float32) if needs.weights else None
     dots = scratch.part((s,), torch.float32) if needs.weights and bias2 is not None else None
-    in_turn = _InTurn(problem, scratch, route, dh)
+    at_hand = _Memory(problem, scratch, route)
+    da, dh = at_hand.da, at_hand.dh
     launches: list[Launch] = []
 
-    dout_rows = in_turn.rows if problem.needs_da else None
+    dout_rows = at_hand.dout_rows
     if not all(t is None for t in (dout_rows, dp2, dots)):
         launches.append(
             by_rows(
@@ -181,11 +180,11 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
         )
 
     def gradient(src: Operand, p: Operand, grad: Stack, r: int, **how: Any) -> None:
-        parts = in_turn.parts(src.shape[1], r)
+        parts = at_hand.parts(src.shape[1], r)
         launches.append(by_columns(src, p, parts, route, experts, k=k, **how))
         launches.append(collect(parts, route.chunks, grad, experts, r))
 
-    low = in_turn.low
+    low = at_hand.low
     if at.db1 is not None:
         gradient(dh, room.p1, Stack.of_b(at.db1, experts), problem.r1, gathers=False, q=low and q1, low=low)
     elif dp1 is not None:
@@ -199,7 +198,7 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     if at.db2 is not None:
         gradient(at.dout, room.p2, Stack.of_b(at.db2, experts), problem.r2, gathers=True, weighted=True)
     if at.dx is not None:
-        dx_rows = in_turn.rows
+        dx_rows = at_hand.dx_rows
         launches.append(
             experts_product(dh, gate_up, dx_rows, route.tiles, transposed=problem.transposed[0], p=dp1, q=dp1 and a1)
         )
@@ -207,29 +206,46 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     return launches
 
 
-class _InTurn:
-    """One piece of memory for what is there one after the other: dout by rows; the parts of each adapter's gradient,
-    until they are collected, beside those of dP1; dx by rows."""
+class _Memory:
+    """Two pieces of memory, each for one thing after the other. First: dout by rows, until da is there; dh. Second: da,
+    which becomes w a, the parts of each adapter's gradient until they are collected, and those of dP1; dx by rows."""
 
-    def __init__(self, problem: Problem, scratch: Scratch, route: Route, dh: Operand | None) -> None:
-        needs, h, i = problem.needs, problem.h, problem.i
+    def __init__(self, problem: Problem, scratch: Scratch, route: Route) -> None:
+        needs, s, h, i, kind = problem.needs, problem.slots, problem.h, problem.i, problem.kind
         self.chunks, self.memory = route.chunks.length, scratch.memory
-        ranks = padded_ranks(problem.r1)
-        low = None
-        if problem.needs_dp1 and needs.b1 and dh is not None:
-            low = low_parts(dh, ranks), problem.slots, ranks
+        rows, hidden, activations = (s, h), (s, 2 * i), (s, i)
+        first = [rows] * problem.needs_da + [hidden] * problem.needs_dh
+        start = self._reserve(scratch, max((self._bytes(shape, kind) for shape in first), default=0))
+        self.dout_rows: Maybe = self.memory.part(rows, kind, start) if problem.needs_da else None
+        self.dh: Maybe = self.memory.part(hidden, kind, start) if problem.needs_dh else None
+
+        low, ranks = None, padded_ranks(problem.r1)
+        if problem.needs_dp1 and needs.b1:
+            low = low_parts(self.dh, ranks), s, ranks
         passes = (needs.a1, h, problem.r1), (needs.b1, 2 * i, problem.r1), (needs.a2, i, problem.r2)
         parts = [self.shape(c, r) for needed, c, r in (*passes, (needs.b2, h, problem.r2)) if needed]
-        of_parts = max((4 * math.prod(shape) for shape in parts), default=0)
-        rows = (problem.slots, h) if needs.x or problem.needs_da else (0, h)
-        of_rows = math.prod(rows) * problem.kind.itemsize
-        self.start = scratch.used
-        scratch.part((max(of_rows, rounded(of_parts) + (4 * math.prod(low) if low else 0)),), torch.uint8)
-        self.rows = self.memory.part(rows, problem.kind, self.start)
-        self.low = None if low is None else self.memory.part(low, torch.float32, self.start + rounded(of_parts))
+        of_da = self._bytes(activations, kind) if problem.needs_da or needs.a2 else 0
+        of_parts = max((self._bytes(shape, torch.float32) for shape in parts), default=0)
+        of_low = self._bytes(low, torch.float32) if low else 0
+        start = self._reserve(scratch, max(of_da + of_parts + of_low, self._bytes(rows, kind) if needs.x else 0))
+        self.da: Maybe = self.memory.part(activations, kind, start) if of_da else None
+        self.at_parts = start + of_da
+        self.low: Maybe = self.memory.part(low, torch.float32, self.at_parts + of_parts) if low else None
+        self.dx_rows: Maybe = self.memory.part(rows, kind, start) if needs.x else None
+
+    @staticmethod
+    def _bytes(shape: Size, kind: torch.dtype) -> int:
+        return rounded(math.prod(shape) * kind.itemsize)
+
+    @staticmethod
+    def _reserve(scratch: Scratch, size: int) -> int:
+        """Where so many bytes begin."""
+        start = scratch.used
+        scratch.part((size,), torch.uint8)
+        return start
 
     def shape(self, c: int, r: int) -> Size:
         return self.chunks, c, padded_ranks(r)
 
     def parts(self, c: int, r: int) -> Operand:
-        return self.memory.part(self.shape(c, r), torch.float32, self.start)
+        return self.memory.part(self.shape(c, r), torch.float32, self.at_parts)
