@@ -56,7 +56,7 @@ class Stack(NamedTuple):
 
     def block(self, ranks: int) -> dict[str, int]:
         """What a program takes of a stack that lies in memory as this one does."""
-        experts, c = (1, 128) if self.c == 1 else (32, 16)
+        experts, c = (1, 64) if self.c == 1 else (32, 16)
         return {"BLOCK_E": experts, "BLOCK_C": c, "BLOCK_R": min(ranks, 16)}
 
 

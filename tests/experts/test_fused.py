@@ -57,7 +57,12 @@ SMALL = [
     pytest.param(FLOAT, {"r": (4, 16), "experts": 16, "k": 3}, id="E=16"),
     pytest.param(FLOAT, {"r": (16, 4), "experts": 4}, id="E=4"),
     pytest.param(FLOAT, {"form": GPT_OSS, "bias": True, "r": (16, 16)}, id="gpt-oss"),
-    pytest.param(HALF, {"form": GPT_OSS, "bias": True, "r": (3, 40), "adapter": FLOAT}, id="gpt-oss-float16"),
+    pytest.param(
+        HALF,
+        {"form": GPT_OSS, "bias": True, "r": (3, 40), "adapter": FLOAT},
+        id="gpt-oss-float16",
+        marks=pytest.mark.medium,
+    ),
     pytest.param(FLOAT, {"form": CLAMPED, "bias": True, "r": (80, 2)}, id="clamped"),
     pytest.param(HALF, {"form": ExpertsForm(interleaved=True), "r": (16, 16), "adapter": FLOAT}, id="interleaved"),
     pytest.param(HALF, {"form": ExpertsForm(transposed=True), "routing": HALF, "ids": torch.int32}, id="transposed"),

@@ -16,8 +16,10 @@ from lora_fast.kernels.chip import SHARED_MEMORY, Chip
 
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 PRODUCT = "_gemm_kernel"
-PRODUCTS = PRODUCT, "_few_rows_kernel", "_decode_kernel"
+FEW_ROWS = PRODUCT, "_few_rows_kernel", "_decode_kernel"
+PRODUCTS = *FEW_ROWS, "_experts_kernel"
 PASSES = "_down_fwd_kernel", "_grad_kernel", "_weight_kernel", "_weight_bwd_kernel"
+EXPERTS = "_place_kernel", "_experts_rows_kernel", "_experts_kernel", "_experts_columns_kernel", "_collect_kernel"
 
 
 def faults(chip, kernel):
@@ -53,7 +55,8 @@ def test_kernels_of(chip):
     assert {"_rows_kernel", "_columns_kernel"} <= {k["kernel"] for k in kernels} or chip not in (89, 90, 120)
     few = {k["kernel"] for k in kernels if "layer" in k["problem"]}
     assert {"_pair_kernel", "_dz_kernel"} <= few or chip not in (90, 100)
-    assert {*PRODUCTS} <= few or chip != 90
+    assert {*FEW_ROWS} <= few or chip != 90
+    assert {*EXPERTS} <= {k["kernel"] for k in kernels if k["problem"].startswith("experts")}
     found = [f"{k['kernel']} {k['problem']}: {fault}" for k in kernels for fault in faults(chip, k)]
     assert not found, "\n" + "\n".join(found)
 
