@@ -128,6 +128,8 @@ def _gate_grad_kernel(
                 tl.store(first + cols[None, :], d_gate, mask=inside)
                 tl.store(first + N + cols[None, :], d_up, mask=inside)
     if wa_ptr is not None:
+        if da_ptr is not None:
+            tl.debug_barrier()  # wa may be da, which another thread may have yet to read
         tl.store(wa_ptr + at, (a * weight[:, None]).to(wa_ptr.dtype.element_ty), mask=inside)
 
 

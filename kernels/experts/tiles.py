@@ -45,7 +45,7 @@ def experts_columns(c: int, ranks: int, *, dtype: torch.dtype, chip: Chip, low: 
     """G_e = X^T P over a chunk of rows: m rows a step, n columns a program. ``low``: parts of X Q_e are made on the
     way, as many as there are programs along the columns."""
     columns = min(256 if low else 128, max(16, triton.next_power_of_2(c)))
-    if dtype.itemsize > 2 or chip.small or not chip.has_tma:  # what fits registers
+    if dtype.itemsize > 2 or chip.small or not chip.has_tma or (c % 8 and ranks > 16):  # what fits registers
         return Tile(m=32, n=min(columns, 64), r=ranks, stages=2)
     if low and ranks > 16:
         return Tile(m=64, n=columns, r=ranks, warps=8, stages=2)

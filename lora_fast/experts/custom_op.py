@@ -4,7 +4,6 @@ Under autograd it becomes ``lora_experts_fwd``, and its gradients ``lora_experts
 ``lora_linear`` does (ops/custom_op.py).
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -49,7 +48,7 @@ class _Given(NamedTuple):
     s2: float
     turned: Sequence[bool]
     alpha: float
-    limit: float  # inf: none
+    limit: float  # 0: none
     plus: float
     interleaved: bool
 
@@ -62,7 +61,7 @@ class _Given(NamedTuple):
         return self[7:11]
 
     def problem(self, *needs: bool) -> Problem:
-        gate = Gate(self.alpha, None if math.isinf(self.limit) else self.limit, self.plus, self.interleaved)
+        gate = Gate(self.alpha, self.limit or None, self.plus, self.interleaved)
         first, second = self.turned
         return problem_of(
             self.x, self.ids, self.weights, self.adapters, self.held, Needs(*needs), (first, second), gate
@@ -109,9 +108,8 @@ def experts(
     gate: Gate,
 ) -> torch.Tensor:
     """y, by way of the operator."""
-    limit = math.inf if gate.limit is None else gate.limit
     return torch.ops.lora_fast.lora_experts(
-        x, ids, weights, *adapters, *held, *scalings, turned, gate.alpha, limit, gate.plus, gate.interleaved
+        x, ids, weights, *adapters, *held, *scalings, turned, gate.alpha, gate.limit or 0.0, gate.plus, gate.interleaved
     )
 
 
@@ -165,7 +163,7 @@ def _gradients(
     problem = _problems.get(key)
     if problem is None:
         k, count, i, r1, r2 = sizes
-        gate = Gate(alpha, None if math.isinf(limit) else limit, plus, interleaved)
+        gate = Gate(alpha, limit or None, plus, interleaved)
         every = Kinds(dout.dtype, *kinds)
         tokens, h = dout.shape
         problem = Problem(
