@@ -96,8 +96,10 @@ def grouped(at: Layer, lora: bool, product: Callable[[Tensor, Tensor, Tensor], T
         if lora:
             a, b, scaling = adapter
             r = a.shape[0] // experts
-            low = product(t, a.view(experts, r, -1).mT, ends) * scaling
-            out = out + product(low, b.view(-1, r, experts).permute(2, 1, 0).contiguous(), ends)
+            a, b = a.view(experts, r, -1), b.view(-1, r, experts).permute(2, 1, 0)  # [E, r, in], [E, r, out]
+            if r % 8:  # F.grouped_mm wants rows of a multiple of 16 bytes
+                a, b = (F.pad(one, (0, 0, 0, -r % 8)) for one in (a, b))
+            out = out + product(product(t, a.mT, ends) * scaling, b.contiguous(), ends)
         return out if bias is None else out + bias[ids]
 
     hidden = projection(rows, at.gate_up, at.biases[0], at.loras[0])

@@ -219,7 +219,8 @@ class _Memory:
         self.dout_rows: Maybe = self.memory.part(rows, kind, start) if problem.needs_da else None
         self.dh: Maybe = self.memory.part(hidden, kind, start) if problem.needs_dh else None
 
-        low, ranks = None, padded_ranks(problem.r1)
+        low: Maybe = None
+        ranks = padded_ranks(problem.r1)
         if problem.needs_dp1 and needs.b1:
             low = low_parts(self.dh, ranks), s, ranks
         passes = (needs.a1, h, problem.r1), (needs.b1, 2 * i, problem.r1), (needs.a2, i, problem.r2)

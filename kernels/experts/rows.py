@@ -11,7 +11,7 @@ past an expert's end is neither read nor written.
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import mma, precision, wait_for_stream
+from lora_fast.kernels.common import late, mma, precision, wait_for_stream
 from lora_fast.kernels.experts import tiles
 from lora_fast.kernels.experts.pack import Stack, rank_block
 from lora_fast.kernels.experts.route import Route, span_of
@@ -68,6 +68,8 @@ def _experts_rows_kernel(
             q_at = expert.to(tl.int64) * stride_qe + ranks[None, :] * stride_qr + cols[:, None] * stride_qc
             q = tl.load(q_ptr + q_at, mask=(cols < C)[:, None], other=0.0)
             acc = mma(t, q, acc, PRECISION)
+            if out_ptr is not None:
+                acc = late(acc)  # Triton 3.7 loads the next tile over one that is stored, too, while it is multiplied
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + expert * C + cols, mask=cols < C, other=0.0).to(tl.float32)
             dots += tl.sum(t.to(tl.float32) * bias[None, :], 1)
