@@ -26,10 +26,11 @@ def patch_peft(
 ) -> PeftReport:
     """Let the LoRA and DoRA linear layers of a PEFT model run through lora_fast's fused kernels, in place.
 
-    Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear``, and PEFT's layer on a ``Linear4bit`` of bitsandbytes',
-    becomes an instance of a subclass of it, and so does the outermost ``ParamWrapper`` of PEFT's around a module of
-    transformers' experts (``target_parameters``); parameters, state dict keys and all else that PEFT does with the
-    model stay. Layers of adapters that are added later follow by
+    Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear``, or on one that holds fp8 (transformers' FP8Linear,
+    compressed-tensors'), and PEFT's layer on a ``Linear4bit`` of bitsandbytes', becomes an instance of a subclass of
+    it, and so does the outermost ``ParamWrapper`` of PEFT's around a module of transformers' experts
+    (``target_parameters``); parameters, state dict keys and all else that PEFT does with the model stay. Layers of
+    adapters that are added later follow by
     themselves in a ``PeftModel``, with the same ``save`` and ``base_dtype``; in a model with PEFT's layers alone, patch
     it again then.
 
@@ -49,8 +50,8 @@ def patch_peft(
             makes plain ones of them again. A merge puts a 16-bit weight in its place until the unmerge. Layers that are
             merged, whose base trains, or whose base weight is tied to another parameter stay as they are; the report
             says "fp8 base" of the others. A DoRA magnitude stays PEFT's, the norm is that of what products read.
-        base_compute: None, or "float8_e4m3": products over a base of 4 bits, bitsandbytes' too, are made from 8-bit
-            operands.
+        base_compute: None, or "float8_e4m3": products over a base of 4 bits, bitsandbytes' too, or as an fp8 checkpoint
+            holds it, are made from 8-bit operands.
         base_dtype_exclude: a list of names or last parts, or a regex: more layers whose base stays as it is.
         blocks: "auto": gated MLPs (``down(act(gate(x)) * up(x))``) run as one step each, and layers that their parent
             calls with one input as a group (:mod:`lora_fast.blocks`): faster, and with fewer activations kept. The
