@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fast.bases.packed import is_opaque
+from lora_fast.dispatch import autocast_dtype
 from lora_fast.experts.form import ExpertsForm, Gate
 from lora_fast.experts.reference import apply_gate
 from lora_fast.functional import FLOATS
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
+_WITHOUT, _WITH_BIAS = (GATE_UP, DOWN), (GATE_UP, DOWN, f"{GATE_UP}_bias", f"{DOWN}_bias")
 PLAIN = (torch.Tensor, nn.Parameter)
 # What the decorator of transformers' experts, use_experts_implementation, sets on each module.
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -47,6 +49,14 @@ class Frozen(NamedTuple):
     down: Any
     gate_up_bias: Any
     down_bias: Any
+
+    def why_not_input(self, x: torch.Tensor) -> str | None:
+        """Why these experts and an input need someone else's forward, in words."""
+        if type(x) not in PLAIN or x.dim() != 2:
+            return f"the input is a {type(x).__name__} of {x.dim()} dimensions, not a tensor [T, H]"
+        if x.dtype != (dtype := self.gate_up.dtype) and autocast_dtype(x.device) is None:
+            return f"the input is {x.dtype} and the experts {dtype}, without autocast"
+        return None
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -121,25 +131,27 @@ def _computes_so(module: Any, form: ExpertsForm) -> bool:
 
 def frozen_of(module: Any) -> Frozen:
     """Its tensors as they are now."""
-    biases = (f"{GATE_UP}_bias", f"{DOWN}_bias") if module.has_bias else ()
-    found = [getattr(module, name) for name in (GATE_UP, DOWN, *biases)]
+    own, names = module._parameters, _WITH_BIAS if module.has_bias else _WITHOUT
+    try:  # as attributes each would take the host a microsecond
+        found = [own[name] for name in names]
+    except KeyError:
+        found = [getattr(module, name) for name in names]
     return Frozen(*found, *(None,) * (4 - len(found)))
 
 
-def why_not_now(module: Any, gathered: bool = False) -> str | None:
-    """Why a module whose form is known cannot be computed as it stands, in words.
+def why_not_now(module: Any, frozen: Frozen, gathered: bool = False) -> str | None:
+    """Why a module whose form is known cannot be computed as it stands, with these tensors, in words.
 
     ``gathered``: FSDP will have gathered the parameters when forward runs.
     """
-    frozen = frozen_of(module)
     if why := _parallel(module, frozen.gate_up):
         return f"expert parallelism: {why}"
-    for name, t in zip((GATE_UP, DOWN, f"{GATE_UP}_bias", f"{DOWN}_bias"), frozen, strict=True):
+    for name, t in zip(_WITH_BIAS, frozen, strict=True):
         if t is None:
             continue
         if type(t) not in PLAIN and not gathered:
             return f"{name} is a {type(t).__name__}"
-        if t.dtype not in FLOATS or is_opaque(t):
+        if t.dtype not in FLOATS or (type(t) not in PLAIN and is_opaque(t)):
             return f"{name} is quantised ({t.dtype})"
         if t.requires_grad:
             return f"{name} requires grad"

@@ -50,27 +50,23 @@ def experts_forward(
 ) -> torch.Tensor:
     """What transformers calls as the forward of a module of experts: [T, H] to [T, H]; raises as lora_experts."""
     form = form_of(self)
-    why = form if isinstance(form, str) else why_not_now(self) or _why_not_input(hidden_states, self)
+    if isinstance(form, str):
+        why: str | None = form
+    else:
+        frozen = frozen_of(self)
+        why = why_not_now(self, frozen) or frozen.why_not_input(hidden_states)
     if why is not None:
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         dispatch.tell("leaves experts to transformers' grouped_mm", why)
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    gate_up, down, gate_up_bias, down_bias = frozen_of(self)
     return lora_experts(
         hidden_states,
         top_k_index,
         top_k_weights,
-        gate_up,
-        down,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
+        frozen.gate_up,
+        frozen.down,
+        gate_up_bias=frozen.gate_up_bias,
+        down_bias=frozen.down_bias,
         form=form,  # type: ignore[arg-type]
     )
-
-
-def _why_not_input(x: torch.Tensor, module: Any) -> str | None:
-    dtype = module.gate_up_proj.dtype
-    if x.dtype != dtype and dispatch.autocast_dtype(x.device) is None:
-        return f"the input is {x.dtype} and the experts {dtype}, without autocast"
-    return None

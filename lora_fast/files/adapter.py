@@ -20,12 +20,12 @@ from lora_fast.files.format import (
     PREFIX,
     TENSORS,
     Settings,
-    check_header,
     inside,
     parse,
     read_config,
     settings_of,
 )
+from lora_fast.files.header import check_header
 from lora_fast.files.pattern_keys import pattern_of
 from lora_fast.files.writing import safetensors_or_raise, write_adapter
 from lora_fast.layers.dora import DoRALinear

@@ -14,7 +14,8 @@ import torch
 
 from lora_fast.files.adapter import open_adapter
 from lora_fast.files.checkpoint import Base
-from lora_fast.files.format import HEADS, PREFIX, VOCABULARY
+from lora_fast.files.format import PREFIX
+from lora_fast.files.header import HEADS, VOCABULARY
 
 CUT = "so that a merged checkpoint cannot change one of them alone"
 WAY_OUT = (

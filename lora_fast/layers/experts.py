@@ -260,5 +260,5 @@ def why_not_adapted(module: nn.Module, parameter: str) -> str | None:
         return f"{parameter} is none of {GATE_UP} and {DOWN}"
     if "forward" in vars(module):
         return "the module's forward was replaced"
-    why = why_not_now(module)
+    why = why_not_now(module, frozen_of(module))
     return None if why is None or why.endswith("requires grad") else why

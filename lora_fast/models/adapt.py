@@ -78,7 +78,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, blocks: str | bool = "auto
     if missed := missed_by(model, config.target_modules):
         warnings.warn(
             f"add_lora: target_modules={config.target_modules!r} also means parameters that are no nn.Linear's, which "
-            f"get no adapter and stay frozen: {some(patterns(missed))}",
+            f"(target_parameters names experts) get no adapter and stay frozen: {some(patterns(missed))}",
             stacklevel=2,
         )
     if blocks:

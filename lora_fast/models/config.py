@@ -25,7 +25,7 @@ class LoRAConfig:
         use_dora: convert to :class:`lora_fast.DoRALinear`, which also trains the lengths of the weight's rows.
         target_modules: a list of full module names or their last parts ("q_proj", "attn.q_proj"), a regex that must
             match the full name, or "all-linear": every ``nn.Linear`` but the model's ``get_output_embeddings()``. What
-            projects and is no ``nn.Linear`` (fused experts) gets no adapter, and add_lora a warning that names it.
+            projects and is no ``nn.Linear`` (fused experts) gets no adapter by it, and add_lora a warning names it.
             A layer among them that no adapter can stand in for (of an ``nn.MultiheadAttention``, say) is an error.
         target_parameters: a list of names of parameters, or of their last parts ("mlp.experts.gate_up_proj"): those of
             transformers' experts, "gate_up_proj" and "down_proj", whose adapters have rank r for each expert. It stands
@@ -64,7 +64,8 @@ class LoRAConfig:
             raise TypeError(f"use_dora: got {self.use_dora!r}, expected True or False")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'bias: got {self.bias!r}, expected "none", "all" or "lora_only"')
-        _check_names("target_modules", self.target_modules)
+        if self.target_modules or self.target_parameters is None:  # none beside parameters is as good as None
+            _check_names("target_modules", self.target_modules)
         if isinstance(self.target_parameters, str):
             raise TypeError(f"target_parameters: got {self.target_parameters!r}, expected a list of parameter names")
         _check_names("target_parameters", self.target_parameters)

@@ -16,9 +16,10 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's part of ``model.state_dict()``, detached but not copied. ValueError without LoRA layers, and of
     shards that are no DTensors (DeepSpeed's ZeRO-3; FSDP1's without its outermost wrapper).
 
-    Keys ``<module>.lora_A``, ``<module>.lora_B`` and, of DoRA layers, ``<module>.lora_magnitude_vector``, and the
-    tensors of modules_to_save and of the biases that train; modules under the names that they have without wrappers
-    (torch.compile's, DistributedDataParallel's, ...), inside the model or around it.
+    Keys ``<module>.lora_A``, ``<module>.lora_B`` and, of DoRA layers, ``<module>.lora_magnitude_vector`` (of experts
+    ``<experts>.lora_gate_up_proj.lora_A`` and so on), and the tensors of modules_to_save and of the biases that train;
+    modules under the names that they have without wrappers (torch.compile's, DistributedDataParallel's, ...), inside
+    the model or around it.
 
     Under FSDP2 and tensor parallelism the tensors are DTensors, as in ``model.state_dict()``: the ``full_tensor()`` of
     each, called by all processes, is the whole one (:func:`lora_fast.save_adapter` calls it itself). Under FSDP1 they

@@ -24,7 +24,7 @@ def find_targets(
 ) -> dict[nn.Linear, None]:
     """The layers to convert, in the model's order; ValueError if there is none or one that cannot be."""
     patterns = config.target_modules
-    if patterns is None:
+    if not patterns:
         if config.target_parameters is not None:
             return {}
         raise ValueError('target_modules: got None, expected a list of module names, a regex or "all-linear"')
@@ -39,7 +39,7 @@ def find_targets(
     targets = [m for m in names if m in found and m not in excluded and m not in saved and m is not head]
     if not targets:
         others = some(name_patterns(projections(model)))
-        hint = f" (it has projections that are no nn.Linear, which LoRA does not reach: {others})" if others else ""
+        hint = f" (target_parameters may reach projections that are no nn.Linear: {others})" if others else ""
         raise ValueError(f"target_modules: {patterns!r} leaves no layer to convert{hint}")
     parents: dict[nn.Module, list[nn.Module]] = {}
     for parent in model.modules():

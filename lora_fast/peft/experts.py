@@ -10,7 +10,7 @@ from torch import nn
 from lora_fast import dispatch
 from lora_fast.experts.form import Adapter, ExpertsForm
 from lora_fast.experts.functional import lora_experts
-from lora_fast.experts.known import DOWN, GATE_UP, PLAIN, form_of, frozen_of, why_not_now
+from lora_fast.experts.known import DOWN, GATE_UP, PLAIN, Frozen, form_of, frozen_of, why_not_now
 from lora_fast.peft.rules import active, hooked, kind_of, parameter
 
 
@@ -43,32 +43,33 @@ class FastExperts(ParamWrapper):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [T, H], the ids [T, k] and weights [T, k] of its experts, to [T, H], as stock PEFT's; raises as it does, or
         as :func:`lora_fast.experts.functional.lora_experts`."""
-        loras = self.examine()
-        if not isinstance(loras, str) and any(lora is not None for lora in loras):
-            if (why := self._why_not_this_call(x, args, kwargs)) is None:
+        parts: Parts | str | None = self.examine()
+        if isinstance(parts, Parts):
+            why = _why_not_call(args, kwargs) or parts.frozen.why_not_input(x)
+            if why is None:
+                frozen, gate_up_lora, down_lora = parts
                 index, weights = args
-                gate_up, down, *biases = frozen_of(self.get_base_layer())
                 return lora_experts(
                     x,
                     index,
                     weights,
-                    gate_up,
-                    down,
-                    loras.gate_up,
-                    loras.down,
-                    gate_up_bias=biases[0],
-                    down_bias=biases[1],
+                    frozen.gate_up,
+                    frozen.down,
+                    gate_up_lora,
+                    down_lora,
+                    gate_up_bias=frozen.gate_up_bias,
+                    down_bias=frozen.down_bias,
                     form=self._form,
                 )
-            loras = why
-        if isinstance(loras, str):
+            parts = why
+        if parts is not None:
             names = " and ".join(f"{self._name}.{wrapper.parameter_name}" for wrapper in chain_of(self))
-            dispatch.tell(f"leaves {names} to stock PEFT", loras)
+            dispatch.tell(f"leaves {names} to stock PEFT", parts)
         return super().forward(x, *args, **kwargs)
 
-    def examine(self, gathered: bool = False) -> "str | Loras":
-        """Why the experts, in their present state, run stock PEFT's forward, in words; or, if they need not, the
-        adapter of each parameter, or None where none is active. The host waits for this in every call.
+    def examine(self, gathered: bool = False) -> "str | Parts | None":
+        """Why the experts, in their present state, run stock PEFT's forward, in words; or, if they need not, what to
+        compute; None where no adapter is active. The host waits for this in every call.
 
         ``gathered``: FSDP will have gathered the parameters when forward runs.
         """
@@ -81,31 +82,21 @@ class FastExperts(ParamWrapper):
             if adapter is not None:
                 found[wrapper.parameter_name] = adapter
         if not found:
-            return Loras(None, None)
+            return None
         base = wrappers[-1].base_layer
         if any(map(hooked, wrappers[1:])) or hooked(base):
             return "the experts have hooks or a replaced forward"
-        return why_not_now(base, gathered) or Loras(found.get(GATE_UP), found.get(DOWN))
-
-    def _why_not_this_call(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if kwargs.get("adapter_names") is not None:
-            return "several adapters in one batch (adapter_names)"
-        if kwargs or len(args) != 2:
-            return f"forward was given {1 + len(args)} arguments and {', '.join(kwargs) or 'no names'}, expected three"
-        if type(x) not in PLAIN or x.dim() != 2:
-            return f"the input is a {type(x).__name__} of {x.dim()} dimensions"
-        dtype = self.get_param().dtype
-        if x.dtype != dtype and dispatch.autocast_dtype(x.device) is None:
-            return f"the input is {x.dtype} and the experts {dtype}, without autocast"
-        return None
+        frozen = frozen_of(base)
+        return why_not_now(base, frozen, gathered) or Parts(frozen, found.get(GATE_UP), found.get(DOWN))
 
 
 FastExperts.__name__ = ParamWrapper.__name__  # which PEFT compares; a pickle finds the class by __qualname__
 
 
-class Loras(NamedTuple):
-    """The active adapters of a module of experts."""
+class Parts(NamedTuple):
+    """A module of experts with its active adapters."""
 
+    frozen: Frozen
     gate_up: Adapter | None
     down: Adapter | None
 
@@ -146,6 +137,15 @@ def why_never_fused(wrapper: Any) -> str | None:
             return "a single expert"
         if getattr(one, "_did_swap_in_out_features", False) == form.transposed:
             return "this PEFT has lora_A on the output's side"
+    return None
+
+
+def _why_not_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    if kwargs.get("adapter_names") is not None:
+        return "several adapters in one batch (adapter_names)"
+    if kwargs or len(args) != 2:
+        names = ", ".join(kwargs) or "none by name"
+        return f"forward was given {1 + len(args)} arguments and {names}, expected three"
     return None
 
 

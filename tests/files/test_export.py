@@ -7,7 +7,7 @@ import torch
 from expert_nets import BOTH, ids, moe_model, peft, transformers
 from safetensors.torch import load_file
 
-from lora_fast import LoRAConfig, add_lora, export_experts, lora_parameters, save_adapter, set_backend
+from lora_fast import LoRAConfig, add_lora, export_experts, load_adapter, lora_parameters, save_adapter, set_backend
 from lora_fast.files.format import CONFIG, TENSORS
 
 
@@ -88,6 +88,10 @@ def test_peft_reads_it_as_an_adapter_of_transformers_4(tmp_path, kind):
     export_experts(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(MODELS[kind](), tmp_path)
     torch.testing.assert_close(theirs(ids()).logits, model(ids()).logits, rtol=1e-4, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "fused")
+    fused = load_adapter(MODELS[kind](), tmp_path / "fused")
+    assert {lora.r for lora in fused.model.layers[0].mlp.experts.adapters()} == {3, 6}
+    torch.testing.assert_close(fused(ids()).logits, model(ids()).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_other_layers_stay_as_they_are(tmp_path):

@@ -183,6 +183,14 @@ def test_refusals(what):
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
+def test_no_modules_beside_parameters():
+    """As PEFT's users write it."""
+    model = add_lora(moe_model(), LoRAConfig(target_modules=[], target_parameters=BOTH))
+    assert len(lora_state_dict(model)) == 8
+    with pytest.raises(ValueError, match="target_modules: got"):
+        LoRAConfig(target_modules=[])
+
+
 def test_unknown_experts_are_refused():
     with pytest.raises(ValueError, match="the activation of Qwen3MoeExperts is GELUActivation, not SiLU"):
         add_lora(moe_model(hidden_act="gelu"), LoRAConfig(target_parameters=BOTH))

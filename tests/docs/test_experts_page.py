@@ -1,0 +1,30 @@
+"""The page on experts: its snippets run, one after the other; what it names is there."""
+
+import re
+
+import torch
+from checkout import ROOT
+from expert_nets import ids, moe_model
+
+from lora_fast.experts import functional, reference
+from lora_fast.peft.experts import FastExperts
+
+PAGE = (ROOT / "docs" / "experts.md").read_text(encoding="utf-8")
+
+
+def test_its_snippets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"build": moe_model}
+    patched, plain, frozen = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    exec(patched, names)
+    assert sum(isinstance(module, FastExperts) for module in names["peft_model"].modules()) == 2
+    exec(plain, names)
+    assert torch.equal(names["again"](ids()).logits, names["model"](ids()).logits)
+    assert {path.name for path in tmp_path.glob("*/*")} == {"adapter_config.json", "adapter_model.safetensors"}
+    exec(frozen, names)
+    assert names["model"].config._experts_implementation == "lora_fast"
+
+
+def test_what_it_names():
+    assert "`lora_fast.experts.functional.lora_experts`" in PAGE and callable(functional.lora_experts)
+    assert "`lora_fast.experts.reference`" in PAGE and callable(reference.lora_experts)
