@@ -183,20 +183,21 @@ def forward(
     """
     m, words = group.m, -(-group.k // 32)
     ys = [x.new_empty(*group.lead, one.n) for one in group.each]
-    z = tuple(torch.empty_like(y) if one.keep_z else None for y, one in zip(ys, group.each, strict=True))
+    z = [torch.empty_like(y) if one.keep_z else None for y, one in zip(ys, group.each, strict=True)]
     room = x.new_empty(group.bytes, dtype=torch.uint8)
     made = Made(room, None if seed is None else x.new_empty(m, words, dtype=torch.int32), z)
     if m == 0:
         return ys, made, None
     count, keep = (0, 1.0) if seed is None else (keep_count(p), keep_scale(p))
     scalings = [as_scaling(one.scaling) for one in each]
-    flat = [t for one, by, *outs in zip(each, scalings, ys, z, strict=True) for t in (*one[:5], by, *outs)]
+    flat: list[Any] = []
+    for one, by, y, kept in zip(each, scalings, ys, z, strict=True):
+        flat += (*one[:5], by, y, kept)
     given = x, room, made.bits, seed, count, m * words, keep, *flat
     key = (
         forward_launches,
         None if seed is None else kind_of(seed),
-        *map(kind_of, scalings),
-        *(one.weight.stride() for one in each),
+        *(() if all([type(by) is float for by in scalings]) else map(kind_of, scalings)),
         group.is_float32 and precision(group.kind, 256),
     )
     program = group.programs.get(key)
@@ -219,7 +220,7 @@ def backward(
     in_place: bool = False,
 ) -> tuple[MaybeTensor, list[tuple[MaybeTensor, ...]]]:
     """dX [*lead, K], and (dA, dB, dbias, dm) of each layer; None where it is not needed, and for layers whose dY is
-    None.
+    None. Weights and adapters have the strides that the group's calls agree in.
 
     dys [*lead, N] contiguous, or matrices of their rows, each row contiguous; ``frozen``: dY and W of layers without
     adapters that share x; x and ``kept``: what the backward reads. The A's gradients are parts of one matrix. With
@@ -228,6 +229,7 @@ def backward(
     """
     m, room, bits = group.m, made.room, made.bits
     new, scalings = room.new_empty, [as_scaling(by) for by in scalings]
+    floats = all([type(by) is float for by in scalings])
     dx = new(group.x_shape, dtype=group.kind) if group.needs_x else None
     live = [one.needs if dy is not None else Needs() for one, dy in zip(group.each, dys, strict=True)]
     stacked = new(group.ranks, group.k, dtype=group.a_kind) if any(needs.a for needs in live) else None
@@ -257,10 +259,13 @@ def backward(
         given = room, x, dx, stacked, bits, ds, 1.0 if bits is None else keep_scale(p), *flat
         key = (
             backward_launches,
-            *(None if t is None else (t.shape, t.stride()) for t in (x, *flat) if not isinstance(t, float)),
-            *map(kind_of, scalings),
+            *[None if dy is None else dy.stride() for dy in dys],
+            *[t.stride() for pair in frozen for t in pair],
+            *[dy.shape for dy, _ in frozen],
+            None if x is None else x.stride(),
             bits is None,
             in_place,
+            *(() if floats else map(kind_of, scalings)),
             group.is_float32 and precision(group.kind, 256),
         )
         program = group.programs.get(key)
@@ -269,8 +274,12 @@ def backward(
         program.run(bound)
     found: list[tuple[MaybeTensor, ...]] = []
     first = 0
-    for one, needs, three in zip(group.each, live, grads, strict=True):
-        grad_a = stacked[first : first + one.r].to(one.kinds.a) if stacked is not None and needs.a else None
+    for one, ranks, needs, three in zip(group.each, group.ranks_of, live, grads, strict=True):
+        grad_a = None
+        if needs.a and stacked is not None:
+            grad_a = stacked[first : first + one.r]
+            if one.kinds.a != group.a_kind:
+                grad_a = grad_a.to(one.kinds.a)
         found.append((grad_a, *three))
-        first += one.ranks
+        first += ranks
     return dx, found

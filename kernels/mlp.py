@@ -221,13 +221,14 @@ def forward(
     counts = [0 if seed is None else keep_count(p) for seed, p in zip(seeds, rates, strict=True)]
     keeps = [1.0 if seed is None else keep_scale(p) for seed, p in zip(seeds, rates, strict=True)]
     scalings = [as_scaling(one.scaling) for one in each]
-    flat = [t for one, by, *out in zip(each, scalings, outs, z, strict=True) for t in (*one[:5], by, *out)]
+    flat: list[Any] = []
+    for one, by, out, its_z in zip(each, scalings, outs, z, strict=True):
+        flat += (*one[:5], by, out, its_z)
     given = x, h, *rooms, *bits, *seeds, *counts, *(m * n for n in words), *keeps, *flat
     key = (
         forward_launches,
         *(None if seed is None else kind_of(seed) for seed in seeds),
-        *map(kind_of, scalings),
-        *(one.weight.stride() for one in each),
+        *(() if all([type(by) is float for by in scalings]) else map(kind_of, scalings)),
         inner.is_float32 and precision(inner.kind, 256),
     )
     program = mlp.programs.get(key)
@@ -279,7 +280,8 @@ def backward(
         given = dy, e, g, de, dg, dh, *rooms, made.h_bits, keep, *grads, dz, scaling, *kept[2], own, *again
         key = (
             backward_launches,
-            *(None if t is None else (t.shape, t.stride()) for t in (dy, *kept[2], own, *again)),
+            dy.stride(),
+            None if own is None else own.stride(),
             kind_of(scaling),
             made.h_bits is None,
             in_place,

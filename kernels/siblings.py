@@ -1,6 +1,7 @@
 """What the programs of layers with one input are decided by, and what passes from their forward to their backward."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -30,12 +31,12 @@ class Sibling:
     def ranks(self) -> int:
         return padded_rank(self.r)
 
-    @property
+    @cached_property
     def casts(self) -> bool:
         """Whether products need a copy of B."""
         return self.kinds.x == torch.float16 or cast_wanted(self.kinds[:3], self.r)
 
-    @property
+    @cached_property
     def z_again(self) -> bool:
         """Whether the magnitude's gradient comes from y, which may have to make z again."""
         return self.needs.m and not self.keep_z
@@ -65,7 +66,8 @@ class Siblings:
         self.m, self.kind = math.prod(self.lead), self.each[0].kinds.x
         self.x_shape = *self.lead, self.k
         self.is_float32, self.lifted = self.kind == torch.float32, self.kind == torch.float16
-        self.ranks = sum(one.ranks for one in self.each)
+        self.ranks_of = [one.ranks for one in self.each]
+        self.ranks = sum(self.ranks_of)
         self.needs_a = any(one.needs.a for one in self.each)
         self.needs_ds = self.needs_x or self.needs_a
         self.a_kind = self.each[0].kinds.a  # of the gradients of all A's, which lie in one matrix
@@ -121,7 +123,7 @@ class Made(NamedTuple):
 
     room: torch.Tensor
     bits: MaybeTensor
-    z: tuple[MaybeTensor, ...]
+    z: Sequence[MaybeTensor]
 
 
 class Given(NamedTuple):

@@ -66,6 +66,7 @@ class FusedGlu:
         needs_x = train and x.requires_grad
         each = [sibling(layer, self.kind, train) for layer in layers]
         self.mlp = mlp_of(tuple(x.shape[:-1]), x.shape[-1], each, needs_x, activation)
+        self.casts = any(t.dtype != self.kind for t in (x, *(layer.weight for layer in layers)))
         self.records = needs_x or any(
             train and t is not None and t.requires_grad for layer in layers for t in layer.tensors[1:]
         )
@@ -73,13 +74,14 @@ class FusedGlu:
     def __call__(self, x: torch.Tensor, gate: Layer, up: Layer, down: Layer, training: bool) -> torch.Tensor:
         layers = gate, up, down
         with on(x.device):
-            x = x.to(self.kind)
+            weights = [layer.weight for layer in layers]
+            if self.casts:
+                x, weights = x.to(self.kind), [weight.to(self.kind) for weight in weights]
             rates = (gate.dropout_p, down.dropout_p) if training else (0.0, 0.0)
             seeds = tuple(draw_seed(x.device) if p > 0 else None for p in rates)
-            weights = [layer.weight.to(self.kind) for layer in layers]
             small = [contiguous(t) for layer in layers for t in layer.tensors[1:]]
             call = Call(weights, [layer.scaling for layer in layers], seeds, rates, [])  # type: ignore[arg-type]
-            y = _Glu.apply(x, self, call, *small) if self.records else self.forward(x, call, *small)[0]
+            y = _apply(x, self, call, *small) if self.records else self.forward(x, call, *small)[0]
             for late in call.late:
                 late.run()
         return y
@@ -141,11 +143,22 @@ class _Glu(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        fused, scalings, tensors, rates = ctx.rest
-        saved, scalings = list(ctx.saved_tensors), list(scalings)
-        for i in reversed(tensors):
-            scalings[i] = saved.pop()
-        dx, *grads = fused.backward(dy, saved, scalings, rates)
-        return dx, None, None, *grads
+        # once_differentiable takes its time even where nobody will differentiate again.
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward_of(ctx, dy)
+
+
+# What Function.apply comes to where no transform of functorch is at work, and in less time.
+_apply = super(torch.autograd.Function, _Glu).apply
+
+
+def _backward_of(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+    fused, scalings, tensors, rates = ctx.rest
+    saved, scalings = list(ctx.saved_tensors), list(scalings)
+    for i in reversed(tensors):
+        scalings[i] = saved.pop()
+    dx, *grads = fused.backward(dy, saved, scalings, rates)
+    return dx, None, None, *grads
+
+
+_backward_once = once_differentiable(_backward_of)

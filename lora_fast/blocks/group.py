@@ -83,18 +83,20 @@ class FusedGroup:
             t is not None and t.requires_grad for t in (x, *(t for layer in layers for t in layer.tensors))
         )
         self.n = len(layers)
+        self.casts = any(t.dtype != self.kind for t in (x, *(layer.weight for layer in layers)))
 
     def __call__(self, x: torch.Tensor, layers: Sequence[Layer], training: bool) -> tuple[torch.Tensor, ...]:
         with on(x.device):
-            x = x.to(self.kind)
+            weights = [layer.weight for layer in layers]
+            if self.casts:
+                x, weights = x.to(self.kind), [weight.to(self.kind) for weight in weights]
             p = layers[self.adapted[0]].dropout_p if training else 0.0
-            weights = [layer.weight.to(self.kind) for layer in layers]
             scalings = [layers[i].scaling for i in self.adapted]
             call = Call(weights, scalings, draw_seed(x.device) if p > 0 else None, p, [])
             small = [contiguous(t) for i in self.adapted for t in layers[i].tensors[1:]]
             biases = [layers[i].bias for i in self.frozen]
             tensors = *small, *biases
-            ys = _Group.apply(x, self, call, *tensors) if self.records else self.forward(x, call, *tensors)[0]
+            ys = _apply(x, self, call, *tensors) if self.records else self.forward(x, call, *tensors)[0]
             for late in call.late:
                 late.run()
         return tuple(ys)
@@ -183,13 +185,25 @@ class _Group(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dys: Any) -> tuple[Any, ...]:
-        fused, scalings, tensors, p = ctx.rest
-        saved = list(ctx.saved_tensors)
+        # once_differentiable takes its time even where nobody will differentiate again.
+        return _backward_once(ctx, *dys) if torch.is_grad_enabled() else _backward_of(ctx, *dys)
+
+
+# What Function.apply comes to where no transform of functorch is at work, and in less time.
+_apply = super(torch.autograd.Function, _Group).apply
+
+
+def _backward_of(ctx: Any, *dys: Any) -> tuple[Any, ...]:
+    fused, scalings, tensors, p = ctx.rest
+    saved = list(ctx.saved_tensors)
+    if tensors:
         scalings = list(scalings)
         for i in reversed(tensors):
             scalings[i] = saved.pop()
-        needs = ctx.needs_input_grad[3 + 4 * len(fused.adapted) :]
-        dx, *rest = fused.backward(dys, saved, scalings, p, needs)
-        return dx, None, None, *rest
+    needs = ctx.needs_input_grad[3 + 4 * len(fused.adapted) :]
+    dx, *rest = fused.backward(dys, saved, scalings, p, needs)
+    return dx, None, None, *rest
+
+
+_backward_once = once_differentiable(_backward_of)
