@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("as_scripts")
 GPU = torch.cuda.is_available()
 NEEDS = {"trl_sft": "trl", "lightning_loop": "lightning", "lightning_mnist": "lightning"}
 SHORT = ["--steps", "5", "--batch", "4", "--length", "64"]
-COMMANDS = [shlex.split(line) for line in re.findall(r"^.*examples/.*\.py.*$", (ROOT / "README.md").read_text(), re.M)]
+GALLERY = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+COMMANDS = [shlex.split(line) for line in re.findall(r"^\.venv/bin/.*examples/.*\.py.*$", GALLERY, re.MULTILINE)]
 
 
 def check(name, argv, said, losses):
@@ -64,7 +65,7 @@ def test_fsdp2():
     check("fsdp2", SHORT, done.stdout, tuple(map(float, losses)))
 
 
-def test_the_readme_lists_them_all():
+def test_the_gallery_lists_them_all():
     named = {Path(word).stem for command in COMMANDS for word in command if word.startswith("examples/")}
     scripts = {path.stem for path in (ROOT / "examples").glob("*.py") if "common.options" in path.read_text()}
     assert {run.split()[0] for run in RUNS} | {"fsdp2"} == scripts <= named
@@ -72,7 +73,7 @@ def test_the_readme_lists_them_all():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=shlex.join)
 def test_help(command, capsys):
-    """It tells the options that the README's command has."""
+    """It tells the options that the gallery's command has."""
     at = next(i for i, word in enumerate(command) if word.startswith("examples/"))
     name = Path(command[at]).stem
     if find_spec(NEEDS.get(name, "torch")) is None:
