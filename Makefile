@@ -25,8 +25,12 @@ NEW_TRITON := $(VENV)/triton/3.9.0
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: demo check test test-all lint examples clean
+.PHONY: help demo check test test-all lint examples clean
 .DELETE_ON_ERROR:
+
+# The lines at the top of this file.
+help:
+	@sed -n 's/^# \(make .*\)/\1/p; s/^# \(The first\|install\)/\n\1/p' Makefile
 
 demo: $(STAMP)
 	$(BIN)/python -m lora_fast demo $(ARGS)

@@ -202,7 +202,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     try:
         from peft.tuners.lora import LoraLayer
     except ImportError as error:
-        raise ImportError("patch_peft needs PEFT: pip install 'lora_fast[peft]'") from error
+        raise ImportError("patch_peft needs PEFT: pip install peft") from error
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         raise ValueError(f"model: got a {type(model).__name__} without LoRA layers of PEFT's, expected some")
