@@ -22,6 +22,7 @@ from lora_fast.models.adapt import (
 )
 from lora_fast.models.bottleneck import add_bottleneck, bottleneck_state_dict
 from lora_fast.models.config import LoRAConfig
+from lora_fast.models.lora_plus import lora_plus_groups
 from lora_fast.models.state import load_lora_state_dict, lora_state_dict
 from lora_fast.peft import patch_peft, unpatch_peft
 from lora_fast.peft.report import PeftReport, peft_report
@@ -49,6 +50,7 @@ __all__ = [
     "lora_glu",
     "lora_group",
     "lora_parameters",
+    "lora_plus_groups",
     "lora_state_dict",
     "merge_lora",
     "merge_peft",
