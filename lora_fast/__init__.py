@@ -9,6 +9,7 @@ from lora_fast.experts.registry import register_experts
 from lora_fast.files.adapter import load_adapter, save_adapter
 from lora_fast.files.export import export_experts
 from lora_fast.files.fp8_checkpoint import load_fp8
+from lora_fast.files.trainer import checkpoint_adapters_only
 from lora_fast.layers.bottleneck import BottleneckAdapter
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.lora import LoRALinear
@@ -40,6 +41,7 @@ __all__ = [
     "add_bottleneck",
     "add_lora",
     "bottleneck_state_dict",
+    "checkpoint_adapters_only",
     "disable_lora",
     "export_experts",
     "functional",
