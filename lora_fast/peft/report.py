@@ -205,7 +205,11 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
         raise ImportError("patch_peft needs PEFT: pip install peft") from error
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
-        raise ValueError(f"model: got a {type(model).__name__} without LoRA layers of PEFT's, expected some")
+        raise ValueError(
+            f"model: got a {type(model).__name__} without LoRA layers of PEFT's, expected some (patch what "
+            "get_peft_model gives, or trainer.model where a trainer makes it of a peft_config; add_lora makes own "
+            "layers)"
+        )
     return layers
 
 
