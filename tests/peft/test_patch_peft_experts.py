@@ -184,6 +184,8 @@ def test_unpatched_copied_and_pickled():
     assert type(again) is FastExperts
     ours.base_model.model.model.layers[1].mlp.experts = again
     same(loss_and_gradients(ours), loss_and_gradients(stock), 1e-6)
+    with pytest.raises(RuntimeError, match="drop its adapter"):
+        ours.base_model.model.model.layers[1].mlp.experts = torch.nn.Linear(2, 2)
     unpatch_peft(ours)
     assert [type(m) for m in ours.modules()] == [type(m) for m in stock.modules()]
     assert all(vars(m).keys() == vars(n).keys() for m, n in zip(ours.modules(), stock.modules(), strict=True))
