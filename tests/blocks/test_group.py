@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_fast import Layer, SlowPathWarning, dispatch, lora_group
 from lora_fast.blocks import functional, reference
+from lora_fast.fp8 import Fp8Weight
+from lora_fast.functional import lora_linear
 from lora_fast.kernels import group as group_kernels
 from lora_fast.kernels import program
 
@@ -233,6 +235,17 @@ def test_comes_apart_and_says_so_once(device, reason, monkeypatch):
         found = results(fused, x, layers, dys)
     if reason != "dropout":
         close(found["dx"], results(reference.lora_group, x, layers, dys)["dx"], "dx")
+
+
+def test_packed_bases_run_as_layers_do(device):
+    x, layers, dys = drawn("lora", SMALL, HALF, device)
+    layers = [layer._replace(weight=Fp8Weight.quantise(layer.weight)) for layer in layers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowPathWarning)
+        ys = fused(x, layers)
+    for y, one in zip(ys, layers, strict=True):
+        alone = lora_linear(x, one.weight, one.lora_A, one.lora_B, one.scaling, backend="triton")
+        assert torch.equal(y, alone)
 
 
 def test_frozen_layers_alone(device):
