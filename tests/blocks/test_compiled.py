@@ -49,7 +49,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", [0.0, pytest.param(0.3, marks=pytest.mark.medium)])
 @pytest.mark.parametrize("form", ["lora", "dora", "mixed"])
 def test_group(device, compiled, form, p):
     forms = {**FORMS, "mixed": [{"r": 0, "bias": True}, {"bias": True, "scaling": 0.5}, {"dora": True}]}[form]
@@ -82,7 +82,7 @@ def test_output_that_the_graph_drops(device, compiled):
     same(ours, results(fn, x, layers, dys))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", [0.0, pytest.param(0.3, marks=pytest.mark.medium)])
 @pytest.mark.parametrize("form", ["lora", "dora"])
 def test_glu(device, compiled, form, p):
     x, layers, gen = drawn([(48, 32), (48, 32), (40, 48)], FORMS[form], device, p)

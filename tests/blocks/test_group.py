@@ -66,11 +66,19 @@ def plain(p, shape, device):
 
 
 SMALL, ODD = (24, 64, (48, 16, 32, 16), 16), (33, 70, (45, 21, 18, 16), 3)
+
+
+def here(dtype, form, shape, p=0.0, fast=False):
+    """A case of the interpreter's."""
+    marks = CPU.marks if fast else (*CPU.marks, pytest.mark.medium)
+    return pytest.param("cpu", dtype, form, shape, p, marks=marks, id=f"cpu-{str(dtype)[6:]}-{form}-p{p}")
+
+
 CASES = [
-    *(pytest.param("cpu", FLOAT, form, SMALL, 0.0, marks=CPU.marks, id=f"cpu-float32-{form}") for form in FORMS),
-    *(pytest.param("cpu", HALF, form, ODD, 0.0, marks=CPU.marks, id=f"cpu-float16-{form}") for form in FORMS),
-    pytest.param("cpu", FLOAT, "ranks", ODD, 0.3, marks=CPU.marks, id="cpu-float32-ranks-dropout"),
-    pytest.param("cpu", HALF, "mixed", SMALL, 0.3, marks=CPU.marks, id="cpu-float16-mixed-dropout"),
+    *(here(FLOAT, form, SMALL, fast=form == "dora") for form in FORMS),
+    *(here(HALF, form, ODD, fast=form in ("mixed", "ranks")) for form in FORMS),
+    here(FLOAT, "ranks", ODD, 0.3),
+    here(HALF, "mixed", SMALL, 0.3, fast=True),
     *(
         pytest.param("cuda", dtype, form, shape, p, marks=CUDA.marks, id=f"cuda-{str(dtype)[6:]}-{form}-{name}-p{p}")
         for dtype in (BF16, HALF, FLOAT)
@@ -177,6 +185,7 @@ def test_what_is_kept(device):
     assert small <= stacked + s + copies + m * -(-k // 32) * 4 + 6 * 128
 
 
+@pytest.mark.medium
 def test_checkpoint_skips_products(device, monkeypatch):
     """Its second forward ends where all is saved."""
     x, layers, dys = drawn("lora", SMALL, HALF, device, p=0.3)
