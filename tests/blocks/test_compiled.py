@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from blocks import a_layer, close, results
+from blocks import a_layer, close, results, trained
 
 from lora_fast import lora_glu, lora_group
 
@@ -122,3 +122,19 @@ def test_scalings_hardly_recompile(device, compiled):
         for ours, expected in zip(once(x, scaling), fn(x, scaling), strict=True):
             close(ours, expected, "y")
     assert compiled.counter.frame_count <= 3
+
+
+def test_batch_sizes_hardly_recompile(device, compiled):
+    x, layers, _ = drawn([(32, 32), (32, 32), (16, 32)], FORMS["lora"], device, p=0.3)
+    layers = [trained(layer) for layer in layers]
+
+    def fn(x):
+        return (
+            sum(y.sum() for y in lora_group(x, layers[:2], backend="triton"))
+            + lora_glu(x, *layers, backend="triton").sum()
+        )
+
+    once = compiled(fn)
+    for rows in (3, 5, 7, 9):
+        once(x[:1].repeat(rows, 1, 1)).backward()
+    assert compiled.counter.frame_count <= 2
