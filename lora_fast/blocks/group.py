@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from lora_fast.bases.packed import PackedWeight
 from lora_fast.blocks.form import Layer
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels.group import backward, forward
@@ -27,8 +26,6 @@ def why_apart(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> str |
     if len(layers) > MOST:
         return f"it has {len(layers)} layers, and at most {MOST} share their launches"
     for layer in layers:
-        if isinstance(layer.weight, PackedWeight):
-            return f"a base weight is an {type(layer.weight).__name__}"
         if layer.weight.stride(1) != 1:
             return "rows of a base weight are not contiguous"
     if len(rates := {layer.dropout_p for layer in layers if layer.adapted and training}) > 1:

@@ -23,6 +23,7 @@ class FastExperts(ParamWrapper):
     with one warning for each reason.
     """
 
+    keeps_adapter = True  # see lora_fast.layers.replacing
     base_layer: Any
     _form: ExpertsForm
     _name: str  # of the module, its last part

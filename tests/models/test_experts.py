@@ -11,6 +11,7 @@ from expert_nets import BOTH, ids, loss_and_gradients, moe_model, moe_peft
 from peft_nets import peft, same
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from lora_fast import (
     LoRAConfig,
@@ -236,3 +237,18 @@ def test_files_that_do_not_fit_are_refused(tmp_path, what):
         load_adapter(model, tmp_path)
     assert not any("lora" in name for name in model.state_dict())
     assert re.search("Qwen3MoeExperts", str(model))
+
+
+def test_fsdp2_gathers_experts_for_their_forward(mesh):
+    model = adapted()
+    expected, state = loss_and_gradients(model), {name: t.clone() for name, t in lora_state_dict(model).items()}
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    results = loss_and_gradients(model)
+    same({name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in results.items()}, expected, 1e-6)
+    same({name: t.full_tensor() for name, t in lora_state_dict(model).items()}, state, 0)
+    with pytest.raises(ValueError, match="gate_up_proj: is sharded, offloaded or without data"):
+        merge_lora(model)
+    with pytest.raises(ValueError, match=r"has weights that a wrapper keeps: .*lora_gate_up_proj \(by FSDP\)"):
+        remove_lora(model)

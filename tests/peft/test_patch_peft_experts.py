@@ -8,6 +8,7 @@ import pytest
 import torch
 from expert_nets import BOTH, eagerly, ids, loss_and_gradients, moe_model, moe_peft
 from peft_nets import peft, same, stir
+from torch.distributed.fsdp import fully_shard
 
 from lora_fast import SlowPathWarning, patch_peft, peft_report, set_backend, unpatch_peft
 from lora_fast.peft.experts import FastExperts
@@ -182,6 +183,8 @@ def test_unpatched_copied_and_pickled():
     assert type(again) is FastExperts
     ours.base_model.model.model.layers[1].mlp.experts = again
     same(loss_and_gradients(ours), loss_and_gradients(stock), 1e-6)
+    with pytest.raises(RuntimeError, match="drop its adapter"):
+        ours.base_model.model.model.layers[1].mlp.experts = torch.nn.Linear(2, 2)
     unpatch_peft(ours)
     assert [type(m) for m in ours.modules()] == [type(m) for m in stock.modules()]
     assert all(vars(m).keys() == vars(n).keys() for m, n in zip(ours.modules(), stock.modules(), strict=True))
@@ -290,3 +293,16 @@ def test_one_parameter_of_a_bias_stays_stock():
     stock = moe_peft("gpt_oss", parameters=["mlp.experts.gate_up_proj_bias"])
     report = patch_peft(copy.deepcopy(stock))
     assert not report.fused and "an adapter of gate_up_proj_bias" in report.layers[0].reason
+
+
+def test_fsdp2_gathers_experts_for_their_forward(mesh):
+    """The report says of shards what will run; adapters are sharded with their block."""
+    stock = moe_peft()
+    ours = patched(stock)
+    for layer in ours.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(ours, mesh=mesh)
+    assert {layer.reason for layer in peft_report(ours).layers} == {'set_backend("reference") is on'}
+    results = loss_and_gradients(ours)
+    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in results.items()}
+    same(whole, loss_and_gradients(stock), 1e-6)
