@@ -75,7 +75,7 @@ class PeftReport:
         if self.groups:
             joined.append(f"{sum(map(len, self.groups))} in {len(self.groups)} groups")
         together = f" ({', '.join(joined)})" if joined else ""
-        return "\n".join([*text, f"{self.fused} fused{together}, {self.not_fused} not fused"])
+        return "\n".join([*text, f"{self.fused} fused, {self.not_fused} not fused{together}"])
 
 
 def _beside(reason: str, remark: str) -> str:

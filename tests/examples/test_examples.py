@@ -76,7 +76,7 @@ def test_two_steps_of_trl(run, capsys):
     logged = importlib.import_module(name).main(argv)
     said = capsys.readouterr().out
     assert len(logged) == 2 and all(map(math.isfinite, logged)) and f"{logged[1]:.3f} at the end" in said
-    assert "{} fused, {} not fused".format(*(14, 0) if GPU else (0, 14)) in re.sub(r" \(.*in .* groups\)", "", said)
+    assert "{} fused, {} not fused".format(*(14, 0) if GPU else (0, 14)) in said
     model = PeftModel.from_pretrained(common.base_model(common.options(None, argv), torch.float32), "adapter")
     moved = [p for key, p in model.named_parameters() if "lora_B" in key and p.count_nonzero()]
     assert len(moved) == 14
