@@ -47,9 +47,10 @@ def measure(
 
     A round runs every candidate once, in random order: a stretch of large products as long as the timed one, so that a
     candidate that is bound by memory does not leave the next one a cool chip, two warm-up calls, then as many timed
-    calls as fill ``target_ms`` (at ``least`` so many), between two CUDA events. From the warm-up on nothing waits: the
-    GPU stays busy while the host runs ahead, as in training, as far as it can (it waits for the products to end, or small calls
-    would be launched while they run, for nothing). On the CPU there are no products, and the clock is the host's.
+    calls as fill ``target_ms`` (at least ``least``), between two CUDA events. From the warm-up on nothing waits: the
+    GPU stays busy while the host runs ahead, as in training, as far as it can (it waits for the products to end, or
+    small calls would be launched while they run, for nothing). On the CPU there are no products, and the clock is the
+    host's.
     """
     load: Callable[[], object] = _nothing if device == "cpu" else _products(target_ms, device)
     calls = {}

@@ -162,7 +162,7 @@ def measured(
     """The cells of the table for one shape."""
     made = build(shape, r, dtype, p, dora, device)
     peaks = {name: f"{timing.peak_mib(c.step):.1f}" if device == "cuda" else "-" for name, c in made.items()}
-    steps = {name: candidate.step for name, candidate in made.items()}
+    steps: dict[str, Callable[[], object]] = {name: candidate.step for name, candidate in made.items()}
     found = timing.measure(steps, rounds, device=device, each_round=each_round)
     frozen = timing.summary(found["frozen"])[0]
     rows = []
