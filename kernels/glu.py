@@ -16,6 +16,7 @@ from lora_fast.kernels.common import (
     TL,
     Matrix,
     acc_dtype,
+    late,
     load_tile,
     mask_words,
     mma,
@@ -62,7 +63,7 @@ def _glu_down_kernel(
         e_tile = load_tile(Matrix(e, M, K, K, 1), row, k, BLOCK_M, BLOCK_K, TMA)
         g_tile = load_tile(Matrix(g, M, K, K, 1), row, k, BLOCK_M, BLOCK_K, TMA)
         a = load_tile(Matrix(a_ptr, R, K, K, 1), rank, k, BLOCK_R, BLOCK_K, TMA)
-        tile = gated(e_tile, g_tile, ACT, ACC, DTYPE)
+        tile = late(gated(e_tile, g_tile, ACT, ACC, DTYPE))  # else Triton makes it once for each of its uses
         if rank == 0:
             store_tile(Matrix(h, M, K, K, 1), tile, row, k, DTYPE, TMA)
         if bits_ptr is not None:
@@ -194,7 +195,7 @@ Pair = tuple[Operand | None, Operand | None]  # of gate and of up
 
 def glu_splits(m: int) -> int:
     """How many parts ``glu_grad`` leaves of a column's sums."""
-    tile = pass_tiles.glu_grad()
+    tile = pass_tiles.glu_grad(dora=True)
     return triton.cdiv(m, tile.m * tile.k)
 
 
@@ -215,10 +216,10 @@ def glu_grad(
     column sums of de * e and of dg * g, without gains. Columns whose gain is weak wait for it where there are parts:
     ``add_parts`` scales them.
     """
-    (m, n), tile = dh.shape, pass_tiles.glu_grad()
+    (m, n), tile = dh.shape, pass_tiles.glu_grad(dora=any(t is not None for t in (*gains, *parts)))
     return launch(
         _glu_grad_kernel,
-        (triton.cdiv(n, tile.n), glu_splits(m)),
+        (triton.cdiv(n, tile.n), triton.cdiv(m, tile.m * tile.k)),
         {"num_warps": tile.warps},
         dh,
         dh_ptr=dh,
