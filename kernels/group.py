@@ -145,7 +145,7 @@ def gradients(
             continue
         dy, dora = one.dy.rows(), None
         b = one.b if has.b is None else has.b
-        if sibling.dora:
+        if sibling.dora and not sibling.scaled:
             dora = Dora(has.gain, has.norm, one.y if one.z is None else one.z, one.dz, one.grad_m)
             if sibling.z_again:
                 dora = dora._replace(x=x, weight=one.weight, s=has.s, b=b)
@@ -252,7 +252,8 @@ def backward(
         flat: list[Any] = []
         for one, dy, three, by, keeps in zip(group.each, dys, grads, scalings, kept, strict=True):
             dz = None
-            if dy is not None and one.dora and (group.needs_x or needs_dz(one.r, group.needs_ds, one.needs.b)):
+            dora = dy is not None and one.dora and not one.scaled
+            if dora and (group.needs_x or needs_dz(one.r, group.needs_ds, one.needs.b)):
                 dz = dy if in_place else new(m, one.n, dtype=group.kind)
             flat += (dy, *three, dz, by, *keeps)
         flat += (t for pair in frozen for t in pair)

@@ -209,7 +209,10 @@ def mlp(case: GroupCase, act: str) -> None:
         Kinds(dtype, adapter, adapter, None, adapter if dora else None),
         Needs(False, True, True, False, dora),
     )
-    inner, outer = Sibling(width, r, kinds, needs._replace(m=False), dora), Sibling(n, r, kinds, needs, dora)
+    inner, outer = (
+        Sibling(width, r, kinds, needs._replace(m=False), dora, scaled=dora),
+        Sibling(n, r, kinds, needs, dora),
+    )
     pair = Siblings((m,), k, (inner, inner), True)
     problem = Mlp(pair, Siblings((m,), width, (outer,), True), act, (dora, dora), (kinds.m, kinds.m))
     x, each = torch.empty(m, k, dtype=dtype), []
