@@ -166,11 +166,12 @@ REFUSED = {
         ValueError,
         "target_parameters: 'up_proj_x' matches no parameter",
     ),
-    "router": (
-        {"target_parameters": ["mlp.gate.weight"]},
+    "linear": (
+        {"target_parameters": ["q_proj.weight"]},
         ValueError,
-        "mlp.gate.weight: a Qwen3MoeTopKRouter is none of transformers' modules of experts",
+        "q_proj.weight: it is an nn.Linear's, which target_modules names",
     ),
+    "norm": ({"target_parameters": ["input_layernorm.weight"]}, ValueError, "is 1-dimensional, not a matrix"),
 }
 
 
@@ -223,7 +224,11 @@ BROKEN = {
         dict(config={"target_parameters": None}),
         r"has an adapter for 'model.layers.\d.mlp.experts\S*', but",
     ),
-    "unknown": (dict(config={"target_parameters": ["mlp.gate.weight"]}), "names no parameter of experts"),
+    "unknown": (dict(config={"target_parameters": ["q_proj.weight"]}), "names no parameter of experts or routers"),
+    "no adapter of the router": (
+        dict(config={"target_parameters": [*BOTH, "mlp.gate.weight"]}),
+        "has no adapter for 'model.layers.0.mlp.gate.weight', which",
+    ),
 }
 
 
