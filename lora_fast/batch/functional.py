@@ -117,8 +117,16 @@ def _settle(
     e4m3 = isinstance(weight, PackedWeight) and weight.E4M3_PRODUCTS
     if dispatch.choose(backend, x.device, dtype, e4m3) == "reference":
         return plain
-    dispatch.tell("runs several adapters in one batch one after the other", "these have no kernels yet")
-    return plain
+    if form == "dora":
+        why: str | None = "DoRA has no kernels for it yet"
+    else:
+        from lora_fast.batch.fused import FusedBatch, why_apart  # needs Triton
+
+        why = why_apart(weight)
+    if why:
+        dispatch.tell("runs the adapters of a batch one after the other", why)
+        return plain
+    return FusedBatch(x, weight, adapters, bias)
 
 
 def _check(form: str, x: Any, weight: Any, adapters: Any, which: Any, bias: Any, round_norm: Any) -> torch.dtype:
