@@ -224,7 +224,7 @@ def batch(case: BatchCase) -> None:
     call = run.Call(weight, torch.zeros(m, dtype=torch.int64), numbers, 1 if p else None)
     a, b = torch.empty(sum(of), k, dtype=adapter), torch.empty(n * sum(of), dtype=adapter)
     y, made = run.forward(problem, call, x, a, b, None)
-    run.backward(problem, torch.empty_like(y), run.to_save(problem, call, x, made))
+    run.backward(problem, torch.empty_like(y), run.to_save(problem, numbers.scales, x, made, weight))
 
 
 def experts(

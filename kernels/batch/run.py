@@ -116,16 +116,16 @@ def backward(problem: Problem, dy: torch.Tensor, saved: Sequence[Any]) -> tuple[
     return grads
 
 
-def to_save(problem: Problem, call: Call, x: torch.Tensor, made: Made) -> Saved:
+def to_save(problem: Problem, scales: torch.Tensor, x: torch.Tensor, made: Made, weight: torch.Tensor) -> Saved:
     """What ``backward`` reads, and nothing else."""
     needs = problem.needs
     low = needs.x or needs.a or needs.b
     return Saved(
-        call.numbers.scales,
+        scales,
         x if needs.a else None,
         made.room if low else None,
         made.bits if needs.x or needs.a else None,
-        call.weight if needs.x else None,
+        weight if needs.x else None,
     )
 
 

@@ -120,12 +120,15 @@ def _settle(
     if form == "dora":
         why: str | None = "DoRA has no kernels for it yet"
     else:
-        from lora_fast.batch.fused import FusedBatch, why_apart  # needs Triton
+        from lora_fast.batch import custom_op  # needs Triton, as the next
+        from lora_fast.batch.fused import FusedBatch, why_apart
 
         why = why_apart(weight)
     if why:
         dispatch.tell("runs the adapters of a batch one after the other", why)
         return plain
+    if is_compiling():
+        return custom_op.lora_linear_batch
     return FusedBatch(x, weight, adapters, bias)
 
 
