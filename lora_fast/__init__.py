@@ -2,6 +2,8 @@
 
 from lora_fast import fp8 as fp8
 from lora_fast import functional, parametrize, reference
+from lora_fast.batch.form import Adapter
+from lora_fast.batch.functional import dora_linear_batch, lora_linear_batch
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.functional import lora_glu, lora_group
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
@@ -31,6 +33,7 @@ from lora_fast.peft.report import PeftReport, peft_report
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "BottleneckAdapter",
     "DoRALinear",
     "LoRAConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "bottleneck_state_dict",
     "checkpoint_adapters_only",
     "disable_lora",
+    "dora_linear_batch",
     "export_experts",
     "functional",
     "get_backend",
@@ -51,6 +55,7 @@ __all__ = [
     "load_lora_state_dict",
     "lora_glu",
     "lora_group",
+    "lora_linear_batch",
     "lora_parameters",
     "lora_plus_groups",
     "lora_state_dict",
