@@ -96,6 +96,8 @@ def adapter_of(module: nn.Module) -> type[ParameterLoRA]:
 def why_not_adapted(module: nn.Module, parameter: str) -> str | None:
     """Why this parameter of the module can have no adapter, in words; None where it can."""
     held = module._parameters.get(parameter)
+    if held is not None and held.dtype.itemsize < 2 and held.dim() > 2:
+        return f"it is quantised ({held.dtype}); expected experts in 16 or 32 bits"
     if is_experts(module) or (held is not None and held.dim() == 3):
         return why_no_experts(module, parameter)
     return why_no_matrix(module, parameter)

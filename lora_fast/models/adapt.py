@@ -84,6 +84,13 @@ def add_lora(model: nn.Module, config: Any, *, blocks: str | bool = "auto") -> n
         raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")
     for layer in _convert(model, config):
         layer.quantise_base(config.base_dtype, config.base_compute)
+    beside = [f"{type(layer.owner).ADAPTED.__name__}.{layer.parameter}" for layer in _beside(model)]
+    if config.base_dtype is not None and beside:
+        warnings.warn(
+            f"add_lora: base_dtype={config.base_dtype!r} is for nn.Linear layers; these stay as they are: "
+            f"{some(list(dict.fromkeys(beside)))}",
+            stacklevel=2,
+        )
     if missed := missed_by(model, config.target_modules):
         warnings.warn(
             f"add_lora: target_modules={config.target_modules!r} also means parameters that are no nn.Linear's, which "
@@ -162,6 +169,11 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
     return [layers[linear] for linear in eight]
 
 
+def _beside(model: nn.Module) -> list[ParameterLoRA]:
+    """The adapters of parameters."""
+    return [module for module in model.modules() if isinstance(module, ParameterLoRA)]
+
+
 def _to_quantise(config: LoRAConfig, targets: dict[nn.Linear, nn.Linear]) -> list[nn.Linear]:
     """Those of the targets, each with what stands for it, whose bases are to be of another kind."""
     if config.base_dtype is not None or config.base_compute is None:
@@ -182,7 +194,6 @@ def remove_lora(model: nn.Module) -> nn.Module:
             are in the keeping of FSDP or accelerate.
     """
     layers = lora_layers(model, complete=False)
-    beside = [layer for layer in layers.values() if isinstance(layer, ParameterLoRA)]
     homes = {name: layer.owner if isinstance(layer, ParameterLoRA) else layer for name, layer in layers.items()}
     if kept := [f"{name} (by {who})" for name, home in homes.items() if (who := keeper(home))]:
         raise ValueError(f"model: has weights that a wrapper keeps: {some(kept)}; remove_lora before wrapping it")
@@ -197,7 +208,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
     linears: dict[nn.Module, nn.Module] = {
         layer: layer._to_linear() for layer in layers.values() if isinstance(layer, LoRALinear)
     }
-    for each in beside:
+    for each in _beside(model):
         each.release()
     modules = list(model.modules())
     _swap(model, linears)

@@ -198,6 +198,24 @@ def test_unknown_experts_are_refused():
         add_lora(moe_model(hidden_act="gelu"), LoRAConfig(target_parameters=BOTH))
 
 
+def test_quantised_experts_are_refused_and_said_to_stay():
+    """As transformers keeps those of fp8 checkpoints."""
+    kind = pytest.importorskip("transformers.integrations.finegrained_fp8").FP8Experts
+    model = moe_model()
+    for layer in model.model.layers:
+        layer.mlp.experts = kind(model.config, block_size=(8, 8))
+    with pytest.raises(ValueError, match=r"experts.down_proj: it is quantised \(torch.float8_e4m3fn\)"):
+        add_lora(model, LoRAConfig(target_parameters=BOTH))
+    with pytest.warns(UserWarning, match=r"get no adapter and stay frozen: .*experts.down_proj \(2\)"):
+        add_lora(model, LoRAConfig(target_modules="all-linear"))
+
+
+def test_base_dtype_says_that_experts_stay():
+    with pytest.warns(UserWarning, match="base_dtype='nf4' is for nn.Linear layers; these stay .*Experts.gate_up_proj"):
+        model = add_lora(moe_model(), LoRAConfig(r=2, target_modules="all-linear", base_dtype="nf4"))
+    assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.float32
+
+
 def edited(folder, config=None, tensors=None):
     path = folder / CONFIG
     held = json.loads(path.read_text()) | (config or {})
