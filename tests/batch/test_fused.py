@@ -67,14 +67,17 @@ TARGETS = [(8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096), (4096, 
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_error_rule(device, dtype, ranks, shape, p):
-    hold([drawn(shape, SMALL[ranks], dtype, device, seed, p) for seed in range(2)], dtype)
+    seeds = range(2 if device == "cpu" else 16)
+    hold([drawn(shape, SMALL[ranks], dtype, device, seed, p) for seed in seeds], dtype)
+
+
+REAL = [(BF16, shape, 4) for shape in TARGETS] + [
+    (dtype, TARGETS[0], count) for dtype in (BF16, HALF, FLOAT) for count in (4, 16, 64)
+][1:]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("count", [4, 16, 64])
-@pytest.mark.parametrize(
-    "dtype, shape", [*((BF16, shape) for shape in TARGETS), (HALF, TARGETS[0]), (FLOAT, TARGETS[0])]
-)
+@pytest.mark.parametrize("dtype, shape, count", REAL)
 def test_error_rule_at_real_shapes(dtype, shape, count):
     x, weight, adapters, _, bias, dy = drawn(shape, (16,) * count, dtype, "cuda", p=0.1 if count == 4 else 0.0)
     which = torch.arange(shape[0], device="cuda") * count // shape[0]
@@ -187,3 +190,32 @@ def test_a_cuda_graph_serves_any_rows():
         which.copy_(torch.randint(-1, 4, (512,), generator=gen, device="cuda"))
         graph.replay()
         assert all(map(torch.equal, captured, step()))
+
+
+def test_numbers_may_be_tensors_and_come_first_in_inference(device):
+    x, weight, adapters, which, bias, dy = drawn((24, 32, 24), (8, 5), HALF, device, seed=7)
+    with torch.inference_mode():
+        first = fused(x, weight, adapters, which, bias)
+    expected = results(fused, x, weight, adapters, which, bias, dy)
+    assert torch.equal(first.clone(), expected["y"])
+    tensors = [one._replace(scaling=torch.tensor(one.scaling, device=device)) for one in adapters]
+    found = results(fused, x, weight, tensors, which, bias, dy)
+    assert all(torch.equal(t, expected[name]) for name, t in found.items())
+
+
+def test_autocast_and_adapters_of_other_dtypes(device):
+    """Adapters and their gradients in dtypes of their own, x of any strides."""
+    x, weight, adapters, which, bias, dy = drawn((24, 32, 24), (8, 5), FLOAT, device)
+    kinds = [torch.float64, FLOAT]
+    mixed = [
+        one._replace(lora_A=one.lora_A.to(kind), lora_B=one.lora_B.to(kind))
+        for one, kind in zip(adapters, kinds, strict=True)
+    ]
+    expected = results(fused, x, weight, adapters, which, bias, dy)
+    found = results(fused, x.T.contiguous().T, weight, mixed, which, bias, dy)
+    for name, t in found.items():
+        torch.testing.assert_close(t.float(), expected[name], rtol=1e-4, atol=1e-4)
+    assert found["dlora_A0"].dtype == found["dlora_B0"].dtype == torch.float64
+    dtype = HALF if device == "cpu" else BF16
+    with torch.autocast(device, dtype):
+        assert fused(x, weight, adapters, which, bias).dtype == dtype
