@@ -135,7 +135,7 @@ def measured(
     calls = steps(case, impls, device)
     peaks: dict[tuple[str, str], Any] = dict.fromkeys(calls, "")
     if graph:
-        calls = {key: timing.graphed(call) for key, call in calls.items() if key[1] not in ("peft", "lora_fast_dora")}
+        calls = {key: timing.graphed(call) for key, call in calls.items() if key[1] != "peft"}
     elif device != "cpu":
         peaks = {key: round(timing.peak_mib(call), 2) for key, call in calls.items()}
     times = timing.measure({" ".join(key): call for key, call in calls.items()}, rounds, device=device)
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     if (reason := common.why_no_gpu()) is not None:
         print(reason, file=sys.stderr)
         return 1
-    set_backend("auto")  # DoRA has no kernels for it yet, and says so
+    set_backend("triton")  # never the slow path unawares
     about, start = common.run_columns(args.commit), time.monotonic()
     card, rounds = common.card(about["gpu"]), max(3, args.rounds // 3) if args.quick else args.rounds
     shapes = {common.TARGETS[0], (GRAPHED, 4096, 4096)}

@@ -53,8 +53,6 @@ def close(found, expected):
 
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_training_equals_runs_of_each_adapter(path, kind):
-    if kind and path[0] == "triton":
-        pytest.skip("DoRA has no kernels for it yet")
     stock = stock_model(path[1], more=[{**one, **kind} for one in MORE], **kind)
     x = inputs(path, 6, 5, 16)
     dy = inputs(path, 6, 5, 5, seed=3)
