@@ -234,8 +234,8 @@ BatchCase = tuple[int, int, int, tuple[int, ...], torch.dtype, float, torch.dtyp
 
 
 def batch(case: BatchCase) -> None:
-    """The launches of a layer with several adapters in one batch, forward and backward."""
-    from lora_fast.kernels.batch import run
+    """The launches of a layer with several adapters in one batch, forward and backward, with DoRA's gains."""
+    from lora_fast.kernels.batch import gain, run
     from lora_fast.kernels.batch.problem import Problem
     from lora_fast.kernels.batch.ranks import Ranks, numbers_of
     from lora_fast.kernels.problem import Kinds, Needs
@@ -248,6 +248,8 @@ def batch(case: BatchCase) -> None:
     a, b = torch.empty(sum(of), k, dtype=adapter), torch.empty(n * sum(of), dtype=adapter)
     y, made = run.forward(problem, call, x, a, b, None)
     run.backward(problem, torch.empty_like(y), run.to_save(problem, numbers.scales, x, made, weight))
+    gain.scaled(y, call.which, torch.empty(len(of), n), torch.empty(n, dtype=dtype))
+    gain.dots(y, y, call.which, len(of))
 
 
 def experts(

@@ -80,7 +80,26 @@ def tables_on(ranks: Ranks, device: torch.device) -> torch.Tensor:
     """What ``Ranks.tables`` are parts of."""
     owner = [i for i, padded in enumerate(ranks.padded) for _ in range(padded)]
     numbers = [number for size in (16, ranks.block) for block in ranks.blocks(size) for number in block]
-    return torch.tensor(owner + numbers, dtype=torch.int32).to(device)
+    return _on(device, owner + numbers, torch.int32)
+
+
+def _on(device: torch.device, numbers: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """For calls of any kind: a tensor made in inference mode could not be saved for a backward."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype).to(device)
+
+
+@lru_cache(maxsize=4096)
+def _keep_scales(rates: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return _on(device, [keep_scale(p) if p else 1.0 for p in rates], torch.float32)
+
+
+@lru_cache(maxsize=4096)
+def _counts(rates: tuple[float, ...], device: torch.device) -> torch.Tensor | None:
+    """``Numbers.counts``; 4096 keeps all."""
+    if not any(rates):
+        return None
+    return _on(device, [keep_count(p) if p else 4096 for p in (*rates, 0.0)], torch.int32)
 
 
 class Numbers(NamedTuple):
@@ -103,33 +122,31 @@ def numbers_of(
     device: torch.device,
 ) -> Numbers:
     """For these scalings and rates of dropout. Numbers come from the host, once; tensors are not read back to it."""
-    tensors = [one for one in scalings if isinstance(one, torch.Tensor)]
-    if not tensors:
-        return _known(ranks, tuple(map(float, scalings)), tuple(rates), lifted, device)  # type: ignore[arg-type]
-    each = [one if isinstance(one, torch.Tensor) else torch.full((), one, device=device) for one in scalings]
-    scales = _scales(ranks, torch.stack([one.detach().float() for one in each]), rates, lifted)
-    return Numbers(scales, _known(ranks, (1.0,) * len(ranks.of), tuple(rates), lifted, device).counts)
+    rates = tuple(rates)
+    if not any(isinstance(one, torch.Tensor) for one in scalings):
+        scales = _known(ranks, tuple(map(float, scalings)), rates, lifted, device)
+    else:
+        each = [one if isinstance(one, torch.Tensor) else torch.full((), one, device=device) for one in scalings]
+        together = torch.stack([one.detach().float() for one in each])
+        owner = tables_on(ranks, device)[: ranks.total]
+        scales = _scales(together, _keep_scales(rates, device), lifted)[:, owner]
+    return Numbers(scales, _counts(rates, device))
 
 
 @lru_cache(maxsize=4096)
 def _known(
     ranks: Ranks, scalings: tuple[float, ...], rates: tuple[float, ...], lifted: bool, device: torch.device
-) -> Numbers:
-    scales = _scales(ranks, torch.tensor(scalings, dtype=torch.float32), rates, lifted).to(device)
-    if not any(rates):
-        return Numbers(scales, None)
-    counts = [keep_count(p) if p else 4096 for p in (*rates, 0.0)]
-    return Numbers(scales, torch.tensor(counts, dtype=torch.int32).to(device))
+) -> torch.Tensor:
+    cpu = torch.device("cpu")
+    scales = _scales(_on(cpu, scalings, torch.float32), _keep_scales(rates, cpu), lifted)
+    of_ranks = scales.repeat_interleave(torch.tensor(ranks.padded), 1).flatten().tolist()
+    return _on(device, of_ranks, torch.float32).view(2, ranks.total)
 
 
-def _scales(ranks: Ranks, scalings: torch.Tensor, rates: Sequence[float], lifted: bool) -> torch.Tensor:
-    device = scalings.device
+def _scales(scalings: torch.Tensor, keeps: torch.Tensor, lifted: bool) -> torch.Tensor:
+    """``Numbers.scales``, one for each adapter."""
     lift = torch.ones_like(scalings)
     if lifted:  # the least power of two that is |scaling| or more
         mantissa, exponent = torch.frexp(scalings.abs().clamp(min=1))
         lift = torch.ldexp(lift, exponent - (mantissa == 0.5).to(exponent.dtype))
-    if any(rates):
-        scalings = scalings * torch.tensor([keep_scale(p) if p else 1.0 for p in rates], device=device)
-    owner = torch.tensor(ranks.padded, device=device)
-    both = torch.stack([scalings / lift, lift])
-    return both.repeat_interleave(owner, 1, output_size=ranks.total)
+    return torch.stack([scalings * keeps / lift, lift])

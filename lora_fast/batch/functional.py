@@ -117,18 +117,20 @@ def _settle(
     e4m3 = isinstance(weight, PackedWeight) and weight.E4M3_PRODUCTS
     if dispatch.choose(backend, x.device, dtype, e4m3) == "reference":
         return plain
-    if form == "dora":
-        why: str | None = "DoRA has no kernels for it yet"
-    else:
-        from lora_fast.batch import custom_op  # needs Triton, as the next
-        from lora_fast.batch.fused import FusedBatch, why_apart
+    from lora_fast.batch import custom_op  # needs Triton, as the next two
+    from lora_fast.batch.dora import FusedDoraBatch
+    from lora_fast.batch.fused import FusedBatch, why_apart
 
-        why = why_apart(weight)
+    why = why_apart(weight)
+    if form == "dora" and is_compiling():
+        why = "DoRA in a batch is no operator for torch.compile yet"
     if why:
         dispatch.tell("runs the adapters of a batch one after the other", why)
         return plain
     if is_compiling():
         return custom_op.lora_linear_batch
+    if form == "dora":
+        return FusedDoraBatch(x, weight, adapters, bias, round_norm)
     return FusedBatch(x, weight, adapters, bias)
 
 

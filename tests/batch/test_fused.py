@@ -12,7 +12,7 @@ if not TRITON:
 from batches import an_adapter, results
 from fused import seed_drawn
 
-from lora_fast import lora_linear_batch
+from lora_fast import dora_linear_batch, lora_linear_batch
 from lora_fast.batch import reference
 from lora_fast.kernels import mask
 
@@ -21,13 +21,13 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 
-def drawn(shape, ranks, dtype, device, seed=0, p=0.0, bias=True):
+def drawn(shape, ranks, dtype, device, seed=0, p=0.0, bias=True, dora=False):
     m, k, n = shape
     gen = torch.Generator(device).manual_seed(seed)
     x, dy = (torch.randn(m, width, generator=gen, device=device).to(dtype) for width in (k, n))
     weight = (torch.randn(n, k, generator=gen, device=device) * k**-0.5).to(dtype)
     adapters = [
-        an_adapter(n, k, r, dtype, device, gen=gen, scaling=(2.0, 0.5, 12.0)[i % 3], p=p if i % 2 else 0.0)
+        an_adapter(n, k, r, dtype, device, gen=gen, dora=dora, scaling=(2.0, 0.5, 12.0)[i % 3], p=p if i % 2 else 0.0)
         for i, r in enumerate(ranks)
     ]
     which = torch.randint(-1, len(ranks), (m,), generator=gen, device=device)
@@ -36,7 +36,8 @@ def drawn(shape, ranks, dtype, device, seed=0, p=0.0, bias=True):
 
 def fused(x, weight, adapters, which, bias):
     torch.manual_seed(1)
-    return lora_linear_batch(x, weight, adapters, which, bias, backend="triton")
+    call = lora_linear_batch if adapters[0].lora_magnitude_vector is None else dora_linear_batch
+    return call(x, weight, adapters, which, bias, backend="triton")
 
 
 def plain(x, weight, adapters, which, bias):
@@ -48,7 +49,9 @@ def plain(x, weight, adapters, which, bias):
         keep = mask.unpack(bits, x.shape[1]) | ~dropping[which.long()][:, None]
         rate = 1 - 1 / mask.keep_scale(p)
         adapters = [one._replace(dropout_p=rate if one.dropout_p else 0.0) for one in adapters]
-    return reference.lora_linear_batch(x, weight, adapters, which, bias, keep=keep)
+    lora = adapters[0].lora_magnitude_vector is None
+    call = reference.lora_linear_batch if lora else reference.dora_linear_batch
+    return call(x, weight, adapters, which, bias, keep=keep)
 
 
 def hold(draws, dtype):
@@ -67,14 +70,17 @@ TARGETS = [(8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096), (4096, 
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_error_rule(device, dtype, ranks, shape, p):
-    hold([drawn(shape, SMALL[ranks], dtype, device, seed, p) for seed in range(2)], dtype)
+    seeds = range(2 if device == "cpu" else 16)
+    hold([drawn(shape, SMALL[ranks], dtype, device, seed, p) for seed in seeds], dtype)
+
+
+REAL = [(BF16, shape, 4) for shape in TARGETS] + [
+    (dtype, TARGETS[0], count) for dtype in (BF16, HALF, FLOAT) for count in (4, 16, 64)
+][1:]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("count", [4, 16, 64])
-@pytest.mark.parametrize(
-    "dtype, shape", [*((BF16, shape) for shape in TARGETS), (HALF, TARGETS[0]), (FLOAT, TARGETS[0])]
-)
+@pytest.mark.parametrize("dtype, shape, count", REAL)
 def test_error_rule_at_real_shapes(dtype, shape, count):
     x, weight, adapters, _, bias, dy = drawn(shape, (16,) * count, dtype, "cuda", p=0.1 if count == 4 else 0.0)
     which = torch.arange(shape[0], device="cuda") * count // shape[0]
@@ -87,6 +93,21 @@ def test_error_rule_with_rows_in_any_order(dtype):
     hold([drawn((1003, 1001, 777), (4, 40, 16, 100, 7, 16, 33, 8), dtype, "cuda", p=0.2)], dtype)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True], ids=["bare", "bias"])
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
+def test_dora(device, dtype, bias, p):
+    seeds = range(2 if device == "cpu" else 16)
+    hold([drawn((33, 70, 45), (16, 3, 40), dtype, device, seed, p, bias, True) for seed in seeds], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, HALF, FLOAT], ids=str)
+def test_dora_at_real_shapes(dtype):
+    x, weight, adapters, _, bias, dy = drawn((4096, 4096, 2048), (16, 16, 8, 64), dtype, "cuda", p=0.1, dora=True)
+    hold([(x, weight, adapters, torch.arange(4096, device="cuda") // 1000 - 1, bias, dy)], dtype)
+
+
 @pytest.mark.parametrize("offset", [1, 63, 64, 127, 128, 129])
 def test_blocks_shared_at_every_offset(device, offset):
     x, weight, adapters, _, bias, dy = drawn((140, 32, 24), (8, 5), FLOAT, device)
@@ -94,9 +115,10 @@ def test_blocks_shared_at_every_offset(device, offset):
     hold([(x, weight, adapters, which, bias, dy)], FLOAT)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("ranks", [(8, 5, 16), (40, 16, 30)], ids=str)
-def test_nan_stays_in_its_row_and_its_adapter(device, ranks):
-    x, weight, adapters, _, _, dy = drawn((36, 32, 24), ranks, FLOAT, device, bias=False)
+def test_nan_stays_in_its_row_and_its_adapter(device, ranks, dora):
+    x, weight, adapters, _, _, dy = drawn((36, 32, 24), ranks, FLOAT, device, bias=False, dora=dora)
     which = torch.arange(36, device=device) % 4 - 1
     clean = results(fused, x, weight, adapters, which, None, dy)
     x[5], dy[5], x[4], dy[4] = torch.nan, torch.nan, torch.inf, torch.nan  # adapter 0, and none
@@ -187,3 +209,32 @@ def test_a_cuda_graph_serves_any_rows():
         which.copy_(torch.randint(-1, 4, (512,), generator=gen, device="cuda"))
         graph.replay()
         assert all(map(torch.equal, captured, step()))
+
+
+def test_numbers_may_be_tensors_and_come_first_in_inference(device):
+    x, weight, adapters, which, bias, dy = drawn((24, 32, 24), (8, 5), HALF, device, seed=7)
+    with torch.inference_mode():
+        first = fused(x, weight, adapters, which, bias)
+    expected = results(fused, x, weight, adapters, which, bias, dy)
+    assert torch.equal(first.clone(), expected["y"])
+    tensors = [one._replace(scaling=torch.tensor(one.scaling, device=device)) for one in adapters]
+    found = results(fused, x, weight, tensors, which, bias, dy)
+    assert all(torch.equal(t, expected[name]) for name, t in found.items())
+
+
+def test_autocast_and_adapters_of_other_dtypes(device):
+    """Adapters and their gradients in dtypes of their own, x of any strides."""
+    x, weight, adapters, which, bias, dy = drawn((24, 32, 24), (8, 5), FLOAT, device)
+    kinds = [torch.float64, FLOAT]
+    mixed = [
+        one._replace(lora_A=one.lora_A.to(kind), lora_B=one.lora_B.to(kind))
+        for one, kind in zip(adapters, kinds, strict=True)
+    ]
+    expected = results(fused, x, weight, adapters, which, bias, dy)
+    found = results(fused, x.T.contiguous().T, weight, mixed, which, bias, dy)
+    for name, t in found.items():
+        torch.testing.assert_close(t.float(), expected[name], rtol=1e-4, atol=1e-4)
+    assert found["dlora_A0"].dtype == found["dlora_B0"].dtype == torch.float64
+    dtype = HALF if device == "cpu" else BF16
+    with torch.autocast(device, dtype):
+        assert fused(x, weight, adapters, which, bias).dtype == dtype
