@@ -129,7 +129,6 @@ BOUNDS = [
     *of_blocks(("mlp", 2048, 2048, 8192), lora=(1.20,)),
     *of_blocks(("qkv", 2048, 2048, 512), lora=(1.30,)),
     of_experts("qwen3-30b", 4096, 0.58),
-    of_experts("qwen3-30b", 16384, 0.57),
     of_experts("gpt-oss-20b", 4096, 0.53),
     of_experts("mixtral-8x7b", 4096, 0.88),
     of_experts("qwen3-30b", 4096, 0.52, "lora_fast_frozen"),

@@ -1,5 +1,7 @@
 """Learn preferences with TRL's DPOTrainer, with the fused layers: how paragraphs go on, rather than how others do."""
 
+from typing import Any
+
 import common
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
@@ -31,8 +33,9 @@ def main(argv: list[str] | None = None) -> list[float]:
             "rejected": [text[half : 2 * half] for text in texts[1:] + texts[:1]],
         }
     )
-    trainer = DPOTrainer(
-        common.base_model(args, common.DTYPE).to(args.device),
+    model: Any = common.base_model(args, common.DTYPE).to(args.device)
+    trainer: Any = DPOTrainer(
+        model,
         args=settings,
         train_dataset=data,
         processing_class=common.load_tokenizer(args),

@@ -1,5 +1,7 @@
 """Learn from a reward with TRL's GRPOTrainer, with the fused layers, also where it samples: to write small letters."""
 
+from typing import Any
+
 import common
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
@@ -28,9 +30,11 @@ def main(argv: list[str] | None = None) -> list[float]:
         seed=args.seed,
     )
     texts = [text for text in common.paragraphs()[0] if len(text) > 100][: args.steps * args.batch]
-    trainer = GRPOTrainer(
-        common.base_model(args, common.DTYPE).to(args.device),
-        small_letters,
+    model: Any = common.base_model(args, common.DTYPE).to(args.device)
+    reward: Any = small_letters
+    trainer: Any = GRPOTrainer(
+        model,
+        reward,
         settings,
         Dataset.from_dict({"prompt": [text[: args.length // 4] for text in texts]}),
         processing_class=common.load_tokenizer(args),

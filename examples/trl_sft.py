@@ -1,5 +1,7 @@
 """Fine-tune with TRL's SFTTrainer, which makes the PEFT model of a peft_config, with the fused layers."""
 
+from typing import Any
+
 import common
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
@@ -24,8 +26,8 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     )
     texts = [text for text in common.paragraphs()[0] if len(text) > 100]
     data = Dataset.from_dict({"text": texts[: args.steps * args.batch]})
-    model = common.base_model(args, common.DTYPE).to(args.device)
-    trainer = SFTTrainer(
+    model: Any = common.base_model(args, common.DTYPE).to(args.device)
+    trainer: Any = SFTTrainer(
         model, settings, train_dataset=data, processing_class=tokenizer, peft_config=common.adapter(args)
     )
     print(lora_fast.patch_peft(trainer.model))  # the one line: there are no LoRA layers before the trainer is made

@@ -2,9 +2,12 @@
 
 from lora_fast import fp8 as fp8
 from lora_fast import functional, parametrize, reference
+from lora_fast.batch.form import Adapter
+from lora_fast.batch.functional import dora_linear_batch, lora_linear_batch
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.functional import lora_glu, lora_group
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
+from lora_fast.experts.functional import lora_experts
 from lora_fast.experts.registry import register_experts
 from lora_fast.files.adapter import load_adapter, save_adapter
 from lora_fast.files.export import export_experts
@@ -31,6 +34,7 @@ from lora_fast.peft.report import PeftReport, peft_report
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "BottleneckAdapter",
     "DoRALinear",
     "LoRAConfig",
@@ -43,14 +47,17 @@ __all__ = [
     "bottleneck_state_dict",
     "checkpoint_adapters_only",
     "disable_lora",
+    "dora_linear_batch",
     "export_experts",
     "functional",
     "get_backend",
     "load_adapter",
     "load_fp8",
     "load_lora_state_dict",
+    "lora_experts",
     "lora_glu",
     "lora_group",
+    "lora_linear_batch",
     "lora_parameters",
     "lora_plus_groups",
     "lora_state_dict",

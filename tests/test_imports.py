@@ -23,7 +23,7 @@ ROOMS = [
     {"layers"},
     {"experts"},
     {"wrappers"},
-    {"blocks"},
+    {"batch", "blocks"},
     {"functional"},
     {"ops"},
     {"reference", "fp8", "kept"},

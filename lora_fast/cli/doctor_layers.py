@@ -9,10 +9,11 @@ from torch import nn
 from lora_fast import dispatch
 from lora_fast.experts.known import form_of, is_experts
 from lora_fast.experts.registry import NAME
-from lora_fast.files.experts import parameter_of
+from lora_fast.files.parameters import parameter_of
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.experts import AdaptedExperts, ExpertsLoRA
 from lora_fast.layers.lora import LoRALinear
+from lora_fast.layers.parameters import ParameterLoRA
 from lora_fast.layers.rules import why_not_lora
 from lora_fast.models.projections import projections
 from lora_fast.peft.report import is_wrapper, peft_report
@@ -39,6 +40,9 @@ def examine(model: nn.Module) -> Iterator[Layer]:
             why = _why_not_fused(module)
             what = f"ExpertsLoRA {module.experts} x {_shape(module)}, r={module.r}"
             yield Layer(parameter_of(name), what, why is None, why or "")
+        elif isinstance(module, ParameterLoRA):
+            what = f"ParameterLoRA {_shape(module)}, r={module.r}"
+            yield Layer(parameter_of(name), what, False, "a small matrix: written out with its adapter in each forward")
         elif isinstance(module, LoRALinear):
             kind = "DoRALinear" if isinstance(module, DoRALinear) else "LoRALinear"
             why = _why_not_fused(module)
@@ -91,7 +95,7 @@ def _experts(name: str, module: nn.Module) -> Iterator[Layer]:
     yield Layer(name, what, None, f"target_parameters can adapt them; frozen, {frozen}")
 
 
-def _shape(linear: nn.Linear | ExpertsLoRA) -> str:
+def _shape(linear: nn.Linear | ParameterLoRA) -> str:
     return f"{linear.in_features} -> {linear.out_features}, {str(linear.weight.dtype).removeprefix('torch.')}"
 
 

@@ -45,12 +45,15 @@ class LoRAConfig:
             None: all are quantised ("all-linear" leaves the output head out by itself).
         use_dora: convert to :class:`lora_fast.DoRALinear`, which also trains the lengths of the weight's rows.
         target_modules: a list of full module names or their last parts ("q_proj", "attn.q_proj"), a regex that must
-            match the full name, or "all-linear": every ``nn.Linear`` but the model's ``get_output_embeddings()``. What
-            projects and is no ``nn.Linear`` (fused experts) gets no adapter by it, and add_lora a warning names it.
-            A layer among them that no adapter can stand in for (of an ``nn.MultiheadAttention``, say) is an error.
+            match the full name, or "all-linear": every ``nn.Linear`` but the model's ``get_output_embeddings()``, and,
+            as in PEFT, what was one in transformers 4 in the families of Mixtral and Qwen: the router's ``gate.weight``
+            and experts, whose ``gate_up_proj``, once two layers, gets twice r and lora_alpha. What else projects and is
+            no ``nn.Linear`` (gpt-oss' experts) gets no adapter by it, and add_lora's warning names it. A layer
+            among them that no adapter can stand in for (of an ``nn.MultiheadAttention``, say) is an error.
         target_parameters: a list of names of parameters, or of their last parts ("mlp.experts.gate_up_proj"): those of
-            transformers' experts, "gate_up_proj" and "down_proj", whose adapters have rank r for each expert. It stands
-            beside ``target_modules``, which may then be None. Not with lora_dropout or use_dora, as in PEFT.
+            transformers' experts, "gate_up_proj" and "down_proj", whose adapters have rank r for each expert, and
+            matrices of modules that are no layers of torch's ("mlp.gate.weight", a router's). It stands beside
+            ``target_modules``, which may then be None. Not with lora_dropout or use_dora, as in PEFT.
         exclude_modules: a list or a regex, likewise: targets to leave alone.
         rank_pattern, alpha_pattern: {regex of a full name or its last parts: r or lora_alpha}; the first match wins.
         bias: the existing biases that train: "none", "lora_only" (those of the converted layers) or "all".

@@ -17,7 +17,7 @@ from loops import WAYS, arguments, tiny_llama, watched  # noqa: E402
 from transformers import ByT5Tokenizer, set_seed  # noqa: E402
 
 TEXTS = ["W x", "B A x", "s B A x", "m W x"]
-MAKERS = {}
+MAKERS: dict = {}
 
 
 def maker(function):
