@@ -128,3 +128,23 @@ def test_numbers_beside_the_peers():
             wanted = f"{float(row['ratio_to_frozen']):.2f}; {row['peak_mib']}" if row else ""
             assert cell.strip() == wanted, (block, shape, kind, name)
     assert count == sum(not row["implementation"].startswith("frozen") for row in found.values())
+
+
+def test_numbers_measured_since():
+    """Those that the README marks with a star are the rows of the results."""
+
+    def rows(name):
+        with (ROOT / "benchmarks" / "results" / f"bench_{name}_h200.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    blocks = {"M": "8192", "p": "0", "impl": "lora_fast_lora"}
+    experts = {"model": "qwen3-30b", "tokens": "4096", "r": "16", "skew": "0.0", "what": "fwd+bwd", "impl": "lora_fast"}
+    for label, name, wanted in (
+        ("LoRA, a SwiGLU MLP", "blocks", {**blocks, "block": "mlp"}),
+        ("LoRA, q, k and v", "blocks", {**blocks, "block": "qkv"}),
+        ("LoRA on experts", "experts", experts),
+    ):
+        (row,) = (row for row in rows(name) if wanted.items() <= row.items())
+        (line,) = (line for line in README.splitlines() if line.startswith(f"| {label}"))
+        assert f"**{float(row['ratio_to_frozen']):.2f}**\\*" in line
+        assert "MLP" not in label or f"; {float(row['peak_mib']):.0f}\\* MiB" in line
