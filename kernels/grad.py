@@ -22,6 +22,7 @@ from lora_fast.kernels.common import (
     TL,
     Matrix,
     acc_dtype,
+    late,
     lift_of,
     load_tile,
     mask_words,
@@ -128,6 +129,8 @@ def _grad_kernel(
             p = tl.where(ranks[None, :] == R, 1.0, p.to(ACC)).to(DTYPE)
         if p_ptr is not None or ONES:
             g = mma(tile.T, p, g, PRECISION)
+            if kept_ptr is not None or dz is not None or (WITH_SUM and not ONES):
+                g = late(g)  # Triton 3.7 loads the next tile over one that is read twice while it is multiplied
         if b_ptr is not None:
             ds = mma(tile, b, tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC), PRECISION)
             ds_ptrs = parts_ptr + (pid_n.to(tl.int64) * M + rows[:, None]) * RS + ranks[None, :]

@@ -13,6 +13,7 @@ from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
     TL,
     Matrix,
+    late,
     lift_of,
     load_tile,
     mask_words,
@@ -43,6 +44,8 @@ def _walk(
         if sum_ptr is not None:
             sums += tl.sum(tl.reshape(tile.to(tl.float32), (BLOCK_M // 8, 8, BLOCK_N)), 0)
         g = tl.dot(tile.T, load_tile(p, row, 0, BLOCK_M, BLOCK_R), g)
+        if sum_ptr is not None:
+            g = late(g)  # Triton 3.7 loads the next tile over one that is summed, too, while it is multiplied
     if sum_ptr is not None:
         cols = col + tl.arange(0, BLOCK_N)
         tl.store(sum_ptr + cols, tl.sum(sums, 0).to(sum_ptr.dtype.element_ty), mask=cols < t.cols)

@@ -80,6 +80,26 @@ def longest_run(cubin: bytes) -> int:
     return best
 
 
+def overwritten(ttgir: str) -> int:
+    """In how many loops a tile may be loaded over another that a matrix instruction under way still reads.
+
+    With d loads ahead, and instructions that are waited for an iteration later, a tile needs d + 1 buffers. Triton 3.7
+    gives d to one that is read otherwise, too (stored, say): results then differ from run to run.
+    """
+    found = 0
+    for loop in re.findall(r"scf\.for.*?scf\.yield", ttgir, re.DOTALL):
+        waits, copies = re.findall(r"async_wait.*num = (\d+)", loop), loop.count("async_copy_global_to_local")
+        late = any(int(pending) for pending in re.findall(r"warp_group_dot_wait.*pendings = (\d+)", loop))
+        if not (waits and copies and late):
+            continue
+        ahead = int(waits[0]) // copies + 1
+        read = set(re.findall(r"warp_group_dot (%\w+), (%\w+)", loop)[0])
+        read |= {of for t, of in re.findall(r"(%\w+) = ttg\.memdesc_trans (%\w+)", loop) if t in read}
+        tiles = re.findall(r"(%\w+) = ttg\.memdesc_index .*? : !ttg\.memdesc<(\d+)x", loop)
+        found += any(int(buffers) <= ahead for tile, buffers in tiles if tile in read)
+    return found
+
+
 PRODUCTS = "_gemm_kernel", "_products_kernel", "_few_rows_kernel", "_decode_kernel", "_experts_kernel"
 BF16, FLOAT = torch.bfloat16, torch.float32
 
@@ -189,7 +209,10 @@ def mlp(case: GroupCase, act: str) -> None:
         Kinds(dtype, adapter, adapter, None, adapter if dora else None),
         Needs(False, True, True, False, dora),
     )
-    inner, outer = Sibling(width, r, kinds, needs._replace(m=False), dora), Sibling(n, r, kinds, needs, dora)
+    inner, outer = (
+        Sibling(width, r, kinds, needs._replace(m=False), dora, scaled=dora),
+        Sibling(n, r, kinds, needs, dora),
+    )
     pair = Siblings((m,), k, (inner, inner), True)
     problem = Mlp(pair, Siblings((m,), width, (outer,), True), act, (dora, dora), (kinds.m, kinds.m))
     x, each = torch.empty(m, k, dtype=dtype), []
@@ -312,6 +335,7 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
                 "stack": stack,
                 "dots": kernel.asm["ttir"].count("tt.dot"),
                 "run": longest_run(kernel.asm["cubin"]) if capability == 90 and self.__name__ in PRODUCTS else 0,
+                "overwritten": overwritten(kernel.asm["ttgir"]),
                 **{name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in MATRIX.items()},
             }
         )

@@ -221,7 +221,7 @@ class _Memory:
 
         low: Maybe = None
         ranks = padded_ranks(problem.r1)
-        if problem.needs_dp1 and needs.b1:
+        if problem.needs_dp1 and needs.b1 and self.dh is not None:
             low = low_parts(self.dh, ranks), s, ranks
         passes = (needs.a1, h, problem.r1), (needs.b1, 2 * i, problem.r1), (needs.a2, i, problem.r2)
         parts = [self.shape(c, r) for needed, c, r in (*passes, (needs.b2, h, problem.r2)) if needed]

@@ -178,6 +178,6 @@ def experts_product(
         PROGRAMS=programs,
         W_T=transposed,
         TMA=tma,
-        PRECISION=precision(x.dtype, c),
+        PRECISION=precision(x.dtype, 0),  # as three tf32 products two in a row have 2.03 times eager's error
         DTYPE=TL[x.dtype],
     )

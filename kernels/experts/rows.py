@@ -57,7 +57,7 @@ def _experts_rows_kernel(
     if slot_ptr is not None:
         at = tl.load(slot_ptr + rows, mask=there, other=0).to(tl.int64) // K
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    dots = tl.zeros([BLOCK_M], tl.float32)
+    dots = tl.zeros([BLOCK_M, BLOCK_C // 8], tl.float32)  # each thread adds up what it holds
     for col in range(0, C, BLOCK_C):
         cols = col + tl.arange(0, BLOCK_C)
         inside = there[:, None] & (cols < C)[None, :]
@@ -72,12 +72,12 @@ def _experts_rows_kernel(
                 acc = late(acc)  # Triton 3.7 loads the next tile over one that is stored, too, while it is multiplied
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + expert * C + cols, mask=cols < C, other=0.0).to(tl.float32)
-            dots += tl.sum(t.to(tl.float32) * bias[None, :], 1)
+            dots += tl.sum(tl.reshape(t.to(tl.float32) * bias[None, :], (BLOCK_M, BLOCK_C // 8, 8)), 2)
     if q_ptr is not None:
         p_at = rows.to(tl.int64)[:, None] * RANKS + ranks[None, :]
         tl.store(p_ptr + p_at, (acc * scaling).to(p_ptr.dtype.element_ty), mask=there[:, None])
     if bias_ptr is not None:
-        tl.store(dots_ptr + rows, dots, mask=there)
+        tl.store(dots_ptr + rows, tl.sum(dots, 1), mask=there)
 
 
 def by_rows(

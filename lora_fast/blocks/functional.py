@@ -139,7 +139,10 @@ def _recall(x: Any, layers: Sequence[Any], training: Any, *asked: Any) -> tuple[
                 return None, None
             facts += (
                 facts_of(weight),
-                *(None if t is None else facts_of(t) for t in (a, b, bias, magnitude)),
+                a if a is None else facts_of(a),
+                b if b is None else facts_of(b),
+                bias if bias is None else facts_of(bias),
+                magnitude if magnitude is None else facts_of(magnitude),
                 None if number else (scaling.dtype, scaling.shape, scaling.device),
                 p if training else 0.0,
                 round_norm,
@@ -188,6 +191,11 @@ def _plain_glu(activation: str, x: Any, gate: Any, up: Any, down: Any, training:
     return reference.lora_glu(x, gate, up, down, activation, training)
 
 
+def _plain_or_packed(layers: Sequence[Layer]) -> bool:
+    """Whether there is nothing that a block's kernels do: no adapters, or a base that only layers have kernels for."""
+    return not any(layer.adapted for layer in layers) or any(isinstance(layer.weight, PackedWeight) for layer in layers)
+
+
 def _fused_group(
     x: torch.Tensor, layers: Sequence[Layer], training: bool, backend: str
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -195,7 +203,7 @@ def _fused_group(
     from lora_fast.blocks.group import FEW, FusedGroup, why_apart
 
     alone = partial(apart.lora_group, backend=backend)
-    if not any(layer.adapted for layer in layers):
+    if _plain_or_packed(layers):
         return alone
     if why := why_apart(x, layers, training):
         dispatch.tell("runs a group layer by layer", why)
@@ -214,7 +222,7 @@ def _fused_glu(
     from lora_fast.blocks.group import FEW
 
     alone = partial(apart.lora_glu, activation=activation, backend=backend)
-    if not any(layer.adapted for layer in layers):
+    if _plain_or_packed(layers):
         return alone
     if why := why_apart(x, layers, training):
         dispatch.tell("runs a gated MLP layer by layer", why)

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from blocks import a_layer, close, results
+from blocks import a_layer, close, results, trained
 
 from lora_fast import lora_glu, lora_group
 
@@ -49,7 +49,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", [0.0, pytest.param(0.3, marks=pytest.mark.medium)])
 @pytest.mark.parametrize("form", ["lora", "dora", "mixed"])
 def test_group(device, compiled, form, p):
     forms = {**FORMS, "mixed": [{"r": 0, "bias": True}, {"bias": True, "scaling": 0.5}, {"dora": True}]}[form]
@@ -82,7 +82,7 @@ def test_output_that_the_graph_drops(device, compiled):
     same(ours, results(fn, x, layers, dys))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", [0.0, pytest.param(0.3, marks=pytest.mark.medium)])
 @pytest.mark.parametrize("form", ["lora", "dora"])
 def test_glu(device, compiled, form, p):
     x, layers, gen = drawn([(48, 32), (48, 32), (40, 48)], FORMS[form], device, p)
@@ -122,3 +122,19 @@ def test_scalings_hardly_recompile(device, compiled):
         for ours, expected in zip(once(x, scaling), fn(x, scaling), strict=True):
             close(ours, expected, "y")
     assert compiled.counter.frame_count <= 3
+
+
+def test_batch_sizes_hardly_recompile(device, compiled):
+    x, layers, _ = drawn([(32, 32), (32, 32), (16, 32)], FORMS["lora"], device, p=0.3)
+    layers = [trained(layer) for layer in layers]
+
+    def fn(x):
+        return (
+            sum(y.sum() for y in lora_group(x, layers[:2], backend="triton"))
+            + lora_glu(x, *layers, backend="triton").sum()
+        )
+
+    once = compiled(fn)
+    for rows in (3, 5, 7, 9):
+        once(x[:1].repeat(rows, 1, 1)).backward()
+    assert compiled.counter.frame_count <= 2

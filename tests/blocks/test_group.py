@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_fast import Layer, SlowPathWarning, dispatch, lora_group
 from lora_fast.blocks import functional, reference
+from lora_fast.fp8 import Fp8Weight
+from lora_fast.functional import lora_linear
 from lora_fast.kernels import group as group_kernels
 from lora_fast.kernels import program
 
@@ -64,11 +66,19 @@ def plain(p, shape, device):
 
 
 SMALL, ODD = (24, 64, (48, 16, 32, 16), 16), (33, 70, (45, 21, 18, 16), 3)
+
+
+def here(dtype, form, shape, p=0.0, fast=False):
+    """A case of the interpreter's."""
+    marks = CPU.marks if fast else (*CPU.marks, pytest.mark.medium)
+    return pytest.param("cpu", dtype, form, shape, p, marks=marks, id=f"cpu-{str(dtype)[6:]}-{form}-p{p}")
+
+
 CASES = [
-    *(pytest.param("cpu", FLOAT, form, SMALL, 0.0, marks=CPU.marks, id=f"cpu-float32-{form}") for form in FORMS),
-    *(pytest.param("cpu", HALF, form, ODD, 0.0, marks=CPU.marks, id=f"cpu-float16-{form}") for form in FORMS),
-    pytest.param("cpu", FLOAT, "ranks", ODD, 0.3, marks=CPU.marks, id="cpu-float32-ranks-dropout"),
-    pytest.param("cpu", HALF, "mixed", SMALL, 0.3, marks=CPU.marks, id="cpu-float16-mixed-dropout"),
+    *(here(FLOAT, form, SMALL, fast=form == "dora") for form in FORMS),
+    *(here(HALF, form, ODD, fast=form in ("mixed", "ranks")) for form in FORMS),
+    here(FLOAT, "ranks", ODD, 0.3),
+    here(HALF, "mixed", SMALL, 0.3, fast=True),
     *(
         pytest.param("cuda", dtype, form, shape, p, marks=CUDA.marks, id=f"cuda-{str(dtype)[6:]}-{form}-{name}-p{p}")
         for dtype in (BF16, HALF, FLOAT)
@@ -175,6 +185,7 @@ def test_what_is_kept(device):
     assert small <= stacked + s + copies + m * -(-k // 32) * 4 + 6 * 128
 
 
+@pytest.mark.medium
 def test_checkpoint_skips_products(device, monkeypatch):
     """Its second forward ends where all is saved."""
     x, layers, dys = drawn("lora", SMALL, HALF, device, p=0.3)
@@ -233,6 +244,17 @@ def test_comes_apart_and_says_so_once(device, reason, monkeypatch):
         found = results(fused, x, layers, dys)
     if reason != "dropout":
         close(found["dx"], results(reference.lora_group, x, layers, dys)["dx"], "dx")
+
+
+def test_packed_bases_run_as_layers_do(device):
+    x, layers, dys = drawn("lora", SMALL, HALF, device)
+    layers = [layer._replace(weight=Fp8Weight.quantise(layer.weight)) for layer in layers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowPathWarning)
+        ys = fused(x, layers)
+    for y, one in zip(ys, layers, strict=True):
+        alone = lora_linear(x, one.weight, one.lora_A, one.lora_B, one.scaling, backend="triton")
+        assert torch.equal(y, alone)
 
 
 def test_frozen_layers_alone(device):

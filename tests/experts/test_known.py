@@ -56,7 +56,8 @@ def test_all_of_transformers_experts():
             continue
         h = 9 * torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(module._apply_gate(h), apply_gate(h, form))
-    assert left.keys() == LEFT.keys() and all(why in left[name] for name, why in LEFT.items())
+    assert left.keys() <= LEFT.keys()  # not every version has all of these
+    assert all(LEFT[name] in why for name, why in left.items())
 
 
 def test_a_formula_that_changed_is_seen(monkeypatch):

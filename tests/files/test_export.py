@@ -40,6 +40,16 @@ NAMES = {
 }
 
 
+MORE: list[dict] = [
+    {},
+    {"target_parameters": BOTH[:1]},
+    {"target_parameters": BOTH[1:]},
+    {"rank_pattern": {"down_proj": 2}},
+    {"rank_pattern": {r"layers\.1\.mlp\.experts\.down_proj": 2}},
+    {"use_rslora": True},
+]
+
+
 def adapted(kind, **more):
     model = add_lora(MODELS[kind](), LoRAConfig(**{"r": 3, "lora_alpha": 5, "target_parameters": BOTH, **more}))
     gen = torch.Generator().manual_seed(1)
@@ -54,15 +64,22 @@ def read(folder):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("more", [{}, {"rank_pattern": {"down_proj": 2}}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize("more", MORE, ids=str)
 def test_every_expert_has_its_own(tmp_path, kind, more):
     """Keys, ranks, and the products of what is in them: those of the model."""
     model = adapted(kind, **more)
     export_experts(model, tmp_path)
     tensors, config = read(tmp_path)
     place, gate, up, down = NAMES[kind]
-    assert config["target_modules"] == sorted({gate, up, down}) and config["target_parameters"] is None
-    assert config["rank_pattern"] == ({down: 2} if "rank_pattern" in more else {})
+    targets = {"gate_up_proj": {gate, up}, "down_proj": {down}}
+    own = [name for entry in more.get("target_parameters", BOTH) for name in targets[entry.rpartition(".")[2]]]
+    assert config["target_modules"] == sorted(own) and config["target_parameters"] is None
+    if "rank_pattern" not in more:
+        assert config["rank_pattern"] == {}
+    elif "down_proj" in more["rank_pattern"]:
+        assert config["rank_pattern"] == {down: 2}
+    else:
+        assert set(config["rank_pattern"].values()) == {2} and len(config["rank_pattern"]) == 4
     scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
     for at, layer in enumerate(model.model.layers):
         for lora in layer.mlp.experts.adapters():

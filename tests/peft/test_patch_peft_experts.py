@@ -8,6 +8,7 @@ import pytest
 import torch
 from expert_nets import BOTH, eagerly, ids, loss_and_gradients, moe_model, moe_peft
 from peft_nets import peft, same, stir
+from torch.distributed.fsdp import fully_shard
 
 from lora_fast import SlowPathWarning, patch_peft, peft_report, set_backend, unpatch_peft
 from lora_fast.peft.experts import FastExperts
@@ -114,13 +115,12 @@ def test_the_report_names_parameters():
     report = str(peft_report(ours))
     assert "experts.gate_up_proj" in report and "not patched" in report and "base_layer" not in report
     report = str(patch_peft(ours))
-    assert "base_model.model.model.layers.*.mlp.experts.gate_up_proj  2      not fused  set_backend" in report
-    assert "base_model.model.model.layers.*.mlp.experts.down_proj     2      not fused  set_backend" in report
+    assert "base_model.model.model.layers.*.mlp.experts.gate_up_proj  2      not fused\n" in report
+    assert "base_model.model.model.layers.*.mlp.experts.down_proj     2      not fused\n" in report
+    assert report.count("set_backend") == 1 and "\nnot fused: set_backend" in report
     assert len(peft_report(ours).layers) == 6
     with ours.disable_adapter():
-        assert "experts.down_proj     2      not fused  nothing to fuse: adapters are disabled" in str(
-            peft_report(ours)
-        )
+        assert "not fused: nothing to fuse: adapters are disabled" in str(peft_report(ours))
 
 
 def test_disabled_merged_and_unmerged():
@@ -183,6 +183,8 @@ def test_unpatched_copied_and_pickled():
     assert type(again) is FastExperts
     ours.base_model.model.model.layers[1].mlp.experts = again
     same(loss_and_gradients(ours), loss_and_gradients(stock), 1e-6)
+    with pytest.raises(RuntimeError, match="drop its adapter"):
+        ours.base_model.model.model.layers[1].mlp.experts = torch.nn.Linear(2, 2)
     unpatch_peft(ours)
     assert [type(m) for m in ours.modules()] == [type(m) for m in stock.modules()]
     assert all(vars(m).keys() == vars(n).keys() for m, n in zip(ours.modules(), stock.modules(), strict=True))
@@ -291,3 +293,32 @@ def test_one_parameter_of_a_bias_stays_stock():
     stock = moe_peft("gpt_oss", parameters=["mlp.experts.gate_up_proj_bias"])
     report = patch_peft(copy.deepcopy(stock))
     assert not report.fused and "an adapter of gate_up_proj_bias" in report.layers[0].reason
+
+
+def test_fsdp2_gathers_experts_for_their_forward(mesh):
+    """The report says of shards what will run; adapters are sharded with their block."""
+    stock = moe_peft()
+    ours = patched(stock)
+    for layer in ours.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(ours, mesh=mesh)
+    assert {layer.reason for layer in peft_report(ours).layers} == {'set_backend("reference") is on'}
+    results = loss_and_gradients(ours)
+    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in results.items()}
+    same(whole, loss_and_gradients(stock), 1e-6)
+
+
+def test_all_linear_adapts_routers_which_stay_pefts():
+    """PEFT's meaning of it: experts are fused, the router's matrix is written out as before, and the report says so."""
+    stock = stir(peft.get_peft_model(moe_model(), peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear")))
+    if not any("mlp.gate" in name for name, _ in stock.named_parameters() if "lora_A" in name):
+        pytest.skip("this PEFT's all-linear means nn.Linear layers alone")
+    ours = patched(stock)
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+    same(loss_and_gradients(ours), loss_and_gradients(stock), 1e-6)
+    reasons = {layer.name: layer.reason for layer in peft_report(ours).layers}
+    router = reasons["base_model.model.model.layers.0.mlp.gate.weight"]
+    assert router.startswith("target_parameters: a matrix of a Qwen3MoeTopKRouter")
+    assert "target_parameters" not in reasons["base_model.model.model.layers.0.mlp.experts.gate_up_proj"]
+    merged = copy.deepcopy(stock).merge_and_unload()
+    torch.testing.assert_close(ours(ids()).logits, merged(ids()).logits, rtol=1e-5, atol=1e-5)

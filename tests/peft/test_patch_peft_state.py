@@ -607,7 +607,7 @@ def test_fp8_base(kind):
     report = patch_peft(model, base_dtype="float8_e4m3", base_dtype_exclude=["down"])
     up, down = model.base_model.model.up, model.base_model.model.down
     assert isinstance(up.base_layer.weight, Fp8Weight) and not isinstance(down.base_layer.weight, Fp8Weight)
-    assert [("fp8 base" in layer.reason) for layer in report.layers if layer.fused] in ([], [True, False])
+    assert [("fp8 base" in layer.remark) for layer in report.layers if layer.fused] in ([], [True, False])
     held, y = up.base_layer.weight, model(x)
     assert 0 < (y - expected).norm() < 0.1 * expected.norm()
     y.sum().backward()

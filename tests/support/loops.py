@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from lora_fast import PeftReport, peft_report
+from lora_fast.blocks import joining
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.glu import FusedGlu
 from lora_fast.blocks.group import FusedGroup
@@ -91,8 +92,9 @@ class Seen:
 
 
 def layers_in(args: tuple) -> int:
-    """Of a call of a fused operator; groups and gated MLPs are given several."""
-    return sum(isinstance(arg, Layer) + (isinstance(arg, (list, tuple)) and len(arg)) for arg in args[1:]) or 1
+    """Of a call of a fused operator: a gated MLP is given its layers, a group a list of them, a layer none."""
+    given = [layer for arg in args for layer in ([arg] if isinstance(arg, Layer) else arg if type(arg) is list else [])]
+    return len(given) or 1
 
 
 @contextmanager
@@ -100,14 +102,14 @@ def watched() -> Iterator[Seen]:
     """Counts what the fused operators and the kernels' launcher are called for."""
     from lora_fast.kernels.program import Program
 
-    seen, start, inside = Seen(), Program.run, [False]
+    seen, start, probe, inside = Seen(), Program.run, joining._same_numbers, [False]
     plain = {kind: kind.__call__ for kind in (ops.FusedLinear, FusedGroup, FusedGlu)}
 
     def counting(run):
         def operator(self, x, *args, **kwargs):
             if inside[0]:  # of another one, which counted
                 return run(self, x, *args, **kwargs)
-            seen.calls += layers_in((x, *args)) if run is not plain[ops.FusedLinear] else 1
+            seen.calls += layers_in(args)
             inside[0] = True
             try:
                 return run(self, x, *args, **kwargs)
@@ -116,17 +118,24 @@ def watched() -> Iterator[Seen]:
 
         return operator
 
+    def not_counting(*args):
+        inside[0] = True
+        try:
+            return probe(*args)
+        finally:
+            inside[0] = False
+
     def launch(program, bound, first=0, last=None):
         seen.launches += len(program.launches[first:last])
         return start(program, bound, first, last)
 
     for kind, run in plain.items():
         kind.__call__ = counting(run)  # type: ignore[method-assign]
-    Program.run = launch  # type: ignore[method-assign]
+    Program.run, joining._same_numbers = launch, not_counting  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        Program.run = start  # type: ignore[method-assign]
+        Program.run, joining._same_numbers = start, probe  # type: ignore[method-assign]
         for kind, run in plain.items():
             kind.__call__ = run  # type: ignore[method-assign]
 
