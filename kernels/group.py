@@ -231,14 +231,14 @@ def backward(
     None. Weights and adapters have the strides that the group's calls agree in.
 
     dys [*lead, N] contiguous, or matrices of their rows, each row contiguous; ``frozen``: dY and W of layers without
-    adapters that share x; x and ``kept`` (each a ``Kept``): what the backward reads. The A's gradients are parts of one matrix. With
-    many rows dX comes last, and till then its memory holds what the passes leave for their sums. ``in_place``: DoRA's
-    dZ takes dY's memory.
+    adapters that share x; x and ``kept`` (each a ``Kept``): what the backward reads. The A's gradients are parts of one
+    matrix. With many rows dX comes last, and till then its memory holds what the passes leave for their sums.
+    ``in_place``: DoRA's dZ takes dY's memory.
     """
     m, room, bits, kind = group.m, made.room, made.bits, group.kind
     new, dx, stacked, ds = room.new_empty, None, None, None
     if group.needs_x:
-        dx = new(group.x_shape, dtype=kind)
+        dx = new(*group.x_shape, dtype=kind)
     if group.needs_a and any([one.needs.a and dy is not None for one, dy in zip(group.each, dys, strict=True)]):
         stacked = new(group.ranks, group.k, dtype=group.a_kind)
     grads: list[tuple[MaybeTensor, ...]] = []
