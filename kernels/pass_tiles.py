@@ -53,7 +53,9 @@ def down(
         return Tile(m=64, k=64, r=128)  # several programs for the same rows
     if block_r == 64:
         if not roomy:
-            return Tile(m=64, k=64, r=64, stages=3 if chip.small else 4)
+            if dtype.itemsize > 2 and (chip.small or not chip.has_tma):  # with more it spills
+                return Tile(m=32, k=32, r=64)
+            return Tile(m=64, k=64, r=64, warps=8 if chip.capability >= 120 else 4, stages=3 if chip.small else 4)
         if narrow and not chip.newer:
             return Tile(m=64, k=256, r=64)
         return Tile(m=64, k=128, r=64, stages=3 if masked and m > 2048 else 4)
@@ -157,6 +159,15 @@ def grad_splits(m: int, n: int, r: int, *, tile: Tile, chip: Chip) -> tuple[int,
     splits = max(1, min(splits, triton.cdiv(m, 2 * tile.m)))
     rows_each = triton.cdiv(triton.cdiv(m, splits), tile.m) * tile.m
     return col_blocks, triton.cdiv(m, rows_each), rank_blocks, rows_each
+
+
+@choice
+def batch_columns(r: int, *, dtype: torch.dtype, chip: Chip, tma: bool) -> Tile:
+    """G of one adapter among several: n columns a program, m rows a step, a part of a block of rows. Rows are selected
+    in registers, as a mask is applied: by the rows of ``grad`` with one. Not measured yet."""
+    if dtype.itemsize > 2 or chip.small or not tma:  # what fits
+        return Tile(m=32, n=64, r=r, warps=8 if chip.capability >= 120 else 4, fill=4.0)
+    return Tile(m=64, n=128, r=r, fill=2.0)
 
 
 @choice

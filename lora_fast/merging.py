@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_fast.bases import LABELS
 from lora_fast.bases.packed import PackedWeight
-from lora_fast.layers.experts import ExpertsLoRA
+from lora_fast.layers.parameters import ParameterLoRA
 from lora_fast.models.adapt import lora_layers, noting
 from lora_fast.models.targets import holders, some
 from lora_fast.peft.report import lora_layers as peft_layers
@@ -45,7 +45,7 @@ def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.Pa
         held, offloaded = holders(model), any(map(offloading, model.modules()))
         for name, layer in layers.items():
             with noting(f"while merging {name!r}"):
-                if isinstance(layer, ExpertsLoRA):
+                if isinstance(layer, ParameterLoRA):
                     layer.check_place()
                     continue
                 if offloaded and layer.weight.is_meta and offloading(layer) is None:

@@ -9,10 +9,11 @@ from torch import nn
 from lora_fast import dispatch
 from lora_fast.experts.known import form_of, is_experts
 from lora_fast.experts.registry import NAME
-from lora_fast.files.experts import parameter_of
+from lora_fast.files.parameters import parameter_of
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.experts import AdaptedExperts, ExpertsLoRA
 from lora_fast.layers.lora import LoRALinear
+from lora_fast.layers.parameters import ParameterLoRA
 from lora_fast.layers.rules import why_not_lora
 from lora_fast.models.projections import projections
 from lora_fast.peft.report import is_wrapper, peft_report
@@ -22,7 +23,8 @@ class Layer(NamedTuple):
     name: str
     what: str
     fused: bool | None  # None: not an adapter's layer
-    why: str
+    why: str  # not fused; of a layer without an adapter, what there is for it
+    remark: str = ""
 
 
 def examine(model: nn.Module) -> Iterator[Layer]:
@@ -38,6 +40,9 @@ def examine(model: nn.Module) -> Iterator[Layer]:
             why = _why_not_fused(module)
             what = f"ExpertsLoRA {module.experts} x {_shape(module)}, r={module.r}"
             yield Layer(parameter_of(name), what, why is None, why or "")
+        elif isinstance(module, ParameterLoRA):
+            what = f"ParameterLoRA {_shape(module)}, r={module.r}"
+            yield Layer(parameter_of(name), what, False, "a small matrix: written out with its adapter in each forward")
         elif isinstance(module, LoRALinear):
             kind = "DoRALinear" if isinstance(module, DoRALinear) else "LoRALinear"
             why = _why_not_fused(module)
@@ -52,8 +57,8 @@ def examine(model: nn.Module) -> Iterator[Layer]:
                 )
         elif isinstance(module, tuner):
             inside.update(module.modules())
-            fused, why = verdicts.get(name, (False, "stock PEFT"))
-            yield Layer(name, f"{type(module).__module__}.{type(module).__qualname__}", fused, why)
+            verdict = verdicts.get(name, (False, "stock PEFT", ""))
+            yield Layer(name, f"{type(module).__module__}.{type(module).__qualname__}", *verdict)
         elif isinstance(module, nn.Linear) and module not in inside:
             why = why_not_lora(module)
             yield Layer(
@@ -67,8 +72,15 @@ def examine(model: nn.Module) -> Iterator[Layer]:
         elif module not in inside:
             for key, parameter in module._parameters.items():
                 if parameter in others:
-                    what = f"parameter {list(parameter.shape)}, {str(parameter.dtype).removeprefix('torch.')}"
+                    kind = "router" if _is_router(name, module, parameter) else "parameter"
+                    what = f"{kind} {list(parameter.shape)}, {str(parameter.dtype).removeprefix('torch.')}"
                     yield Layer(start + key, what, None, "not adapted: it is no nn.Linear's")
+
+
+def _is_router(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
+    """As transformers' models have them: [experts, hidden], in a module called gate or router."""
+    last = name.rpartition(".")[2].lower()
+    return parameter.dim() == 2 and (last in ("gate", "router") or "router" in type(module).__name__.lower())
 
 
 def _experts(name: str, module: nn.Module) -> Iterator[Layer]:
@@ -83,7 +95,7 @@ def _experts(name: str, module: nn.Module) -> Iterator[Layer]:
     yield Layer(name, what, None, f"target_parameters can adapt them; frozen, {frozen}")
 
 
-def _shape(linear: nn.Linear | ExpertsLoRA) -> str:
+def _shape(linear: nn.Linear | ParameterLoRA) -> str:
     return f"{linear.in_features} -> {linear.out_features}, {str(linear.weight.dtype).removeprefix('torch.')}"
 
 
@@ -99,10 +111,10 @@ def _peft_layers() -> tuple[type[nn.Module], ...]:
     return () if found is None else (found,)
 
 
-def _peft_verdicts(model: nn.Module) -> dict[str, tuple[bool, str]]:
-    """{layer: (fused, why or why not)} of PEFT's LoRA layers, as lora_fast.peft_report has it."""
+def _peft_verdicts(model: nn.Module) -> dict[str, tuple[bool, str, str]]:
+    """{layer: (fused, why not, remark)} of PEFT's LoRA layers, as lora_fast.peft_report has it."""
     try:
         report = peft_report(model)
     except ValueError:  # all are of PEFT's other methods
         return {}
-    return {layer.name: (layer.fused, layer.reason) for layer in report.layers}
+    return {layer.name: (layer.fused, layer.reason, layer.remark) for layer in report.layers}

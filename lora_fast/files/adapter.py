@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast.files.experts import parameter_of, target_parameters, wrappers_of
 from lora_fast.files.fitting import Adapter, fit_adapter
 from lora_fast.files.format import (
     CONFIG,
@@ -26,11 +25,12 @@ from lora_fast.files.format import (
     settings_of,
 )
 from lora_fast.files.header import check_header
+from lora_fast.files.parameters import parameter_of, target_parameters, wrappers_of
 from lora_fast.files.pattern_keys import pattern_of
 from lora_fast.files.writing import safetensors_or_raise, write_adapter
 from lora_fast.layers.dora import DoRALinear
-from lora_fast.layers.experts import ExpertsLoRA
 from lora_fast.layers.lora import LoRALinear
+from lora_fast.layers.parameters import ParameterLoRA
 from lora_fast.models.adapt import SAVED, TRAINED, lora_layers
 from lora_fast.models.state import state_at_hand
 from lora_fast.models.targets import some
@@ -65,7 +65,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 def in_peft_format(
     model: nn.Module,
-) -> tuple[dict[str, LoRALinear | ExpertsLoRA], dict[str, torch.Tensor], dict[str, Any]]:
+) -> tuple[dict[str, LoRALinear | ParameterLoRA], dict[str, torch.Tensor], dict[str, Any]]:
     """(layers with adapters, tensors by their names in PEFT's file, its config) of a model; raises as
     :func:`save_adapter`."""
     layers = lora_layers(model)
@@ -80,18 +80,18 @@ def in_peft_format(
         if missing := [key for key, tensor in state.items() if tensor.is_meta]:
             raise ValueError(f"model: {some(missing)}: on the meta device, without data to save")
         state = {key: whole(tensor).clone() if lent else whole(tensor) for key, tensor in state.items()}
-    experts = {name: parameter_of(name) for name, layer in layers.items() if isinstance(layer, ExpertsLoRA)}
-    wrappers = wrappers_of(model, experts.values())
+    parameters = {name: parameter_of(name) for name, layer in layers.items() if isinstance(layer, ParameterLoRA)}
+    wrappers = wrappers_of(model, parameters.values())
     tensors = {}
     for key, tensor in state.items():
         owner, _, name = key.rpartition(".")
-        if owner in experts:
-            owner, name = wrappers[experts[owner]], f"{name}.weight"
+        if owner in parameters:
+            owner, name = wrappers[parameters[owner]], f"{name}.weight"
         elif owner in layers:
             name = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}.get(name, name)
             name = f"base_layer.{name}" if name == "bias" else name
         tensors[f"{PREFIX}{owner}.{name}" if owner else PREFIX + name] = tensor.contiguous()
-    if misread := _taken_for_experts(unwrapped(model), [name for name in layers if name not in experts]):
+    if misread := _taken_for_experts(unwrapped(model), [name for name in layers if name not in parameters]):
         warnings.warn(
             f"save_adapter: {some(misread)}: beside transformers 5, PEFT takes adapters of layers so named for ones of "
             "the model's fused experts, and gives these layers none. load_adapter and lora-fast merge read the file "

@@ -12,11 +12,12 @@ from torch import nn
 
 from lora_fast.experts.known import GATE_UP
 from lora_fast.files.adapter import in_peft_format, plain_number
-from lora_fast.files.experts import parameter_of, wrappers_of
 from lora_fast.files.format import PREFIX
+from lora_fast.files.parameters import parameter_of, wrappers_of
 from lora_fast.files.pattern_keys import pattern_of
 from lora_fast.files.writing import write_adapter
 from lora_fast.layers.experts import ExpertsLoRA
+from lora_fast.layers.parameters import ParameterLoRA
 from lora_fast.wrappers.names import plain_modules, unwrapped
 
 
@@ -36,14 +37,19 @@ def export_experts(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ImportError: without safetensors.
     """
     layers, tensors, config = in_peft_format(model)
-    experts = {parameter_of(name): layer for name, layer in layers.items() if isinstance(layer, ExpertsLoRA)}
+    parameters = {name: parameter_of(name) for name, layer in layers.items() if isinstance(layer, ParameterLoRA)}
+    experts = {parameters[name]: layer for name, layer in layers.items() if isinstance(layer, ExpertsLoRA)}
     if not experts:
         raise ValueError("model: has no adapters of experts; save_adapter writes the others")
     r0, rslora = config["r"], config["use_rslora"]
     scaling = config["lora_alpha"] / (math.sqrt(r0) if rslora else r0)
-    wrappers, names = wrappers_of(model, experts), _names(unwrapped(model), experts)
-    ranks = {name: layer.r for name, layer in layers.items() if not isinstance(layer, ExpertsLoRA)}
-    alphas = {name: layer.lora_alpha for name, layer in layers.items() if name in ranks}
+    wrappers, names = wrappers_of(model, parameters.values()), _names(unwrapped(model), experts)
+    others = {name: layer for name, layer in layers.items() if not isinstance(layer, ExpertsLoRA)}
+    others = {wrappers.get(parameters.get(name, ""), name): layer for name, layer in others.items()}
+    ranks = {name: layer.r for name, layer in others.items()}
+    alphas = {name: layer.lora_alpha for name, layer in others.items()}
+    apart = [name for own in names.values() for name in own]
+    routers = [name for name in others if name in wrappers.values()]  # linear layers of transformers 4, as experts
     for parameter, layer in experts.items():
         a, b = (tensors.pop(f"{PREFIX}{wrappers[parameter]}.{part}.weight") for part in layer.adapter_names)
         if layer.scaling != scaling:
@@ -53,7 +59,7 @@ def export_experts(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             ranks[name] = layer.r
             alphas[name] = plain_number(scaling * (math.sqrt(layer.r) if rslora else layer.r))
     config |= {
-        "target_modules": _targets(model, config["target_modules"], [n for own in names.values() for n in own]),
+        "target_modules": _targets(model, config["target_modules"], routers + apart),
         "target_parameters": None,
         "rank_pattern": _pattern(ranks, r0),
         "alpha_pattern": _pattern(alphas, config["lora_alpha"]),
@@ -111,7 +117,7 @@ def _on_disk(model: nn.Module, markers: dict[str, torch.Tensor]) -> dict[int, st
 def _targets(model: nn.Module, others: str | list[str], names: list[str]) -> list[str] | str:
     """target_modules that mean the others and these, and none of the model's other modules."""
     ends = {name.rpartition(".")[2] for name in names}
-    taken = any(name.rpartition(".")[2] in ends for name, _ in plain_modules(model))
+    taken = any(name.rpartition(".")[2] in ends for name, _ in plain_modules(model) if name not in names)
     own = sorted(names if taken else ends)
     if isinstance(others, str):
         return "|".join([others, *(rf"(?:.*\.)?{re.escape(name)}" for name in own)])

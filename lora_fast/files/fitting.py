@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lora_fast.files.experts import layer_of, parameter_of, targeted
 from lora_fast.files.format import CONFIG, TENSORS, Settings
+from lora_fast.files.parameters import layer_of, parameter_of, targeted
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.models.adapt import LAYERS, adapter_tensors, add_lora, remove_lora
 from lora_fast.models.config import LoRAConfig

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast.files.experts import layer_of, shapes_of, targeted, wrappers_of
 from lora_fast.files.format import CONFIG, PREFIX, TENSORS, Settings
 from lora_fast.files.hub_names import in_memory
+from lora_fast.files.parameters import layer_of, shapes_of, targeted, wrappers_of
 from lora_fast.files.ways_out import BASE_WEIGHTS, NO_LINEAR, RENAMED, RESIZED
 from lora_fast.wrappers.names import plain_modules, plain_name
 

@@ -12,12 +12,15 @@ from torch import nn
 from lora_fast.bases.written import WrittenWeight
 from lora_fast.blocks.joining import join, part
 from lora_fast.layers.dora import DoRALinear
-from lora_fast.layers.experts import ExpertsLoRA
+from lora_fast.layers.experts import adapter_of
 from lora_fast.layers.fp8_linears import dtype_beside, holds_fp8, plain_linear
 from lora_fast.layers.lora import LoRALinear
+from lora_fast.layers.parameters import ParameterLoRA
 from lora_fast.layers.replacing import forget_adapted, lost, note_adapted
 from lora_fast.layers.rules import check_quantisable, kind_asked_for
+from lora_fast.models.all_linear import layers_before
 from lora_fast.models.config import LoRAConfig
+from lora_fast.models.peft_config import from_peft, is_pefts
 from lora_fast.models.projections import missed_by, patterns, projections
 from lora_fast.models.targets import find_parameters, find_targets, holders, matching, resolve_pattern, some
 from lora_fast.wrappers import fsdp1
@@ -25,7 +28,7 @@ from lora_fast.wrappers.gather import identities
 from lora_fast.wrappers.names import compiled_alone, plain_modules, unwrapped
 from lora_fast.wrappers.placement import keeper
 
-LAYERS = LoRALinear, ExpertsLoRA  # what has an adapter
+LAYERS = LoRALinear, ParameterLoRA  # what has an adapter
 
 # What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
 BEFORE = "_before_lora"  # {parameter name: requires_grad before add_lora}, for remove_lora
@@ -33,12 +36,16 @@ TRAINED = "_trained_with_lora"  # names of own tensors that train and are saved 
 SAVED = "_saved_with_lora"  # present where modules_to_save trains a module that has tensors of its own
 
 
-def add_lora(model: nn.Module, config: LoRAConfig, *, blocks: str | bool = "auto") -> nn.Module:
+def add_lora(model: nn.Module, config: Any, *, blocks: str | bool = "auto") -> nn.Module:
     """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, in place, give the targeted
-    parameters of experts adapters, freeze the rest, return ``model``.
+    parameters adapters, freeze the rest, return ``model``.
 
-    Parameters that ``target_modules`` also means and that are no ``nn.Linear``'s get no adapter, and a warning names
-    them: fused experts, routers, transformers' ``Conv1D``. "all-linear" means all of these.
+    ``config`` is a :class:`LoRAConfig`, or PEFT's ``LoraConfig``: what of it means nothing here (``task_type``) is
+    dropped, what our layers have not is an error that says how to get it.
+
+    "all-linear" also means what was an ``nn.Linear`` in transformers 4, as it does to PEFT: experts, and the routers of
+    Mixtral's and Qwen's families. Other parameters that ``target_modules`` speaks of and that are no ``nn.Linear``'s
+    get no adapter, and a warning names them: fused experts, routers, transformers' ``Conv1D``.
 
     Layers that hold fp8 (transformers' FP8Linear, compressed-tensors') keep their bytes, as a
     :class:`lora_fast.bases.ScaledFp8Weight`, which acts as most elements of the model's other parameters do.
@@ -52,18 +59,20 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, blocks: str | bool = "auto
     parent calls with one input as a group (:mod:`lora_fast.blocks`); with False every layer runs by itself.
 
     Raises:
-        TypeError: not a module, not a LoRAConfig.
-        ValueError: the model has LoRA layers already, is itself an ``nn.Linear`` or wrapped by FSDP1; a target is no
-            plain ``nn.Linear`` or its forward would not be called; a name or pattern of the config matches nothing; a
-            weight to quantise that is not finite; a base_compute alone where no weight is kept so that it applies;
-            ``blocks`` neither "auto" nor False.
+        TypeError: not a module, neither of the configs.
+        ValueError: a field of PEFT's config asks for what our layers have not; the model has LoRA layers already, is
+            itself an ``nn.Linear`` or wrapped by FSDP1; a target is no plain ``nn.Linear`` or its forward would not be
+            called; a name or pattern of the config matches nothing; a weight to quantise that is not finite; a
+            base_compute alone where no weight is kept so that it applies; ``blocks`` neither "auto" nor False.
         RuntimeError: an fp8 base on a GPU that has no units for it.
         After any error the model, its modules and its requires_grad flags are as they were.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    if is_pefts(config):
+        config = from_peft(config)
     if not isinstance(config, LoRAConfig):
-        raise TypeError(f"config: got {type(config).__name__}, expected a LoRAConfig")
+        raise TypeError(f"config: got {type(config).__name__}, expected a LoRAConfig, or PEFT's LoraConfig")
     if blocks not in ("auto", False):
         raise ValueError(f'blocks: got {blocks!r}, expected "auto" or False')
     config = replace(config)  # its fields may have been assigned since it was checked
@@ -75,6 +84,13 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, blocks: str | bool = "auto
         raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")
     for layer in _convert(model, config):
         layer.quantise_base(config.base_dtype, config.base_compute)
+    beside = [f"{type(layer.owner).ADAPTED.__name__}.{layer.parameter}" for layer in _beside(model)]
+    if config.base_dtype is not None and beside:
+        warnings.warn(
+            f"add_lora: base_dtype={config.base_dtype!r} is for nn.Linear layers; these stay as they are: "
+            f"{some(list(dict.fromkeys(beside)))}",
+            stacklevel=2,
+        )
     if missed := missed_by(model, config.target_modules):
         warnings.warn(
             f"add_lora: target_modules={config.target_modules!r} also means parameters that are no nn.Linear's, which "
@@ -97,11 +113,12 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
         if name not in names.get(module, name):
             names[module].append(name)  # as patterns may have spelt it, a wrapper's parts and all
     saved = {m for root in matching("modules_to_save", config.modules_to_save, names) for m in root.modules()}
-    targets = find_targets(model, config, names, saved)
-    parameters = find_parameters(config, names, saved)
+    meant = layers_before(model, config, names)
+    targets = find_targets(model, config, names, saved, {module for module, _ in meant})
+    parameters, times = find_parameters(config, names, saved, meant)
     both: dict[Any, list[str]] = {**{m: names[m] for m in targets}, **parameters}
-    ranks = resolve_pattern("rank_pattern", config.rank_pattern, config.r, both, both)
-    alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, config.lora_alpha, both, both)
+    ranks = resolve_pattern("rank_pattern", config.rank_pattern, config.r, both, both, times)
+    alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, config.lora_alpha, both, both, times)
     trained = {m: _trained_names(m, config.bias, m in targets, m in saved) for m in model.modules()}
     to_train = {p for m, own in trained.items() for n, p in m._parameters.items() if n in own and p is not None}
     if tied := [names[m][0] for m in targets if m.weight in to_train]:
@@ -116,7 +133,7 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
     )
     before = {m: {n: p.requires_grad for n, p in m._parameters.items() if p is not None} for m in model.modules()}
     layers: dict[nn.Module, LoRALinear] = {}
-    beside: list[ExpertsLoRA] = []
+    beside: list[ParameterLoRA] = []
     kind = DoRALinear if config.use_dora else LoRALinear
     try:
         for linear in targets:
@@ -131,7 +148,8 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
         for target, full in parameters.items():
             hyper = ranks[target], alphas[target], config.use_rslora
             with noting(f"while converting {full[0]!r}"):
-                beside.append(ExpertsLoRA(*target, *hyper, init_lora_weights=config.init_lora_weights))
+                made = adapter_of(target.module)(*target, *hyper, init_lora_weights=config.init_lora_weights)
+                beside.append(made)
         for parameter in model.parameters():
             parameter.requires_grad = parameter in to_train and parameter.is_floating_point()
     except BaseException:
@@ -149,6 +167,11 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
         note = {SAVED: True} if module in saved and trained[module] else {}
         vars(layers.get(module, module)).update({BEFORE: flags, TRAINED: trained[module], **note})
     return [layers[linear] for linear in eight]
+
+
+def _beside(model: nn.Module) -> list[ParameterLoRA]:
+    """The adapters of parameters."""
+    return [module for module in model.modules() if isinstance(module, ParameterLoRA)]
 
 
 def _to_quantise(config: LoRAConfig, targets: dict[nn.Linear, nn.Linear]) -> list[nn.Linear]:
@@ -171,8 +194,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
             are in the keeping of FSDP or accelerate.
     """
     layers = lora_layers(model, complete=False)
-    experts = [layer for layer in layers.values() if isinstance(layer, ExpertsLoRA)]
-    homes = {name: layer.owner if isinstance(layer, ExpertsLoRA) else layer for name, layer in layers.items()}
+    homes = {name: layer.owner if isinstance(layer, ParameterLoRA) else layer for name, layer in layers.items()}
     if kept := [f"{name} (by {who})" for name, home in homes.items() if (who := keeper(home))]:
         raise ValueError(f"model: has weights that a wrapper keeps: {some(kept)}; remove_lora before wrapping it")
     if isinstance(unwrapped(model), LoRALinear):
@@ -186,7 +208,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
     linears: dict[nn.Module, nn.Module] = {
         layer: layer._to_linear() for layer in layers.values() if isinstance(layer, LoRALinear)
     }
-    for each in experts:
+    for each in _beside(model):
         each.release()
     modules = list(model.modules())
     _swap(model, linears)
@@ -234,9 +256,9 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
             layer.enable()
 
 
-def lora_layers(model: nn.Module, complete: bool = True) -> dict[str, LoRALinear | ExpertsLoRA]:
-    """{name: layer, of experts each adapter}; raises TypeError, ValueError: no module, none of them, or (``complete``)
-    some were replaced."""
+def lora_layers(model: nn.Module, complete: bool = True) -> dict[str, LoRALinear | ParameterLoRA]:
+    """{name: layer, or a parameter's adapter}; raises TypeError, ValueError: no module, none of them, or
+    (``complete``) some were replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     layers = {name: module for name, module in plain_modules(model) if isinstance(module, LAYERS)}

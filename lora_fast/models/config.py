@@ -8,6 +8,27 @@ from lora_fast.layers.rules import check_base_dtype, check_hyperparameters
 
 SUFFIX = r"(.*\.)?({})$"  # how PEFT reads a key of rank_pattern: it stands for a full name or its last parts
 
+# Fields of PEFT's LoraConfig that say nothing about the layers, or what ours do anyway.
+WITHOUT_MEANING = {
+    "task_type": "PEFT wraps the model for a task, add_lora leaves it as it is",
+    "inference_mode": "an adapter that was added trains; disable_lora and requires_grad say otherwise",
+    "base_model_name_or_path": "nothing is loaded by it",
+    "revision": "nothing is loaded by it",
+    "auto_mapping": "nothing is loaded by it",
+    "peft_type": "it is always LoRA",
+    "peft_version": "it is PEFT's",
+    "ensure_weight_tying": "what is tied trains together anyway",
+    "fan_in_fan_out": "an nn.Linear's weight is never transposed",
+}
+WAY_OUT = "PEFT has it: get_peft_model(model, LoraConfig(...)), then lora_fast.patch_peft(model)"
+# Its other fields.
+OF_PEFT = {
+    *("alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication"),
+    *("layers_pattern", "layers_to_transform", "loftq_config", "lora_bias", "lora_ga_config", "megatron_config"),
+    *("megatron_core", "monteclora_config", "qalora_group_size", "runtime_config", "trainable_token_indices"),
+    *("use_bdlora", "use_qalora", "velora_config"),
+}
+
 
 @dataclass
 class LoRAConfig:
@@ -24,12 +45,15 @@ class LoRAConfig:
             None: all are quantised ("all-linear" leaves the output head out by itself).
         use_dora: convert to :class:`lora_fast.DoRALinear`, which also trains the lengths of the weight's rows.
         target_modules: a list of full module names or their last parts ("q_proj", "attn.q_proj"), a regex that must
-            match the full name, or "all-linear": every ``nn.Linear`` but the model's ``get_output_embeddings()``. What
-            projects and is no ``nn.Linear`` (fused experts) gets no adapter by it, and add_lora a warning names it.
-            A layer among them that no adapter can stand in for (of an ``nn.MultiheadAttention``, say) is an error.
+            match the full name, or "all-linear": every ``nn.Linear`` but the model's ``get_output_embeddings()``, and,
+            as in PEFT, what was one in transformers 4 in the families of Mixtral and Qwen: the router's ``gate.weight``
+            and experts, whose ``gate_up_proj``, once two layers, gets twice r and lora_alpha. What else projects and is
+            no ``nn.Linear`` (gpt-oss' experts) gets no adapter by it, and add_lora's warning names it. A layer
+            among them that no adapter can stand in for (of an ``nn.MultiheadAttention``, say) is an error.
         target_parameters: a list of names of parameters, or of their last parts ("mlp.experts.gate_up_proj"): those of
-            transformers' experts, "gate_up_proj" and "down_proj", whose adapters have rank r for each expert. It stands
-            beside ``target_modules``, which may then be None. Not with lora_dropout or use_dora, as in PEFT.
+            transformers' experts, "gate_up_proj" and "down_proj", whose adapters have rank r for each expert, and
+            matrices of modules that are no layers of torch's ("mlp.gate.weight", a router's). It stands beside
+            ``target_modules``, which may then be None. Not with lora_dropout or use_dora, as in PEFT.
         exclude_modules: a list or a regex, likewise: targets to leave alone.
         rank_pattern, alpha_pattern: {regex of a full name or its last parts: r or lora_alpha}; the first match wins.
         bias: the existing biases that train: "none", "lora_only" (those of the converted layers) or "all".
@@ -57,6 +81,13 @@ class LoRAConfig:
     base_dtype: str | None = None
     base_compute: str | None = None
     base_dtype_exclude: str | list[str] | None = None
+
+    def __new__(cls, *args: Any, **given: Any) -> "LoRAConfig":
+        """Name fields that are not here: TypeError, with what to do for those that PEFT has."""
+        for name in given:
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(f"{name}: LoRAConfig has no such field{_instead(name)}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.init_lora_weights)
@@ -92,6 +123,12 @@ class LoRAConfig:
                     check_hyperparameters(r, alpha, 0.0, False, True)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{argument}[{key!r}]: {error}") from None
+
+
+def _instead(name: str) -> str:
+    if name in WITHOUT_MEANING:
+        return f", and it needs none: {WITHOUT_MEANING[name]}. Leave it out, or give add_lora PEFT's LoraConfig"
+    return f" ({WAY_OUT})" if name in OF_PEFT else ""
 
 
 def _check_names(argument: str, patterns: Any) -> None:

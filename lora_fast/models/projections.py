@@ -7,13 +7,11 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
-from lora_fast.layers.experts import CHILD
+from lora_fast.layers.parameters import CHILD, is_torchs
 from lora_fast.wrappers.names import plain_modules
 
 # In the name of a class or parameter that does not project.
 OTHERS = ("embed", "norm", "bias", "token", "position", "_log", "_scale")
-
-PLAIN = (nn.Module, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
 def projections(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -28,11 +26,11 @@ def projections(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _projects(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
-    if any(kind.__module__.startswith("torch.nn.") and kind not in PLAIN for kind in type(module).__mro__):
+    if is_torchs(module):
         return False  # a Linear, which can have an adapter, or one of torch's other layers
     words = f"{type(module).__name__} {name}".lower()
     if f"{CHILD}{name}" in module._modules:
-        return False  # experts with an adapter
+        return False  # has an adapter
     if any(word in words for word in OTHERS) or isinstance(parameter, nn.UninitializedParameter):
         return False
     shape = parameter.shape

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from lora_fast.layers.experts import why_not_adapted
 from lora_fast.layers.rules import why_not_lora
+from lora_fast.models.all_linear import check_adapters, is_all_linear
 from lora_fast.models.config import SUFFIX, LoRAConfig
 from lora_fast.models.projections import patterns as name_patterns
 from lora_fast.models.projections import projections
@@ -20,22 +22,27 @@ Target = TypeVar("Target")
 
 
 def find_targets(
-    model: nn.Module, config: LoRAConfig, names: dict[nn.Module, list[str]], saved: set[nn.Module]
+    model: nn.Module,
+    config: LoRAConfig,
+    names: dict[nn.Module, list[str]],
+    saved: set[nn.Module],
+    beside: Collection[nn.Module] = (),
 ) -> dict[nn.Linear, None]:
-    """The layers to convert, in the model's order; ValueError if there is none or one that cannot be."""
+    """The layers to convert, in the model's order; ValueError if there is none or one that cannot be. exclude_modules
+    may also speak of modules ``beside`` these."""
     patterns = config.target_modules
     if not patterns:
         if config.target_parameters is not None:
             return {}
         raise ValueError('target_modules: got None, expected a list of module names, a regex or "all-linear"')
     head: Any = None
-    if isinstance(patterns, str) and patterns.lower() == "all-linear":
+    if is_all_linear(patterns):
         found: set[nn.Module] = {module for module in names if isinstance(module, nn.Linear)}
         if callable(get_output_embeddings := getattr(unwrapped(model), "get_output_embeddings", None)):
             head = unwrapped(get_output_embeddings())
     else:
         found = matching("target_modules", patterns, names)
-    excluded = matching("exclude_modules", config.exclude_modules, {m: names[m] for m in found})
+    excluded = matching("exclude_modules", config.exclude_modules, {m: names[m] for m in found.union(beside)})
     targets = [m for m in names if m in found and m not in excluded and m not in saved and m is not head]
     if not targets:
         others = some(name_patterns(projections(model)))
@@ -51,19 +58,30 @@ def find_targets(
 
 
 class ParameterTarget(NamedTuple):
-    """A parameter of a module of experts, which is to get an adapter."""
+    """A parameter of a module that is no nn.Linear, which is to get an adapter."""
 
     module: nn.Module
     parameter: str
 
 
+class Parameters(NamedTuple):
+    """Those to adapt, in the model's order."""
+
+    names: dict[ParameterTarget, list[str]]
+    times: dict[ParameterTarget, int]  # how many times the config's rank and lora_alpha each has by default
+
+
 def find_parameters(
-    config: LoRAConfig, names: dict[nn.Module, list[str]], saved: set[nn.Module]
-) -> dict[ParameterTarget, list[str]]:
-    """{parameter to adapt: its names}, in the model's order.
+    config: LoRAConfig,
+    names: dict[nn.Module, list[str]],
+    saved: set[nn.Module],
+    meant: Mapping[Any, int],
+) -> Parameters:
+    """The parameters that ``target_parameters`` names, and those that "all-linear" has ``meant``, if they can have
+    adapters.
 
     Raises:
-        ValueError: an entry that matches nothing, a parameter that cannot have an adapter.
+        ValueError: an entry that matches nothing, a parameter that cannot have an adapter; dropout or DoRA.
     """
     own = {
         ParameterTarget(module, key): [f"{name}.{key}" for name in module_names]
@@ -71,6 +89,9 @@ def find_parameters(
         for key, p in module._parameters.items()
         if p is not None
     }
+    left = matching("exclude_modules", config.exclude_modules, names) | saved if meant else saved
+    times = {t: meant[t] for t, full in own.items() if t in meant and t.module not in left and len(full) == 1}
+    check_adapters(config, (own[t][0] for t in times))
     found: dict[ParameterTarget, list[str]] = {}
     for entry in config.target_parameters or ():
         hits = {t: full for t, full in own.items() if any(f".{name}".endswith(f".{entry}") for name in full)}
@@ -85,7 +106,8 @@ def find_parameters(
             unfit.append(f"{full[0]}: its module {'is in several places' if len(full) > 1 else 'is to be saved'}")
     if unfit:
         raise ValueError(f"target_parameters: cannot adapt {some(unfit)}")
-    return {target: full for target, full in own.items() if target in found}
+    chosen = {target: full for target, full in own.items() if target in found or target in times}
+    return Parameters(chosen, {target: times.get(target, 1) for target in chosen})
 
 
 def _why_not(module: nn.Module, parents: list[nn.Module]) -> str | None:
@@ -136,9 +158,11 @@ def resolve_pattern(
     default: Any,
     targets: Collection[Target],
     names: Mapping[Target, list[str]],
+    times: Mapping[Any, int] = MappingProxyType({}),
 ) -> dict[Target, Any]:
-    """r or lora_alpha of each target; ValueError if a key stands for none of them."""
-    values = dict.fromkeys(targets, default)
+    """r or lora_alpha of each target, by default so many ``times`` the default; ValueError if a key stands for none of
+    them."""
+    values = {target: default * times.get(target, 1) for target in targets}
     for key, value in reversed(pattern.items()):  # the first key that matches wins
         hits = [m for m in targets if any(re.match(SUFFIX.format(key), name) for name in names[m])]
         if not hits:

@@ -10,7 +10,7 @@ from torch import nn
 from lora_fast import dispatch
 from lora_fast.experts.form import Adapter, ExpertsForm
 from lora_fast.experts.functional import lora_experts
-from lora_fast.experts.known import DOWN, GATE_UP, PLAIN, Frozen, form_of, frozen_of, why_not_now
+from lora_fast.experts.known import DOWN, GATE_UP, PLAIN, Frozen, form_of, frozen_of, is_experts, why_not_now
 from lora_fast.peft.rules import active, hooked, kind_of, parameter
 
 
@@ -127,6 +127,8 @@ def why_never_fused(wrapper: Any) -> str | None:
     wrappers = chain_of(wrapper)
     base = wrappers[-1].base_layer
     form = form_of(base)
+    if wrappers[-1].num_experts == 1 and not is_experts(base):
+        return f"target_parameters: a matrix of a {kind_of(base)}, small beside experts: PEFT writes it out, adapted"
     if isinstance(form, str):
         return f"target_parameters: {form}"
     for one in wrappers:

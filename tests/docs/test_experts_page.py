@@ -6,7 +6,8 @@ import torch
 from checkout import ROOT
 from expert_nets import ids, moe_model
 
-from lora_fast.experts import functional, reference
+import lora_fast
+from lora_fast.experts import form, functional, reference
 from lora_fast.peft.experts import FastExperts
 
 PAGE = (ROOT / "docs" / "experts.md").read_text(encoding="utf-8")
@@ -26,5 +27,6 @@ def test_its_snippets(tmp_path, monkeypatch):
 
 
 def test_what_it_names():
-    assert "`lora_fast.experts.functional.lora_experts`" in PAGE and callable(functional.lora_experts)
+    assert "`lora_fast.lora_experts`" in PAGE and lora_fast.lora_experts is functional.lora_experts
+    assert all(hasattr(form, name) for name in ("Adapter", "ExpertsForm", "Gate"))
     assert "`lora_fast.experts.reference`" in PAGE and callable(reference.lora_experts)

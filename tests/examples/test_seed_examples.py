@@ -17,7 +17,7 @@ for package in ("peft", "transformers", "accelerate", "tqdm"):
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.usefixtures("as_scripts")
-NAMES = ["llama2_7b", "llama3_70b", "glm4", "peft_models"]
+NAMES = ["llama2_7b", "llama3_70b", "experts", "glm4", "peft_models"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,6 +41,35 @@ def test_llama3_70b(capsys):
     first = [loss for _, _, loss in found.values()]
     exact = [loss for name, loss in zip(found, first, strict=True) if "8-bit" not in name]
     assert max(exact) - min(exact) < 2e-3 and max(first) - min(first) < 2e-2
+
+
+@pytest.mark.medium
+def test_experts(capsys):
+    """The losses of every step are stock PEFT's: on a CPU to rounding in float32, on a GPU no farther from a float32
+    run than stock's in bfloat16, or nearly."""
+    experts = pytest.importorskip("experts", exc_type=ImportError)  # of transformers 5 and PEFT 0.17
+    found = experts.main(["--steps", "3", "--batch", "2", "--length", "32"])
+    assert list(found) == ["Qwen3-MoE", "gpt-oss"]
+    printed = capsys.readouterr().out
+    for results in found.values():
+        ours, stock, *exact = results
+        assert experts.table(results, experts.HEADER) in printed and len(exact) == GPU
+        assert ours.parameters == stock.parameters == 2 * (8 * 8 * (64 + 64 + 32 + 64) + 8 * (128 + 96 + 96 + 128))
+        assert len(ours.losses) == len(stock.losses) == 3 and ours.losses[-1] < ours.losses[0]
+        assert ours.off <= (2 * stock.off + 5e-3 if exact else 1e-4)
+    assert f"{12 if GPU else 0} fused" in printed
+
+
+def test_parts_of_experts():
+    experts = pytest.importorskip("experts", exc_type=ImportError)
+    config = experts.SIZES["30b"]["Qwen3-30B-A3B"]
+    with torch.device("meta"):
+        model = experts.AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == 30_532_122_624  # as the checkpoint's
+    args = experts.parse(["--size", "30b"])
+    assert (args.batch, args.length, args.checkpointing) == (1, 4096, True)
+    short = experts.Result("stock PEFT", 7, [], 0.0, 0.0, 4096, 0.0)
+    assert "out of memory" in experts.table([short], experts.HEADER)
 
 
 @pytest.mark.slow

@@ -166,11 +166,12 @@ REFUSED = {
         ValueError,
         "target_parameters: 'up_proj_x' matches no parameter",
     ),
-    "router": (
-        {"target_parameters": ["mlp.gate.weight"]},
+    "linear": (
+        {"target_parameters": ["q_proj.weight"]},
         ValueError,
-        "mlp.gate.weight: a Qwen3MoeTopKRouter is none of transformers' modules of experts",
+        "q_proj.weight: it is an nn.Linear's, which target_modules names",
     ),
+    "norm": ({"target_parameters": ["input_layernorm.weight"]}, ValueError, "is 1-dimensional, not a matrix"),
 }
 
 
@@ -195,6 +196,24 @@ def test_no_modules_beside_parameters():
 def test_unknown_experts_are_refused():
     with pytest.raises(ValueError, match="the activation of Qwen3MoeExperts is GELUActivation, not SiLU"):
         add_lora(moe_model(hidden_act="gelu"), LoRAConfig(target_parameters=BOTH))
+
+
+def test_quantised_experts_are_refused_and_said_to_stay():
+    """As transformers keeps those of fp8 checkpoints."""
+    kind = pytest.importorskip("transformers.integrations.finegrained_fp8").FP8Experts
+    model = moe_model()
+    for layer in model.model.layers:
+        layer.mlp.experts = kind(model.config, block_size=(8, 8))
+    with pytest.raises(ValueError, match=r"experts.down_proj: it is quantised \(torch.float8_e4m3fn\)"):
+        add_lora(model, LoRAConfig(target_parameters=BOTH))
+    with pytest.warns(UserWarning, match=r"get no adapter and stay frozen: .*experts.down_proj \(2\)"):
+        add_lora(model, LoRAConfig(target_modules="all-linear"))
+
+
+def test_base_dtype_says_that_experts_stay():
+    with pytest.warns(UserWarning, match="base_dtype='nf4' is for nn.Linear layers; these stay .*Experts.gate_up_proj"):
+        model = add_lora(moe_model(), LoRAConfig(r=2, target_modules="all-linear", base_dtype="nf4"))
+    assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.float32
 
 
 def edited(folder, config=None, tensors=None):
@@ -223,7 +242,11 @@ BROKEN = {
         dict(config={"target_parameters": None}),
         r"has an adapter for 'model.layers.\d.mlp.experts\S*', but",
     ),
-    "unknown": (dict(config={"target_parameters": ["mlp.gate.weight"]}), "names no parameter of experts"),
+    "unknown": (dict(config={"target_parameters": ["q_proj.weight"]}), "names no parameter of experts or routers"),
+    "no adapter of the router": (
+        dict(config={"target_parameters": [*BOTH, "mlp.gate.weight"]}),
+        "has no adapter for 'model.layers.0.mlp.gate.weight', which",
+    ),
 }
 
 

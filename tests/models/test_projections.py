@@ -24,8 +24,8 @@ SIZES = {
 }
 EXPERTS = ["model.layers.*.mlp.experts.down_proj (2)", "model.layers.*.mlp.experts.gate_up_proj (2)"]
 MODELS = {  # what add_lora(target_modules="all-linear") must name
-    "Mixtral": [*EXPERTS, "model.layers.*.mlp.gate.weight (2)"],
-    "Qwen3Moe": [*EXPERTS, "model.layers.*.mlp.gate.weight (2)"],
+    "Mixtral": [],
+    "Qwen3Moe": [],
     "GptOss": [*EXPERTS, "model.layers.*.mlp.router.weight (2)"],
     "Llama": [],
 }

@@ -115,13 +115,12 @@ def test_the_report_names_parameters():
     report = str(peft_report(ours))
     assert "experts.gate_up_proj" in report and "not patched" in report and "base_layer" not in report
     report = str(patch_peft(ours))
-    assert "base_model.model.model.layers.*.mlp.experts.gate_up_proj  2      not fused  set_backend" in report
-    assert "base_model.model.model.layers.*.mlp.experts.down_proj     2      not fused  set_backend" in report
+    assert "base_model.model.model.layers.*.mlp.experts.gate_up_proj  2      not fused\n" in report
+    assert "base_model.model.model.layers.*.mlp.experts.down_proj     2      not fused\n" in report
+    assert report.count("set_backend") == 1 and "\nnot fused: set_backend" in report
     assert len(peft_report(ours).layers) == 6
     with ours.disable_adapter():
-        assert "experts.down_proj     2      not fused  nothing to fuse: adapters are disabled" in str(
-            peft_report(ours)
-        )
+        assert "not fused: nothing to fuse: adapters are disabled" in str(peft_report(ours))
 
 
 def test_disabled_merged_and_unmerged():
@@ -307,3 +306,19 @@ def test_fsdp2_gathers_experts_for_their_forward(mesh):
     results = loss_and_gradients(ours)
     whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in results.items()}
     same(whole, loss_and_gradients(stock), 1e-6)
+
+
+def test_all_linear_adapts_routers_which_stay_pefts():
+    """PEFT's meaning of it: experts are fused, the router's matrix is written out as before, and the report says so."""
+    stock = stir(peft.get_peft_model(moe_model(), peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear")))
+    if not any("mlp.gate" in name for name, _ in stock.named_parameters() if "lora_A" in name):
+        pytest.skip("this PEFT's all-linear means nn.Linear layers alone")
+    ours = patched(stock)
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+    same(loss_and_gradients(ours), loss_and_gradients(stock), 1e-6)
+    reasons = {layer.name: layer.reason for layer in peft_report(ours).layers}
+    router = reasons["base_model.model.model.layers.0.mlp.gate.weight"]
+    assert router.startswith("target_parameters: a matrix of a Qwen3MoeTopKRouter")
+    assert "target_parameters" not in reasons["base_model.model.model.layers.0.mlp.experts.gate_up_proj"]
+    merged = copy.deepcopy(stock).merge_and_unload()
+    torch.testing.assert_close(ours(ids()).logits, merged(ids()).logits, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Adapters of experts in PEFT's files: which tensors are whose.
+"""Adapters of parameters, of experts above all, in PEFT's files: which tensors are whose.
 
 PEFT wraps a module once for each of its parameters that has an adapter, in the module's order, and names the tensors by
 the nesting: the last parameter's are the module's own, ``X.lora_A.weight``, those of the one before
@@ -10,15 +10,16 @@ from collections.abc import Collection
 
 from torch import nn
 
-from lora_fast.experts.known import form_of, frozen_of, is_experts
-from lora_fast.layers.experts import CHILD
+from lora_fast.experts.known import DOWN, GATE_UP, form_of, is_experts
+from lora_fast.layers.experts import why_not_adapted
+from lora_fast.layers.parameters import CHILD
 from lora_fast.wrappers.names import plain_modules
 
 BASE = ".base_layer"
 
 
 def layer_of(parameter: str) -> str:
-    """The name of the adapter (:class:`lora_fast.layers.experts.ExpertsLoRA`) of a parameter."""
+    """The name of the adapter (:class:`lora_fast.layers.parameters.ParameterLoRA`) of a parameter."""
     owner, _, key = parameter.rpartition(".")
     return f"{owner}.{CHILD}{key}"
 
@@ -30,7 +31,7 @@ def parameter_of(layer: str) -> str:
 
 
 def wrappers_of(model: nn.Module, parameters: Collection[str]) -> dict[str, str]:
-    """{parameter of experts: the name of PEFT's wrapper for it}, where these are the ones with adapters."""
+    """{parameter: the name of PEFT's wrapper for it}, where these are the ones with adapters."""
     found = {}
     for name, module in plain_modules(model):
         own = [full for key in module._parameters if (full := f"{name}.{key}") in parameters]
@@ -39,7 +40,7 @@ def wrappers_of(model: nn.Module, parameters: Collection[str]) -> dict[str, str]
 
 
 def targeted(model: nn.Module, target_parameters: Collection[str]) -> list[str]:
-    """The parameters of experts that target_parameters means, as PEFT reads it.
+    """The parameters of modules that are no ``nn.Linear`` that target_parameters means, as PEFT reads it.
 
     Raises:
         ValueError: an entry that means none.
@@ -47,15 +48,14 @@ def targeted(model: nn.Module, target_parameters: Collection[str]) -> list[str]:
     names = [
         f"{name}.{key}"
         for name, module in plain_modules(model)
-        if is_experts(module)
         for key, p in module._parameters.items()
-        if p is not None
+        if p is not None and (is_experts(module) or why_not_adapted(module, key) is None)
     ]
     for entry in target_parameters:
         if not any(_ends(name, entry) for name in names):
             raise ValueError(
-                f"target_parameters: {entry!r:.200} names no parameter of experts in this model (lora-fast merge does "
-                "not reach experts: load_adapter into the model and merge_lora do; PEFT adapts other parameters, too)"
+                f"target_parameters: {entry!r:.200} names no parameter of experts or routers in this model (lora-fast "
+                "merge does not reach them: load_adapter into the model and merge_lora do)"
             )
     return [name for name in names if any(_ends(name, entry) for entry in target_parameters)]
 
@@ -71,11 +71,14 @@ def target_parameters(model: nn.Module, converted: Collection[str]) -> list[str]
 
 def shapes_of(module: nn.Module, key: str, r: int) -> tuple[list[int], list[int]] | str:
     """The shapes of lora_A and lora_B of rank r, or why there can be none."""
+    weight = module._parameters.get(key)
+    if weight is not None and weight.dim() == 2 and not is_experts(module):
+        n, k = weight.shape
+        return [r, k], [n, r]
     form = form_of(module)
     if isinstance(form, str):
         return form
-    weight = {"gate_up_proj": frozen_of(module).gate_up, "down_proj": frozen_of(module).down}.get(key)
-    if weight is None:
+    if key not in (GATE_UP, DOWN) or weight is None:
         return f"{key} is no projection"
     experts, n, k = weight.shape
     n, k = (k, n) if form.transposed else (n, k)
