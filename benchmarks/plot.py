@@ -8,6 +8,7 @@ import argparse
 import csv
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.common import SHAPES
@@ -63,6 +64,7 @@ def draw(rows: list[dict[str, str]]) -> Any:
             bars = axes.bar(at, list(values.values()), width, color=colour, label=label)
             if impl == "lora_fast_lora":
                 axes.bar_label(bars, fmt="{:.0f}", padding=2, fontsize=8, color=colour)
+        _cut(axes)
         names = [f"{m} rows\n{k}\nto {n}" for m, k, n in SHOWN]
         axes.set_xticks(range(len(SHOWN)), names, fontsize=7)
         axes.yaxis.set_major_formatter("{x:.0f}%")
@@ -72,6 +74,18 @@ def draw(rows: list[dict[str, str]]) -> Any:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(impls), frameon=False)
     figure.suptitle(f"What LoRA adds to a training step of one linear layer (r = 16, bf16, {rows[0]['gpu']})")
     return figure
+
+
+def _cut(axes: Any) -> None:
+    """Bars so high that they would flatten the others end at the edge, with their number in them."""
+    highest = [max(bar.get_height() for bar in group) for group in zip(*axes.containers, strict=False)]
+    top = 2 * median(highest)
+    if max(highest) < 1.5 * top:
+        return
+    axes.set_ylim(0, top)
+    for bar in (bar for bars in axes.containers for bar in bars if bar.get_height() > top):
+        middle = bar.get_x() + bar.get_width() / 2
+        axes.text(middle, 0.98 * top, f"{bar.get_height():.0f}%", ha="center", va="top", fontsize=8, rotation=90)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,17 +9,18 @@ rank 16, and names the commit, the card and the Triton that it was measured with
 import csv
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from benchmarks import bench_four_bits, bench_host, bench_small, common
+from benchmarks import bench_experts, bench_four_bits, bench_host, bench_small, common
 
 PATH = common.ROOT / "benchmarks" / "STATUS.md"
-Shapes = list[tuple[int, int, int]]
+Shapes = Sequence[tuple[int | str, ...]]
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What must hold: a mean over shapes (M, K, N), or in each of them, of rows that agree with ``where``."""
+    """What must hold: a mean over shapes, or in each of them, of rows that agree with ``where``."""
 
     what: str
     file: str
@@ -27,6 +28,7 @@ class Bound:
     shapes: Shapes
     where: dict[str, str] = field(default_factory=dict)
     each: bool = False  # must hold for each of the shapes: the worst counts
+    columns: tuple[str, ...] = ("M", "K", "N")  # of which a shape is
 
 
 def of_few_rows(impl: str, p: str, musts: tuple[float, ...], name: str) -> list[Bound]:
@@ -70,6 +72,32 @@ def of_four_bits(m: int, musts: dict[str, float]) -> list[Bound]:
     ]
 
 
+def of_blocks(shape: tuple[str, int, int, int], **musts: tuple[float, ...]) -> list[Bound]:
+    """``musts``: without dropout, and with it."""
+    return [
+        Bound(
+            f"{shape[0]} as a block {shape[1:]}, {kind}{' with dropout' if p != '0' else ''}",
+            "bench_blocks_h200.csv",
+            must,
+            [shape],
+            {"impl": f"lora_fast_{kind}", "p": p},
+            columns=("block", "M", "hidden", "other"),
+        )
+        for kind, both in musts.items()
+        for p, must in zip(("0", "0.1"), both, strict=False)
+    ]
+
+
+def of_experts(model: str, tokens: int, must: float, impl: str = "lora_fast") -> Bound:
+    where = {"impl": impl, "mode": "graph", "skew": "0.0", "transformers": bench_experts.RESTATED}
+    what = f"{impl.removeprefix('lora_fast_')} experts" if impl != "lora_fast" else "experts with LoRA"
+    shape = f"{model}, {tokens} tokens"
+    columns = ("model", "tokens")
+    return Bound(
+        f"{what}, {shape}, CUDA graphs", "bench_experts_h200.csv", must, [(model, tokens)], where, False, columns
+    )
+
+
 DECODED = [(2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096)]
 BOUNDS = [
     Bound("LoRA, large layers", "bench_lora_h200.csv", 1.09, common.TARGETS, {"impl": "lora_fast_lora", "p": "0"}),
@@ -96,6 +124,14 @@ BOUNDS = [
         },
     ),
     *of_four_bits(2048, {"lora_fast_nf4_fp8_lora": 0.97, "lora_fast_nf4_lora": 1.28}),
+    *of_blocks(("mlp", 8192, 4096, 14336), lora=(1.02, 1.04), dora=(1.05,)),
+    *of_blocks(("qkv", 8192, 4096, 1024), lora=(1.08, 1.10), dora=(1.16,)),
+    *of_blocks(("mlp", 2048, 2048, 8192), lora=(1.20,)),
+    *of_blocks(("qkv", 2048, 2048, 512), lora=(1.30,)),
+    of_experts("qwen3-30b", 4096, 0.58),
+    of_experts("gpt-oss-20b", 4096, 0.53),
+    of_experts("mixtral-8x7b", 4096, 0.88),
+    of_experts("qwen3-30b", 4096, 0.52, "lora_fast_frozen"),
 ]
 
 
@@ -103,8 +139,9 @@ def measured(bound: Bound) -> list[dict[str, str]]:
     """The rows that a bound speaks of."""
     wanted = {"dtype": "bf16", "r": "16", "what": "fwd+bwd", **bound.where}
     with (common.RESULTS / bound.file).open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if all(row[name] == value for name, value in wanted.items())]
-    rows = [row for row in rows if (int(row["M"]), int(row["K"]), int(row["N"])) in bound.shapes]
+        rows = [row for row in csv.DictReader(file) if all(row.get(k, value) == value for k, value in wanted.items())]
+    shapes = [tuple(map(str, shape)) for shape in bound.shapes]
+    rows = [row for row in rows if tuple(row[name] for name in bound.columns) in shapes]
     if len(rows) != len(bound.shapes):
         raise ValueError(f"{bound.file}: {len(rows)} rows for {bound.what}, expected one for each of {bound.shapes}")
     return rows

@@ -51,12 +51,19 @@ def base_model(args: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
     return model.to(dtype)
 
 
-def load(args: argparse.Namespace, dtype: torch.dtype = torch.bfloat16 if GPU else torch.float32) -> PeftModel:
-    """The model with an adapter of PEFT's on all linear layers."""
-    config = LoraConfig(
+DTYPE = torch.bfloat16 if GPU else torch.float32
+
+
+def adapter(args: argparse.Namespace) -> LoraConfig:
+    """PEFT's, on all linear layers."""
+    return LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", use_dora=args.dora, task_type="CAUSAL_LM"
     )
-    return get_peft_model(base_model(args, dtype), config).to(args.device)
+
+
+def load(args: argparse.Namespace, dtype: torch.dtype = DTYPE) -> PeftModel:
+    """The model with its adapter."""
+    return get_peft_model(base_model(args, dtype), adapter(args)).to(args.device)
 
 
 def load_tokenizer(args: argparse.Namespace):

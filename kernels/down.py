@@ -9,6 +9,9 @@ with a sum of its own: 8.7 -> 4.5 us for 256 x 4096 and 16 ranks on an H200.
 
 For an fp8 base the same launch writes x (or x * gain) in e4m3 with a scale for each row: between any two programs that
 make S are those that quantise the same rows, so that one of the two reads comes from the cache.
+
+Where each row has an adapter of its own (``Owned``), A's lie one below the other, and S is zero, selected and not
+multiplied, at ranks of other adapters than the row's. Of many ranks a block of rows makes the units that it uses alone.
 """
 
 from typing import Generic, NamedTuple
@@ -137,11 +140,15 @@ def _down_fwd_kernel(
     row_scale_ptr,
     gain_ptr,
     scales_ptr,
+    own_ptr,
+    owner_ptr,
+    units_ptr,
     M,
     K,
     R,
     RS,
     N,
+    stride_units,
     stride_xm,
     stride_xk,
     stride_ar,
@@ -160,6 +167,7 @@ def _down_fwd_kernel(
     CAST_STEPS: tl.constexpr,
     LIFTED: tl.constexpr,
     SCALING_PTR: tl.constexpr,
+    UNIT_ROWS: tl.constexpr,
     TMA: tl.constexpr,
     A_TMA: tl.constexpr,
     ACC: tl.constexpr,
@@ -176,6 +184,11 @@ def _down_fwd_kernel(
     else:
         quantises: tl.constexpr = False  # type: ignore[no-redef]
     row = program * BLOCK_M
+    if units_ptr is not None:
+        units = units_ptr + row // UNIT_ROWS * stride_units
+        if tl.program_id(1) >= tl.load(units):
+            return
+        rank = tl.load(units + 1 + tl.program_id(1)) * BLOCK_R
     if quantises:
         if rank == 0:
             _quantise(
@@ -208,9 +221,16 @@ def _down_fwd_kernel(
                     tile = tl.where(unpack_words(words), tile, 0.0)
                 acc = mma(tile, a.to(DTYPE).T, acc, PRECISION)
         if scales_ptr is not None:
-            s = acc * (tl.load(scales_ptr + ranks, mask=ranks < R, other=0.0) * keep_scale)[None, :]
+            scales = tl.load(scales_ptr + ranks, mask=ranks < R, other=0.0)
+            if keep_scale is not None:
+                scales *= keep_scale
+            s = acc * scales[None, :]
         else:
             s = acc * (low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale)
+        if own_ptr is not None:
+            own = tl.load(own_ptr + rows, mask=rows < M, other=-1)
+            owner = tl.load(owner_ptr + ranks, mask=ranks < R, other=-2)
+            s = tl.where(own[:, None] == owner[None, :], s, 0.0)
         s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * stride_s + ranks[None, :]
         tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < RS))
     elif b_ptr is not None:  # the programs past the last rows, on processors that would idle
@@ -234,12 +254,23 @@ class Quantised(NamedTuple, Generic[T]):
     row_scale: T
 
 
+class Owned(NamedTuple, Generic[T]):
+    """Whose the rows and the ranks are, int32: own [M], owner [R]; and units [blocks of ``rows`` rows, 1 + units], how
+    many units of ``ranks`` ranks a block uses, then which, None where one holds all ranks."""
+
+    own: T
+    owner: T
+    units: T | None
+    rows: int
+    ranks: int
+
+
 def down(
     x: Operand,
     a: Operand,
     s: Operand,
     scaling: Operand | Number | None,
-    keep: Number,
+    keep: Number | None,
     *,
     bits: Operand | None = None,
     cast: Cast[Operand] | None = None,
@@ -247,16 +278,20 @@ def down(
     gain: Operand | None = None,
     lifted: bool = False,
     scales: Operand | None = None,
+    owned: Owned[Operand] | None = None,
 ) -> Launch:
     """S [M, padded R] = scaling * keep * drop(x) A^T from x [M, K], a [R, K] in any float dtype, and the mask's bits.
     With ``cast`` a is its A, and the copies are made on the way; with ``quantised`` that is filled from x, or from x *
     gain [K], of which S is then made, too. ``lifted``: B carries a part of the scaling. ``scales`` [R] in its place
-    are one for each rank. s may be columns of a wider matrix."""
+    are one for each rank. s may be columns of a wider matrix. With ``owned`` it is not written where a block of rows
+    does not use a unit."""
     (m, k), r, tma = x.shape, a.shape[0], tma_fits(x)
+    units = None if owned is None else owned.units
     a_tma = tma and cast is None and a.dtype == x.dtype and tma_fits(a)
     chip, masked = Chip.of(x.device), bits is not None
     if quantised is None:
-        tile = pass_tiles.down(m, r, dtype=x.dtype, kind=a.dtype, chip=chip, tma=tma, masked=masked)
+        at_once = r if owned is None else min(r, owned.ranks)
+        tile = pass_tiles.down(m, at_once, dtype=x.dtype, kind=a.dtype, chip=chip, tma=tma, masked=masked)
     else:
         tile = pass_tiles.down_quantised(
             m, k, r, dtype=x.dtype, kind=a.dtype, chip=chip, tma=tma, masked=masked, with_gain=gain is not None
@@ -288,11 +323,15 @@ def down(
         row_scale_ptr=quantised and quantised.row_scale,
         gain_ptr=gain,
         scales_ptr=scales,
+        own_ptr=owned and owned.own,
+        owner_ptr=owned and owned.owner,
+        units_ptr=units,
         M=m,
         K=k,
         R=r,
         RS=padded_rank(r),
         N=n,
+        stride_units=0 if units is None else units.stride(0),
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
         stride_ar=a.stride(0),
@@ -311,6 +350,7 @@ def down(
         CAST_STEPS=CAST_STEPS,
         LIFTED=lifted,
         SCALING_PTR=isinstance(scaling, Operand),
+        UNIT_ROWS=0 if owned is None else owned.rows,
         TMA=tma,
         A_TMA=a_tma,
         ACC=acc_dtype(x.dtype),

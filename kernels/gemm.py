@@ -10,12 +10,16 @@ Over an fp8 base, X and W are e4m3 with a scale for each row of X and each of W,
 along its rows for dX, too. The accumulator begins with the 16-bit low-rank product over these scales, which are powers
 of two, and the epilogue multiplies by them. Under a mask the low-rank product is made in the epilogue.
 
+Where each row has an adapter of its own among many, P's row is zero but for that one's ranks, and a tile takes those
+units of ranks alone that its rows use (``Units``): its first steps follow from a table.
+
 Persistent: a program walks over tiles of the result in one flat loop over all their steps, so that the loads of the
 next tile are under way while this one is stored. The accumulator is touched outside the products in one place only
 (``turn``): where ptxas finds two, it makes all products wait for each other.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, Generic, NamedTuple
 
 import torch
 import triton
@@ -38,7 +42,7 @@ from lora_fast.kernels.common import (
     wait_for_stream,
 )
 from lora_fast.kernels.launchers import INTERPRETED
-from lora_fast.kernels.operands import Operand, Tiles, launch, run
+from lora_fast.kernels.operands import Operand, T, Tiles, launch, run
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import tma_fits
 
@@ -212,10 +216,12 @@ def _gemm_kernel(
     bits_ptr,
     x_scale_ptr,
     w_scale_ptr,
+    units_ptr,
     M,
     N,
     C,
     R,
+    stride_units,
     stride_xm,
     stride_xc,
     stride_wr,
@@ -231,6 +237,8 @@ def _gemm_kernel(
     PROGRAMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     RANK_STEPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNIT_ROWS: tl.constexpr,
     W_T: tl.constexpr,
     Q_T: tl.constexpr,
     TMA: tl.constexpr,
@@ -248,10 +256,19 @@ def _gemm_kernel(
     whole_q = Matrix(q, N if Q_T else R, R if Q_T else N, stride_qr, stride_qc)
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
+    UNITS: tl.constexpr = units_ptr is not None
     n_rank = 0 if FP8 else tl.cdiv(R, BLOCK_C) * BLOCK_C
     end = n_rank + tl.cdiv(C, BLOCK_C) * BLOCK_C
     tile = tl.program_id(0) - PROGRAMS
     mine = tl.cdiv(grid_m * grid_n - tl.program_id(0), PROGRAMS)
+    steps = mine * (end // BLOCK_C)
+    if UNITS:  # a tile takes the units of ranks that its rows use
+        steps = mine * tl.cdiv(C, BLOCK_C)
+        for first in range(0, mine, 64):
+            more = first + tl.arange(0, 64)
+            of, _ = tile_of(tl.program_id(0) + more * PROGRAMS, grid_m, grid_n, GROUP_M)
+            counts = tl.load(units_ptr + of * BLOCK_M // UNIT_ROWS * stride_units, mask=more < mine, other=0)
+            steps += tl.sum(counts, 0) * (UNIT // BLOCK_C)
     c = end - BLOCK_C
     row = 0
     col = 0
@@ -266,7 +283,7 @@ def _gemm_kernel(
         x_scale, w_scale = _part(x_scale_ptr, row_next, M, BLOCK_M), _part(w_scale_ptr, col_next, N, BLOCK_N)
         p0, q0 = _ranks(whole_p, whole_q, row_next, col_next, 0, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
         acc = _low_rank(p0, q0, x_scale, w_scale, whole_p, whole_q, row_next, col_next, Q_T, ACC, PRECISION, KIND)
-    for _ in range(0, mine * (end // BLOCK_C)):
+    for _ in range(0, steps):
         c += BLOCK_C
         if c == end:
             c = 0
@@ -274,11 +291,17 @@ def _gemm_kernel(
             pid_m, pid_n = tile_of(tile, grid_m, grid_n, GROUP_M)
             row = pid_m * BLOCK_M
             col = pid_n * BLOCK_N
+            if UNITS:
+                n_rank = tl.load(units_ptr + row // UNIT_ROWS * stride_units) * UNIT
+                end = n_rank + tl.cdiv(C, BLOCK_C) * BLOCK_C
         xs, ws, at, to = x, w, c - n_rank, C
         xr, xc, wr, wc = stride_xm, stride_xc, stride_wr, stride_wc
         if not FP8:
             if c < n_rank:
                 xs, ws, at, to = p, q, c, R
+                if UNITS:
+                    unit = tl.load(units_ptr + row // UNIT_ROWS * stride_units + 1 + c // UNIT)
+                    at = unit * UNIT + c % UNIT
                 xr, xc, wr, wc = stride_p, 1, stride_qr, stride_qc
         a = load_tile(Matrix(xs, M, to, xr, xc), row, at, BLOCK_M, BLOCK_C, TMA)
         if W_T:
@@ -344,6 +367,15 @@ def _gemm_kernel(
                 words = mask_of_tile(Bits(bits_ptr, stride_bits, M), row_next, col_next, BLOCK_M, BLOCK_N)
 
 
+class Units(NamedTuple, Generic[T]):
+    """Which ranks a product's rows use: ``at`` [blocks of ``rows`` rows, 1 + units] int32, how many units of ``ranks``
+    ranks, at least one, then which."""
+
+    at: T
+    rows: int
+    ranks: int
+
+
 def product(
     x: Operand,
     w: Operand,
@@ -358,13 +390,14 @@ def product(
     z: Operand | None = None,
     x_scale: Operand | None = None,
     w_scale: Operand | None = None,
+    units: Units[Operand] | None = None,
 ) -> Launch:
     """out = gain * (x w^T + p q^T) + bias if transposed (w [N, C], q [N, R]), else x w + mask * (p q) ([C, N], [R, N]).
 
     x [M, C], w, p [M, padded R] (or columns of a wider matrix) and q in one dtype, rows of p and q contiguous; bits are
     of a mask of out's shape (transposed has none). With z, [M, N] and contiguous, that is filled with the sum before
     gain and bias. With scales, [M] of x's rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and
-    out in a wider dtype.
+    out in a wider dtype. With ``units`` each tile takes some of the ranks alone.
     """
     (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
     fp8, kind, masked, w_t = x.dtype == FP8, out.dtype, bits is not None, transposed or x.dtype == FP8
@@ -373,6 +406,8 @@ def product(
     tile = tiles.product(
         m, n, dtype=x.dtype, kind=kind, chip=chip, tma=tma, masked=masked, exact=exact, keep_z=z is not None, r=r
     )
+    if units is not None:  # of which a step is a part
+        tile = replace(tile, k=min(tile.k, units.ranks))
     bm, bn, bc, br, programs = tile.m, tile.n, tile.k, tile.r, int(chip.processors * tile.fill)
     # float16 over a scale leaves its range; beside an fp8 product bfloat16's digits are enough.
     over = torch.float32 if INTERPRETED else torch.bfloat16
@@ -398,10 +433,12 @@ def product(
         bits_ptr=bits,
         x_scale_ptr=x_scale,
         w_scale_ptr=w_scale,
+        units_ptr=units and units.at,
         M=m,
         N=n,
         C=c,
         R=r,
+        stride_units=0 if units is None else units.at.stride(0),
         stride_xm=x.stride(0),
         stride_xc=x.stride(1),
         stride_wr=w.stride(0),
@@ -417,6 +454,8 @@ def product(
         GROUP_M=GROUP_M,
         PROGRAMS=programs,
         RANK_STEPS=steps,
+        UNIT=0 if units is None else units.ranks,
+        UNIT_ROWS=0 if units is None else units.rows,
         W_T=w_t,
         Q_T=transposed,
         TMA=tma,

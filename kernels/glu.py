@@ -1,8 +1,9 @@
 """The middle of a gated MLP, h = act(e) * g, element by element, with what else one read of e and g gives.
 
 Forward: h, and S = scaling * drop(h) A^T of the layer that reads it. Backward, from dh: de = dh * g * act'(e) and dg =
-dh * act(e), which may take the memory of e and g; h again, which takes that of dh; and the column sums of de * e and
-dg * g, of which the gradients of DoRA's magnitudes are made.
+dh * act(e), which may take the memory of e and g; h again, which takes that of dh. With DoRA's gains it is dZ = de *
+gain that is written, which all that comes later reads, and the column sums of de * e and dg * g make the gradients of
+the magnitudes.
 """
 
 import triton
@@ -15,6 +16,7 @@ from lora_fast.kernels.common import (
     TL,
     Matrix,
     acc_dtype,
+    late,
     load_tile,
     mask_words,
     mma,
@@ -25,6 +27,7 @@ from lora_fast.kernels.common import (
 )
 from lora_fast.kernels.operands import Number, Operand, Tiles, launch
 from lora_fast.kernels.program import Launch
+from lora_fast.kernels.sums import weak_gain
 from lora_fast.kernels.tiles import tma_fits
 
 
@@ -60,7 +63,7 @@ def _glu_down_kernel(
         e_tile = load_tile(Matrix(e, M, K, K, 1), row, k, BLOCK_M, BLOCK_K, TMA)
         g_tile = load_tile(Matrix(g, M, K, K, 1), row, k, BLOCK_M, BLOCK_K, TMA)
         a = load_tile(Matrix(a_ptr, R, K, K, 1), rank, k, BLOCK_R, BLOCK_K, TMA)
-        tile = gated(e_tile, g_tile, ACT, ACC, DTYPE)
+        tile = late(gated(e_tile, g_tile, ACT, ACC, DTYPE))  # else Triton makes it once for each of its uses
         if rank == 0:
             store_tile(Matrix(h, M, K, K, 1), tile, row, k, DTYPE, TMA)
         if bits_ptr is not None:
@@ -118,6 +121,15 @@ def glu_down(
     )
 
 
+@triton.jit
+def _gain_of(gain_ptr, parts_ptr, cols, N, WEAK: tl.constexpr):
+    """What de of these columns is multiplied by."""
+    gain = tl.load(gain_ptr + cols, mask=cols < N, other=0.0)
+    if parts_ptr is not None:  # whoever adds them up reads weak columns as they are, and then scales them
+        gain = tl.where(tl.abs(gain) < WEAK, 1.0, gain)
+    return gain[None, :]
+
+
 @triton.jit(do_not_specialize=["M"])
 def _glu_grad_kernel(
     dh_ptr,
@@ -126,6 +138,8 @@ def _glu_grad_kernel(
     de_ptr,
     dg_ptr,
     h_ptr,
+    e_gain_ptr,
+    g_gain_ptr,
     e_parts_ptr,
     g_parts_ptr,
     M,
@@ -133,6 +147,7 @@ def _glu_grad_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     STEPS: tl.constexpr,
+    WEAK: tl.constexpr,
     ACT: tl.constexpr,
     ACC: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -141,6 +156,10 @@ def _glu_grad_kernel(
     wait_for_stream(PDL)
     col, first = tl.program_id(0) * COLS, tl.program_id(1) * ROWS * STEPS
     cols = col + tl.arange(0, COLS)
+    if e_gain_ptr is not None:
+        e_gain = _gain_of(e_gain_ptr, e_parts_ptr, cols, N, WEAK)
+    if g_gain_ptr is not None:
+        g_gain = _gain_of(g_gain_ptr, g_parts_ptr, cols, N, WEAK)
     if e_parts_ptr is not None:
         e_dots = tl.zeros([ROWS, COLS], dtype=ACC)
     if g_parts_ptr is not None:
@@ -151,12 +170,16 @@ def _glu_grad_kernel(
         g = load_tile(Matrix(g_ptr, M, N, N, 1), row, col, ROWS, COLS).to(ACC)
         f, slope = act_and_slope(e, ACT)
         f = f.to(DTYPE).to(ACC)
-        de = (dh * g * slope).to(DTYPE)
-        dg = (dh * f).to(DTYPE)
+        de = dh * g * slope
+        dg = dh * f
         if e_parts_ptr is not None:
-            e_dots += de.to(ACC) * e
+            e_dots += de * e
         if g_parts_ptr is not None:
-            g_dots += dg.to(ACC) * g
+            g_dots += dg * g
+        if e_gain_ptr is not None:
+            de *= e_gain
+        if g_gain_ptr is not None:
+            dg *= g_gain
         store_tile(Matrix(de_ptr, M, N, N, 1), de, row, col, DTYPE)
         store_tile(Matrix(dg_ptr, M, N, N, 1), dg, row, col, DTYPE)
         store_tile(Matrix(h_ptr, M, N, N, 1), f * g, row, col, DTYPE)
@@ -167,9 +190,12 @@ def _glu_grad_kernel(
         tl.store(g_parts_ptr + part + cols, tl.sum(g_dots, 0), mask=cols < N)
 
 
+Pair = tuple[Operand | None, Operand | None]  # of gate and of up
+
+
 def glu_splits(m: int) -> int:
     """How many parts ``glu_grad`` leaves of a column's sums."""
-    tile = pass_tiles.glu_grad()
+    tile = pass_tiles.glu_grad(dora=True)
     return triton.cdiv(m, tile.m * tile.k)
 
 
@@ -181,15 +207,19 @@ def glu_grad(
     dg: Operand,
     *,
     act: str,
-    e_parts: Operand | None = None,
-    g_parts: Operand | None = None,
+    gains: Pair = (None, None),
+    parts: Pair = (None, None),
 ) -> Launch:
-    """de and dg [M, N] from dh, e and g, which they may lie over, and h over dh; all contiguous and in one dtype. With
-    parts [``glu_splits``, N] those of the column sums of de * e and of dg * g."""
-    (m, n), tile = dh.shape, pass_tiles.glu_grad()
+    """de and dg [M, N] from dh, e and g, which they may lie over, and h over dh; all contiguous and in one dtype.
+
+    ``gains`` [N] in float32: of DoRA, which de and dg get. ``parts`` [``glu_splits``, N]: filled with those of the
+    column sums of de * e and of dg * g, without gains. Columns whose gain is weak wait for it where there are parts:
+    ``add_parts`` scales them.
+    """
+    (m, n), tile = dh.shape, pass_tiles.glu_grad(dora=any(t is not None for t in (*gains, *parts)))
     return launch(
         _glu_grad_kernel,
-        (triton.cdiv(n, tile.n), glu_splits(m)),
+        (triton.cdiv(n, tile.n), triton.cdiv(m, tile.m * tile.k)),
         {"num_warps": tile.warps},
         dh,
         dh_ptr=dh,
@@ -198,13 +228,16 @@ def glu_grad(
         de_ptr=de,
         dg_ptr=dg,
         h_ptr=dh,
-        e_parts_ptr=e_parts,
-        g_parts_ptr=g_parts,
+        e_gain_ptr=gains[0],
+        g_gain_ptr=gains[1],
+        e_parts_ptr=parts[0],
+        g_parts_ptr=parts[1],
         M=m,
         N=n,
         ROWS=tile.m,
         COLS=tile.n,
         STEPS=tile.k,
+        WEAK=weak_gain(dh.dtype),
         ACT=act,
         ACC=acc_dtype(dh.dtype),
         DTYPE=TL[dh.dtype],

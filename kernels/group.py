@@ -19,10 +19,10 @@ from lora_fast.kernels.mask import keep_count, keep_scale, mask
 from lora_fast.kernels.norm import norms
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling
 from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of, needs_dz
-from lora_fast.kernels.problem import MaybeTensor, Needs
+from lora_fast.kernels.problem import MaybeTensor
 from lora_fast.kernels.products import products
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.siblings import Deferred, Given, Kept, Made, Shared, Siblings
+from lora_fast.kernels.siblings import Deferred, Given, Made, Shared, Siblings
 from lora_fast.kernels.stack import Adapter, stack
 from lora_fast.kernels.sums import Dora
 
@@ -145,7 +145,7 @@ def gradients(
             continue
         dy, dora = one.dy.rows(), None
         b = one.b if has.b is None else has.b
-        if sibling.dora:
+        if sibling.dora and not sibling.scaled:
             dora = Dora(has.gain, has.norm, one.y if one.z is None else one.z, one.dz, one.grad_m)
             if sibling.z_again:
                 dora = dora._replace(x=x, weight=one.weight, s=has.s, b=b)
@@ -181,23 +181,31 @@ def forward(
     x [..., K], contiguous or the matrix of its rows; the adapters, bias and magnitude contiguous, in any dtype; with a
     seed elements of x are dropped with p, the same for all.
     """
-    m, words = group.m, -(-group.k // 32)
-    ys = [x.new_empty(*group.lead, one.n) for one in group.each]
-    z = [torch.empty_like(y) if one.keep_z else None for y, one in zip(ys, group.each, strict=True)]
-    room = x.new_empty(group.bytes, dtype=torch.uint8)
-    made = Made(room, None if seed is None else x.new_empty(m, words, dtype=torch.int32), z)
+    m, words, new = group.m, -(-group.k // 32), x.new_empty
+    room, bits = new(group.bytes, dtype=torch.uint8), None
+    count, keep = 0, 1.0
+    if seed is not None:
+        bits, count, keep = new(m, words, dtype=torch.int32), keep_count(p), keep_scale(p)
+    ys: list[torch.Tensor] = []
+    z: list[MaybeTensor] = []
+    flat: list[Any] = []
+    kinds: list[Any] = []  # of scalings in tensors
+    for sibling, one in zip(group.each, each, strict=True):
+        y, scaling = new(*group.lead, sibling.n), as_scaling(one.scaling)
+        kept = torch.empty_like(y) if sibling.keep_z else None
+        if isinstance(scaling, torch.Tensor):
+            kinds.append((len(ys), kind_of(scaling)))
+        ys.append(y)
+        z.append(kept)
+        flat += (*one[:5], scaling, y, kept)
+    made = Made(room, bits, z)
     if m == 0:
         return ys, made, None
-    count, keep = (0, 1.0) if seed is None else (keep_count(p), keep_scale(p))
-    scalings = [as_scaling(one.scaling) for one in each]
-    flat: list[Any] = []
-    for one, by, y, kept in zip(each, scalings, ys, z, strict=True):
-        flat += (*one[:5], by, y, kept)
-    given = x, room, made.bits, seed, count, m * words, keep, *flat
+    given = x, room, bits, seed, count, m * words, keep, *flat
     key = (
         forward_launches,
         None if seed is None else kind_of(seed),
-        *(() if all([type(by) is float for by in scalings]) else map(kind_of, scalings)),
+        *kinds,
         group.is_float32 and precision(group.kind, 256),
     )
     program = group.programs.get(key)
@@ -214,7 +222,7 @@ def backward(
     frozen: Sequence[tuple[torch.Tensor, torch.Tensor]],
     x: MaybeTensor,
     made: Made,
-    kept: Sequence[Kept],
+    kept: Sequence[Sequence[MaybeTensor]],
     scalings: Sequence[float | torch.Tensor],
     p: float,
     in_place: bool = False,
@@ -223,63 +231,65 @@ def backward(
     None. Weights and adapters have the strides that the group's calls agree in.
 
     dys [*lead, N] contiguous, or matrices of their rows, each row contiguous; ``frozen``: dY and W of layers without
-    adapters that share x; x and ``kept``: what the backward reads. The A's gradients are parts of one matrix. With
-    many rows dX comes last, and till then its memory holds what the passes leave for their sums. ``in_place``: DoRA's
-    dZ takes dY's memory.
+    adapters that share x; x and ``kept`` (each a ``Kept``): what the backward reads. The A's gradients are parts of one
+    matrix. With many rows dX comes last, and till then its memory holds what the passes leave for their sums.
+    ``in_place``: DoRA's dZ takes dY's memory.
     """
-    m, room, bits = group.m, made.room, made.bits
-    new, scalings = room.new_empty, [as_scaling(by) for by in scalings]
-    floats = all([type(by) is float for by in scalings])
-    dx = new(group.x_shape, dtype=group.kind) if group.needs_x else None
-    live = [one.needs if dy is not None else Needs() for one, dy in zip(group.each, dys, strict=True)]
-    stacked = new(group.ranks, group.k, dtype=group.a_kind) if any(needs.a for needs in live) else None
-    grads = [
-        (
-            new(one.n, one.r, dtype=one.kinds.b) if needs.b else None,
-            new(one.n, dtype=one.kinds.bias) if needs.bias else None,
-            new(one.n, dtype=one.kinds.m) if needs.m else None,
-        )
-        for one, needs in zip(group.each, live, strict=True)
-    ]
+    m, room, bits, kind = group.m, made.room, made.bits, group.kind
+    new, dx, stacked, ds = room.new_empty, None, None, None
+    if group.needs_x:
+        dx = new(group.x_shape, dtype=kind)
+    if group.needs_a and any([one.needs.a and dy is not None for one, dy in zip(group.each, dys, strict=True)]):
+        stacked = new(group.ranks, group.k, dtype=group.a_kind)
+    grads: list[tuple[MaybeTensor, ...]] = []
+    flat: list[Any] = []
+    key: list[Any] = [backward_launches]
+    for one, dy, scaling, keeps in zip(group.each, dys, scalings, kept, strict=True):
+        grad_b = grad_bias = grad_m = dz = None
+        if dy is None:
+            key.append(None)
+            if group.needs_ds and ds is None:  # whose columns nobody writes
+                ds = new(m, group.ranks, dtype=kind).zero_()
+        else:
+            key.append(dy.stride())
+            _, _, need_b, need_bias, need_m = one.needs
+            if need_b:
+                grad_b = new(one.n, one.r, dtype=one.kinds.b)
+            if need_bias:
+                grad_bias = new(one.n, dtype=one.kinds.bias)
+            if need_m:
+                grad_m = new(one.n, dtype=one.kinds.m)
+            if one.dora and not one.scaled and (group.needs_x or needs_dz(one.r, group.needs_ds, need_b)):
+                dz = dy if in_place else new(m, one.n, dtype=kind)
+        scaling = as_scaling(scaling)
+        if isinstance(scaling, torch.Tensor):
+            key.append((len(grads), kind_of(scaling)))
+        grads.append((grad_b, grad_bias, grad_m))
+        flat += (dy, grad_b, grad_bias, grad_m, dz, scaling, *keeps)
+    wanted = [grad for grad in (dx, stacked, *(grad for three in grads for grad in three)) if grad is not None]
     if m == 0:
-        for grad in (dx, stacked, *(grad for three in grads for grad in three)):
-            if grad is not None:
-                grad.zero_()
-    elif any(t is not None for t in (dx, stacked, *(grad for three in grads for grad in three))):
-        ds = None
-        if group.needs_ds and any(dy is None for dy in dys):  # whose columns of dS nobody writes
-            ds = new(m, group.ranks, dtype=group.kind).zero_()
-        flat: list[Any] = []
-        for one, dy, three, by, keeps in zip(group.each, dys, grads, scalings, kept, strict=True):
-            dz = None
-            if dy is not None and one.dora and (group.needs_x or needs_dz(one.r, group.needs_ds, one.needs.b)):
-                dz = dy if in_place else new(m, one.n, dtype=group.kind)
-            flat += (dy, *three, dz, by, *keeps)
-        flat += (t for pair in frozen for t in pair)
+        for grad in wanted:
+            grad.zero_()
+    elif wanted:
+        for dy, weight in frozen:
+            flat += (dy, weight)
+            key += (dy.shape, dy.stride(), weight.stride())
         given = room, x, dx, stacked, bits, ds, 1.0 if bits is None else keep_scale(p), *flat
-        key = (
-            backward_launches,
-            *[None if dy is None else dy.stride() for dy in dys],
-            *[t.stride() for pair in frozen for t in pair],
-            *[dy.shape for dy, _ in frozen],
-            None if x is None else x.stride(),
-            bits is None,
-            in_place,
-            *(() if floats else map(kind_of, scalings)),
-            group.is_float32 and precision(group.kind, 256),
-        )
-        program = group.programs.get(key)
+        key += (None if x is None else x.stride(), bits is None, in_place)
+        key.append(group.is_float32 and precision(kind, 256))
+        program = group.programs.get(tuple(key))
         if program is None or (bound := program.bind(*given)) is None:
-            program, bound = bound_program(group, key, Backward, given)
+            program, bound = bound_program(group, tuple(key), Backward, given)
         program.run(bound)
+    if stacked is None:
+        return dx, [(None, *three) for three in grads]
     found: list[tuple[MaybeTensor, ...]] = []
-    first = 0
-    for one, ranks, needs, three in zip(group.each, group.ranks_of, live, grads, strict=True):
-        grad_a = None
-        if needs.a and stacked is not None:
-            grad_a = stacked[first : first + one.r]
+    parts = stacked.split_with_sizes(group.ranks_of)
+    for one, dy, grad_a, three in zip(group.each, dys, parts, grads, strict=True):
+        own: MaybeTensor = None
+        if one.needs.a and dy is not None:
+            own = grad_a if len(grad_a) == one.r else grad_a[: one.r]
             if one.kinds.a != group.a_kind:
-                grad_a = grad_a.to(one.kinds.a)
-        found.append((grad_a, *three))
-        first += ranks
+                own = own.to(one.kinds.a)
+        found.append((own, *three))
     return dx, found

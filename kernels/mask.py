@@ -42,28 +42,60 @@ def _philox(seed, c0, c1, c2, c3, ROUNDS: tl.constexpr):
 
 
 @triton.jit
-def _four_digits(acc, seed, index, call, count, D: tl.constexpr):
-    """Take in digits D to D + 3 with one call of Philox."""
+def _words(seed, index, call):
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = _philox(seed, low, high, low * 0 + call, low * 0, 7)
+    return _philox(seed, low, high, low * 0 + call, low * 0, 7)
+
+
+@triton.jit
+def _take(acc, w0, w1, w2, w3, count, D: tl.constexpr):
+    """Take in digits D to D + 3."""
     acc = _digit(acc, w0, count, D)
     acc = _digit(acc, w1, count, D + 1)
     acc = _digit(acc, w2, count, D + 2)
     return _digit(acc, w3, count, D + 3)
 
 
+@triton.jit
+def _four_digits(acc, seed, index, call, count, D: tl.constexpr):
+    """The same with one call of Philox."""
+    w0, w1, w2, w3 = _words(seed, index, call)
+    return _take(acc, w0, w1, w2, w3, count, D)
+
+
 @triton.jit(do_not_specialize=["seed", "count", "n_words"])
-def _mask_kernel(seed, bits_ptr, count, n_words, SEED_PTR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _mask_kernel(
+    seed,
+    bits_ptr,
+    count,
+    n_words,
+    own_ptr,
+    counts_ptr,
+    WORDS,
+    ADAPTERS,
+    SEED_PTR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     wait_for_stream(PDL)
     if SEED_PTR:
         seed = tl.load(seed)
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     index = group[:, None] * 4 + tl.arange(0, 4)[None, :]  # [BLOCK, 4]
-    shared = _four_digits(tl.zeros([BLOCK], dtype=tl.uint32), seed, group, 2, count, 0)
-    acc = tl.broadcast_to(shared[:, None], (BLOCK, 4))
+    if counts_ptr is not None:  # a count for each row, by its adapter: four words may lie in two rows
+        own = tl.load(own_ptr + index // WORDS, mask=index < n_words, other=-1)
+        count = tl.load(counts_ptr + tl.where(own < 0, ADAPTERS, own))
+        w0, w1, w2, w3 = _words(seed, group, 2)
+        acc = _take(tl.zeros([BLOCK, 4], dtype=tl.uint32), w0[:, None], w1[:, None], w2[:, None], w3[:, None], count, 0)
+    else:
+        shared = _four_digits(tl.zeros([BLOCK], dtype=tl.uint32), seed, group, 2, count, 0)
+        acc = tl.broadcast_to(shared[:, None], (BLOCK, 4))
     acc = _four_digits(acc, seed, index, 1, count, 4)
     acc = _four_digits(acc, seed, index, 0, count, 8)
-    tl.store(bits_ptr + index, acc.to(tl.int32, bitcast=True), mask=index < n_words)
+    bits = acc.to(tl.int32, bitcast=True)
+    if counts_ptr is not None:
+        bits = tl.where(count == 4096, -1, bits)
+    tl.store(bits_ptr + index, bits, mask=index < n_words)
 
 
 def keep_count(p: float) -> int:
@@ -76,8 +108,17 @@ def keep_scale(p: float) -> float:
     return 4096 / keep_count(p)
 
 
-def mask(seed: Operand | Number, bits: Operand, count: Number, words: Number) -> Launch:
-    """bits [M, ceil(K / 32)] from the seed, see ``mask_bits``; count is ``keep_count``, words their number."""
+def mask(
+    seed: Operand | Number,
+    bits: Operand,
+    count: Number | None,
+    words: Number,
+    *,
+    own: Operand | None = None,
+    counts: Operand | None = None,
+) -> Launch:
+    """bits [M, ceil(K / 32)] from the seed, see ``mask_bits``; count is ``keep_count``, words their number. With
+    ``own`` [M] row i has the count counts[own[i]], the last of them where that is negative; 4096 keeps all."""
     return launch(
         _mask_kernel,
         (triton.cdiv(math.prod(bits.shape), 4 * 256),),
@@ -87,6 +128,10 @@ def mask(seed: Operand | Number, bits: Operand, count: Number, words: Number) ->
         bits_ptr=bits,
         count=count,
         n_words=words,
+        own_ptr=own,
+        counts_ptr=counts,
+        WORDS=bits.shape[1],
+        ADAPTERS=0 if counts is None else counts.shape[0] - 1,
         SEED_PTR=isinstance(seed, Operand),
         BLOCK=256,
     )

@@ -34,7 +34,7 @@ Maybe = Any  # an operand, None where the problem has none
 class Mlp:
     """What the programs of such an MLP are decided by. ``inner``: gate and up; ``outer``: down, a group of one. Of the
     two magnitudes of ``inner`` those that ``dots`` names have their gradients made from e and g, not from a z that was
-    kept: to the group they seem to need none."""
+    kept: to the group they seem to need none, and where they are ``scaled`` it gets dZ for de and dg."""
 
     inner: Siblings
     outer: Siblings
@@ -169,8 +169,9 @@ def _middle(at: Backward, mlp: Mlp, scratch: Scratch) -> list[Launch]:
     """de, dg and h, and dm of gate and up, where these come from e and g."""
     (m, n), kind = at.e.shape, mlp.inner.kind
     splits, small = glu_splits(m), mlp.inner.small(at.room)
-    parts = [scratch.part((splits, n), wide(at.e)) if dots else None for dots in mlp.dots]
-    launches = [glu_grad(at.dh, at.e, at.g, at.de, at.dg, act=mlp.act, e_parts=parts[0], g_parts=parts[1])]
+    parts: Any = tuple(scratch.part((splits, n), wide(at.e)) if dots else None for dots in mlp.dots)
+    gains: Any = tuple(has.gain if one.scaled else None for one, has in zip(mlp.inner.each, small.each, strict=True))
+    launches = [glu_grad(at.dh, at.e, at.g, at.de, at.dg, act=mlp.act, gains=gains, parts=parts)]
     for i, (part, d, has) in enumerate(zip(parts, (at.de, at.dg), small.each, strict=True)):
         if part is None:
             continue
@@ -178,7 +179,7 @@ def _middle(at: Backward, mlp: Mlp, scratch: Scratch) -> list[Launch]:
         b = b if has.b is None else has.b
         dora = Dora(has.gain, has.norm, dm=dm, x=at.x.rows(), weight=weight, s=has.s, b=b)
         sums = Parts(col_blocks=0, splits=splits, ds=0, sums=0, dm=n, g=0)
-        launches.append(add_parts(sums, part, d, kind, dora=dora))
+        launches.append(add_parts(sums, part, d, kind, dora=dora, rescales=True))
     return launches
 
 
@@ -251,8 +252,9 @@ def backward(
     p: float,
     in_place: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[MaybeTensor, ...], list[MaybeTensor]]:
-    """de and dg [M, I], (dA, dB, dbias, dm) of down, and dm of gate and of up where ``Mlp.dots`` says so. ``kept`` is
-    of gate, up and down; scaling and p are down's. ``in_place``: de and dg take the memory of e and g."""
+    """de and dg [M, I] (where ``scaled`` with DoRA's gain), (dA, dB, dbias, dm) of down, and dm of gate and of up where
+    ``Mlp.dots`` says so. ``kept`` is of gate, up and down; scaling and p are down's. ``in_place``: de and dg take the
+    memory of e and g."""
     inner, down = mlp.inner, mlp.down
     (m, width), e, g, new = made.e.shape, made.e, made.g, dy.new_empty
     de, dg = (e, g) if in_place else (torch.empty_like(e), torch.empty_like(g))

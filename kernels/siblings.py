@@ -26,6 +26,7 @@ class Sibling:
     dora: bool = False
     keep_z: bool = False  # the forward keeps z for the magnitude's gradient
     round_norm: bool = False
+    scaled: bool = False  # DoRA's dY comes as dZ = dY * gain, and the magnitude's gradient is made elsewhere
 
     @property
     def ranks(self) -> int:

@@ -19,6 +19,7 @@ from lora_fast.kernels.common import (
     mma,
     padded_rank,
     precision,
+    store_tile,
     wait_for_stream,
 )
 from lora_fast.kernels.operands import Number, Operand, T, launch
@@ -74,6 +75,14 @@ def _column_dots(
     return total
 
 
+@triton.jit
+def _scale_columns(t, scale, col, BLOCK: tl.constexpr):
+    """Multiply BLOCK columns of a contiguous matrix, from col on."""
+    for m in range(0, t.rows, BLOCK):
+        tile = load_tile(t, m, col, BLOCK, BLOCK).to(scale.dtype) * scale[None, :]
+        store_tile(t, tile, m, col, t.ptr.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize=["M", "splits", "col_blocks", "ds_size"])
 def _sum_kernel(
     parts_ptr,
@@ -119,6 +128,7 @@ def _sum_kernel(
     stride_ds,
     APART: tl.constexpr,
     WEAK: tl.constexpr,
+    RESCALES: tl.constexpr,
     ACT: tl.constexpr,
     LIFTED: tl.constexpr,
     SCALING_PTR: tl.constexpr,
@@ -151,16 +161,22 @@ def _sum_kernel(
             norm = tl.load(norm_ptr + cols, mask=cols < N, other=0.0)
             if WEAK is not None:
                 gain = tl.load(gain_ptr + cols, mask=cols < N, other=0.0)
-                weak = (tl.abs(gain) < WEAK) & (norm != 0)
-                total /= tl.where(tl.abs(gain) < WEAK, 1.0, gain)
+                unscaled = tl.abs(gain) < WEAK
+                weak = unscaled & (norm != 0)
+                total /= tl.where(unscaled, 1.0, gain)
+                dy = Matrix(dy_ptr, M, N, stride_ym, stride_yn)
                 if tl.max(weak.to(tl.int32), 0) > 0:
-                    dy, x = Matrix(dy_ptr, M, N, stride_ym, stride_yn), Matrix(x_ptr, M, K, stride_xm, stride_xk)
+                    x = Matrix(x_ptr, M, K, stride_xm, stride_xk)
                     w, s = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(s_ptr, M, RS, stride_s, 1)
                     b = Matrix(b_ptr, N, R, stride_bn, stride_br)
                     again = _column_dots(
                         dy, x, gate_ptr, w, s, b, w_scale_ptr, block * DM_BLOCK, DM_BLOCK, ACT, ACC, PRECISION
                     )
                     total = tl.where(weak, again, total)
+                if RESCALES:
+                    if tl.max((unscaled & (cols < N)).to(tl.int32), 0) > 0:
+                        tl.debug_barrier()  # all of it was read
+                        _scale_columns(dy, tl.where(unscaled, gain, 1.0), block * DM_BLOCK, DM_BLOCK)
             dm = tl.where(norm != 0, total / tl.where(norm != 0, norm, 1.0), 0.0)
             tl.store(dm_ptr + cols, dm.to(dm_ptr.dtype.element_ty), mask=cols < N)
         block -= n
@@ -235,9 +251,11 @@ def add_parts(
     scaling: Operand | Number | None = None,
     keep: Number | None = None,
     lifted: bool = False,
+    rescales: bool = False,
 ) -> Launch:
     """ds = scaling * keep * the sum of its parts, sums, dora.dm and g likewise, after a pass over z, whose products
-    were made in this dtype; those without parts are not touched."""
+    were made in this dtype; those without parts are not touched. ``rescales``: z, contiguous, has dora's gain already,
+    but for the columns where it is weak, which get it here."""
     (m, n), (x, w, s, b, w_scale, gate, act) = z.shape, (None,) * 7 if dora is None else dora[5:]
     k = r = 0
     strides: dict[str, int] = dict.fromkeys((f"stride_{axes}" for axes in "ym yn xm xk wn wk bn br".split()), 0)
@@ -288,6 +306,7 @@ def add_parts(
         stride_ds=0 if ds is None else ds.stride(0),
         APART=ds is not None and ds.stride(0) != ds.shape[1],
         WEAK=None if x is None else weak_gain(kind),
+        RESCALES=rescales,
         ACT=act,
         LIFTED=lifted,
         SCALING_PTR=isinstance(scaling, Operand),

@@ -69,6 +69,7 @@ KERNELS = (
     "experts_rows",
     "experts_gate",
     "experts_columns",
+    "batch_columns",
 )
 
 _overridden: dict[str, Tile | None] = {}

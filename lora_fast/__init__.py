@@ -2,6 +2,8 @@
 
 from lora_fast import fp8 as fp8
 from lora_fast import functional, parametrize, reference
+from lora_fast.batch.form import Adapter
+from lora_fast.batch.functional import dora_linear_batch, lora_linear_batch
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.functional import lora_glu, lora_group
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
@@ -10,6 +12,7 @@ from lora_fast.experts.registry import register_experts
 from lora_fast.files.adapter import load_adapter, save_adapter
 from lora_fast.files.export import export_experts
 from lora_fast.files.fp8_checkpoint import load_fp8
+from lora_fast.files.trainer import checkpoint_adapters_only
 from lora_fast.layers.bottleneck import BottleneckAdapter
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.lora import LoRALinear
@@ -23,6 +26,7 @@ from lora_fast.models.adapt import (
 )
 from lora_fast.models.bottleneck import add_bottleneck, bottleneck_state_dict
 from lora_fast.models.config import LoRAConfig
+from lora_fast.models.lora_plus import lora_plus_groups
 from lora_fast.models.state import load_lora_state_dict, lora_state_dict
 from lora_fast.peft import patch_peft, unpatch_peft
 from lora_fast.peft.report import PeftReport, peft_report
@@ -30,6 +34,7 @@ from lora_fast.peft.report import PeftReport, peft_report
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "BottleneckAdapter",
     "DoRALinear",
     "LoRAConfig",
@@ -40,7 +45,9 @@ __all__ = [
     "add_bottleneck",
     "add_lora",
     "bottleneck_state_dict",
+    "checkpoint_adapters_only",
     "disable_lora",
+    "dora_linear_batch",
     "export_experts",
     "functional",
     "get_backend",
@@ -50,7 +57,9 @@ __all__ = [
     "lora_experts",
     "lora_glu",
     "lora_group",
+    "lora_linear_batch",
     "lora_parameters",
+    "lora_plus_groups",
     "lora_state_dict",
     "merge_lora",
     "merge_peft",

@@ -7,7 +7,8 @@ exception, and whoever gets the slow path is told once, with the reason.
 import importlib.util
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,8 +47,27 @@ def _checked(backend: str) -> str:
     return backend
 
 
+_assumed: tuple[int, int] | None = None
+
+
+@contextmanager
+def assume_capability(major: int, minor: int) -> Iterator[None]:
+    """Within, the answers of :func:`why_not_triton`, :func:`why_not_fp8` and :func:`why_slow` are those for a GPU of
+    this compute capability, wherever the tensors are. For reports: nothing may run meanwhile."""
+    global _assumed
+    _assumed = major, minor
+    try:
+        yield
+    finally:
+        _assumed = None
+
+
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the fused kernels cannot run on such tensors, in words; None where they can."""
+    if _assumed is not None:
+        if _assumed < (8, 0):
+            return f"{_name_of(device)} is older than compute capability 8.0"
+        return _why_not_dtype(dtype)
     if device.type == "cuda" and torch.version.hip is not None:
         return "AMD GPUs (ROCm) have no fused kernels yet"
     if device.type != "cuda":
@@ -56,13 +76,25 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"{dtype} has no fused kernel (bfloat16, float16 and float32 have)"
-    return None
+    return _why_not_dtype(dtype)
+
+
+def _why_not_dtype(dtype: torch.dtype) -> str | None:
+    if dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return None
+    return f"{dtype} has no fused kernel (bfloat16, float16 and float32 have)"
+
+
+def _name_of(device: torch.device) -> str:
+    if _assumed is not None:
+        return f"a GPU of compute capability {_assumed[0]}.{_assumed[1]}"
+    return torch.cuda.get_device_name(device)
 
 
 def why_not_fp8(device: torch.device) -> str | None:
     """The reason why products of e4m3 operands cannot run on a GPU, in words; None where they can, and elsewhere."""
+    if _assumed is not None:
+        return _why_not_fp8(device)
     if device.type != "cuda":
         return None
     if device not in _fp8:
@@ -75,7 +107,7 @@ _fp8: dict[torch.device, str | None] = {}
 
 
 def _why_not_fp8(device: torch.device) -> str | None:
-    chip, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    chip, name = _assumed or torch.cuda.get_device_capability(device), _name_of(device)
     if chip < (8, 9):
         return f"{name} has no fp8 matrix units (compute capability 8.9 and later have)"
     if chip[0] == 10:
@@ -149,10 +181,25 @@ def tell(what: str, reason: str) -> None:
 tell._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# What stands between a user's line and a layer: the packages whose frames a warning looks past.
+BETWEEN = {
+    "accelerate",
+    "contextlib",
+    "lightning",
+    "lora_fast",
+    "peft",
+    "pytorch_lightning",
+    "torch",
+    "transformers",
+    "trl",
+}
+
+
 def _callers_level() -> int:
-    """The ``stacklevel`` (for the caller of this function) of whoever called into lora_fast, modules left out."""
+    """The ``stacklevel`` (for the caller of this function) of the user's line; of the outermost one where all are of
+    libraries."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("lora_fast", "torch.nn.")):
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
         frame, level = frame.f_back, level + 1
     return level
 

@@ -57,6 +57,15 @@ def test_the_slow_path_warns_once_per_reason():
         assert dispatch.choose("auto", torch.device("meta"), torch.float32) == "reference"
 
 
+def test_the_warning_points_past_libraries():
+    """At the line that called a library which called the layer, not into the library."""
+    library = {"__name__": "transformers.models.llama", "tell": dispatch.tell}
+    exec(compile("def forward(): tell('is slow', 'on purpose')", "modeling_llama.py", "exec"), library)
+    with pytest.warns(lora_fast.SlowPathWarning) as told:
+        library["forward"]()
+    assert [warning.filename for warning in told] == [__file__]
+
+
 def test_asked_for_the_slow_path_is_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -23,12 +23,12 @@ ROOMS = [
     {"layers"},
     {"experts"},
     {"wrappers"},
-    {"blocks"},
+    {"batch", "blocks"},
     {"functional"},
     {"ops"},
     {"reference", "fp8", "kept"},
     {"bases"},
-    {"dispatch", "kernels"},
+    {"dispatch", "kernels", "tables"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(reversed(ROOMS)) for room in rooms}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "kernels"))

@@ -209,7 +209,10 @@ def mlp(case: GroupCase, act: str) -> None:
         Kinds(dtype, adapter, adapter, None, adapter if dora else None),
         Needs(False, True, True, False, dora),
     )
-    inner, outer = Sibling(width, r, kinds, needs._replace(m=False), dora), Sibling(n, r, kinds, needs, dora)
+    inner, outer = (
+        Sibling(width, r, kinds, needs._replace(m=False), dora, scaled=dora),
+        Sibling(n, r, kinds, needs, dora),
+    )
     pair = Siblings((m,), k, (inner, inner), True)
     problem = Mlp(pair, Siblings((m,), width, (outer,), True), act, (dora, dora), (kinds.m, kinds.m))
     x, each = torch.empty(m, k, dtype=dtype), []
@@ -224,6 +227,29 @@ def mlp(case: GroupCase, act: str) -> None:
     kept = [Kept(one.weight, None if inner.casts else one.b) for one in each]
     kept[2] = kept[2]._replace(y=y if dora else None)
     backward(problem, torch.empty_like(y), x, made, kept, 2.0, p, True)
+
+
+# M, K, N, the ranks, the dtype of x, p, the dtype of the adapters
+BatchCase = tuple[int, int, int, tuple[int, ...], torch.dtype, float, torch.dtype]
+
+
+def batch(case: BatchCase) -> None:
+    """The launches of a layer with several adapters in one batch, forward and backward, with DoRA's gains."""
+    from lora_fast.kernels.batch import gain, run
+    from lora_fast.kernels.batch.problem import Problem
+    from lora_fast.kernels.batch.ranks import Ranks, numbers_of
+    from lora_fast.kernels.problem import Kinds, Needs
+
+    m, k, n, of, dtype, p, adapter = case
+    x, weight, ranks = torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype), Ranks(of)
+    problem = Problem((m,), k, n, ranks, Kinds(dtype, adapter, adapter), Needs(True, True, True))
+    numbers = numbers_of(ranks, [2.0] * len(of), [p] * len(of), problem.lifted, x.device)
+    call = run.Call(weight, torch.zeros(m, dtype=torch.int64), numbers, 1 if p else None)
+    a, b = torch.empty(sum(of), k, dtype=adapter), torch.empty(n * sum(of), dtype=adapter)
+    y, made = run.forward(problem, call, x, a, b, None)
+    run.backward(problem, torch.empty_like(y), run.to_save(problem, numbers.scales, x, made, weight))
+    gain.scaled(y, call.which, torch.empty(len(of), n), torch.empty(n, dtype=dtype))
+    gain.dots(y, y, call.which, len(of))
 
 
 def experts(
@@ -383,6 +409,10 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
     for act, case in MLPS:
         problem = f"{described(case)} {act} mlp"
         mlp(case, act)
+    for one in BATCHES:
+        m, k, n, of, dtype, p, adapter = one
+        problem = f"{m}x{k}x{n} r={max(of)} {str(dtype)[6:]} p={p} {str(adapter)[6:]} batch of {len(of)}"
+        batch(one)
     for given in EXPERTS:
         tokens, k, count, hidden, inner, rank, kind, *rest = given
         problem = f"experts {tokens}x{k}x{count}x{hidden}x{inner} {str(kind)[6:]} r={rank} {rest}"
@@ -429,6 +459,15 @@ GROUPS: list[GroupCase] = [
     (2048, 2048, (2048, 512, 512), 16, BF16, 0.1, BF16, False),
     (4096, 4096, (4096, 1024, 1024, 1000), 8, torch.float16, 0.0, FLOAT, False),
     (4096, 1024, (1024,), 16, FLOAT, 0.1, FLOAT, False),
+]
+
+BATCHES: list[BatchCase] = [
+    (8192, 4096, 4096, (16,) * 4, BF16, 0.0, BF16),
+    (8192, 4096, 4096, (16,) * 16, BF16, 0.1, FLOAT),
+    (8192, 4096, 14336, (8, 64, 40, 128), torch.float16, 0.1, FLOAT),
+    (1024, 2048, 2048, (16,) * 64, BF16, 0.0, BF16),
+    (4096, 1003, 1001, (16, 40, 30), BF16, 0.1, BF16),
+    (4096, 1024, 1024, (16, 64, 16), FLOAT, 0.1, FLOAT),
 ]
 
 MLPS: list[tuple[str, GroupCase]] = [

@@ -139,7 +139,10 @@ def _recall(x: Any, layers: Sequence[Any], training: Any, *asked: Any) -> tuple[
                 return None, None
             facts += (
                 facts_of(weight),
-                *(None if t is None else facts_of(t) for t in (a, b, bias, magnitude)),
+                a if a is None else facts_of(a),
+                b if b is None else facts_of(b),
+                bias if bias is None else facts_of(bias),
+                magnitude if magnitude is None else facts_of(magnitude),
                 None if number else (scaling.dtype, scaling.shape, scaling.device),
                 p if training else 0.0,
                 round_norm,

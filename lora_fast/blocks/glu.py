@@ -38,13 +38,16 @@ def mlp_of(lead: Size, k: int, each: Sequence[Sibling], needs_x: bool, activatio
     *both, down = each
     # dm of gate and up comes from e and g, which are kept anyway, where no bias is in these.
     dots = [one.z_again for one in both]
-    inner = [
-        replace(one, needs=one.needs._replace(m=False)) if by_dots else one
-        for one, by_dots in zip(both, dots, strict=True)
-    ]
-    pair = Siblings(lead, k, tuple(inner), needs_x)
+    inner = tuple(map(_over_dz, both))
+    pair = Siblings(lead, k, inner, needs_x)
     outer = Siblings((pair.m,), both[0].n, (down,), True)
     return Mlp(pair, outer, activation, dots, [one.kinds.m for one in both])
+
+
+def _over_dz(one: Sibling) -> Sibling:
+    """Gate or up as its group's backward sees it: over dZ, where it wants nothing else of dY."""
+    needs = one.needs._replace(m=one.needs.m and one.keep_z)
+    return replace(one, needs=needs, scaled=one.dora and not needs.bias and not needs.m)
 
 
 class Call(NamedTuple):

@@ -11,10 +11,10 @@ from lora_fast.blocks.form import Layer
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels.group import backward, forward
 from lora_fast.kernels.problem import MaybeTensor, Needs
-from lora_fast.kernels.siblings import Deferred, Given, Kept, Made, Sibling, Siblings
+from lora_fast.kernels.siblings import Deferred, Given, Made, Sibling, Siblings
 from lora_fast.kernels.stack import MOST
 from lora_fast.ops.linear import draw_seed
-from lora_fast.ops.parts import addressable, contiguous, kinds_of, on
+from lora_fast.ops.parts import addressable, contiguous, kinds_of, on, one_gpu
 
 FEW = 128  # rows whose forwards without gradients have kernels of their own, a layer at a time
 
@@ -79,23 +79,38 @@ class FusedGroup:
         self.records = train and any(
             t is not None and t.requires_grad for t in (x, *(t for layer in layers for t in layer.tensors))
         )
-        self.n = len(layers)
+        self.n, self.again = len(layers), any(one.z_again for one in each)
         self.casts = any(t.dtype != self.kind for t in (x, *(layer.weight for layer in layers)))
+        self.contiguous = all(t is None or t.is_contiguous() for layer in layers for t in layer.tensors[1:])
+        self.elsewhere = x.device.type == "cuda" and not one_gpu()
 
     def __call__(self, x: torch.Tensor, layers: Sequence[Layer], training: bool) -> tuple[torch.Tensor, ...]:
-        with on(x.device):
-            weights = [layer.weight for layer in layers]
-            if self.casts:
-                x, weights = x.to(self.kind), [weight.to(self.kind) for weight in weights]
-            p = layers[self.adapted[0]].dropout_p if training else 0.0
-            scalings = [layers[i].scaling for i in self.adapted]
-            call = Call(weights, scalings, draw_seed(x.device) if p > 0 else None, p, [])
-            small = [contiguous(t) for i in self.adapted for t in layers[i].tensors[1:]]
-            biases = [layers[i].bias for i in self.frozen]
-            tensors = *small, *biases
-            ys = _apply(x, self, call, *tensors) if self.records else self.forward(x, call, *tensors)[0]
-            for late in call.late:
-                late.run()
+        if self.elsewhere:
+            with on(x.device):
+                return self.run(x, layers, training)
+        return self.run(x, layers, training)
+
+    def run(self, x: torch.Tensor, layers: Sequence[Layer], training: bool) -> tuple[torch.Tensor, ...]:
+        """The outputs, on the current device."""
+        weights = [layer[0] for layer in layers]
+        if self.casts:
+            x, weights = x.to(self.kind), [weight.to(self.kind) for weight in weights]
+        p = 0.0
+        scalings: list[Any] = []
+        small: list[Any] = []
+        for i in self.adapted:
+            _, a, b, scaling, bias, p, magnitude, _, _ = layers[i]
+            scalings.append(scaling)
+            small += (a, b, bias, magnitude)
+        small += [layers[i].bias for i in self.frozen]
+        if not self.contiguous:
+            small = [contiguous(t) for t in small]
+        if not training:
+            p = 0.0
+        call = Call(weights, scalings, draw_seed(x.device) if p > 0 else None, p, [])
+        ys = _apply(x, self, call, *small) if self.records else self.forward(x, call, *small)[0]
+        for late in call.late:
+            late.run()
         return tuple(ys)
 
     def forward(self, x: torch.Tensor, call: Call, *small: Any) -> tuple[list[torch.Tensor], Made]:
@@ -117,14 +132,13 @@ class FusedGroup:
     ) -> list[MaybeTensor]:
         """What the backward will read: x, room and bits, each layer's ``Kept``, and the weights of frozen ones."""
         group = self.group
-        again = any(one.z_again for one in group.each)
         saved: list[MaybeTensor] = [
-            x if group.needs_a or again else None,
+            x if group.needs_a or self.again else None,
             made.room,
             made.bits if group.needs_ds else None,
         ]
         for j, (i, one) in enumerate(zip(self.adapted, group.each, strict=True)):
-            saved += Kept(
+            saved += (  # as in ``Kept``
                 call.weights[i] if group.needs_x or one.z_again else None,
                 small[4 * j + 1] if not one.casts and (group.needs_ds or one.z_again) else None,
                 ys[i] if one.z_again else None,
@@ -139,15 +153,17 @@ class FusedGroup:
         last."""
         x, room, bits, *rest = saved
         end = 4 * len(self.adapted)
-        kept = [Kept(*rest[i : i + 4]) for i in range(0, end, 4)]
-        frozen = []
-        if self.group.needs_x:
+        kept = [rest[i : i + 4] for i in range(0, end, 4)]
+        frozen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if self.frozen and self.group.needs_x:
             pairs = zip([dys[i] for i in self.frozen], rest[end:], strict=True)
             frozen = [(as_rows(dy), weight) for dy, weight in pairs if dy is not None]
         own = [None if dys[i] is None else as_rows(dys[i]) for i in self.adapted]
         made = Made(room, bits, ())
         x = None if x is None else addressable(x)
         dx, grads = backward(self.group, own, frozen, x, made, kept, scalings, p)
+        if not self.frozen:
+            return dx, *(grad for four in grads for grad in four)
         biases = [
             dy.reshape(-1, dy.shape[-1]).sum(0) if need and dy is not None else None
             for dy, need in zip([dys[i] for i in self.frozen], needs, strict=True)
@@ -198,7 +214,7 @@ def _backward_of(ctx: Any, *dys: Any) -> tuple[Any, ...]:
         scalings = list(scalings)
         for i in reversed(tensors):
             scalings[i] = saved.pop()
-    needs = ctx.needs_input_grad[3 + 4 * len(fused.adapted) :]
+    needs = ctx.needs_input_grad[3 + 4 * len(fused.adapted) :] if fused.frozen else ()
     dx, *rest = fused.backward(dys, saved, scalings, p, needs)
     return dx, None, None, *rest
 

@@ -25,6 +25,8 @@ from lora_fast.blocks.reference import ACTIVATIONS
 # In the __dict__ of modules: so it follows deepcopy and pickle.
 SIBLINGS = "_siblings"  # a layer's group; a parent's groups
 GLU = "_glu"  # what a gated MLP is, or why a module that looks like one is none
+# The hooks' key, the same in all parents: torch.compile guards it, and would compile each layer of a model anew.
+HOOK = -0x10FA
 
 
 class Joins:
@@ -71,28 +73,24 @@ class Siblings:
     its input through autograd's graph, so an entry that only knew its input weakly would never end.
     """
 
-    def __init__(self, names: tuple[str, ...], hooks: tuple[int, int] | None = None) -> None:
-        self.names, self.hooks = names, hooks  # the parent's two, by their ids
+    def __init__(self, names: tuple[str, ...], hook: int = HOOK) -> None:
+        self.names, self.hook = names, hook  # the key of the parent's two hooks
         self.calls, self.wasted = 0, dict.fromkeys(names, 0)  # runs, and of these outputs that nobody asked for
         self._open: dict[int, list[_Call]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.names, self.hooks)  # nothing of calls that are going on
+        return type(self), (self.names, self.hook)  # nothing of calls that are going on
 
     def attach(self, parent: nn.Module) -> None:
         """Open with the parent's calls from now on."""
-        before = parent.register_forward_pre_hook(self.enter)
-        self.hooks = before.id, parent.register_forward_hook(self.leave, always_call=True).id
+        before, after = parent.register_forward_pre_hook(self.enter), parent.register_forward_hook(self.leave)
+        parent._forward_pre_hooks[self.hook] = parent._forward_pre_hooks.pop(before.id)
+        parent._forward_hooks[self.hook] = parent._forward_hooks.pop(after.id)
+        parent._forward_hooks_always_called[self.hook] = True
 
     def detach(self, parent: nn.Module) -> None:
-        assert self.hooks is not None
-        before, after = self.hooks
-        for hooks, at in (
-            (parent._forward_pre_hooks, before),
-            (parent._forward_hooks, after),
-            (parent._forward_hooks_always_called, after),
-        ):
-            hooks.pop(at, None)
+        for hooks in (parent._forward_pre_hooks, parent._forward_hooks, parent._forward_hooks_always_called):
+            hooks.pop(self.hook, None)
 
     def enter(self, parent: nn.Module, args: Any) -> None:
         self._open.setdefault(_thread(), []).append(_Call(parent))
@@ -330,7 +328,7 @@ def _group(module: nn.Module, own: dict[str, Any]) -> None:
     if [siblings.names for siblings in _groups(module)] == predicted:
         return
     _ungroup(module)
-    groups = vars(module)[SIBLINGS] = [Siblings(names) for names in predicted]
+    groups = vars(module)[SIBLINGS] = [Siblings(names, HOOK - i) for i, names in enumerate(predicted)]
     for siblings in groups:
         for name in siblings.names:
             vars(own[name])[SIBLINGS] = siblings

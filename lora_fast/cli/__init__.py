@@ -15,7 +15,7 @@ class Command(NamedTuple):
 
     module: str
     help: str
-    extra: str  # the optional dependencies that run needs, as pip install lora-fast[extra] brings them
+    extra: str  # of pyproject.toml: the optional dependencies that run needs
     imports: tuple[str, ...]  # what must be there of them
     refusals: tuple[type[Exception], ...] = ()  # what run raises about the files that it is given: told, exit code 1
 
@@ -62,7 +62,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 130 interrupted.
+    """Run one command and return its exit code: 0 done, 1 failed, 130 interrupted, which the imports may be, too.
 
     ``argv`` is the command line without the program's name (default: that of the process).
 
@@ -70,6 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 for bad arguments, 0 after ``--help`` and ``--version``.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        print(
+            " ".join(["lora-fast", *(word for word in argv[:1] if word in COMMANDS)]) + ": interrupted", file=sys.stderr
+        )
+        return 130
+
+
+def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="lora-fast",
         description="LoRA layers that replace nn.Linear.",
@@ -87,9 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in command.imports:
             importlib.import_module(name)
     except ImportError as error:
+        package = name.partition(".")[0]
         print(
-            f"lora-fast {args.command}: error: {name.partition('.')[0]} cannot be imported ({error}); "
-            f"it comes with: pip install lora-fast[{command.extra}]",
+            f"lora-fast {args.command}: error: {package} cannot be imported ({error}): pip install {package}, "
+            f'or all that it needs from a checkout of lora_fast: pip install ".[{command.extra}]"',
             file=sys.stderr,
         )
         return 1
@@ -103,6 +114,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except command.refusals as error:
         print(f"lora-fast {args.command}: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"lora-fast {args.command}: interrupted", file=sys.stderr)
-        return 130

@@ -87,14 +87,19 @@ def _from_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _from_torchtune(source: Path, alpha: float | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    folder = source if source.is_dir() else source.parent
+    if source.is_dir() and (source / TENSORS).exists() and not (source / PT).exists():
+        raise ValueError(f"SRC {source} is PEFT's already: nothing to convert (or --to torchtune?)")
     file = inside(source, PT) if source.is_dir() else source
     named = _tensors(file)
+    if any(key.startswith(PREFIX) for key in named):
+        raise ValueError(f"SRC {source} has PEFT's names already: nothing to convert (or --to torchtune?)")
     if unknown := [key for key in named if to_peft(key) is None]:
         raise ValueError(f"{file.name}: {some(unknown)}: not of an adapter on torchtune's Llama")
     state = {str(to_peft(key)): tensor for key, tensor in named.items()}
-    dropout, beside = 0.0, source if source.is_dir() else source.parent
-    if (beside / CONFIG).exists():
-        settings = read_config(inside(beside, CONFIG))
+    dropout = 0.0
+    if (folder / CONFIG).exists():
+        settings = read_config(inside(folder, CONFIG))
         alpha, dropout = settings.lora_alpha if alpha is None else alpha, settings.lora_dropout
     if alpha is None:
         raise ValueError(f"{file.name}: does not say lora_alpha, nor is {CONFIG} beside it; give --alpha")

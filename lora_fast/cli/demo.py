@@ -107,6 +107,11 @@ def _experiment(seeds: int, ranks: list[int], device: torch.device, out: Path, d
 
     *groups, full = ([run for run in runs if run.rank == rank] for rank in [*ranks, 0])
     console.print(table({method: groups}, full), soft_wrap=False)
+    if lost := [str(group[0].rank) for group in groups if fmean(run.test_accuracy for run in group) < after]:
+        console.print(
+            f"Rank {', '.join(lost)} diverged: worse than before the fine-tune ({after:.3f}). The learning rate, "
+            f"{LORA_LR}, is too high for it; it was searched for ranks up to 64."
+        )
     best = max((run for run in runs if run.rank), key=lambda run: run.validation_accuracy)
     plot({method: groups}, full).savefig(out / "accuracy.png", dpi=150)
     _save(out, runs, bases[best.seed], adapters[best.rank, best.seed])

@@ -10,15 +10,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_fast import dispatch
-from lora_fast.cli.doctor_layers import examine
-from lora_fast.cli.machine import devices, versions
+from lora_fast import dispatch, patch_peft
+from lora_fast.cli.doctor_layers import Layer, examine
+from lora_fast.cli.machine import as_if, devices, has_triton, versions
 from lora_fast.cli.selfcheck import Shape, check
 from lora_fast.files.adapter import open_adapter, read_adapter
 from lora_fast.files.fitting import fit_adapter
 from lora_fast.files.format import TENSORS
 from lora_fast.files.skeleton import skeleton_of_adapter
 from lora_fast.models.adapt import lora_layers
+from lora_fast.peft.report import NOT_PATCHED
+from lora_fast.tables import aligned, grouped, shared, told_once
 
 EPILOG = """\
 examples:
@@ -26,16 +28,28 @@ examples:
   lora-fast doctor my_pkg.my_model:build what of the model that build() returns is fused, and why not
   lora-fast doctor path/to/adapter       what the adapter holds, and whether load_adapter takes it
   lora-fast doctor my_pkg:model --require-fused && python train.py
+  lora-fast doctor my_pkg:build --as-if sm_90    the same as a Hopper GPU would have it, told without one
 
-With TRITON_INTERPRET=1 in the environment, a machine without a GPU checks the kernels in Triton's interpreter.
-Exit codes: 0 all right, 1 something is wrong, 2 wrong arguments (a TARGET that names nothing is one)."""
+TARGET is looked at first. With TRITON_INTERPRET=1 in the environment, a machine without a GPU checks the kernels in
+Triton's interpreter. Exit codes: 0 all right, 1 something is wrong, 2 wrong arguments (a TARGET that names nothing is
+one)."""
 
 GPU_SHAPES = [Shape(256, 512, 384, 16), Shape(77, 130, 66, 5)]
 TINY = [Shape(24, 40, 24, 4)]
 
 
+CHIPS = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0), "sm_100": (10, 0), "sm_120": (12, 0)}
+PATCH = "PEFT's layers are stock as yet: call lora_fast.patch_peft(model) after get_peft_model"
+
+MARKS = {True: "fused", False: "not fused", None: "plain"}
+
+
 class Wrong(Exception):
-    """Something is wrong with the target."""
+    """Something is wrong with the target. ``code``: what the command exits with."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--require-fused", action="store_true", help="exit with 1 if a layer of TARGET with an adapter is not fused"
     )
+    chips = "tell what a GPU of this kind would run, and run no checks"
+    parser.add_argument("--as-if", metavar="CHIP", type=_chip, help=f"{chips}: {', '.join(CHIPS)} (or 90)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,18 +73,22 @@ def run(args: argparse.Namespace) -> int:
     if args.require_fused and (target is None or is_path):
         print("lora-fast doctor: error: --require-fused needs a TARGET that is a model", file=sys.stderr)
         return 2
-    good = versions()
+    good = True
+    try:
+        if target is not None:
+            good &= adapter(Path(target)) if is_path else model(target, args.require_fused, args.as_if)
+            print()
+    except Wrong as error:
+        print(f"lora-fast doctor: error: {error}", file=sys.stderr)
+        return error.code
+    good &= versions()
     print()
+    if args.as_if is not None:
+        as_if(args.as_if, CHIPS[args.as_if])
+        return 0 if good else 1
     devices()
     print()
     good &= self_check()
-    try:
-        if target is not None:
-            print()
-            good &= adapter(Path(target)) if is_path else model(target, args.require_fused)
-    except Wrong as error:
-        print(f"lora-fast doctor: error: {error}", file=sys.stderr)
-        good = False
     return 0 if good else 1
 
 
@@ -82,7 +102,8 @@ def self_check() -> bool:
         what = "the fused kernels in Triton's interpreter, which has no right bfloat16 (a GPU has)"
         checks = check(torch.device("cpu"), [torch.float16, torch.float32], TINY, "triton")
     else:
-        what = f"{plain}, plain torch on the CPU (TRITON_INTERPRET=1 in the environment: also the kernels, interpreted)"
+        hint = " (TRITON_INTERPRET=1 in the environment: also the kernels, interpreted)" if has_triton() else ""
+        what = f"{plain}, plain torch on the CPU{hint}"
         checks = check(torch.device("cpu"), [*half, torch.float32], TINY, "reference")
     print(f"self-check of {what}: forward and gradients against float64")
     results = []
@@ -125,22 +146,48 @@ def adapter(folder: Path) -> bool:
     return True
 
 
-def model(target: str, require_fused: bool) -> bool:
-    """Print layer by layer what is fused; whether that is as required.
+def model(target: str, require_fused: bool, chip: str | None = None) -> bool:
+    """Print what of the model is fused, layers that are alike as one; whether that is as required.
+
+    ``chip``: the one that is assumed. A stock PEFT model is then told as it is once patched.
 
     Raises:
         Wrong: the target cannot be imported or made, or is no module.
     """
     found = _load(target)
-    print(f"model {target}: {type(found).__name__}")
-    layers = list(examine(found))
-    width = max((len(layer.name) for layer in layers), default=0)
-    for layer in layers:
-        mark = {True: "fused    ", False: "not fused", None: "plain    "}[layer.fused]
-        print(f"  {layer.name:{width}}  {mark}  {layer.what}{': ' if layer.why else ''}{layer.why}")
+    print(f"model {target}: {type(found).__name__}{'' if chip is None else f', as if on a GPU of {chip}'}")
+    layers, note = list(examine(found)), ""
+    if any(layer.why == NOT_PATCHED for layer in layers):
+        note = PATCH
+        if chip is not None:
+            note = "as after lora_fast.patch_peft(model), which is yet to be called"
+            patch_peft(found)
+    if chip is not None:
+        with dispatch.assume_capability(*CHIPS[chip]):
+            layers = list(examine(found))
     counts = Counter(layer.fused for layer in layers)
+    rows = grouped((layer.name, MARKS[layer.fused], _what(layer), layer.why) for layer in layers)
+    reasons = [why for *_, mark, _, why in rows if mark == MARKS[False]]
+    often = shared(reasons)
+    lines = aligned([(*row, what if why in ("", often) else f"{what}: {why}") for *row, what, why in rows])
+    if often:
+        lines.append(told_once(often, reasons))
+    print("\n".join(f"  {line}" for line in lines))
     print(f"  {counts[True]} fused, {counts[False]} not fused, {counts[None]} without an adapter")
+    if note:
+        print(f"  {note}")
     return not (require_fused and counts[False])
+
+
+def _what(layer: Layer) -> str:
+    return f"{layer.what} ({layer.remark})" if layer.remark else layer.what
+
+
+def _chip(word: str) -> str:
+    name = word if word.startswith("sm_") else f"sm_{word}"
+    if name not in CHIPS:
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected one of {', '.join(CHIPS)}")
+    return name
 
 
 def _is_path(target: str) -> bool:
@@ -162,8 +209,17 @@ def _load(target: str) -> nn.Module:
         sys.path.insert(0, here)  # as `python -m` has it
     try:
         found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        absent = error.name is not None and f"{module}.".startswith(f"{error.name}.")
+        raise Wrong(f"{target}: ModuleNotFoundError: {error}", 2 if absent else 1) from error
+    except Exception as error:  # whatever the user's code raises
+        raise Wrong(f"{target}: {type(error).__name__}: {error}") from error
+    try:
         for word in path.split("."):
             found = getattr(found, word)
+    except AttributeError as error:
+        raise Wrong(f"{target}: AttributeError: {error}", 2) from error
+    try:
         made = found if isinstance(found, nn.Module) else found()  # type: ignore[operator]
     except Exception as error:  # whatever the user's code raises
         raise Wrong(f"{target}: {type(error).__name__}: {error}") from error

@@ -23,7 +23,8 @@ class Layer(NamedTuple):
     name: str
     what: str
     fused: bool | None  # None: not an adapter's layer
-    why: str
+    why: str  # not fused; of a layer without an adapter, what there is for it
+    remark: str = ""
 
 
 def examine(model: nn.Module) -> Iterator[Layer]:
@@ -56,8 +57,8 @@ def examine(model: nn.Module) -> Iterator[Layer]:
                 )
         elif isinstance(module, tuner):
             inside.update(module.modules())
-            fused, why = verdicts.get(name, (False, "stock PEFT"))
-            yield Layer(name, f"{type(module).__module__}.{type(module).__qualname__}", fused, why)
+            verdict = verdicts.get(name, (False, "stock PEFT", ""))
+            yield Layer(name, f"{type(module).__module__}.{type(module).__qualname__}", *verdict)
         elif isinstance(module, nn.Linear) and module not in inside:
             why = why_not_lora(module)
             yield Layer(
@@ -71,8 +72,15 @@ def examine(model: nn.Module) -> Iterator[Layer]:
         elif module not in inside:
             for key, parameter in module._parameters.items():
                 if parameter in others:
-                    what = f"parameter {list(parameter.shape)}, {str(parameter.dtype).removeprefix('torch.')}"
+                    kind = "router" if _is_router(name, module, parameter) else "parameter"
+                    what = f"{kind} {list(parameter.shape)}, {str(parameter.dtype).removeprefix('torch.')}"
                     yield Layer(start + key, what, None, "not adapted: it is no nn.Linear's")
+
+
+def _is_router(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
+    """As transformers' models have them: [experts, hidden], in a module called gate or router."""
+    last = name.rpartition(".")[2].lower()
+    return parameter.dim() == 2 and (last in ("gate", "router") or "router" in type(module).__name__.lower())
 
 
 def _experts(name: str, module: nn.Module) -> Iterator[Layer]:
@@ -103,10 +111,10 @@ def _peft_layers() -> tuple[type[nn.Module], ...]:
     return () if found is None else (found,)
 
 
-def _peft_verdicts(model: nn.Module) -> dict[str, tuple[bool, str]]:
-    """{layer: (fused, why or why not)} of PEFT's LoRA layers, as lora_fast.peft_report has it."""
+def _peft_verdicts(model: nn.Module) -> dict[str, tuple[bool, str, str]]:
+    """{layer: (fused, why not, remark)} of PEFT's LoRA layers, as lora_fast.peft_report has it."""
     try:
         report = peft_report(model)
     except ValueError:  # all are of PEFT's other methods
         return {}
-    return {layer.name: (layer.fused, layer.reason) for layer in report.layers}
+    return {layer.name: (layer.fused, layer.reason, layer.remark) for layer in report.layers}

@@ -1,6 +1,7 @@
 """What a machine has: Python packages, GPUs, whether the fused kernels can run on them, and what starting one takes."""
 
 import importlib.metadata
+import importlib.util
 import platform
 import re
 import statistics
@@ -58,6 +59,30 @@ def devices() -> None:
         print(f"no GPU: torch is a build {f'for {built} but sees none' if has else 'without CUDA'}")
         other = torch.accelerator.current_accelerator() or torch.device("cpu")
         print(f"  fused kernels: cannot run: {dispatch.why_not_triton(other, torch.bfloat16)}")
+        tell_launches()
+
+
+def as_if(chip: str, capability: tuple[int, int]) -> None:
+    """Print what a GPU of this compute capability could run, with the Triton that is installed."""
+    device = torch.device("cuda")
+    with dispatch.assume_capability(*capability):
+        fused, eight = dispatch.why_not_triton(device, torch.bfloat16), dispatch.why_not_fp8(device)
+    if not has_triton():
+        fused = "Triton is not installed"
+    print(f"as if on a GPU of {chip}:")
+    for what, why in (("fused kernels", fused), ("fp8 bases and 8-bit products", eight)):
+        print(f"  {what}: {f'cannot run: {why}' if why else 'can run'}")
+    tell_launches()
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def tell_launches() -> None:
+    """Print how a GPU's kernels would be started, where Triton is installed."""
+    if has_triton():
+        print(f"  launches, on a GPU with this Triton: {launches()}")
 
 
 def launches() -> str:

@@ -10,12 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-try:
-    from safetensors import safe_open
-except ImportError as error:
-    raise ImportError("checkpoints on disk need safetensors: pip install safetensors") from error
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.files.format import PREFIX, inside
+from lora_fast.files.writing import safetensors_or_raise
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 INDEX_BYTES = 1 << 26
@@ -77,7 +74,7 @@ class Base:
     written: dict[str, str] = field(default_factory=dict)  # {name of a tensor: that in the files}, where they differ
 
     def read(self, name: str) -> torch.Tensor:
-        with safe_open(self.shards[self.tensors[name].shard], "pt") as file:
+        with safetensors_or_raise("").safe_open(self.shards[self.tensors[name].shard], "pt") as file:
             return file.get_tensor(self.written.get(name, name))
 
     def rename(self, names: Mapping[str, str]) -> None:
@@ -228,7 +225,7 @@ def _header(path: Path, shard: str) -> tuple[int, dict[str, Any]]:
     """(where the data begins, {name: dtype, shape, data_offsets}, metadata among them), after safetensors has found
     nothing wrong."""
     try:
-        with safe_open(path, "pt"), open(path, "rb") as file:
+        with safetensors_or_raise("").safe_open(path, "pt"), open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
     except OSError:

@@ -101,7 +101,11 @@ def check_hyperparameters(
 
 def check_init(init_lora_weights: bool | str) -> None:
     if not isinstance(init_lora_weights, bool) and init_lora_weights != "gaussian":
-        raise ValueError(f"init_lora_weights: got {init_lora_weights!r}, expected True, False or 'gaussian'")
+        hint = ""
+        if isinstance(init_lora_weights, str):
+            start = f"get_peft_model(model, LoraConfig(init_lora_weights={init_lora_weights!r}, ...))"
+            hint = f"; for PEFT's other starts, have PEFT make it: {start}, then lora_fast.patch_peft(model)"
+        raise ValueError(f"init_lora_weights: got {init_lora_weights!r}, expected True, False or 'gaussian'{hint}")
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from lora_fast.layers.replacing import forget_adapted, lost, note_adapted
 from lora_fast.layers.rules import check_quantisable, kind_asked_for
 from lora_fast.models.all_linear import layers_before
 from lora_fast.models.config import LoRAConfig
+from lora_fast.models.peft_config import from_peft, is_pefts
 from lora_fast.models.projections import missed_by, patterns, projections
 from lora_fast.models.targets import find_parameters, find_targets, holders, matching, resolve_pattern, some
 from lora_fast.wrappers import fsdp1
@@ -35,9 +36,12 @@ TRAINED = "_trained_with_lora"  # names of own tensors that train and are saved 
 SAVED = "_saved_with_lora"  # present where modules_to_save trains a module that has tensors of its own
 
 
-def add_lora(model: nn.Module, config: LoRAConfig, *, blocks: str | bool = "auto") -> nn.Module:
+def add_lora(model: nn.Module, config: Any, *, blocks: str | bool = "auto") -> nn.Module:
     """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, in place, give the targeted
     parameters adapters, freeze the rest, return ``model``.
+
+    ``config`` is a :class:`LoRAConfig`, or PEFT's ``LoraConfig``: what of it means nothing here (``task_type``) is
+    dropped, what our layers have not is an error that says how to get it.
 
     "all-linear" also means what was an ``nn.Linear`` in transformers 4, as it does to PEFT: experts, and the routers of
     Mixtral's and Qwen's families. Other parameters that ``target_modules`` speaks of and that are no ``nn.Linear``'s
@@ -55,18 +59,20 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, blocks: str | bool = "auto
     parent calls with one input as a group (:mod:`lora_fast.blocks`); with False every layer runs by itself.
 
     Raises:
-        TypeError: not a module, not a LoRAConfig.
-        ValueError: the model has LoRA layers already, is itself an ``nn.Linear`` or wrapped by FSDP1; a target is no
-            plain ``nn.Linear`` or its forward would not be called; a name or pattern of the config matches nothing; a
-            weight to quantise that is not finite; a base_compute alone where no weight is kept so that it applies;
-            ``blocks`` neither "auto" nor False.
+        TypeError: not a module, neither of the configs.
+        ValueError: a field of PEFT's config asks for what our layers have not; the model has LoRA layers already, is
+            itself an ``nn.Linear`` or wrapped by FSDP1; a target is no plain ``nn.Linear`` or its forward would not be
+            called; a name or pattern of the config matches nothing; a weight to quantise that is not finite; a
+            base_compute alone where no weight is kept so that it applies; ``blocks`` neither "auto" nor False.
         RuntimeError: an fp8 base on a GPU that has no units for it.
         After any error the model, its modules and its requires_grad flags are as they were.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    if is_pefts(config):
+        config = from_peft(config)
     if not isinstance(config, LoRAConfig):
-        raise TypeError(f"config: got {type(config).__name__}, expected a LoRAConfig")
+        raise TypeError(f"config: got {type(config).__name__}, expected a LoRAConfig, or PEFT's LoraConfig")
     if blocks not in ("auto", False):
         raise ValueError(f'blocks: got {blocks!r}, expected "auto" or False')
     config = replace(config)  # its fields may have been assigned since it was checked

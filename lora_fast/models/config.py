@@ -8,6 +8,27 @@ from lora_fast.layers.rules import check_base_dtype, check_hyperparameters
 
 SUFFIX = r"(.*\.)?({})$"  # how PEFT reads a key of rank_pattern: it stands for a full name or its last parts
 
+# Fields of PEFT's LoraConfig that say nothing about the layers, or what ours do anyway.
+WITHOUT_MEANING = {
+    "task_type": "PEFT wraps the model for a task, add_lora leaves it as it is",
+    "inference_mode": "an adapter that was added trains; disable_lora and requires_grad say otherwise",
+    "base_model_name_or_path": "nothing is loaded by it",
+    "revision": "nothing is loaded by it",
+    "auto_mapping": "nothing is loaded by it",
+    "peft_type": "it is always LoRA",
+    "peft_version": "it is PEFT's",
+    "ensure_weight_tying": "what is tied trains together anyway",
+    "fan_in_fan_out": "an nn.Linear's weight is never transposed",
+}
+WAY_OUT = "PEFT has it: get_peft_model(model, LoraConfig(...)), then lora_fast.patch_peft(model)"
+# Its other fields.
+OF_PEFT = {
+    *("alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication"),
+    *("layers_pattern", "layers_to_transform", "loftq_config", "lora_bias", "lora_ga_config", "megatron_config"),
+    *("megatron_core", "monteclora_config", "qalora_group_size", "runtime_config", "trainable_token_indices"),
+    *("use_bdlora", "use_qalora", "velora_config"),
+}
+
 
 @dataclass
 class LoRAConfig:
@@ -61,6 +82,13 @@ class LoRAConfig:
     base_compute: str | None = None
     base_dtype_exclude: str | list[str] | None = None
 
+    def __new__(cls, *args: Any, **given: Any) -> "LoRAConfig":
+        """Name fields that are not here: TypeError, with what to do for those that PEFT has."""
+        for name in given:
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(f"{name}: LoRAConfig has no such field{_instead(name)}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         check_hyperparameters(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.init_lora_weights)
         if not isinstance(self.use_dora, bool):
@@ -95,6 +123,12 @@ class LoRAConfig:
                     check_hyperparameters(r, alpha, 0.0, False, True)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{argument}[{key!r}]: {error}") from None
+
+
+def _instead(name: str) -> str:
+    if name in WITHOUT_MEANING:
+        return f", and it needs none: {WITHOUT_MEANING[name]}. Leave it out, or give add_lora PEFT's LoraConfig"
+    return f" ({WAY_OUT})" if name in OF_PEFT else ""
 
 
 def _check_names(argument: str, patterns: Any) -> None:

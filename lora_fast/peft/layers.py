@@ -1,6 +1,7 @@
 """PEFT's LoRA linear layer, and its tuner, with a fused forward: what ``patch_peft`` makes of instances of theirs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm
 from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
 from lora_fast.peft import norms as peft_norms
+from lora_fast.peft.batches import named_call, names_of, naming
 from lora_fast.peft.merging import KeepingLinear, for_an_adapters_file, spread_scaled
 from lora_fast.peft.rules import (
     BASES,
@@ -139,6 +141,8 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         DoRA's dropout acts on the low-rank branch alone, and several adapters share one mask; stock PEFT, in contrast,
         also drops the input of DoRA's base product, and draws a mask for each adapter.
         """
+        if (names := names_of(self, kwargs)) is not None and not self.disable_adapters:
+            return self.named_call(x, names, *args, **kwargs)
         if SIBLINGS in vars(self) and not args and not kwargs and (y := self.joined(x)) is not None:
             return y
         if not self.disable_adapters and not self.merged and (names := active(self)):
@@ -153,6 +157,15 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
             weight, bias = (None if kept is None else whole(kept) for kept in self._both_kept().values())
             return F.linear(x, weight, bias)  # type: ignore[arg-type]
         return self.stock_forward(x, *args, **kwargs)
+
+    def named_call(self, x: torch.Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The forward of samples that name an adapter each; in training, too, unlike stock PEFT's."""
+        more = {name: value for name, value in kwargs.items() if name != "adapter_names" and value is not None}
+        y = "forward was given more than x" if args or more else named_call(self, x, names)
+        if isinstance(y, str):
+            dispatch.tell("leaves several adapters in one batch to stock PEFT", y)
+            return self.stock_forward(x, *args, **{**kwargs, "adapter_names": names})
+        return y
 
     def stock_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return super().forward(x, *args, **kwargs)
@@ -198,7 +211,7 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         return not isinstance(self.base_layer.weight, PackedWeight)
 
     def as_layer(self, x: torch.Tensor) -> Layer | str | None:
-        if self.disable_adapters or self.merged or not (names := active(self)):
+        if self.disable_adapters or self.merged or not (names := active(self)) or names_of(self, {}) is not None:
             return None
         parts = why_not_this_call(self, x, (), {}) or examine(self, names)
         if isinstance(parts, str):
@@ -281,6 +294,11 @@ class FastLoraModel(LoraModel):
     """PEFT's tuner that also makes the layers of adapters fast that come later, as ``patch_later`` does."""
 
     patch_later: Callable[[LoraModel], None] | None = None
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with naming(self, super()._enable_peft_forward_hooks, args, kwargs):
+            yield
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(*args, **kwargs)

@@ -11,16 +11,27 @@ from torch import nn
 from lora_fast import dispatch
 from lora_fast.bases.packed import is_packed, packed_in
 from lora_fast.blocks.joining import joined_in
+from lora_fast.tables import aligned, grouped, shared, told_once
 from lora_fast.wrappers import fsdp1
+
+NOT_PATCHED = "not patched"
 
 
 @dataclass(frozen=True)
 class PeftLayer:
-    """One of PEFT's LoRA layers: its name, whether the fused kernels run it, and the reason or a remark."""
+    """One of PEFT's LoRA layers.
+
+    Attributes:
+        name: its name in the model.
+        fused: whether the fused kernels run it.
+        reason: why they do not; "" where they do.
+        remark: what else is to know of it ("DoRA", "nf4 base"), or "".
+    """
 
     name: str
     fused: bool
     reason: str
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,26 +59,28 @@ class PeftReport:
         return len(self.layers) - self.fused
 
     def __str__(self) -> str:
-        """A line for all layers whose names differ in numbers alone and that share the rest."""
-        layers = [(layer.name, "fused" if layer.fused else "not fused", layer.reason) for layer in self.layers]
-        groups: dict[tuple[str, ...], int] = {}
-        for name, *rest in [*layers, *self.joined]:
-            key = ".".join("*" if part.isdigit() else part for part in name.split(".")), *rest
-            groups[key] = groups.get(key, 0) + 1
-        rows = [(name, str(count), *rest) for (name, *rest), count in groups.items()]
-        table = [("layer", "count", "", "reason"), *rows]
-        widths = [max(len(row[i]) for row in table) for i in range(3)]
-        lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
-            for row in table
-        ]
+        """A line for all layers whose names differ in numbers alone and that share the rest; the reason that most of
+        them share stands below, once."""
+        marks = {True: "fused", False: "not fused"}
+        rows = grouped((layer.name, marks[layer.fused], layer.reason, layer.remark) for layer in self.layers)
+        reasons = [reason for *_, reason, _ in rows]
+        often = shared(reasons)
+        layers = [(*row, _beside("" if why == often else why, remark)) for *row, why, remark in rows]
+        text = aligned([("layer", "count", "", "reason"), *layers, *grouped(self.joined)])
+        if often:
+            text.append(told_once(often, reasons))
         joined = []
         if self.blocks:
             joined.append(f"{self.in_blocks} in {len(self.blocks)} blocks")
         if self.groups:
             joined.append(f"{sum(map(len, self.groups))} in {len(self.groups)} groups")
         together = f" ({', '.join(joined)})" if joined else ""
-        return "\n".join([*lines, f"{self.fused} fused{together}, {self.not_fused} not fused"])
+        return "\n".join([*text, f"{self.fused} fused, {self.not_fused} not fused{together}"])
+
+
+def _beside(reason: str, remark: str) -> str:
+    """A reason and a remark in one cell: a remark is no reason, so it is in brackets."""
+    return f"{reason} ({remark})".lstrip() if remark else reason
 
 
 def peft_report(model: nn.Module) -> PeftReport:
@@ -122,7 +135,7 @@ def _judge_experts(name: str, wrapper: Any, gathered: bool) -> Iterator[tuple[st
     from lora_fast.peft.experts import FastExperts, chain_of, why_never_fused
     from lora_fast.peft.rules import active
 
-    loras: Any = "not patched"
+    loras: Any = NOT_PATCHED
     if not isinstance(wrapper, FastExperts):
         loras = why_never_fused(wrapper) or loras
     elif "forward" in vars(wrapper):
@@ -144,12 +157,13 @@ def _judge_experts(name: str, wrapper: Any, gathered: bool) -> Iterator[tuple[st
         yield f"{name}.{one.parameter_name}", not why, why
 
 
-def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[bool, str]:
+def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[Any, ...]:
+    """(fused, reason), and a remark where the layer could be fused elsewhere."""
     from lora_fast.peft.layers import FastLinear
     from lora_fast.peft.rules import active, examine, is_dora, why_never_fused
 
     if not isinstance(layer, FastLinear):
-        return False, why_never_fused(layer) or "not patched"
+        return False, why_never_fused(layer) or NOT_PATCHED
     old_forward = vars(layer).get("_old_forward")  # what an accelerate hook calls
     if "forward" in vars(layer) and getattr(old_forward, "__func__", None) is not FastLinear.forward:
         return False, "its forward was replaced on the instance (if by an accelerate hook: patch before it)"
@@ -169,7 +183,7 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[bool, str]:
     packed = packed_in(weight)
     if slow is None and packed is not None:
         slow = packed.why_not(device)
-    remarks = [] if slow is None else [slow]
+    remarks = []
     if packed is not None:
         products = ", 8-bit products" if packed.BASE_COMPUTE else ""
         remarks.append(f"{layer.label_of_base(packed)} base{products}")
@@ -178,7 +192,7 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[bool, str]:
         remarks.append("DoRA, dropout in the low-rank branch alone" if drops else "DoRA")
     if len(names) > 1:
         remarks.append(f"{len(names)} adapters as one")
-    return slow is None, "; ".join(remarks)
+    return slow is None, slow or "", "; ".join(remarks)
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -188,10 +202,14 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     try:
         from peft.tuners.lora import LoraLayer
     except ImportError as error:
-        raise ImportError("patch_peft needs PEFT: pip install 'lora_fast[peft]'") from error
+        raise ImportError("patch_peft needs PEFT: pip install peft") from error
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
-        raise ValueError(f"model: got a {type(model).__name__} without LoRA layers of PEFT's, expected some")
+        raise ValueError(
+            f"model: got a {type(model).__name__} without LoRA layers of PEFT's, expected some (patch what "
+            "get_peft_model gives, or trainer.model where a trainer makes it of a peft_config; add_lora makes own "
+            "layers)"
+        )
     return layers
 
 

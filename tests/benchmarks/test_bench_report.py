@@ -117,6 +117,20 @@ def test_plot(tmp_path):
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_high_bar_does_not_flatten_the_others(tmp_path):
+    pytest.importorskip("matplotlib")
+    path, rows = tmp_path / "bench_lora_h100.csv", fake_rows()
+    common.write_csv(path, bench_lora.COLUMNS, rows)
+    before = plot.draw(plot.read(path)).axes[0].get_ylim()[1]
+    shown = {"impl": "peft", "p": 0, "what": "fwd+bwd", "dtype": "bf16", "r": 16}
+    next(row for row in rows if shown.items() <= row.items())["ratio_to_frozen"] = 100
+    common.write_csv(path, bench_lora.COLUMNS, rows)
+    axes = plot.draw(plot.read(path)).axes[0]
+    assert axes.get_ylim()[1] < 3 * before and [text.get_text() for text in axes.texts if "%" in text.get_text()] == [
+        "9900%"
+    ]
+
+
 def test_plot_of_nothing(tmp_path, capsys):
     path = tmp_path / "empty.csv"
     common.write_csv(path, bench_lora.COLUMNS, [])

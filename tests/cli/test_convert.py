@@ -337,3 +337,11 @@ def test_command_line(arguments, code, words, capsys):
         main(["convert", *arguments])
     captured = capsys.readouterr()
     assert stop.value.code == code and all(word in captured.out + captured.err for word in words)
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_what_is_pefts_already(form, tmp_path, capsys):
+    torch.save(tune_state(), tmp_path / "a.pt")
+    assert convert(tmp_path / "a.pt", tmp_path / "peft", "--to", "peft", "--alpha", 6, *ROWS) == 0
+    src = tmp_path / "peft" / (TENSORS if form == "file" else "")
+    assert "already: nothing to convert" in refused(capsys, tmp_path, src, tmp_path / "b", "--to", "peft", *ROWS)

@@ -201,6 +201,15 @@ def test_folder_that_cannot_be_written(name, tmp_path, capsys, monkeypatch):
     assert not captured.out and (tmp_path / "file").read_text() == "kept"
 
 
+def test_interrupted_during_imports(capsys, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_fast.cli.importlib.import_module", interrupted)
+    assert main(["demo", "--seeds", "1"]) == 130
+    assert capsys.readouterr().err == "lora-fast demo: interrupted\n"
+
+
 @pytest.mark.parametrize("name", COMMANDS["demo"].imports)
 def test_missing_extra(name, tmp_path, capsys, monkeypatch):
     needed = COMMANDS["demo"].imports
@@ -209,7 +218,9 @@ def test_missing_extra(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert f"{name.partition('.')[0]} cannot be imported" in error and "pip install lora-fast[examples]" in error
+    package = name.partition(".")[0]
+    assert f"{package} cannot be imported" in error and f"pip install {package}, or" in error
+    assert 'pip install ".[examples]"' in error
     assert not (tmp_path / "out").exists()
 
 
@@ -223,6 +234,17 @@ def test_interrupted(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(demo, "run", interrupt)
     assert main(["demo", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "lora-fast demo: interrupted\n"
+
+
+@needs_examples
+def test_a_rank_that_diverges_is_named(monkeypatch, tmp_path, capsys):
+    digits = {part: (torch.zeros(5, 784), torch.arange(5)) for part in demo.SPLIT}
+    monkeypatch.setattr(demo, "load_digits", lambda device: (digits, digits))
+    monkeypatch.setattr(demo, "train", lambda *args: 1)
+    after = iter([0.5, 0.5] + 2 * [0.2] + 2 * [0.9] + 2 * [0.95])  # pretrained, ranks 1 and 2, in full
+    monkeypatch.setattr(demo, "accuracy", lambda *args: next(after, 0.9))
+    main(["demo", "--seeds", "1", "--ranks", "1,2", "--out", str(tmp_path / "out")])
+    assert "\nRank 1 diverged: worse than before the fine-tune (0.500)." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -201,29 +201,35 @@ def test_model(target, package, quick, capsys):
     package(MODEL)
     assert main(["doctor", target]) == 0
     said = capsys.readouterr().out
-    lines = [re.split(r"  +", line.strip()) for line in said.partition("model ")[2].splitlines()[1:-1]]
+    lines = [
+        re.split(r"  +", line.strip()) for line in said.partition("model ")[2].partition("\n\n")[0].splitlines()[1:]
+    ]
     why = "the tensors are on 'cpu'; the fused kernels need an NVIDIA GPU"
     no_gpu = doctor.dispatch.why_not_triton(torch.device("cpu"), torch.float32)
     assert no_gpu == why
     assert lines == [
-        ["0", "not fused", f"LoRALinear 8 -> 8, float32, r=2: {why}"],
+        ["0", "1", "not fused", "LoRALinear 8 -> 8, float32, r=2"],
         [
+            "1",
             "1",
             "plain",
             "Linear 8 -> 8, float32: cannot be converted: it has hooks or a replaced forward, which would "
             "be lost (register hooks after the conversion)",
         ],
-        ["2", "not fused", f"DoRALinear 8 -> 8, float32, r=3: {why}"],
+        ["2", "1", "not fused", "DoRALinear 8 -> 8, float32, r=3"],
         [
             "4.out_proj",
+            "1",
             "plain",
             "NonDynamicallyQuantizableLinear 8 -> 8, float32: cannot be converted: it is the "
             "output projection of nn.MultiheadAttention, which reads its weight and would skip "
             "the adapter",
         ],
-        ["5", "plain", "Linear 8 -> 4, bfloat16: add_lora can convert it"],
+        ["5", "1", "plain", "Linear 8 -> 4, bfloat16: add_lora can convert it"],
+        [f"not fused: {why}"],
+        ["0 fused, 2 not fused, 3 without an adapter"],
     ]
-    assert said.endswith("  0 fused, 2 not fused, 3 without an adapter\n")
+    assert said.index("model ") < said.index("lora_fast ")  # what was asked for comes first
 
 
 @pytest.mark.interpreted
@@ -233,7 +239,7 @@ def test_require_fused(package, quick, capsys):
     lora_fast.set_backend("triton")
     try:
         assert main(["doctor", "my_model:build", "--require-fused"]) == 0
-        assert "0  fused      LoRALinear" in capsys.readouterr().out
+        assert "0  1  fused  LoRALinear" in capsys.readouterr().out
     finally:
         lora_fast.set_backend("auto")
 
@@ -253,7 +259,7 @@ def test_the_whole_model_is_a_layer(package, quick, capsys):
     finally:
         lora_fast.set_backend("auto")
     assert (
-        '(itself)  not fused  LoRALinear 8 -> 8, float32, r=8: set_backend("reference") is on'
+        '(itself)  1  not fused  LoRALinear 8 -> 8, float32, r=8: set_backend("reference") is on'
         in capsys.readouterr().out
     )
 
@@ -264,9 +270,7 @@ def test_the_whole_model_is_a_layer(package, quick, capsys):
         ("my_model:build", "def build():\n    raise RuntimeError('no weights')", "RuntimeError: no weights"),
         ("my_model:build", "def build():\n    return 3", "gives a int, expected an nn.Module"),
         ("my_model:build", "def build(path):\n    pass", "TypeError"),
-        ("my_model:other", "", "AttributeError"),
         ("my_model:build", "import absent_module", "ModuleNotFoundError: No module named 'absent_module'"),
-        ("absent_module:build", "", "ModuleNotFoundError: No module named 'absent_module'"),
         ("my_model:build", "def (", "SyntaxError"),
     ],
 )
@@ -275,6 +279,13 @@ def test_models_that_cannot_be_made(target, source, message, package, quick, cap
     assert main(["doctor", target]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"lora-fast doctor: error: {target}: ") and message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("target", ["my_model:other", "my_model:build.other", "absent_module:build", "my_model.sub:x"])
+def test_targets_that_name_nothing(target, package, quick, capsys):
+    package("def build():\n    pass")
+    assert main(["doctor", target]) == 2
+    assert capsys.readouterr().err.startswith(f"lora-fast doctor: error: {target}: ")
 
 
 @pytest.mark.parametrize(
@@ -304,9 +315,53 @@ def build():
 """)
     assert main(["doctor", "my_model:build"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"base_model.model.0 +not fused  peft\.tuners\.lora\.layer\.Linear: \w+", said)
+    assert re.search(r"base_model.model.0 +1  not fused  peft\.tuners\.lora\.layer\.Linear: not patched", said)
     assert "lora_A" not in said and "base_layer" not in said  # told with the layer
-    assert said.endswith("0 fused, 1 not fused, 1 without an adapter\n")
+    assert "  0 fused, 1 not fused, 1 without an adapter\n" in said and "call lora_fast.patch_peft(model)" in said
+    assert main(["doctor", "my_model:build", "--as-if", "sm_90", "--require-fused"]) == 0
+    said = capsys.readouterr().out
+    assert "as if on a GPU of sm_90" in said and "  1 fused, 0 not fused, 1 without an adapter\n" in said
+    assert "as after lora_fast.patch_peft(model)" in said
+
+
+@pytest.mark.parametrize(
+    "chip, eight", [("80", "cannot run: .* 8.0 has no fp8"), ("sm_89", "can run"), ("100", "cannot")]
+)
+def test_as_if(chip, eight, package, capsys):
+    """Told without the GPU, and without a self-check of what is here."""
+    pytest.importorskip("triton")
+    package("""
+def build():
+    model = nn.Sequential(*(lora_fast.LoRALinear(8, 8) for _ in range(3)))
+    assert model(torch.ones(1, 8)).shape == (1, 8)  # runs where it is
+    model.append(lora_fast.LoRALinear(8, 8, dtype=torch.float64))
+    return model
+""")
+    assert main(["doctor", "my_model:build", "--as-if", chip]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\* +3  fused +LoRALinear", said)
+    assert "3  1  not fused  LoRALinear 8 -> 8, float64, r=8: torch.float64 has no fused kernel" in said
+    assert "  fused kernels: can run\n" in said and re.search(rf"8-bit products: {eight}", said)
+    assert "launches, on a GPU with this Triton: " in said and "self-check" not in said
+    assert doctor.dispatch.why_not_triton(torch.device("cpu"), torch.float32) and not doctor.dispatch._assumed
+
+
+def test_as_if_unknown(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--as-if", "sm_75"])
+    assert stop.value.code == 2 and "expected one of sm_80, sm_89, sm_90" in capsys.readouterr().err
+
+
+def test_without_triton(monkeypatch, capsys):
+    """Nothing is advised that needs it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.dispatch, "interpreted", lambda: False)
+    for module in (doctor, machine):
+        monkeypatch.setattr(module, "has_triton", lambda: False)
+    monkeypatch.setattr(selfcheck, "DRAWS", 1)
+    main(["doctor"])
+    said = capsys.readouterr().out
+    assert "self-check of the reference alone" in said and "TRITON_INTERPRET" not in said and "launches" not in said
 
 
 @pytest.mark.interpreted
@@ -326,7 +381,7 @@ def build():
         assert main(["doctor", "my_model:build", "--require-fused"]) == 0
     finally:
         lora_fast.set_backend("auto")
-    assert capsys.readouterr().out.endswith("1 fused, 0 not fused, 1 without an adapter\n")
+    assert "  1 fused, 0 not fused, 1 without an adapter\n" in capsys.readouterr().out
 
 
 def trained(**options):
@@ -351,7 +406,7 @@ def test_adapter(options, words, tmp_path, quick, capsys):
     assert main(["doctor", str(tmp_path / "a")]) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in words), said
-    assert said.endswith("load_adapter takes it, into a model that has these layers\n")
+    assert "load_adapter takes it, into a model that has these layers\n" in said
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])
@@ -440,7 +495,7 @@ def build():
     assert main(["doctor", "my_model:build"]) == 0
     said = capsys.readouterr().out
     assert re.search(
-        r"1\.gate_up_proj +plain +parameter \[4, 8, 16\], float32: not adapted: it is no nn.Linear's", said
+        r"1\.gate_up_proj +1  plain +parameter \[4, 8, 16\], float32: not adapted: it is no nn.Linear's", said
     )
     assert "down_proj_bias" not in said and "0 fused, 1 not fused, 1 without an adapter" in said
 
@@ -472,8 +527,8 @@ def patched():
         ("frozen", "model.layers.0.mlp.experts", r"plain .*gate_up_proj \[4, 48, 16\].*target_parameters can adapt"),
         ("unknown", "model.layers.0.mlp.experts", "LoRA cannot reach these experts: the activation .* is GELU"),
         ("ours", "model.layers.0.mlp.experts.down_proj", "ExpertsLoRA 4 x 24 -> 16, float32, r=3"),
-        ("theirs", "base_model.model.model.layers.0.mlp.experts.gate_up_proj", "not fused .* not patched"),
-        ("patched", "base_model.model.model.layers.0.mlp.experts.down_proj", "" if GPU else "not fused .*on 'cpu'"),
+        ("theirs", "base_model.model.model.layers.0.mlp.experts.gate_up_proj", "not fused"),
+        ("patched", "base_model.model.model.layers.0.mlp.experts.down_proj", "fused" if GPU else "not fused"),
     ):
         lines = dict(said[what])
         assert len(lines) == (1 if what in ("frozen", "unknown") else 2) and re.search(match, lines[name]), said[what]

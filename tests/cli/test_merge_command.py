@@ -412,3 +412,19 @@ def test_command_line(arguments, code, words, capsys):
         main(["merge", *arguments])
     captured = capsys.readouterr()
     assert stop.value.code == code and all(word in captured.out + captured.err for word in words)
+
+
+def test_help_without_safetensors():
+    """It says how to call the command; calling it says what is missing."""
+    code = """
+import sys
+sys.modules["safetensors"] = None
+from lora_fast.cli import main
+try:
+    main(["merge", "--help"])
+except SystemExit as stop:
+    assert stop.code == 0
+sys.exit(main(["merge", "a", "b", "c"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "BASE" in done.stdout and "pip install safetensors" in done.stderr, done.stderr

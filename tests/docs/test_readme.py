@@ -1,5 +1,7 @@
-"""Every snippet and command of the README works."""
+"""Every snippet and command of the README, and of the pages that it hands its details to, works."""
 
+import csv
+import math
 import os
 import re
 import shlex
@@ -11,8 +13,10 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PAGES = ["README.md", "docs/use.md", "docs/gallery.md"]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
+BLOCKS = [block for text in TEXTS.values() for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.DOTALL)]
 SNIPPETS = [text for language, text in BLOCKS if language == "python"]
 COMMANDS = [shlex.split(line) for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
 
@@ -30,14 +34,14 @@ def commands(*start: str) -> list[list[str]]:
 
 def test_everything_is_checked():
     """Each block is in a language that is run here, each command of a kind that is."""
-    assert README.count("```") == 2 * len(BLOCKS)
-    assert {language for language, _ in BLOCKS} == {"python", "sh"}
+    assert sum(text.count("```") for text in TEXTS.values()) == 2 * len(BLOCKS)
+    assert {language for language, _ in BLOCKS} == {"python", "sh", ""}  # "": what a script prints
     kinds = [commands("make"), commands("pip", "install"), commands(".venv/bin/python", "-m", "lora_fast")]
     kinds.append([command for command in COMMANDS if "examples/" in str(command)])  # in test_examples.py
     assert all(kinds) and sum(map(len, kinds)) == len(COMMANDS)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: re.findall(r"from lora_fast.*", text)[0])
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: re.findall(r"from lora_fast.*", text)[-1])
 def test_snippet(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(snippet, {"__name__": "__main__"})
@@ -59,7 +63,7 @@ def test_pip_command(command):
 
 
 def test_extras_named_in_the_text():
-    extras = re.search(r"with the extras that you need \(([^)]*)\)", README).group(1)
+    extras = re.search(r"^extras are ([^.]*)\.", README, re.MULTILINE).group(1)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert re.findall(r"`(\w+)`", extras) == list(project["optional-dependencies"])
 
@@ -70,6 +74,57 @@ def test_lora_fast_command(command, tmp_path):
     run([sys.executable, *command[1:]], tmp_path)
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
-def test_link(target):
-    assert (ROOT / target).exists()
+LINKS = [
+    (path, target)
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for target in re.findall(r"[\w`*]\]\((?!https?:)([^) ]+)\)", path.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize("path, target", LINKS, ids=lambda value: getattr(value, "stem", value))
+def test_link(path, target):
+    """It leads to a file, and to a heading in it."""
+    name, _, heading = target.partition("#")
+    file = (path.parent / name) if name else path
+    assert file.exists()
+    if heading:
+        titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_numbers_beside_the_peers():
+    """The README's and docs/peers.md's are those of the run, but for the ones that say otherwise."""
+    with (ROOT / "benchmarks" / "results" / "peers_h200.csv").open(newline="") as file:
+        found = {(row["block"], row["shape"], row["implementation"]): row for row in csv.DictReader(file)}
+
+    def ratio(block, shapes, name):
+        ratios = [float(row["ratio_to_frozen"]) for s in shapes if (row := found.get((block, s, name)))]
+        return f"{math.prod(ratios) ** (1 / len(ratios)):.2f}" if ratios else ""
+
+    large = [shape for block, shape, name in found if block == "layer" and name == "frozen" and "2048" not in shape]
+    for label, block, shapes, kind in (
+        ("LoRA, a large layer", "layer", large, "p0"),
+        ("with dropout", "layer", large, "p.1"),
+        ("DoRA", "layer", large, "dora p0"),
+        ("LoRA, a SwiGLU MLP, 4096 x 14336; memory", "mlp", ["8192, 4096, 14336"], "p0"),
+        ("LoRA, q, k and v together", "qkv", ["8192, 4096, 1024"], "p0"),
+    ):
+        (line,) = re.findall(rf"^\| {re.escape(label)} \|(.*)\|$", README, re.MULTILINE)
+        for cell, name in zip(line.split("|"), ("ours", "PEFT", "unsloth", "axolotl"), strict=True):
+            if "\\*" not in cell:
+                wanted = ratio(block, shapes, f"{name} {kind}")
+                if block == "mlp":
+                    wanted += f"; {found[block, shapes[0], f'{name} {kind}']['peak_mib']}"
+                assert cell.strip(" *") == wanted, (label, name)
+    kinds = {"LoRA": "p0", "LoRA, dropout 0.1": "p.1", "DoRA": "dora p0", "DoRA, dropout 0.1": "dora p.1"}
+    page, count = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8"), 0
+    for block, shape, kind, cells in re.findall(
+        r"^\| (.+), (\d+ x \d+ x \d+) \| (\w+.*?) \|(.*)\|$", page, re.MULTILINE
+    ):
+        block = {"MLP": "mlp", "q, k, v": "qkv"}.get(block, block)
+        for cell, name in zip(cells.split("|"), ("ours", "PEFT", "unsloth", "axolotl"), strict=True):
+            row = found.get((block, shape.replace(" x ", ", "), f"{name} {kinds[kind]}"))
+            count += row is not None
+            wanted = f"{float(row['ratio_to_frozen']):.2f}; {row['peak_mib']}" if row else ""
+            assert cell.strip() == wanted, (block, shape, kind, name)
+    assert count == sum(not row["implementation"].startswith("frozen") for row in found.values())

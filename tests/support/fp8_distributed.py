@@ -130,7 +130,7 @@ def main() -> None:
             found = train(wrapped, rows.chunk(2)[rank], average=True)
             if kind.startswith("PEFT"):
                 for layer in peft_report(model).layers:
-                    assert "fp8 base" in layer.reason and layer.fused == (backend != "reference"), layer
+                    assert "fp8 base" in layer.remark and layer.fused == (backend != "reference"), layer
             else:
                 assert repr(model).count("base_dtype='float8_e4m3'") == 2
             trained = zip(trainable(model), trainable(alone), strict=True)

@@ -18,7 +18,15 @@ INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100:
 PRODUCT = "_gemm_kernel"
 FEW_ROWS = PRODUCT, "_few_rows_kernel", "_decode_kernel"
 PRODUCTS = *FEW_ROWS, "_products_kernel", "_experts_kernel"
-PASSES = "_down_fwd_kernel", "_glu_down_kernel", "_grad_kernel", "_weight_kernel", "_weight_bwd_kernel"
+PASSES = (
+    "_down_fwd_kernel",
+    "_glu_down_kernel",
+    "_grad_kernel",
+    "_weight_kernel",
+    "_weight_bwd_kernel",
+    "_batch_columns_kernel",
+)
+BATCH = "_pack_kernel", "_places_kernel", "_lists_kernel", "_batch_columns_kernel", "_dots_kernel", PRODUCT
 EXPERTS = "_place_kernel", "_experts_rows_kernel", "_experts_kernel", "_experts_columns_kernel", "_collect_kernel"
 
 
@@ -60,6 +68,7 @@ def test_kernels_of(chip):
     assert {"_pair_kernel", "_dz_kernel"} <= few or chip not in (90, 100)
     assert {*FEW_ROWS} <= few or chip != 90
     assert {*EXPERTS} <= {k["kernel"] for k in kernels if k["problem"].startswith("experts")}
+    assert {*BATCH} <= {k["kernel"] for k in kernels if " batch of " in k["problem"]}
     found = [f"{k['kernel']} {k['problem']}: {fault}" for k in kernels for fault in faults(chip, k)]
     assert not found, "\n" + "\n".join(found)
 

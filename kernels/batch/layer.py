@@ -1,0 +1,104 @@
+"""A layer whose rows have adapters of their own, y_i = W x_i + B_j S_i + bias with j = which_i: what its forward and
+its backward launch, in their order.
+
+The adapters lie beside each other along the rank, and S and dS hold zeros at ranks of other adapters than the row's:
+then the products are those of a layer with one adapter of as many ranks (Hu et al. 2021, arXiv 2106.09685), dX = dY W +
+mask * (dS A), y = x W^T + S B^T. Of more ranks than one step takes, a tile takes those that its rows use. dA and dB are
+made for each adapter from its own rows (columns.py).
+"""
+
+from typing import Any, NamedTuple
+
+from lora_fast.kernels.batch.columns import Where, columns
+from lora_fast.kernels.batch.pack import pack
+from lora_fast.kernels.batch.places import lists, places
+from lora_fast.kernels.batch.problem import Problem
+from lora_fast.kernels.common import wide
+from lora_fast.kernels.down import down
+from lora_fast.kernels.gemm import product
+from lora_fast.kernels.grad import ColumnPass
+from lora_fast.kernels.mask import mask
+from lora_fast.kernels.operands import Number, Operand, Scratch
+from lora_fast.kernels.passes import launches_of
+from lora_fast.kernels.program import Launch
+
+Maybe = Any  # an operand (a seed may be a number), None where the problem has none
+
+
+class Forward(NamedTuple):
+    """The arguments of a forward's program, in this order."""
+
+    x: Operand
+    which: Operand
+    a: Operand  # [sum of R, K], and [N * sum of R]: see ``pack``
+    b: Operand
+    bias: Maybe
+    y: Operand
+    room: Operand
+    bits: Maybe
+    seed: Maybe
+    n_words: Number
+    tables: Operand  # see ``Ranks.tables``, and ``Numbers``
+    scales: Operand
+    counts: Maybe
+    rest: tuple[Operand, ...]  # the weight
+
+
+def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
+    """What makes y last is one launch."""
+    x, ranks, room, tables = at.x.rows(), problem.ranks, problem.room(at.room), problem.ranks.tables(at.tables)
+    scratch, (weight,) = Scratch(x.device), at.rest
+    lift = at.scales.block(1, 0, 1, ranks.total)
+    packed, bad = pack(at.a, at.b, tables.groups, lift, room.a, room.b, ranks, problem.lifted, scratch)
+    launches = [packed, places(at.which, x, tables.owner, bad, at.scales, ranks, room.places)]
+    if at.seed is not None:
+        launches.append(mask(at.seed, at.bits, None, at.n_words, own=room.places.own, counts=at.counts))
+    return [
+        *launches,
+        down(x, room.a, room.s, None, None, bits=at.bits, scales=room.places.scales, owned=room.owned(tables.owner)),
+        product(x, weight, room.s, room.b, at.y.rows(), transposed=True, bias=at.bias, units=room.units),
+    ]
+
+
+class Backward(NamedTuple):
+    """The arguments of a backward's program, in this order."""
+
+    dy: Operand
+    dx: Maybe  # the gradients; of the adapters as their copies lie: see ``columns``
+    grad_a: Maybe
+    grad_b: Maybe
+    grad_bias: Maybe
+    tables: Operand
+    scales: Operand
+    x: Maybe
+    room: Maybe
+    bits: Maybe
+    rest: tuple[Maybe, ...]  # the weight
+
+
+def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
+    dy, ranks, needs, (weight,) = at.dy.rows(), problem.ranks, problem.needs, at.rest
+    scratch, launches = Scratch(dy.device), list[Launch]()
+    if needs.bias:
+        launches += launches_of([ColumnPass(z=dy, r=0, sums=at.grad_bias)], wide(dy), scratch)
+    if not (needs.x or needs.a or needs.b):
+        return launches
+    room, tables = problem.room(at.room), ranks.tables(at.tables)
+    where: Any = None
+    if needs.a or needs.b:
+        listed, found = lists(room.places.here, scratch)
+        launches.append(listed)
+        where = Where(room.places.own, found, tables.blocks)
+    if needs.b:
+        lift = at.scales.block(1, 0, 1, ranks.total) if problem.lifted else None
+        launches += columns(dy, room.s, at.grad_b, where, ranks, ranks_first=False, scratch=scratch, lift=lift)
+    if needs.x or needs.a:
+        ds = scratch.part((problem.m, ranks.total), problem.kind)
+        owned, scales = room.owned(tables.owner), room.places.scales
+        launches.append(down(dy, room.b.t(), ds, None, None, scales=scales, owned=owned))
+    if needs.a:
+        x = at.x.rows()
+        launches += columns(x, ds, at.grad_a, where, ranks, ranks_first=True, scratch=scratch, bits=at.bits)
+    if needs.x:
+        launches.append(product(dy, weight, ds, room.a, at.dx.rows(), transposed=False, bits=at.bits, units=room.units))
+    return launches

@@ -1,0 +1,161 @@
+"""Which rows are whose: tables that are made on the device, so that ``which`` may change from step to step.
+
+For each row its adapter (-1: none); for each block of ROWS rows the units of ranks that its rows use, at least one; for
+each adapter the blocks that hold rows of it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_fast.kernels.batch.ranks import ROWS, UNIT, Ranks
+from lora_fast.kernels.common import wait_for_stream
+from lora_fast.kernels.operands import Operand, Scratch, launch
+from lora_fast.kernels.program import Launch
+
+AT_ONCE = 64  # adapters that a program looks for at a time
+
+
+class Places(NamedTuple):
+    """int32 each, but for the scales."""
+
+    own: Operand  # [M], the adapter of each row
+    here: Operand  # [blocks of rows, adapters], whether that occurs there
+    units: Operand | None  # [blocks of rows, 1 + units]: how many its rows use, then these; None where there is one
+    scales: Operand  # [ranks in all] float32: those given, NaN for a rank of A or B that is not finite
+
+    @staticmethod
+    def shapes(m: int, ranks: Ranks) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        blocks = triton.cdiv(m, ROWS)
+        found = {
+            "own": ((m,), torch.int32),
+            "here": ((blocks, len(ranks.of)), torch.int32),
+            "scales": ((ranks.total,), torch.float32),
+        }
+        if ranks.units > 1:
+            found["units"] = (blocks, 1 + ranks.units), torch.int32
+        return found  # type: ignore[return-value]
+
+
+@triton.jit
+def _any(own, others):
+    """1 where one of the rows is of an adapter among the others, which may hold one several times: [others]."""
+    return tl.max((own[:, None] == others[None, :]).to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=["M", "EACH"])
+def _places_kernel(
+    which_ptr,
+    owner_ptr,
+    own_ptr,
+    here_ptr,
+    units_ptr,
+    bad_ptr,
+    given_ptr,
+    scales_ptr,
+    M,
+    EACH,
+    ADAPTERS,
+    TOTAL,
+    BAD,
+    ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_stream(PDL)
+    block = tl.program_id(0)
+    blocks = tl.cdiv(M, ROWS)
+    if block < blocks:
+        rows = block * ROWS + tl.arange(0, ROWS)
+        which = tl.load(which_ptr + rows // EACH, mask=rows < M, other=0)
+        known = (rows < M) & (which >= 0) & (which < ADAPTERS)
+        own = tl.where(known, which, -1).to(tl.int32)
+        tl.store(own_ptr + rows, own, mask=rows < M)
+        for first in range(0, ADAPTERS, AT_ONCE):
+            adapters = first + tl.arange(0, AT_ONCE)
+            tl.store(here_ptr + block * ADAPTERS + adapters, _any(own, adapters), mask=adapters < ADAPTERS)
+        if units_ptr is not None:
+            count = block * 0
+            at = units_ptr + block * (1 + UNITS)
+            for unit in range(0, UNITS):
+                ranks = unit * UNIT + tl.arange(0, UNIT)
+                used = tl.max(_any(own, tl.load(owner_ptr + ranks, mask=ranks < TOTAL, other=-2)), 0)
+                tl.store(at + 1 + count, unit, mask=used > 0)
+                count += used
+            tl.store(at + 1, 0, mask=count == 0)
+            tl.store(at, tl.maximum(count, 1))
+    else:
+        ranks = (block - blocks) * UNIT + tl.arange(0, UNIT)
+        inside = ranks < TOTAL
+        bad = tl.zeros([UNIT], tl.int32)
+        for part in range(0, BAD):
+            bad += tl.load(bad_ptr + part * TOTAL + ranks, mask=inside, other=0)
+        scale = tl.load(given_ptr + ranks, mask=inside, other=0.0)
+        tl.store(scales_ptr + ranks, tl.where(bad > 0, float("nan"), scale), mask=inside)
+
+
+@triton.jit(do_not_specialize=["BLOCKS"])
+def _lists_kernel(here_ptr, lists_ptr, BLOCKS, ADAPTERS, AT_ONCE: tl.constexpr, PDL: tl.constexpr):
+    wait_for_stream(PDL)
+    adapter = tl.program_id(0)
+    at = lists_ptr + adapter * (1 + BLOCKS)
+    count = adapter * 0
+    for first in range(0, BLOCKS, AT_ONCE):
+        blocks = first + tl.arange(0, AT_ONCE)
+        here = tl.load(here_ptr + blocks * ADAPTERS + adapter, mask=blocks < BLOCKS, other=0)
+        tl.store(at + 1 + count + tl.cumsum(here, 0) - here, blocks, mask=here > 0)
+        count += tl.sum(here, 0)
+    tl.store(at, count)
+
+
+def places(
+    which: Operand, x: Operand, owner: Operand, bad: Operand, given: Operand, ranks: Ranks, found: Places
+) -> Launch:
+    """Fill ``found`` for the rows of x from ``which``, contiguous, an element for as many rows each; and from the marks
+    of ranks that are not finite, bad [parts, ranks in all]."""
+    m = x.shape[0]
+    return launch(
+        _places_kernel,
+        (triton.cdiv(m, ROWS) + ranks.units,),
+        {"num_warps": 4},
+        x,
+        which_ptr=which,
+        owner_ptr=owner,
+        own_ptr=found.own,
+        here_ptr=found.here,
+        units_ptr=found.units,
+        bad_ptr=bad,
+        given_ptr=given,
+        scales_ptr=found.scales,
+        M=m,
+        EACH=m // which.shape[0],
+        ADAPTERS=len(ranks.of),
+        TOTAL=ranks.total,
+        BAD=bad.shape[0],
+        ROWS=ROWS,
+        UNIT=UNIT,
+        UNITS=ranks.units,
+        AT_ONCE=AT_ONCE,
+    )
+
+
+def lists(here: Operand, scratch: Scratch) -> tuple[Launch, Operand]:
+    """What makes [adapters, 1 + blocks] int32, in how many blocks rows are an adapter's, then which; and that."""
+    blocks, adapters = here.shape
+    found = scratch.part((adapters, 1 + blocks), torch.int32)
+    made = launch(
+        _lists_kernel,
+        (adapters,),
+        {"num_warps": 4},
+        here,
+        here_ptr=here,
+        lists_ptr=found,
+        BLOCKS=blocks,
+        ADAPTERS=adapters,
+        AT_ONCE=128,
+    )
+    return made, found

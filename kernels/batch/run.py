@@ -1,0 +1,141 @@
+"""The forward and the backward of a layer with several adapters in one batch: their outputs made, their programs
+(layer.py says what these launch) found or made, bound and run."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lora_fast.kernels.batch.layer import Backward, Forward, backward_launches, forward_launches
+from lora_fast.kernels.batch.problem import Problem
+from lora_fast.kernels.batch.ranks import Numbers, tables_on
+from lora_fast.kernels.binding import bound_program, kind_of
+from lora_fast.kernels.common import precision
+from lora_fast.kernels.problem import MaybeTensor
+from lora_fast.kernels.program import Bound, Program
+
+
+class Call:
+    """What one call has beside tensors that autograd looks at. If it ``defers``, the launch that makes y is left here,
+    to be run as ``program.run(bound, -1)`` once what the backward reads is saved."""
+
+    defers = False
+    deferred: tuple[Program, Bound] | None = None
+
+    def __init__(
+        self, weight: torch.Tensor, which: torch.Tensor, numbers: Numbers, seed: torch.Tensor | int | None
+    ) -> None:
+        self.weight, self.which, self.numbers, self.seed = weight, which, numbers, seed
+
+
+class Made(NamedTuple):
+    """What a forward leaves for the backward."""
+
+    room: MaybeTensor
+    bits: MaybeTensor
+
+
+class Saved(NamedTuple):
+    """What a backward reads, each None where it does not."""
+
+    scales: torch.Tensor
+    x: MaybeTensor  # [..., K]
+    room: MaybeTensor
+    bits: MaybeTensor
+    weight: MaybeTensor
+
+
+def forward(
+    problem: Problem, call: Call, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor
+) -> tuple[torch.Tensor, Made]:
+    """y [*lead, N], and what it leaves.
+
+    x [..., K], contiguous or the matrix of its rows; a [sum of R, K], A's one below the other, and b [N * sum of R],
+    B's one after the other, contiguous, in any dtype; the call's weight [N, K]; its ``which`` contiguous, with a seed
+    its numbers with counts.
+    """
+    y = x.new_empty(problem.y_shape)
+    words = -(-problem.k // 32)
+    bits = None if call.seed is None else x.new_empty(problem.m, words, dtype=torch.int32)
+    room = x.new_empty(problem.bytes, dtype=torch.uint8)
+    if problem.m == 0:
+        return y, Made(room, bits)
+    counts = None if call.seed is None else call.numbers.counts
+    tables = tables_on(problem.ranks, x.device)
+    which = call.which.view(-1)
+    given = (
+        x,
+        which,
+        a,
+        b,
+        bias,
+        y,
+        room,
+        bits,
+        call.seed,
+        problem.m * words,
+        tables,
+        call.numbers.scales,
+        counts,
+        call.weight,
+    )
+    seed = None if call.seed is None else kind_of(call.seed)
+    key = forward_launches, which.dtype, which.shape, x.stride(), call.weight.stride(), seed, _exact(problem)
+    program, bound = _bound(problem, key, Forward, given)
+    if call.defers:
+        program.run(bound, 0, -1)
+        call.deferred = program, bound
+    else:
+        program.run(bound)
+    return y, Made(room, bits)
+
+
+def backward(problem: Problem, dy: torch.Tensor, saved: Sequence[Any]) -> tuple[MaybeTensor, ...]:
+    """(dX [*lead, K], dA's [sum of R * K], dB's [N * sum of R], dbias [N]), each None where the problem does not need
+    it, those of the adapters in the order of ``forward``'s a and b.
+
+    dy [*lead, N], contiguous, or the matrix of its rows, each contiguous.
+    """
+    needs, kinds, count = problem.needs, problem.kinds, sum(problem.ranks.of)
+    dx = dy.new_empty(problem.x_shape) if needs.x else None
+    grad_a = dy.new_empty(count * problem.k, dtype=kinds.a) if needs.a else None
+    grad_b = dy.new_empty(count * problem.n, dtype=kinds.b) if needs.b else None
+    grad_bias = dy.new_empty(problem.n, dtype=kinds.bias) if needs.bias else None
+    grads = dx, grad_a, grad_b, grad_bias
+    if problem.m == 0:
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+        return grads
+    scales, x, room, bits, weight = saved
+    given = dy, *grads, tables_on(problem.ranks, dy.device), scales, x, room, bits, weight
+    strides = (None if t is None else t.stride() for t in (x, weight))
+    key = backward_launches, dy.stride(), *strides, bits is None, _exact(problem)
+    program, bound = _bound(problem, key, Backward, given)
+    program.run(bound)
+    return grads
+
+
+def to_save(problem: Problem, scales: torch.Tensor, x: torch.Tensor, made: Made, weight: torch.Tensor) -> Saved:
+    """What ``backward`` reads, and nothing else."""
+    needs = problem.needs
+    low = needs.x or needs.a or needs.b
+    return Saved(
+        scales,
+        x if needs.a else None,
+        made.room if low else None,
+        made.bits if needs.x or needs.a else None,
+        weight if needs.x else None,
+    )
+
+
+def _exact(problem: Problem) -> str | bool:
+    """How float32 products are made: torch's setting may change."""
+    return problem.is_float32 and precision(problem.kind, 256)
+
+
+def _bound(problem: Problem, key: tuple, args: Any, given: tuple) -> tuple[Program, Bound]:
+    program = problem.programs.get(key)
+    if program is None or program.stale or (bound := program.bind(*given)) is None:
+        return bound_program(problem, key, args, given)
+    return program, bound

@@ -1,0 +1,1 @@
+"""Several adapters over one layer, each for its own rows of a batch."""

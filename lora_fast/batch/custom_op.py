@@ -1,0 +1,215 @@
+"""Several adapters in one batch as an operator for torch.compile: ``torch.ops.lora_fast.lora_batch``, y of a layer.
+
+Under autograd it becomes ``lora_batch_fwd``, and its gradients ``lora_batch_bwd``, else ``lora_batch_alone``, as
+``lora_linear`` does (ops/custom_op.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lora_fast.batch.form import Adapter
+from lora_fast.dispatch import autocast_dtype
+from lora_fast.kernels.batch.problem import Problem
+from lora_fast.kernels.batch.ranks import Ranks, numbers_of
+from lora_fast.kernels.batch.run import Call, Made, Saved, backward, forward, to_save
+from lora_fast.kernels.memo import Memo
+from lora_fast.kernels.problem import Kinds, MaybeTensor, Needs
+from lora_fast.ops.linear import draw_seed
+from lora_fast.ops.parts import addressable, contiguous, dtype_of, on
+
+_GIVEN = """(Tensor x, Tensor? bias, Tensor[] small, Tensor which, Tensor weight, Tensor[] scalings, Tensor? seed,
+    float[] rates)"""
+_library = torch.library.Library("lora_fast", "FRAGMENT")
+_library.define(f"lora_batch{_GIVEN} -> Tensor")
+_library.define(f"lora_batch_alone{_GIVEN} -> Tensor")
+_library.define(f"lora_batch_fwd{_GIVEN} -> Tensor[]")
+_library.define("""lora_batch_bwd(Tensor dy, Tensor?[] saved, SymInt k, int[] ranks, ScalarType a_kind,
+    ScalarType b_kind, ScalarType bias_kind, bool[] needs) -> Tensor[]""")
+_problems = Memo()
+
+
+class _Given(NamedTuple):
+    """The arguments of ``lora_batch``; ``small``: all A's, then all B's."""
+
+    x: torch.Tensor
+    bias: MaybeTensor
+    small: Sequence[torch.Tensor]
+    which: torch.Tensor
+    weight: torch.Tensor
+    scalings: Sequence[torch.Tensor]
+    seed: MaybeTensor
+    rates: Sequence[float]
+
+    def problem(self, *needs: bool) -> Problem:
+        n = len(self.small) // 2
+        return problem_of(self.x.shape, self.x.dtype, self.small[:n], self.small[n:], self.bias, Needs(*needs))
+
+
+def problem_of(
+    shape: Sequence[int],
+    kind: torch.dtype,
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    bias: MaybeTensor,
+    needs: Needs,
+) -> Problem:
+    """For x of this shape, and products in this dtype."""
+    kinds, ranks = Kinds(kind, common(a), common(b), dtype_of(bias)), Ranks(tuple(t.shape[0] for t in a))
+    return Problem(tuple(shape[:-1]), shape[-1], b[0].shape[0], ranks, kinds, needs)
+
+
+def common(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    """The dtype that all fit in."""
+    found = tensors[0].dtype
+    for t in tensors[1:]:
+        found = torch.promote_types(found, t.dtype)
+    return found
+
+
+def beside(small: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A's one below the other, [sum of R, K], and B's one after the other, [N * sum of R]."""
+    n = len(small) // 2
+    return torch.cat(list(small[:n])), torch.cat([t.reshape(-1) for t in small[n:]])
+
+
+def each(
+    grads: tuple[MaybeTensor, MaybeTensor],
+    small: Sequence[tuple[Sequence[int], torch.dtype]],
+    needs: Sequence[bool],
+) -> list[MaybeTensor]:
+    """The gradients of all A's and all B's that lie one after the other in ``grads``, of these shapes and dtypes, where
+    they are needed."""
+    found: list[MaybeTensor] = []
+    n = len(small) // 2
+    for grad, first in zip(grads, (0, n), strict=True):
+        forms = small[first : first + n]
+        parts = [None] * n if grad is None else grad.split([shape[0] * shape[1] for shape, _ in forms])
+        for part, (shape, kind), need in zip(parts, forms, needs[first:], strict=False):
+            found.append(part.view(shape).to(kind) if need and part is not None else None)
+    return found
+
+
+def gradients(problem: Problem, dy: torch.Tensor, saved: Saved) -> tuple[MaybeTensor, ...]:
+    """What ``backward`` gives, of tensors as autograd has them."""
+    if not dy.is_contiguous():
+        dy = addressable(dy)
+        if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
+            dy = dy.contiguous()
+    return backward(problem, dy, saved._replace(x=None if saved.x is None else addressable(saved.x)))
+
+
+def lora_linear_batch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    adapters: Sequence[Adapter],
+    which: torch.Tensor,
+    bias: MaybeTensor,
+    training: bool,
+) -> torch.Tensor:
+    """y, by way of the operator."""
+    dtype = autocast_dtype(x.device)
+    if dtype is not None and x.dtype != torch.float64:
+        x, weight = x.to(dtype), weight.to(dtype)
+    rates = [float(one.dropout_p) if training else 0.0 for one in adapters]
+    number = torch.ones((), device=x.device, dtype=torch.float32)  # torch.full would recompile
+    scalings = [one.scaling if isinstance(one.scaling, torch.Tensor) else number * one.scaling for one in adapters]
+    small = [one.lora_A for one in adapters] + [one.lora_B for one in adapters]
+    seed = draw_seed(x.device) if any(rates) else None
+    return torch.ops.lora_fast.lora_batch(x, bias, small, which, weight, scalings, seed, rates)
+
+
+def _alone(*args: Any) -> torch.Tensor:
+    return _forward(*args)[0]
+
+
+def _forward(*args: Any) -> list[torch.Tensor]:
+    """y, the scales, the room, and the mask's bits if there are any."""
+    given = _Given(*args)
+    x, bias, small, which, weight, scalings, seed, rates = given
+    forms = [(t.dtype, t.shape) for t in small]
+    key = x.device, x.dtype, x.shape, x.stride(), *forms, dtype_of(bias), weight.stride()
+    problem = _problems.get(key) or _problems.keep(key, given.problem())
+    with on(x.device):
+        numbers = numbers_of(problem.ranks, scalings, rates, problem.lifted, x.device)
+        call = Call(weight, which.contiguous(), numbers, seed)
+        y, made = forward(problem, call, addressable(x), *beside(small), contiguous(bias))
+    return [t for t in (y, numbers.scales, made.room, made.bits) if t is not None]
+
+
+def _forward_fake(*args: Any) -> list[torch.Tensor]:
+    given = _Given(*args)
+    x, problem = given.x, given.problem()
+    found = [
+        x.new_empty(*x.shape[:-1], problem.n),
+        x.new_empty(2, problem.ranks.total, dtype=torch.float32),
+        x.new_empty(problem.bytes, dtype=torch.uint8),
+    ]
+    if given.seed is not None:
+        found.append(x.new_empty(problem.m, -(-problem.k // 32), dtype=torch.int32))
+    return found
+
+
+def _gradients(dy: torch.Tensor, saved: Sequence[MaybeTensor], k: int, *rest: Any) -> list[torch.Tensor]:
+    """dx and the gradients of A's, B's and bias that are needed, in this order."""
+    ranks, *kinds, needs = rest
+    strides = (None if t is None else (t.dtype, t.stride()) for t in saved)
+    key = dy.device, dy.dtype, dy.shape, k, *ranks, *kinds, *needs, *strides
+    problem = _problems.get(key)
+    if problem is None:
+        every = Kinds(dy.dtype, *kinds)
+        problem = Problem(dy.shape[:-1], k, dy.shape[-1], Ranks(tuple(ranks)), every, Needs(*needs))
+        _problems.keep(key, problem)
+    with on(dy.device):
+        grads = gradients(problem, dy, Saved(*saved))  # type: ignore[arg-type]
+    return [grad for grad in grads if grad is not None]
+
+
+def _gradients_fake(dy: torch.Tensor, saved: Any, k: int, *rest: Any) -> list[torch.Tensor]:
+    ranks, *kinds, needs = rest
+    shapes = (*dy.shape[:-1], k), (sum(ranks) * k,), (sum(ranks) * dy.shape[-1],), (dy.shape[-1],)
+    made = zip(shapes, (dy.dtype, *kinds), needs[:4], strict=True)
+    return [dy.new_empty(shape, dtype=kind) for shape, kind, need in made if need]
+
+
+class _Batch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: MaybeTensor, *rest: Any) -> torch.Tensor:
+        *small, which, weight, scalings, seed, rates = rest
+        n, needed = len(small) // 2, ctx.needs_input_grad
+        given = _Given(x, bias, small, which, weight, scalings, seed, rates)
+        needs = needed[0], any(needed[2 : 2 + n]), any(needed[2 + n : 2 + 2 * n]), needed[1]
+        problem = given.problem(*needs)
+        y, scales, room, *bits = torch.ops.lora_fast.lora_batch_fwd(*given)
+        made = Made(room, bits[0] if bits else None)
+        ctx.save_for_backward(*to_save(problem, scales, x, made, weight))
+        kinds = [kind or x.dtype for kind in problem.kinds[1:4]]
+        ctx.rest = problem.k, list(problem.ranks.of), *kinds, [*needs, False]
+        ctx.small = [(t.shape, t.dtype) for t in small]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        found = torch.ops.lora_fast.lora_batch_bwd(dy, ctx.saved_tensors, *ctx.rest)
+        needs = ctx.rest[-1]
+        dx, grad_a, grad_b, grad_bias = (found.pop(0) if need else None for need in needs[:4])
+        return dx, grad_bias, *each((grad_a, grad_b), ctx.small, ctx.needs_input_grad[2:]), *(None,) * 5
+
+
+def _recorded(*args: Any) -> torch.Tensor:
+    given = _Given(*args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(given.x, given.bias, *given.small):
+        return _Batch.apply(given.x, given.bias, *given.small, *given[3:])
+    return torch.ops.lora_fast.lora_batch_alone(*args)
+
+
+_library.impl("lora_batch", torch.ops.lora_fast.lora_batch_alone, "CompositeExplicitAutograd")
+_library.impl("lora_batch", _recorded, "Autograd")
+_library.impl("lora_batch_alone", _alone, "CompositeExplicitAutograd")
+_library.impl("lora_batch_fwd", _forward, "CompositeExplicitAutograd")
+_library.impl("lora_batch_bwd", _gradients, "CompositeExplicitAutograd")
+for _name in ("lora_batch", "lora_batch_alone"):
+    torch.library.register_fake(f"lora_fast::{_name}", lambda *given: _forward_fake(*given)[0], lib=_library)
+torch.library.register_fake("lora_fast::lora_batch_fwd", _forward_fake, lib=_library)
+torch.library.register_fake("lora_fast::lora_batch_bwd", _gradients_fake, lib=_library)

@@ -1,0 +1,103 @@
+"""Several adapters in one batch on the fused kernels, as one differentiable operator."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from lora_fast.bases.packed import PackedWeight
+from lora_fast.batch.custom_op import beside, each, gradients, problem_of
+from lora_fast.batch.form import Adapter, MaybeTensor
+from lora_fast.dispatch import autocast_dtype
+from lora_fast.kernels.batch.problem import Problem
+from lora_fast.kernels.batch.ranks import numbers_of
+from lora_fast.kernels.batch.run import Call, Saved, forward, to_save
+from lora_fast.kernels.problem import Needs
+from lora_fast.ops.linear import draw_seed
+from lora_fast.ops.parts import addressable, contiguous, on
+
+
+def why_apart(weight: torch.Tensor) -> str | None:
+    """Why such a layer's adapters do not share launches, in words; None where they do."""
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is at work"
+    if isinstance(weight, PackedWeight):
+        return f"the base weight is an {type(weight).__name__}"
+    return None if weight.stride(1) == 1 else "rows of the base weight are not contiguous"
+
+
+class FusedBatch:
+    """The fused form of ``reference.lora_linear_batch`` for calls, checked before, that are alike (see
+    ``FusedLinear``)."""
+
+    def __init__(self, x: torch.Tensor, weight: torch.Tensor, adapters: Sequence[Adapter], bias: MaybeTensor) -> None:
+        dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
+        self.kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
+        a, b = [one.lora_A for one in adapters], [one.lora_B for one in adapters]
+
+        def asks(*tensors: MaybeTensor) -> bool:
+            return train and any(t is not None and t.requires_grad for t in tensors)
+
+        needs = Needs(asks(x), asks(*a), asks(*b), asks(bias))
+        self.problem = problem_of(x.shape, self.kind, a, b, bias, needs)
+        self.records = any(needs)
+        self.casts = x.dtype != self.kind or weight.dtype != self.kind
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        adapters: Sequence[Adapter],
+        which: torch.Tensor,
+        bias: MaybeTensor,
+        training: bool,
+    ) -> torch.Tensor:
+        with on(x.device):
+            if self.casts:
+                x, weight = x.to(self.kind), weight.to(self.kind)
+            rates = [one.dropout_p if training else 0.0 for one in adapters]
+            scalings = [one.scaling for one in adapters]
+            seed = draw_seed(x.device) if any(rates) else None
+            small = *(one.lora_A for one in adapters), *(one.lora_B for one in adapters)
+            numbers = numbers_of(self.problem.ranks, scalings, rates, self.problem.lifted, x.device)
+            call = Call(weight, which.contiguous(), numbers, seed)
+            if not self.records:
+                return forward(self.problem, call, addressable(x), *beside(small), contiguous(bias))[0]
+            y = _apply(x, contiguous(bias), self.problem, call, *small)
+            if call.deferred is not None:
+                program, bound = call.deferred
+                program.run(bound, -1)
+        return y
+
+
+class _Batch(torch.autograd.Function):
+    """The product that makes y waits until what the backward reads is saved (see ops/linear.py)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, bias: MaybeTensor, problem: Problem, call: Call, *small: torch.Tensor
+    ) -> torch.Tensor:
+        call.defers = True
+        y, made = forward(problem, call, addressable(x), *beside(small), bias)
+        ctx.save_for_backward(*to_save(problem, call.numbers.scales, x, made, call.weight))
+        ctx.rest = problem, [(t.shape, t.dtype) for t in small]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        # once_differentiable takes its time even where nobody will differentiate again.
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward_of(ctx, dy)
+
+
+# What Function.apply comes to where no transform of functorch is at work, and in less time.
+_apply = super(torch.autograd.Function, _Batch).apply
+
+
+def _backward_of(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+    problem, small = ctx.rest
+    dx, grad_a, grad_b, grad_bias = gradients(problem, dy, Saved(*ctx.saved_tensors))
+    return dx, grad_bias, None, None, *each((grad_a, grad_b), small, ctx.needs_input_grad[4:])
+
+
+_backward_once = once_differentiable(_backward_of)

@@ -1,0 +1,240 @@
+"""Several adapters in one batch on the kernels: the error rule, blocks of rows that adapters share, NaN, dropout, many
+adapters, and what autograd makes of it."""
+
+import pytest
+import torch
+from accuracy import compare
+from devices import CPU, CUDA, TRITON
+
+if not TRITON:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+from batches import an_adapter, results
+from fused import seed_drawn
+
+from lora_fast import dora_linear_batch, lora_linear_batch
+from lora_fast.batch import reference
+from lora_fast.kernels import mask
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
+
+
+def drawn(shape, ranks, dtype, device, seed=0, p=0.0, bias=True, dora=False):
+    m, k, n = shape
+    gen = torch.Generator(device).manual_seed(seed)
+    x, dy = (torch.randn(m, width, generator=gen, device=device).to(dtype) for width in (k, n))
+    weight = (torch.randn(n, k, generator=gen, device=device) * k**-0.5).to(dtype)
+    adapters = [
+        an_adapter(n, k, r, dtype, device, gen=gen, dora=dora, scaling=(2.0, 0.5, 12.0)[i % 3], p=p if i % 2 else 0.0)
+        for i, r in enumerate(ranks)
+    ]
+    which = torch.randint(-1, len(ranks), (m,), generator=gen, device=device)
+    return x, weight, adapters, which, torch.randn(n, generator=gen, device=device).to(dtype) if bias else None, dy
+
+
+def fused(x, weight, adapters, which, bias):
+    torch.manual_seed(1)
+    call = lora_linear_batch if adapters[0].lora_magnitude_vector is None else dora_linear_batch
+    return call(x, weight, adapters, which, bias, backend="triton")
+
+
+def plain(x, weight, adapters, which, bias):
+    """The reference with the mask of ``fused``."""
+    keep, p = None, max(one.dropout_p for one in adapters)
+    if p:
+        bits = mask.mask_bits(seed_drawn(x.device, 1), p, len(x), x.shape[1], x.device)
+        dropping = torch.tensor([one.dropout_p > 0 for one in adapters] + [False], device=x.device)
+        keep = mask.unpack(bits, x.shape[1]) | ~dropping[which.long()][:, None]
+        rate = 1 - 1 / mask.keep_scale(p)
+        adapters = [one._replace(dropout_p=rate if one.dropout_p else 0.0) for one in adapters]
+    lora = adapters[0].lora_magnitude_vector is None
+    call = reference.lora_linear_batch if lora else reference.dora_linear_batch
+    return call(x, weight, adapters, which, bias, keep=keep)
+
+
+def hold(draws, dtype):
+    ours = [results(fused, *draw) for draw in draws]
+    eagers = [results(plain, *draw) for draw in draws]
+    compare(ours, eagers, [results(plain, *draw, torch.float64) for draw in draws], dtype)
+
+
+SMALL = {"few": (16, 3, 12), "one": (5,), "many": (40, 16, 4, 30, 8)}
+TARGETS = [(8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096), (4096, 8192, 8192), (16384, 4096, 4096)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(40, 64, 48), (33, 70, 45)], ids=["even", "odd"])
+@pytest.mark.parametrize("ranks", SMALL)
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_error_rule(device, dtype, ranks, shape, p):
+    seeds = range(2 if device == "cpu" else 16)
+    hold([drawn(shape, SMALL[ranks], dtype, device, seed, p) for seed in seeds], dtype)
+
+
+REAL = [(BF16, shape, 4) for shape in TARGETS] + [
+    (dtype, TARGETS[0], count) for dtype in (BF16, HALF, FLOAT) for count in (4, 16, 64)
+][1:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, shape, count", REAL)
+def test_error_rule_at_real_shapes(dtype, shape, count):
+    x, weight, adapters, _, bias, dy = drawn(shape, (16,) * count, dtype, "cuda", p=0.1 if count == 4 else 0.0)
+    which = torch.arange(shape[0], device="cuda") * count // shape[0]
+    hold([(x, weight, adapters, which, bias, dy)], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, HALF, FLOAT], ids=str)
+def test_error_rule_with_rows_in_any_order(dtype):
+    hold([drawn((1003, 1001, 777), (4, 40, 16, 100, 7, 16, 33, 8), dtype, "cuda", p=0.2)], dtype)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True], ids=["bare", "bias"])
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
+def test_dora(device, dtype, bias, p):
+    seeds = range(2 if device == "cpu" else 16)
+    hold([drawn((33, 70, 45), (16, 3, 40), dtype, device, seed, p, bias, True) for seed in seeds], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, HALF, FLOAT], ids=str)
+def test_dora_at_real_shapes(dtype):
+    x, weight, adapters, _, bias, dy = drawn((4096, 4096, 2048), (16, 16, 8, 64), dtype, "cuda", p=0.1, dora=True)
+    hold([(x, weight, adapters, torch.arange(4096, device="cuda") // 1000 - 1, bias, dy)], dtype)
+
+
+@pytest.mark.parametrize("offset", [1, 63, 64, 127, 128, 129])
+def test_blocks_shared_at_every_offset(device, offset):
+    x, weight, adapters, _, bias, dy = drawn((140, 32, 24), (8, 5), FLOAT, device)
+    which = (torch.arange(140, device=device) >= offset).int()
+    hold([(x, weight, adapters, which, bias, dy)], FLOAT)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("ranks", [(8, 5, 16), (40, 16, 30)], ids=str)
+def test_nan_stays_in_its_row_and_its_adapter(device, ranks, dora):
+    x, weight, adapters, _, _, dy = drawn((36, 32, 24), ranks, FLOAT, device, bias=False, dora=dora)
+    which = torch.arange(36, device=device) % 4 - 1
+    clean = results(fused, x, weight, adapters, which, None, dy)
+    x[5], dy[5], x[4], dy[4] = torch.nan, torch.nan, torch.inf, torch.nan  # adapter 0, and none
+    found = results(fused, x, weight, adapters, which, None, dy)
+    for name, t in found.items():
+        if name.endswith("0"):
+            assert not t.isfinite().all(), name
+        elif name in ("y", "dx"):
+            assert (~t.isfinite()).any(1).nonzero().flatten().tolist() == [4, 5], name
+        else:
+            assert torch.equal(t, clean[name]), name
+
+
+@pytest.mark.parametrize("broken", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("ranks", [(8, 5, 16), (40, 16, 30)], ids=str)
+def test_a_diverged_adapter_leaves_the_others_alone(device, broken, ranks):
+    x, weight, adapters, _, _, dy = drawn((36, 32, 24), ranks, FLOAT, device, bias=False)
+    which = torch.arange(36, device=device) % 4 - 1
+    clean = results(fused, x, weight, adapters, which, None, dy)
+    getattr(adapters[1], broken)[0, 2] = torch.nan
+    found = results(fused, x, weight, adapters, which, None, dy)
+    others = which != 1
+    assert found["y"][~others].isnan().all() and found["dlora_A1"].isnan().any() and found["dlora_B1"].isnan().any()
+    for name in ("y", "dx"):
+        assert torch.equal(found[name][others], clean[name][others]), name
+    assert all(torch.equal(found[name], t) for name, t in clean.items() if name.endswith(("0", "2")))
+
+
+def test_adapters_that_occur_nowhere_get_zeros(device):
+    x, weight, adapters, _, bias, dy = drawn((40, 32, 24), (8, 40, 40), HALF, device)
+    found = results(fused, x, weight, adapters, torch.full((40,), 1, device=device), bias, dy)
+    assert not any(t.any() for name, t in found.items() if name.endswith(("0", "2")))
+    none = results(fused, x, weight, adapters, torch.full((40,), -1, device=device), bias, dy)
+    torch.testing.assert_close(none["y"], torch.nn.functional.linear(x, weight, bias), rtol=2e-3, atol=2e-3)
+    assert not any(t.any() for name, t in none.items() if name.startswith("dlora"))
+
+
+def test_samples_and_numbers_past_the_last(device):
+    x, weight, adapters, _, bias, dy = drawn((24, 32, 24), (8, 5), FLOAT, device)
+    which = torch.tensor([0, 1, -1, 1], device=device, dtype=torch.int16)
+    ours = results(fused, x.view(4, 6, 32), weight, adapters, which, bias, dy.view(4, 6, 24))
+    rows = results(fused, x, weight, adapters, which.repeat_interleave(6), bias, dy)
+    assert all(torch.equal(t.view(rows[name].shape), rows[name]) for name, t in ours.items())
+
+
+def test_only_what_asks_for_a_gradient_gets_one(device):
+    x, weight, adapters, which, bias, dy = drawn((24, 32, 24), (8, 5), FLOAT, device)
+    truth = results(fused, x, weight, adapters, which, bias, dy)
+    leaf = adapters[1].lora_B.clone().requires_grad_()
+    y = fused(x, weight, [adapters[0], adapters[1]._replace(lora_B=leaf)], which, bias)
+    y.backward(dy)
+    assert torch.equal(leaf.grad, truth["dlora_B1"])
+    with torch.no_grad():
+        assert torch.equal(fused(x, weight, adapters, which, bias), y)
+
+
+def test_two_runs_give_the_same_bits_and_write_nothing_else(device):
+    given = drawn((72, 32, 24), (40, 5, 40), HALF, device, p=0.3)
+    tensors = [t for t in (*given[:2], *given[3:]) if t is not None]
+    before = [t.clone() for t in tensors]
+    first, second = results(fused, *given), results(fused, *given)
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
+    assert all(map(torch.equal, before, tensors))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_serves_any_rows():
+    x, weight, adapters, which, bias, dy = drawn((512, 256, 384), (16, 40, 8, 64), BF16, "cuda")
+    adapters = [
+        one._replace(lora_A=one.lora_A.requires_grad_(), lora_B=one.lora_B.requires_grad_()) for one in adapters
+    ]
+    leaves = [t for one in adapters for t in one.tensors[:2]]
+    x.requires_grad_()
+
+    def step():
+        y = fused(x, weight, adapters, which, bias)
+        return y.detach(), *torch.autograd.grad(y, [x, *leaves], dy)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(3):
+        gen = torch.Generator("cuda").manual_seed(seed)
+        which.copy_(torch.randint(-1, 4, (512,), generator=gen, device="cuda"))
+        graph.replay()
+        assert all(map(torch.equal, captured, step()))
+
+
+def test_numbers_may_be_tensors_and_come_first_in_inference(device):
+    x, weight, adapters, which, bias, dy = drawn((24, 32, 24), (8, 5), HALF, device, seed=7)
+    with torch.inference_mode():
+        first = fused(x, weight, adapters, which, bias)
+    expected = results(fused, x, weight, adapters, which, bias, dy)
+    assert torch.equal(first.clone(), expected["y"])
+    tensors = [one._replace(scaling=torch.tensor(one.scaling, device=device)) for one in adapters]
+    found = results(fused, x, weight, tensors, which, bias, dy)
+    assert all(torch.equal(t, expected[name]) for name, t in found.items())
+
+
+def test_autocast_and_adapters_of_other_dtypes(device):
+    """Adapters and their gradients in dtypes of their own, x of any strides."""
+    x, weight, adapters, which, bias, dy = drawn((24, 32, 24), (8, 5), FLOAT, device)
+    kinds = [torch.float64, FLOAT]
+    mixed = [
+        one._replace(lora_A=one.lora_A.to(kind), lora_B=one.lora_B.to(kind))
+        for one, kind in zip(adapters, kinds, strict=True)
+    ]
+    expected = results(fused, x, weight, adapters, which, bias, dy)
+    found = results(fused, x.T.contiguous().T, weight, mixed, which, bias, dy)
+    for name, t in found.items():
+        torch.testing.assert_close(t.float(), expected[name], rtol=1e-4, atol=1e-4)
+    assert found["dlora_A0"].dtype == found["dlora_B0"].dtype == torch.float64
+    dtype = HALF if device == "cpu" else BF16
+    with torch.autocast(device, dtype):
+        assert fused(x, weight, adapters, which, bias).dtype == dtype
