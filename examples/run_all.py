@@ -1,6 +1,6 @@
 """Every example, one after the other, each in a process and a folder of its own: what `make examples` runs.
 
-Under ten minutes on two cores without a GPU. What an example prints goes to output.txt in its folder, its
+Ten minutes or more on two cores without a GPU. What an example prints goes to output.txt in its folder, its
 progress and warnings to errors.txt; one that fails (an extra that is not installed, say) is shown, the rest still run,
 and the exit status is 1.
 """
@@ -17,9 +17,13 @@ HERE = Path(__file__).resolve().parent
 NO_EXAMPLES = {"common", "four_bits", "run_all"}
 # Every other script runs with its defaults; these would take longer than all may together.
 ARGUMENTS = {
-    "encoder": ["--steps", "20"],
-    "prompts": ["--method", "bottleneck", "prompt+lora", "--steps", "5"],
-    "smollm2": ["--no-stock", "--steps", "5"],
+    "encoder": ["--steps", "10", "--layers", "3"],
+    "glm4": ["--steps", "20"],
+    "lightning_mnist": ["--ranks", "1,4,16"],
+    "prompts": ["--method", "bottleneck", "prompt+lora", "--steps", "5", "--layers", "10"],
+    "smollm2": ["--no-stock", "--steps", "3"],
+    "trl_dpo": ["--steps", "30"],
+    "trl_grpo": ["--steps", "30"],
 }
 LAUNCHERS = {"fsdp2": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]}
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Told = Callable[[], object]
+
 
 class Candidate(NamedTuple):
     """A layer under test with what a step needs."""
@@ -38,21 +40,24 @@ def measure(
     target_ms: float = 8.0,
     seed: int = 0,
     device: str = "cuda",
+    least: int = 3,
+    each_round: Told | None = None,
 ) -> dict[str, list[float]]:
-    """Microseconds per call of each candidate, one number a round.
+    """Microseconds per call of each candidate, one number a round; ``each_round`` is called after each of them.
 
     A round runs every candidate once, in random order: a stretch of large products as long as the timed one, so that a
     candidate that is bound by memory does not leave the next one a cool chip, two warm-up calls, then as many timed
-    calls as fill ``target_ms`` (at least 3), between two CUDA events. From the warm-up on nothing waits: the GPU stays
-    busy while the host runs ahead, as in training, as far as it can (it waits for the products to end, or small calls
-    would be launched while they run, for nothing). On the CPU there are no products, and the clock is the host's.
+    calls as fill ``target_ms`` (at least ``least``), between two CUDA events. From the warm-up on nothing waits: the
+    GPU stays busy while the host runs ahead, as in training, as far as it can (it waits for the products to end, or
+    small calls would be launched while they run, for nothing). On the CPU there are no products, and the clock is the
+    host's.
     """
     load: Callable[[], object] = _nothing if device == "cpu" else _products(target_ms, device)
     calls = {}
     for name, fn in candidates.items():
-        for _ in range(3):
+        for _ in range(least):
             fn()
-        calls[name] = max(3, int(target_ms * 1000 / _time(fn, 3, device)))
+        calls[name] = max(least, int(target_ms * 1000 / _time(fn, least, device)))
     order = list(candidates)
     shuffle = random.Random(seed).shuffle
     times: dict[str, list[float]] = {name: [] for name in order}
@@ -64,6 +69,8 @@ def measure(
             fn()
             fn()
             times[name].append(_time(fn, calls[name], device))
+        if each_round is not None:
+            each_round()
     return times
 
 

@@ -51,7 +51,7 @@ def test_numbers_are_those_measured(monkeypatch, capsys):
     """The clock replaced: medians, percentiles and ratios of what it gave."""
     times = {"frozen": [2.0, 4.0, 6.0], "frozen again": [4.0], "eager LoRA": [8.0], "LoRALinear": [5.0, 5.0, 50.0]}
 
-    def measure(steps, rounds, device):
+    def measure(steps, rounds, device, each_round):
         assert rounds == 7 and list(steps) == list(times)
         return times
 
@@ -134,6 +134,36 @@ def test_measure_on_the_cpu():
     assert len({tuple(each) for each in rounds}) > 1 and len("".join(order)) == 3 * 6 + 6 * 3 * 5
 
 
+@pytest.mark.medium
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_whole_model(dora, tmp_path, capsys):
+    """Of a configuration: stock and patched, with checkpointing and without; all fused where the kernels can run."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.LlamaConfig(vocab_size=32, **sizes).save_pretrained(tmp_path)
+    config = str(tmp_path / "config.json")
+    extra = ["--dora"] if dora else []
+    assert main(["bench", "--model", config, "--tokens", "2x8", "--rank", "2", "--rounds", "2", *extra]) == 0
+    rows = table(capsys.readouterr().out)
+    kinds = ["frozen", "PEFT LoRA", "patched LoRA", *(["PEFT DoRA", "patched DoRA"] if dora else [])]
+    assert list(rows) == [("2x8", kind + more) for more in ("", ", checkpointing") for kind in kinds]
+    assert all(float(row[0]) > 0 and float(row[2]) > 0 for row in rows.values())
+    assert rows["2x8", "frozen"][2] == rows["2x8", "frozen, checkpointing"][2] == "1.000"
+    from lora_fast.cli import bench_model
+
+    base, ids = bench_model.base_model(config, torch.float32, "cpu"), torch.arange(8)[None]
+    losses = {name: step().item() for name, step in bench_model.build(base, ids, 2, 0.0, dora).items()}
+    for name in losses:
+        assert losses[name] == pytest.approx(losses[name.replace("patched", "PEFT")], rel=1e-5)
+
+
+def test_a_model_that_is_not_there(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    assert main(["bench", "--model", str(tmp_path / "none" / "config.json")]) == 1
+    assert capsys.readouterr().err.startswith(f"lora-fast bench: error: --model {tmp_path}")
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(capsys):
     assert main(["bench", "--shape", "512", "--dora", "--rounds", "3", "--dropout", "0.1"]) == 0
@@ -154,6 +184,7 @@ def test_on_a_gpu(capsys):
         (["--dropout", "1"], "--dropout: got '1'"),
         (["--dropout", "nan"], "--dropout: got 'nan'"),
         (["--dtype", "fp8"], "--dtype"),
+        (["--tokens", "8"], "--tokens: got '8', expected rows x tokens"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):

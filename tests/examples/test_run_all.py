@@ -37,7 +37,11 @@ def test_it_runs_all(tmp_path, monkeypatch, capsys):
 def test_its_arguments_are_the_scripts():
     assert run_all.ARGUMENTS.keys() | run_all.LAUNCHERS.keys() <= SCRIPTS
     for name, arguments in run_all.ARGUMENTS.items():
-        pytest.importorskip(name).parse(arguments)
+        script = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+        options = script + (ROOT / "examples" / "common.py").read_text(encoding="utf-8") * ("common.options" in script)
+        assert all(f'"{word}"' in options for word in arguments if word.startswith("--")), name
+        if "\ndef parse(" in script:
+            pytest.importorskip(name).parse(arguments)
     launched = run_all.command(ROOT / "examples" / "fsdp2.py", 3)
     assert launched[-3:] == [str(ROOT / "examples" / "fsdp2.py"), "--seed", "3"] and "--nproc-per-node=2" in launched
 
