@@ -186,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--quick", action="store_true", help="the first shape and few rows, a third of the rounds")
     parser.add_argument("--impls", default=",".join(IMPLS), help="some of them, by commas; frozen always runs")
+    parser.add_argument("--adapters", default="4,16,64", help="how many, by commas (default 4,16,64)")
     parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR")
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
@@ -200,7 +201,8 @@ def main(argv: list[str] | None = None) -> int:
     about, start = common.run_columns(args.commit), time.monotonic()
     card, rounds = common.card(about["gpu"]), max(3, args.rounds // 3) if args.quick else args.rounds
     shapes = {common.TARGETS[0], (GRAPHED, 4096, 4096)}
-    cases = [case for case in all_cases() if not args.quick or case[1:4] in shapes]
+    counts = {int(count) for count in args.adapters.split(",")}
+    cases = [case for case in all_cases() if case.adapters in counts and (not args.quick or case[1:4] in shapes)]
     rows: list[common.Row] = []
     graph_rows: list[common.Row] = []
     for case in common.progress(cases, "bench_batch"):

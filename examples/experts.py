@@ -138,7 +138,7 @@ def peft_model(config: Any, way: str, args: argparse.Namespace) -> Any:
         base = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if args.size == "small" else dtype)
         if way == EXACT:  # the weights that the others have
             base.to(DTYPE).to(dtype).set_experts_implementation("eager")
-        base.to(dtype)
+        base.to(dtype).config.use_cache = False
         adapters = LoraConfig(
             r=args.rank,
             lora_alpha=2 * args.rank,

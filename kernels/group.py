@@ -238,7 +238,7 @@ def backward(
     m, room, bits, kind = group.m, made.room, made.bits, group.kind
     new, dx, stacked, ds = room.new_empty, None, None, None
     if group.needs_x:
-        dx = new(group.x_shape, dtype=kind)
+        dx = new(*group.x_shape, dtype=kind)
     if group.needs_a and any([one.needs.a and dy is not None for one, dy in zip(group.each, dys, strict=True)]):
         stacked = new(group.ranks, group.k, dtype=group.a_kind)
     grads: list[tuple[MaybeTensor, ...]] = []
@@ -285,10 +285,10 @@ def backward(
         return dx, [(None, *three) for three in grads]
     found: list[tuple[MaybeTensor, ...]] = []
     parts = stacked.split_with_sizes(group.ranks_of)
-    for one, dy, grad_a, three in zip(group.each, dys, parts, grads, strict=True):
+    for one, ranks, dy, part, three in zip(group.each, group.ranks_of, dys, parts, grads, strict=True):
         own: MaybeTensor = None
         if one.needs.a and dy is not None:
-            own = grad_a if len(grad_a) == one.r else grad_a[: one.r]
+            own = part if ranks == one.r else part[: one.r]
             if one.kinds.a != group.a_kind:
                 own = own.to(one.kinds.a)
         found.append((own, *three))

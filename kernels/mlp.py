@@ -6,6 +6,7 @@ makes y. What is kept is x, e, g and what is small. Backward: as a layer's over 
 from dh, e and g, and h again (glu.py); and a group's backward over de and dg.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling
 from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of
 from lora_fast.kernels.problem import MaybeTensor
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.siblings import Deferred, Given, Kept, Siblings
+from lora_fast.kernels.siblings import Deferred, Given, Siblings
 from lora_fast.kernels.stack import Adapter, stack
 from lora_fast.kernels.sums import Dora, Parts, add_parts
 
@@ -204,37 +205,38 @@ def forward(
     """y [*lead, N], what it leaves for the backward, and the product of y if this does not read it, to be run once that
     is saved. x [..., K], contiguous or the matrix of its rows; ``each``: gate, up and down; seeds and rates of the
     dropout of x, which gate and up share, and of h."""
-    inner, outer = mlp.inner, mlp.outer
+    inner, outer, new = mlp.inner, mlp.outer, x.new_empty
     m, width = inner.m, outer.k
-    y = x.new_empty(*inner.lead, mlp.down.n)
-    e, g, h = (x.new_empty(m, width) for _ in range(3))
-    outs = e, g, y
-    siblings = *inner.each, mlp.down
-    z = tuple(torch.empty_like(out) if one.keep_z else None for out, one in zip(outs, siblings, strict=True))
-    rooms = [x.new_empty(group.bytes, dtype=torch.uint8) for group in (inner, outer)]
-    words = [-(-cols // 32) for cols in (inner.k, width)]
-    bits = [
-        None if seed is None else x.new_empty(m, n, dtype=torch.int32) for seed, n in zip(seeds, words, strict=True)
-    ]
-    made = Made(e, g, rooms[0], rooms[1], bits[0], bits[1], z)
+    y, e, g, h = new(*inner.lead, mlp.down.n), new(m, width), new(m, width), new(m, width)
+    room, down_room = new(inner.bytes, dtype=torch.uint8), new(outer.bytes, dtype=torch.uint8)
+    masks: list[tuple[MaybeTensor, Seed, int, int, float]] = []  # bits, seed, count, words, scale: of x and of h
+    key: list[Any] = [forward_launches]
+    for seed, p, cols in zip(seeds, rates, (inner.k, width), strict=True):
+        words, kind = -(-cols // 32), None
+        if seed is None:
+            masks.append((None, None, 0, m * words, 1.0))
+        else:
+            bits, kind = new(m, words, dtype=torch.int32), kind_of(seed)
+            masks.append((bits, seed, keep_count(p), m * words, keep_scale(p)))
+        key.append(kind)
+    z: list[MaybeTensor] = []
+    flat: list[Any] = []
+    for sibling, one, out in zip((*inner.each, mlp.down), each, (e, g, y), strict=True):
+        kept, scaling = torch.empty_like(out) if sibling.keep_z else None, as_scaling(one.scaling)
+        if isinstance(scaling, torch.Tensor):
+            key.append((len(z), kind_of(scaling)))
+        z.append(kept)
+        flat += (*one[:5], scaling, out, kept)
+    of_x, of_h = masks
+    made = Made(e, g, room, down_room, of_x[0], of_h[0], tuple(z))
     if m == 0:
         return y, made, None
-    counts = [0 if seed is None else keep_count(p) for seed, p in zip(seeds, rates, strict=True)]
-    keeps = [1.0 if seed is None else keep_scale(p) for seed, p in zip(seeds, rates, strict=True)]
-    scalings = [as_scaling(one.scaling) for one in each]
-    flat: list[Any] = []
-    for one, by, out, its_z in zip(each, scalings, outs, z, strict=True):
-        flat += (*one[:5], by, out, its_z)
-    given = x, h, *rooms, *bits, *seeds, *counts, *(m * n for n in words), *keeps, *flat
-    key = (
-        forward_launches,
-        *(None if seed is None else kind_of(seed) for seed in seeds),
-        *(() if all([type(by) is float for by in scalings]) else map(kind_of, scalings)),
-        inner.is_float32 and precision(inner.kind, 256),
-    )
-    program = mlp.programs.get(key)
+    each_mask = itertools.chain.from_iterable(zip(of_x, of_h, strict=True))
+    given = x, h, room, down_room, *each_mask, *flat
+    key.append(inner.is_float32 and precision(inner.kind, 256))
+    program = mlp.programs.get(tuple(key))
     if program is None or (bound := program.bind(*given)) is None:
-        program, bound = bound_program(mlp, key, Forward, given)
+        program, bound = bound_program(mlp, tuple(key), Forward, given)
     if not mlp.late:
         program.run(bound)
         return y, made, None
@@ -247,16 +249,16 @@ def backward(
     dy: torch.Tensor,
     x: MaybeTensor,
     made: Made,
-    kept: Sequence[Kept],
+    kept: Sequence[Sequence[MaybeTensor]],
     scaling: float | torch.Tensor,
     p: float,
     in_place: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[MaybeTensor, ...], list[MaybeTensor]]:
     """de and dg [M, I] (where ``scaled`` with DoRA's gain), (dA, dB, dbias, dm) of down, and dm of gate and of up where
-    ``Mlp.dots`` says so. ``kept`` is of gate, up and down; scaling and p are down's. ``in_place``: de and dg take the
-    memory of e and g."""
-    inner, down = mlp.inner, mlp.down
-    (m, width), e, g, new = made.e.shape, made.e, made.g, dy.new_empty
+    ``Mlp.dots`` says so. ``kept``, each a ``Kept``, is of gate, up and down; scaling and p are down's. ``in_place``: de
+    and dg take the memory of e and g."""
+    inner, down, e, g, new = mlp.inner, mlp.down, made.e, made.g, dy.new_empty
+    m, width = inner.m, mlp.outer.k
     de, dg = (e, g) if in_place else (torch.empty_like(e), torch.empty_like(g))
     needs, kinds = down.needs, down.kinds
     grad_a = new(down.ranks, width, dtype=kinds.a) if needs.a else None
@@ -272,11 +274,9 @@ def backward(
     else:
         dh, dz = new(m, width), new(m, down.n) if down.dora else None
         scaling, keep = as_scaling(scaling), 1.0 if made.h_bits is None else keep_scale(p)
-        again = [
-            t
-            for dm, one in zip(dms, kept[:2], strict=True)
-            for t in ((None,) * 3 if dm is None else (dm, one.weight, one.b))
-        ]
+        again: list[MaybeTensor] = []
+        for dm, one in zip(dms, kept, strict=False):
+            again += (None, None, None) if dm is None else (dm, one[0], one[1])
         rooms = made.room, made.down_room
         own = x if any(mlp.dots) else None
         given = dy, e, g, de, dg, dh, *rooms, made.h_bits, keep, *grads, dz, scaling, *kept[2], own, *again

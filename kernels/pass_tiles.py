@@ -166,7 +166,7 @@ def batch_columns(r: int, *, dtype: torch.dtype, chip: Chip, tma: bool) -> Tile:
     """G of one adapter among several: n columns a program, m rows a step, a part of a block of rows. Rows are selected
     in registers, as a mask is applied: by the rows of ``grad`` with one. Not measured yet."""
     if dtype.itemsize > 2 or chip.small or not tma:  # what fits
-        return Tile(m=32, n=64, r=r, warps=8 if chip.capability >= 120 else 4, fill=4.0)
+        return Tile(m=32, n=64, r=r, warps=8 if chip.capability >= 120 and not tma else 4, fill=4.0)
     return Tile(m=64, n=128, r=r, fill=2.0)
 
 

@@ -21,11 +21,11 @@ from lora_fast.models.adapt import (
     add_lora,
     disable_lora,
     lora_parameters,
-    print_trainable_parameters,
     remove_lora,
 )
 from lora_fast.models.bottleneck import add_bottleneck, bottleneck_state_dict
 from lora_fast.models.config import LoRAConfig
+from lora_fast.models.counting import print_trainable_parameters
 from lora_fast.models.lora_plus import lora_plus_groups
 from lora_fast.models.state import load_lora_state_dict, lora_state_dict
 from lora_fast.peft import patch_peft, unpatch_peft

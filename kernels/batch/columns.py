@@ -7,8 +7,10 @@ are added up in a fixed order (sums.py). A gradient lies where the adapter lies 
 after the other; of an adapter without rows it is zero.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -122,6 +124,9 @@ def columns(
     (m, n), size, kind = z.shape, g.shape[0], z.dtype
     chip, tma = Chip.of(z.device), tma_fits(z)
     tile = pass_tiles.batch_columns(ranks.block, dtype=kind, chip=chip, tma=tma)
+    exact = precision(kind, m)
+    if kind == torch.float32 and exact == "ieee":  # as in ``down``
+        tile = replace(tile, m=16)
     grid = triton.cdiv(n, tile.n), len(ranks.blocks(ranks.block))
     splits = int(chip.processors * tile.fill) // (grid[0] * grid[1])
     splits = max(1, min(splits, triton.cdiv(m, 4 * ROWS)))
@@ -159,7 +164,7 @@ def columns(
         RANKS_FIRST=ranks_first,
         TMA=tma,
         ACC=acc_dtype(kind),
-        PRECISION=precision(kind, m),
+        PRECISION=exact,
         DTYPE=TL[kind],
     )
     return [made] if splits == 1 else [made, add_parts(sums, to, z, kind, g=g)]

@@ -13,7 +13,7 @@ from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, store_til
 from lora_fast.kernels.operands import Operand, launch, run
 from lora_fast.kernels.program import Launch
 
-BLOCK_M, BLOCK_N, ROWS = 16, 256, 64
+BLOCK_M, BLOCK_N, ROWS = 16, 256, 32
 
 
 @triton.jit

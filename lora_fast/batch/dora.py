@@ -35,10 +35,11 @@ class FusedDoraBatch:
             weight, magnitudes = weight.to(z.dtype), [one.lora_magnitude_vector for one in adapters]
             with torch.no_grad():
                 made = [
-                    norm_fwd(weight, contiguous(a), contiguous(b), scaling, contiguous(m), self.round_norm)
+                    norm_fwd(weight, a.contiguous(), b.contiguous(), scaling, contiguous(m), self.round_norm)
                     for a, b, scaling, _, m in adapters
                 ]
-                norms, gains = (torch.stack([pair[i] for pair in made]) for i in range(2))
+                norms = torch.stack([norm for norm, _ in made])
+                gains = torch.stack([gain for _, gain in made if gain is not None])
             bias = None if bias is None else bias.to(z.dtype)
             return _Gain.apply(z, contiguous(bias), which.contiguous().view(-1), norms, gains, *magnitudes)
 

@@ -16,10 +16,10 @@ from lora_fast.kernels import mlp as mlp_kernels
 from lora_fast.kernels.mlp import Made, Mlp
 from lora_fast.kernels.operands import Size
 from lora_fast.kernels.problem import MaybeTensor
-from lora_fast.kernels.siblings import Deferred, Kept, Sibling, Siblings
+from lora_fast.kernels.siblings import Deferred, Sibling, Siblings
 from lora_fast.kernels.siblings import Made as MadeOfGroup
 from lora_fast.ops.linear import draw_seed
-from lora_fast.ops.parts import addressable, contiguous, on
+from lora_fast.ops.parts import addressable, contiguous, on, one_gpu
 
 # Whether another backward may come through the graph (torch 2.5 and later); without it we take it that one may.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -70,23 +70,39 @@ class FusedGlu:
         each = [sibling(layer, self.kind, train) for layer in layers]
         self.mlp = mlp_of(tuple(x.shape[:-1]), x.shape[-1], each, needs_x, activation)
         self.casts = any(t.dtype != self.kind for t in (x, *(layer.weight for layer in layers)))
+        self.contiguous = all(t is None or t.is_contiguous() for layer in layers for t in layer.tensors[1:])
+        self.elsewhere = x.device.type == "cuda" and not one_gpu()
         self.records = needs_x or any(
             train and t is not None and t.requires_grad for layer in layers for t in layer.tensors[1:]
         )
 
     def __call__(self, x: torch.Tensor, gate: Layer, up: Layer, down: Layer, training: bool) -> torch.Tensor:
-        layers = gate, up, down
-        with on(x.device):
-            weights = [layer.weight for layer in layers]
-            if self.casts:
-                x, weights = x.to(self.kind), [weight.to(self.kind) for weight in weights]
-            rates = (gate.dropout_p, down.dropout_p) if training else (0.0, 0.0)
-            seeds = tuple(draw_seed(x.device) if p > 0 else None for p in rates)
-            small = [contiguous(t) for layer in layers for t in layer.tensors[1:]]
-            call = Call(weights, [layer.scaling for layer in layers], seeds, rates, [])  # type: ignore[arg-type]
-            y = _apply(x, self, call, *small) if self.records else self.forward(x, call, *small)[0]
-            for late in call.late:
-                late.run()
+        if self.elsewhere:
+            with on(x.device):
+                return self.run(x, (gate, up, down), training)
+        return self.run(x, (gate, up, down), training)
+
+    def run(self, x: torch.Tensor, layers: Sequence[Layer], training: bool) -> torch.Tensor:
+        """y, on the current device."""
+        weights: list[torch.Tensor] = []
+        scalings: list[float | torch.Tensor] = []
+        small: list[Any] = []
+        rates: list[float] = []
+        for weight, a, b, scaling, bias, p, magnitude, _, _ in layers:
+            weights.append(weight)
+            scalings.append(scaling)
+            small += (a, b, bias, magnitude)
+            rates.append(p if training else 0.0)
+        if self.casts:
+            x, weights = x.to(self.kind), [weight.to(self.kind) for weight in weights]
+        if not self.contiguous:
+            small = [contiguous(t) for t in small]
+        p, _, h_p = rates
+        seeds = draw_seed(x.device) if p > 0 else None, draw_seed(x.device) if h_p > 0 else None
+        call = Call(weights, scalings, seeds, (p, h_p), [])
+        y = _apply(x, self, call, *small) if self.records else self.forward(x, call, *small)[0]
+        for late in call.late:
+            late.run()
         return y
 
     def forward(self, x: torch.Tensor, call: Call, *small: Any) -> tuple[torch.Tensor, Made]:
@@ -105,7 +121,7 @@ class FusedGlu:
         saved: list[MaybeTensor] = [x if inner.needs_a or again else None, *made[:6]]
         for i, one in enumerate((*inner.each, down)):
             by_dots = i < 2 and dots[i]
-            saved += Kept(
+            saved += (  # as in ``Kept``
                 call.weights[i] if i == 2 or inner.needs_x or by_dots else None,
                 None if one.casts else small[4 * i + 1],
                 y if one.z_again else None,
@@ -117,7 +133,7 @@ class FusedGlu:
         self, dy: torch.Tensor, saved: Sequence[Any], scalings: Sequence[Any], rates: tuple[float, float]
     ) -> tuple[MaybeTensor, ...]:
         """dX, then dA, dB, dbias and dm of gate, up and down."""
-        x, kept = saved[0], [Kept(*saved[i : i + 4]) for i in (7, 11, 15)]
+        x, kept = saved[0], (saved[7:11], saved[11:15], saved[15:19])
         found = Made(*saved[1:7])
         x = None if x is None else addressable(x)
         de, dg, of_down, dms = mlp_kernels.backward(

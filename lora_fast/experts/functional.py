@@ -12,7 +12,7 @@ from lora_fast import dispatch
 from lora_fast.bases.packed import is_opaque
 from lora_fast.experts import reference
 from lora_fast.experts.form import Adapter, ExpertsForm
-from lora_fast.functional import check_tensors
+from lora_fast.functional import Facts, check_tensors, facts_of
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -58,8 +58,7 @@ def lora_experts(
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
     given = x, top_k_index, top_k_weights, gate_up, down, gate_up_lora, down_lora, gate_up_bias, down_bias
-    facts = _facts_of(given, form, backend)
-    call = None if facts is None else _calls.get(facts)
+    facts, call = _recall(given, form, backend)
     if call is None:
         dtype = _check(given, form)
         call = _settle(given, form, dtype, backend)
@@ -70,7 +69,7 @@ def lora_experts(
     return call(*given)
 
 
-_calls: dict[tuple[Any, ...], Callable[..., torch.Tensor]] = {}  # what takes calls, by their facts
+_calls: dict[Facts, Callable[..., torch.Tensor]] = {}  # what takes calls, by their facts
 
 
 def _settle(given: tuple[Any, ...], form: ExpertsForm, dtype: torch.dtype, backend: str) -> Callable[..., torch.Tensor]:
@@ -84,27 +83,30 @@ def _settle(given: tuple[Any, ...], form: ExpertsForm, dtype: torch.dtype, backe
     return FusedExperts(*given, form=form)
 
 
-def _facts_of(given: tuple[Any, ...], form: Any, backend: Any) -> tuple[Any, ...] | None:
-    """All that the checks of a call and the choice of its path rest on: the host waits for this in every step. None
-    where something is not as it should be, which the checks will say, and under compilation."""
+def _recall(given: tuple[Any, ...], form: Any, backend: Any) -> tuple[Facts | None, Any]:
+    """(facts, what takes calls with these facts): all that the checks of a call and the choice of its path rest on; the
+    host waits for this in every step. No facts where something is not as it should be, which the checks will say, and
+    under compilation."""
     if is_compiling():
-        return None
-    facts: list[Any] = []
+        return None, None
+    x, index, weights, gate_up, down, *others = given
+    loras, biases = others[:2], others[2:]
     try:
-        for one in given:
-            lora = type(one) is Adapter
-            if lora and not (type(one.scaling) is float and -math.inf < one.scaling < math.inf):
-                return None
-            for t in one[:2] if lora else (one,):
-                facts.append(None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.requires_grad))
-        device = given[0].device
-        autocast = dispatch.autocast_dtype(device) if torch._C._is_any_autocast_enabled() else None
-        facts += [form, backend, torch.is_grad_enabled(), autocast, dispatch.get_backend()]
-        key = tuple(facts)
-        hash(key)
+        facts = [facts_of(x), facts_of(index), facts_of(weights), facts_of(gate_up), facts_of(down)]
+        for lora in loras:
+            if lora is None:
+                facts.append(())
+            elif type(lora) is Adapter and type(lora.scaling) is float and -math.inf < lora.scaling < math.inf:
+                facts += (facts_of(lora.lora_A), facts_of(lora.lora_B))
+            else:
+                return None, None
+        for bias in biases:
+            facts.append(() if bias is None else facts_of(bias))
+        autocast = dispatch.autocast_dtype(x.device) if torch._C._is_any_autocast_enabled() else None
+        key = *facts, form, backend, torch.is_grad_enabled(), autocast, dispatch.get_backend()
+        return key, _calls.get(key)
     except (AttributeError, RuntimeError, TypeError):
-        return None
-    return key
+        return None, None
 
 
 def _check(given: tuple[Any, ...], form: Any) -> torch.dtype:

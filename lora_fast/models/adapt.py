@@ -21,7 +21,7 @@ from lora_fast.layers.rules import check_quantisable, kind_asked_for
 from lora_fast.models.all_linear import layers_before
 from lora_fast.models.config import LoRAConfig
 from lora_fast.models.peft_config import from_peft, is_pefts
-from lora_fast.models.projections import missed_by, patterns, projections
+from lora_fast.models.projections import missed_by, patterns
 from lora_fast.models.targets import find_parameters, find_targets, holders, matching, resolve_pattern, some
 from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.gather import identities
@@ -91,7 +91,7 @@ def add_lora(model: nn.Module, config: Any, *, blocks: str | bool = "auto") -> n
             f"{some(list(dict.fromkeys(beside)))}",
             stacklevel=2,
         )
-    if missed := missed_by(model, config.target_modules):
+    if missed := missed_by(model, config.target_modules, config.exclude_modules):
         warnings.warn(
             f"add_lora: target_modules={config.target_modules!r} also means parameters that are no nn.Linear's, which "
             f"(target_parameters names experts) get no adapter and stay frozen: {some(patterns(missed))}",
@@ -224,20 +224,6 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Iterate over lora_A [r, in], lora_B [out, r] and, of DoRA layers, lora_magnitude_vector [out], layer by layer.
     ValueError without LoRA layers."""
     return iter([getattr(layer, name) for layer in lora_layers(model).values() for name in layer.adapter_names])
-
-
-def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Print how many parameters train, in PEFT's format, and which projections no adapter reaches (fused experts), if
-    there are any; return (trainable, all). ValueError without LoRA layers."""
-    lora_layers(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    share = 100 * trainable / total
-    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-    if others := {name: p for name, p in projections(model).items() if not p.requires_grad}:
-        count = sum(p.numel() for p in others.values())
-        print(f"without an adapter, for they are no nn.Linear's: {', '.join(patterns(others))}: {count:,d} params")
-    return trainable, total
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from torch import nn
 from lora_fast.layers.parameters import CHILD, is_torchs
 from lora_fast.wrappers.names import plain_modules
 
+Patterns = str | Collection[str] | None
+
 # In the name of a class or parameter that does not project.
 OTHERS = ("embed", "norm", "bias", "token", "position", "_log", "_scale")
 
@@ -39,13 +41,23 @@ def _projects(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
     return len(shape) == 3 or name == "weight" or "proj" in name
 
 
-def missed_by(model: nn.Module, target_modules: str | Collection[str] | None) -> list[str]:
-    """The names of those that stay frozen though ``target_modules`` speaks of them: "all-linear" does of all."""
-    found = [name for name, parameter in projections(model).items() if not parameter.requires_grad]
-    if isinstance(target_modules, str):
-        everything = target_modules.lower() == "all-linear"
-        return [name for name in found if everything or re.fullmatch(target_modules, name)]
-    return [name for name in found if any(f".{name}".endswith(f".{entry}") for entry in target_modules or ())]
+def missed_by(model: nn.Module, target_modules: Patterns, exclude_modules: Patterns = None) -> list[str]:
+    """The names of those that stay frozen though ``target_modules`` speaks of them, "all-linear" of all, and
+    ``exclude_modules`` does not speak of their modules."""
+    everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    return [
+        name
+        for name, parameter in projections(model).items()
+        if not parameter.requires_grad
+        and (everything or _speak_of(target_modules, name))
+        and not _speak_of(exclude_modules, name.rpartition(".")[0])
+    ]
+
+
+def _speak_of(entries: Patterns, name: str) -> bool:
+    if isinstance(entries, str):
+        return re.fullmatch(entries, name) is not None
+    return any(f".{name}".endswith(f".{entry}") for entry in entries or ())
 
 
 def patterns(names: Iterable[str]) -> list[str]:

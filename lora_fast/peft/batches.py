@@ -47,14 +47,12 @@ def naming(tuner: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs:
 
 
 def _tell_frozen(tuner: Any, names: Sequence[str]) -> None:
-    """Name adapters that occur and do not train, once each."""
-    told = vars(tuner).setdefault("told_frozen", set())
-    for name in dict.fromkeys(names):
-        if name == BASE or name in told or not torch.is_grad_enabled():
-            continue
+    """Name adapters that do not train where they occur first."""
+    seen = vars(tuner).setdefault("names_seen", {BASE})
+    for name in set(names) - seen if torch.is_grad_enabled() else ():
+        seen.add(name)
         own = [p for key, p in tuner.named_parameters() if "lora_" in key and f".{name}." in f"{key}."]
         if own and not any(p.requires_grad for p in own):
-            told.add(name)
             warnings.warn(f"adapter_names: {name!r} occurs, and none of its parameters requires grad", stacklevel=6)
 
 

@@ -84,7 +84,7 @@ class FastExperts(ParamWrapper):
                 found[wrapper.parameter_name] = adapter
         if not found:
             return None
-        base = wrappers[-1].base_layer
+        base: Any = wrappers[-1]._modules["base_layer"]  # nn.Module's own attribute look-up takes its time
         if any(map(hooked, wrappers[1:])) or hooked(base):
             return "the experts have hooks or a replaced forward"
         frozen = frozen_of(base)

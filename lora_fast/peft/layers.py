@@ -20,7 +20,7 @@ from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm
 from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
 from lora_fast.peft import norms as peft_norms
-from lora_fast.peft.batches import named_call, names_of, naming
+from lora_fast.peft.batches import LAST, named_call, names_of, naming
 from lora_fast.peft.merging import KeepingLinear, for_an_adapters_file, spread_scaled
 from lora_fast.peft.rules import (
     BASES,
@@ -114,7 +114,7 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         self._forget_base()
         scalings = dict(self.scaling)
         del self._scalings
-        for name in ("save", "save_x", "is_embedding", TO_COME, KEPT_NORM, "keep_in_graphs", SIBLINGS):
+        for name in ("save", "save_x", "is_embedding", TO_COME, KEPT_NORM, "keep_in_graphs", SIBLINGS, LAST):
             vars(self).pop(name, None)
         make_as_before(self.base_layer)
         weight = self.base_layer.weight

@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -168,7 +169,9 @@ def test_dropout_and_dora_are_refused_as_by_peft(name, value):
         peft.get_peft_model(moe_model(), peft.LoraConfig(**settings))
     with pytest.raises(ValueError, match=rf"{name}: got {value}, expected none .*also means .*mlp.gate.weight \(2\)"):
         add_lora(moe_model(), LoRAConfig(**settings))
-    model = add_lora(moe_model(), LoRAConfig(**settings, exclude_modules=["mlp.experts", "mlp.gate"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = add_lora(moe_model(), LoRAConfig(**settings, exclude_modules=["mlp.experts", "mlp.gate"]))
     assert not any(isinstance(m, ParameterLoRA) for m in model.modules())
 
 
@@ -197,3 +200,14 @@ def test_target_parameters_names_a_router_alone(tmp_path):
     ours = load_adapter(moe_model(), tmp_path)
     assert len(lora_state_dict(ours)) == 4
     torch.testing.assert_close(ours(ids()).logits, stock(ids()).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_pefts_own_config_means_the_same_before_and_after_peft_has_read_it():
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear")
+    expected = {name: t.shape for name, t in lora_state_dict(adapted()).items()}
+    assert {name: t.shape for name, t in lora_state_dict(add_lora(moe_model(), config)).items()} == expected
+    peft.get_peft_model(moe_model(), config)
+    assert "gate_up_proj" in config.target_parameters
+    model = add_lora(moe_model(), config)
+    assert {name: t.shape for name, t in lora_state_dict(model).items()} == expected
+    assert {m.scaling for m in model.modules() if isinstance(m, ParameterLoRA)} == {5 / 3}
