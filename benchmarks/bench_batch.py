@@ -132,10 +132,10 @@ def measured(
     case: Case, impls: tuple[str, ...], rounds: int, graph: bool, about: common.Row, device: str = "cuda"
 ) -> list[common.Row]:
     """A row for each candidate and what it does; under CUDA graphs peak_mib stays empty."""
-    calls = steps(case, impls, device)
-    peaks: dict[tuple[str, str], Any] = dict.fromkeys(calls, "")
+    calls = made = steps(case, impls, device)  # which hold the tensors that graphs read
+    peaks: dict[tuple[str, str], Any] = dict.fromkeys(made, "")
     if graph:
-        calls = {key: timing.graphed(call) for key, call in calls.items() if key[1] != "peft"}
+        calls = {key: timing.graphed(call) for key, call in made.items() if key[1] != "peft"}
     elif device != "cpu":
         peaks = {key: round(timing.peak_mib(call), 2) for key, call in calls.items()}
     times = timing.measure({" ".join(key): call for key, call in calls.items()}, rounds, device=device)
