@@ -13,7 +13,7 @@ from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.bases.scaled import ScaledFp8Weight
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.joining import SIBLINGS, Joins
+from lora_fast.blocks.siblings import SIBLINGS, Joins
 from lora_fast.functional import FLOATS, dora_linear, lora_linear
 from lora_fast.layers.fp8_linears import make_as_before
 from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_fast import LoRAConfig, SlowPathWarning, add_lora, dispatch, merge_lora, patch_peft, remove_lora, unpatch_peft
-from lora_fast.blocks import joining
+from lora_fast.blocks import gated, joining, siblings
 from lora_fast.blocks.joining import joined_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:lora_fast takes the plain torch path")
@@ -75,8 +75,8 @@ def ran(monkeypatch):
 
         return called
 
-    monkeypatch.setattr(joining, "lora_group", counting("group", joining.lora_group))
-    monkeypatch.setattr(joining, "lora_glu", counting("glu", joining.lora_glu))
+    monkeypatch.setattr(siblings, "lora_group", counting("group", siblings.lora_group))
+    monkeypatch.setattr(gated, "lora_glu", counting("glu", gated.lora_glu))
     dispatch._told.clear()
     yield counts
     dispatch._told.clear()
@@ -261,7 +261,7 @@ def test_merge_and_remove():
     torch.testing.assert_close(joined(x), apart(x))
     plain = remove_lora(joined)
     assert type(plain.mlp) is Mlp and not plain.attention._forward_hooks and not plain.attention._forward_pre_hooks
-    assert not any(key in vars(module) for module in plain.modules() for key in (joining.SIBLINGS, joining.GLU))
+    assert not any(key in vars(module) for module in plain.modules() for key in (siblings.SIBLINGS, gated.GLU))
 
 
 def test_copies_are_their_own(ran):
@@ -305,7 +305,7 @@ def test_a_forward_that_tracing_takes_for_another():
     net = Sly()
     expected = copy.deepcopy(net)
     add_lora(net, LoRAConfig(4, target_modules="all-linear"))
-    assert isinstance(net, joining.FastGlu)
+    assert isinstance(net, gated.FastGlu)
     x = torch.randn(2, 8)
     with pytest.warns(SlowPathWarning, match="gives other numbers"):
         torch.testing.assert_close(net(x), expected(x))
@@ -313,7 +313,7 @@ def test_a_forward_that_tracing_takes_for_another():
 
 def test_the_probe_draws_nothing():
     _, joined = nets(lora_dropout=0.5)
-    joining._probed.clear()
+    gated._probed.clear()
     torch.manual_seed(5)
     first = joined(torch.ones(2, 8))
     torch.manual_seed(5)

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from lora_fast import PeftReport, peft_report
-from lora_fast.blocks import joining
+from lora_fast.blocks import gated
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.glu import FusedGlu
 from lora_fast.blocks.group import FusedGroup
@@ -102,7 +102,7 @@ def watched() -> Iterator[Seen]:
     """Counts what the fused operators and the kernels' launcher are called for."""
     from lora_fast.kernels.program import Program
 
-    seen, start, probe, inside = Seen(), Program.run, joining._same_numbers, [False]
+    seen, start, probe, inside = Seen(), Program.run, gated._same_numbers, [False]
     plain = {kind: kind.__call__ for kind in (ops.FusedLinear, FusedGroup, FusedGlu)}
 
     def counting(run):
@@ -131,11 +131,11 @@ def watched() -> Iterator[Seen]:
 
     for kind, run in plain.items():
         kind.__call__ = counting(run)  # type: ignore[method-assign]
-    Program.run, joining._same_numbers = launch, not_counting  # type: ignore[method-assign]
+    Program.run, gated._same_numbers = launch, not_counting  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        Program.run, joining._same_numbers = start, probe  # type: ignore[method-assign]
+        Program.run, gated._same_numbers = start, probe  # type: ignore[method-assign]
         for kind, run in plain.items():
             kind.__call__ = run  # type: ignore[method-assign]
 
