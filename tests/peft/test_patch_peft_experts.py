@@ -315,7 +315,7 @@ def test_all_linear_adapts_routers_which_stay_pefts():
         pytest.skip("this PEFT's all-linear means nn.Linear layers alone")
     ours = patched(stock)
     assert ours.state_dict().keys() == stock.state_dict().keys()
-    same(loss_and_gradients(ours), loss_and_gradients(stock), 1e-6)
+    same(loss_and_gradients(ours), loss_and_gradients(stock), 5e-6)  # q, k and v are a group, whose sums differ
     reasons = {layer.name: layer.reason for layer in peft_report(ours).layers}
     router = reasons["base_model.model.model.layers.0.mlp.gate.weight"]
     assert router.startswith("target_parameters: a matrix of a Qwen3MoeTopKRouter")
