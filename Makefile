@@ -1,6 +1,6 @@
 # make demo      the main job: LoRA on MNIST, every rank beside the full fine-tune
 # make check     ruff, mypy and the fast tests, in three to four minutes on two cores
-# make test      the tests but for the slow ones, in twelve
+# make test      the tests but for the slow ones, in some twenty
 # make test-all  all tests, those of PEFT models and of the kernels also with other versions, in twenty
 # make lint      ruff and mypy
 # make examples  every example, the longer ones shortened, in ten minutes or more; outputs in examples-out
