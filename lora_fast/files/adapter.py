@@ -181,7 +181,8 @@ def _config_of(model: nn.Module, layers: dict[str, Any], saved: list[str]) -> di
         "use_dora": isinstance(first, DoRALinear),
         "bias": biases if with_biases else "none",
         "target_modules": target_modules(model, linears) if linears else [],
-        "target_parameters": target_parameters(model, parameters) if parameters else None,
+        # An older PEFT does not know the name.
+        **({"target_parameters": target_parameters(model, parameters)} if parameters else {}),
         "rank_pattern": pattern_of(ranks, r),
         "alpha_pattern": pattern_of(alphas, alpha),
         "modules_to_save": saved or None,

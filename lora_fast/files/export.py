@@ -58,9 +58,9 @@ def export_experts(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = down, up
             ranks[name] = layer.r
             alphas[name] = plain_number(scaling * (math.sqrt(layer.r) if rslora else layer.r))
+    config.pop("target_parameters", None)
     config |= {
         "target_modules": _targets(model, config["target_modules"], routers + apart),
-        "target_parameters": None,
         "rank_pattern": _pattern(ranks, r0),
         "alpha_pattern": _pattern(alphas, config["lora_alpha"]),
     }
