@@ -53,7 +53,7 @@ def why_apart_now(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "there are hooks on all modules"
     for name in (glu.gate, glu.up, glu.down, glu.act, glu.dropout):
-        if name is not None and _hooked(modules[name]):
+        if name is not None and hooked(modules[name]):
             return f"{name} has hooks or a replaced forward"
     found = []
     for name in (glu.gate, glu.up, glu.down):
@@ -81,7 +81,7 @@ def _layer_of(module: Any, x: torch.Tensor) -> Layer | str | None:
     return Layer(weight, bias=bias)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

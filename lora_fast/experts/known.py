@@ -13,10 +13,10 @@ from lora_fast.dispatch import autocast_dtype
 from lora_fast.experts.form import ExpertsForm, Gate
 from lora_fast.experts.reference import apply_gate
 from lora_fast.functional import FLOATS
+from lora_fast.kept import PLAIN
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 _WITHOUT, _WITH_BIAS = (GATE_UP, DOWN), (GATE_UP, DOWN, f"{GATE_UP}_bias", f"{DOWN}_bias")
-PLAIN = (torch.Tensor, nn.Parameter)
 # What the decorator of transformers' experts, use_experts_implementation, sets on each module.
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 

@@ -13,6 +13,7 @@ from lora_fast.bases.packed import PackedWeight
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.siblings import SIBLINGS, Joins
 from lora_fast.functional import FLOATS, lora_linear
+from lora_fast.kept import PLAIN
 from lora_fast.layers.fp8_linears import holds_fp8, plain_linear
 from lora_fast.layers.merging import MergingLinear
 from lora_fast.layers.replacing import cleared, tell_of_freezing
@@ -28,8 +29,6 @@ from lora_fast.layers.rules import (
 )
 from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.gather import whole
-
-PLAIN = (torch.Tensor, nn.Parameter)
 
 
 class LoRALinear(Joins, MergingLinear):

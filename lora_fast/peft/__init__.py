@@ -10,6 +10,7 @@ from torch import nn
 from lora_fast.bases import packed_as
 from lora_fast.bases.written import WrittenWeight
 from lora_fast.blocks.joining import join, part
+from lora_fast.kept import PLAIN
 from lora_fast.layers.fp8_linears import dtype_beside, holds_fp8, make_plain
 from lora_fast.layers.rules import check_base_dtype, check_quantisable, kind_asked_for
 from lora_fast.models.targets import holders, matching
@@ -155,7 +156,6 @@ class Asked(NamedTuple):
         """Those of the layers whose base weight is to become another: plain ones for a base_dtype, without it those
         that are written out for their products."""
         from lora_fast.peft.layers import FastLinear
-        from lora_fast.peft.rules import PLAIN
 
         if self.base_dtype is None and self.base_compute is None:
             return {}

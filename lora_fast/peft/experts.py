@@ -8,10 +8,12 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from lora_fast import dispatch
+from lora_fast.blocks.gated import hooked
 from lora_fast.experts.form import Adapter, ExpertsForm
 from lora_fast.experts.functional import lora_experts
-from lora_fast.experts.known import DOWN, GATE_UP, PLAIN, Frozen, form_of, frozen_of, is_experts, why_not_now
-from lora_fast.peft.rules import active, hooked, kind_of, parameter
+from lora_fast.experts.known import DOWN, GATE_UP, Frozen, form_of, frozen_of, is_experts, why_not_now
+from lora_fast.kept import PLAIN
+from lora_fast.peft.rules import active, kind_of, parameter
 
 
 class FastExperts(ParamWrapper):

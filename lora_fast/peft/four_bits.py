@@ -12,8 +12,9 @@ from lora_fast import dispatch
 from lora_fast.bases.four_bits import NESTED_BLOCK, BlockWeight, FourBitWeight, Nf4Weight
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.bases.written import WrittenWeight, why_not_e4m3
+from lora_fast.blocks.gated import hooked
 from lora_fast.peft.layers import FastLinear
-from lora_fast.peft.rules import hooked, kind_of, parameter
+from lora_fast.peft.rules import kind_of, parameter
 
 try:
     from peft.tuners.lora.bnb import Linear4bit

@@ -13,6 +13,7 @@ from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.bases.scaled import ScaledFp8Weight
 from lora_fast.blocks.form import Layer
+from lora_fast.blocks.gated import hooked
 from lora_fast.blocks.siblings import SIBLINGS, Joins
 from lora_fast.functional import FLOATS, dora_linear, lora_linear
 from lora_fast.layers.fp8_linears import make_as_before
@@ -26,7 +27,6 @@ from lora_fast.peft.rules import (
     BASES,
     active,
     examine,
-    hooked,
     is_dora,
     kind_of,
     parameter,

@@ -8,6 +8,8 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
 from lora_fast.bases import KINDS
+from lora_fast.blocks.gated import hooked
+from lora_fast.kept import PLAIN
 from lora_fast.layers.fp8_linears import holds_fp8, why_not_held
 
 DoraLinearVariant: Any
@@ -17,7 +19,6 @@ except ImportError:  # before PEFT had variants, DoRA was the only one
     DoraLinearVariant = None
 
 QUANTISED = {"aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "torchao"}  # PEFT's files of such layers
-PLAIN = (torch.Tensor, nn.Parameter)
 BASES = (*PLAIN, *KINDS)  # types of the base weights of layers that are fused
 
 
@@ -132,13 +133,3 @@ def parameter(module: nn.Module, name: str) -> Any:
     """``module.name``; by nn.Module's own attribute look-up, which takes its time, only if it is no parameter."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)
-
-
-def hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
