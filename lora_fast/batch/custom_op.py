@@ -18,6 +18,7 @@ from lora_fast.kernels.memo import Memo
 from lora_fast.kernels.problem import Kinds, MaybeTensor, Needs
 from lora_fast.ops.linear import draw_seed
 from lora_fast.ops.parts import addressable, contiguous, dtype_of, on
+from lora_fast.ops.registering import register
 
 _GIVEN = """(Tensor x, Tensor? bias, Tensor[] small, Tensor which, Tensor weight, Tensor[] scalings, Tensor? seed,
     float[] rates)"""
@@ -204,12 +205,13 @@ def _recorded(*args: Any) -> torch.Tensor:
     return torch.ops.lora_fast.lora_batch_alone(*args)
 
 
-_library.impl("lora_batch", torch.ops.lora_fast.lora_batch_alone, "CompositeExplicitAutograd")
-_library.impl("lora_batch", _recorded, "Autograd")
-_library.impl("lora_batch_alone", _alone, "CompositeExplicitAutograd")
-_library.impl("lora_batch_fwd", _forward, "CompositeExplicitAutograd")
-_library.impl("lora_batch_bwd", _gradients, "CompositeExplicitAutograd")
-for _name in ("lora_batch", "lora_batch_alone"):
-    torch.library.register_fake(f"lora_fast::{_name}", lambda *given: _forward_fake(*given)[0], lib=_library)
-torch.library.register_fake("lora_fast::lora_batch_fwd", _forward_fake, lib=_library)
-torch.library.register_fake("lora_fast::lora_batch_bwd", _gradients_fake, lib=_library)
+register(
+    _library,
+    "lora_batch",
+    recorded=_recorded,
+    alone=_alone,
+    forward=_forward,
+    gradients=_gradients,
+    forward_fake=_forward_fake,
+    gradients_fake=_gradients_fake,
+)

@@ -14,6 +14,7 @@ from lora_fast.kernels.experts.problem import Kinds, Needs, Problem
 from lora_fast.kernels.experts.run import Call, Held, MaybeTensor, backward, forward, to_save
 from lora_fast.kernels.memo import Memo
 from lora_fast.ops.parts import contiguous, dtype_of, on
+from lora_fast.ops.registering import register
 
 Adapters = tuple[MaybeTensor, ...]  # lora_A and lora_B of gate_up, and of down
 
@@ -210,12 +211,13 @@ def _recorded(*given: Any) -> torch.Tensor:
     return torch.ops.lora_fast.lora_experts_alone(*given)
 
 
-_library.impl("lora_experts", torch.ops.lora_fast.lora_experts_alone, "CompositeExplicitAutograd")
-_library.impl("lora_experts", _recorded, "Autograd")
-_library.impl("lora_experts_alone", _alone, "CompositeExplicitAutograd")
-_library.impl("lora_experts_fwd", _forward, "CompositeExplicitAutograd")
-_library.impl("lora_experts_bwd", _gradients, "CompositeExplicitAutograd")
-for _name in ("lora_experts", "lora_experts_alone"):
-    torch.library.register_fake(f"lora_fast::{_name}", lambda *given: _forward_fake(*given)[0], lib=_library)
-torch.library.register_fake("lora_fast::lora_experts_fwd", _forward_fake, lib=_library)
-torch.library.register_fake("lora_fast::lora_experts_bwd", _gradients_fake, lib=_library)
+register(
+    _library,
+    "lora_experts",
+    recorded=_recorded,
+    alone=_alone,
+    forward=_forward,
+    gradients=_gradients,
+    forward_fake=_forward_fake,
+    gradients_fake=_gradients_fake,
+)

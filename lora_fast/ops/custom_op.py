@@ -16,6 +16,7 @@ from lora_fast.kernels.lora import forward
 from lora_fast.kernels.memo import Memo
 from lora_fast.kernels.problem import Call, Kinds, Made, MaybeTensor, Needs, Problem, Saved
 from lora_fast.ops.parts import addressable, contiguous, dtype_of, gradients, kinds_of, on, to_save
+from lora_fast.ops.registering import register
 
 _GIVEN = """(Tensor x, Tensor[] held, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? magnitude, Tensor scaling,
     Tensor? seed, float p, bool round_norm, bool keep_z, bool save_x8, str base)"""
@@ -203,12 +204,13 @@ def _recorded(*given: Any) -> torch.Tensor:
     return torch.ops.lora_fast.lora_linear_alone(*given)
 
 
-_library.impl("lora_linear", torch.ops.lora_fast.lora_linear_alone, "CompositeExplicitAutograd")
-_library.impl("lora_linear", _recorded, "Autograd")
-_library.impl("lora_linear_alone", _alone, "CompositeExplicitAutograd")
-_library.impl("lora_linear_fwd", _forward, "CompositeExplicitAutograd")
-_library.impl("lora_linear_bwd", _gradients, "CompositeExplicitAutograd")
-for _name in ("lora_linear", "lora_linear_alone"):
-    torch.library.register_fake(f"lora_fast::{_name}", lambda *given: _forward_fake(*given)[0], lib=_library)
-torch.library.register_fake("lora_fast::lora_linear_fwd", _forward_fake, lib=_library)
-torch.library.register_fake("lora_fast::lora_linear_bwd", _gradients_fake, lib=_library)
+register(
+    _library,
+    "lora_linear",
+    recorded=_recorded,
+    alone=_alone,
+    forward=_forward,
+    gradients=_gradients,
+    forward_fake=_forward_fake,
+    gradients_fake=_gradients_fake,
+)
