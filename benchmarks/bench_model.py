@@ -4,7 +4,7 @@ Run from the repository root, on a machine with an NVIDIA GPU: python -m benchma
 or small batches, in CUDA graphs:            python -m benchmarks.bench_model --size 1b --mode reduce-overhead
 or on any machine, a tiny model on the CPU:  python -m benchmarks.bench_model --tiny
 
-Random weights in bf16, LoRA at r=16 on all seven linears of a layer, adapters not zero. A step is forward, loss and
+Random weights in bf16, LoRA at r=16 on all linears of a layer, adapters not zero. A step is forward, loss and
 backward; the embeddings ask for a gradient (enable_input_require_grads), so that every layer, the frozen model's too,
 makes its dX. Models of one size, batch, mode and checkpointing share one set of base weights and run in random order
 each round; their rows in the file are replaced together, all others stay.
@@ -13,6 +13,7 @@ each round; their rows in the file are replaced together, all others stay.
                that it has there; 2 x 4096 tokens
        8b      the same with 1 x 512 and 1 x 2048 tokens
        1b      Llama-3.2-1B: 16 layers, all of its vocabulary, tied embeddings; 1 x 512, 2 x 1024, 8 x 1024 tokens
+       30b     Qwen3-30B-A3B: 4 of its 48 layers; LoRA on q, k, v, o and all experts; 1 x 4096 tokens
        small   its widths, 4 layers, a quarter of its vocabulary; 1 x 512 tokens
        tiny    on the CPU, in fp32
 
@@ -29,6 +30,7 @@ lora_fast_layers_lora, lora_fast_layers_dora  ours with every layer by itself (b
 lora_fast_lora_x8  that of LoRA where the down projections, whose x nothing else keeps, keep it in 8 bits (save_x)
 lora_fast_fp8_lora, lora_fast_fp8_dora  ours over an fp8 base (patch_peft with base_dtype)
 lora_fast_nf4_lora, lora_fast_nf4_dora  over one of 4 bits, with nf4_fp8 by products of 8-bit operands (base_compute)
+lora_fast_frozen  without adapters, the experts' products by our kernels (register_experts); of 30b alone
 
 The lines from lora_fast_layers_lora on, and checkpointing, are for large and tiny in eager mode. There our peak memory
 must not exceed stock's, nor, without checkpointing, the frozen model's. Compiled, a step of ours must not take longer

@@ -1,4 +1,4 @@
-"""The models that the benchmarks of whole models measure, Llamas of random weights, and how their steps are timed."""
+"""The models that the benchmarks of whole models measure, of random weights, and how their steps are timed."""
 
 import copy
 import random
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from benchmarks.bench_lora import FROZEN
-from lora_fast import LoRAConfig, add_lora, load_lora_state_dict, patch_peft
+from lora_fast import LoRAConfig, add_lora, load_lora_state_dict, patch_peft, register_experts
 
 PLAIN = (
     *FROZEN,
@@ -33,13 +33,14 @@ WHOLE = (
     "lora_fast_nf4_fp8_lora",
     "lora_fast_nf4_fp8_dora",
 )
-IMPLS = (*PLAIN, *WHOLE)
+OF_EXPERTS = (*FROZEN, "lora_fast_frozen", "peft_lora", "lora_fast_lora")
+IMPLS = (*PLAIN, *WHOLE, "lora_fast_frozen")
 MODES = ("eager", "default", "reduce-overhead")
 R = 16
 
 
 class Size(NamedTuple):
-    """A Llama and the batch that it is given."""
+    """A Llama, or with experts a Qwen3-MoE, and the batch that it is given."""
 
     hidden: int
     intermediate: int
@@ -52,16 +53,19 @@ class Size(NamedTuple):
     dtype: str
     device: str
     tied: bool = False
+    experts: int = 0  # of a layer, each of ``intermediate`` columns; a token takes 8
 
 
 LARGE = Size(4096, 14336, 32, 8, 32064, 8, 2, 4096, "bf16", "cuda")
 SMALL = Size(2048, 8192, 32, 8, 32064, 4, 1, 512, "bf16", "cuda")
 ONE_B = SMALL._replace(vocabulary=128256, layers=16, tied=True)
+EXPERTS = Size(2048, 768, 32, 4, 151936, 4, 1, 4096, "bf16", "cuda", experts=128)
 TINY = Size(256, 688, 8, 4, 1024, 4, 2, 64, "fp32", "cpu")
 SIZES = {
     "large": [LARGE],
     "8b": [LARGE._replace(batch=1, length=length) for length in (512, 2048)],
     "1b": [ONE_B._replace(batch=batch, length=length) for batch, length in ((1, 512), (2, 1024), (8, 1024))],
+    "30b": [EXPERTS],
     "small": [SMALL],
     "tiny": [TINY],
 }
@@ -78,26 +82,30 @@ class Case(NamedTuple):
 
 def stock_of(impl: str) -> str:
     """The stock PEFT that a candidate of ours stands beside."""
+    if "frozen" in impl:
+        return "frozen"
     return f"peft_{'dora' if impl.endswith('dora') else 'lora'}" if impl.startswith("lora_fast") else impl
 
 
 def all_cases(size: str = "large", mode: str = "eager") -> list[Case]:
-    """Those of a few layers or tokens, and compiled ones: without checkpointing and what saves memory."""
+    """Those of a few layers or tokens, and compiled ones: without checkpointing and what saves memory. LoRA on experts
+    has no dropout, in PEFT neither."""
+    if any(of.experts for of in SIZES[size]):
+        return [Case(0, impl, 0) for impl in OF_EXPERTS]
     whole = size in ("large", "tiny") and mode == "eager"
     return [
         Case(checkpointing, impl, p)
         for checkpointing in ((0, 1) if whole else (0,))
-        for impl in (IMPLS if whole else PLAIN)
+        for impl in PLAIN + (WHOLE if whole else ())
         for p in (common.PS[:1] if impl in FROZEN else common.PS)
     ]
 
 
 def base_model(size: Size) -> nn.Module:
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-    config = LlamaConfig(
+    shared: dict[str, Any] = dict(
         hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
@@ -106,34 +114,54 @@ def base_model(size: Size) -> nn.Module:
         tie_word_embeddings=size.tied,
         use_cache=False,
     )
+    if size.experts:
+        shared["head_dim"] = 128  # not hidden / heads
+        config: Any = Qwen3MoeConfig(
+            **shared,
+            moe_intermediate_size=size.intermediate,
+            num_experts=size.experts,
+            num_experts_per_tok=8,
+            norm_topk_prob=True,
+        )
+    else:
+        config = LlamaConfig(**shared, intermediate_size=size.intermediate)
     torch.manual_seed(0)
     with torch.device(size.device):
         model = AutoModelForCausalLM.from_config(config, dtype=common.DTYPES[size.dtype])
     return model.requires_grad_(False)
 
 
+def has_experts(base: Any) -> bool:
+    return hasattr(base.config, "num_experts")
+
+
 def model_of(case: Case, base: nn.Module) -> nn.Module:
     """A model of its own on the base's weights. Cases that differ in who computes hold equal adapters."""
     model: Any = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
     model.enable_input_require_grads()
+    if case.impl == "lora_fast_frozen":
+        register_experts()
+        model.set_experts_implementation("lora_fast")
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if "_own_" in case.impl:
         return with_own_layers(case, model, base).train()
-    if case.impl not in FROZEN:
+    if stock_of(case.impl) != "frozen":
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(1)
+        experts = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")] if has_experts(base) else None
         config = LoraConfig(
             r=R,
             lora_alpha=2 * R,
             lora_dropout=case.p,
-            target_modules="all-linear",
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"] if experts else "all-linear",
+            target_parameters=experts,
             use_dora=case.impl.endswith("dora"),
             init_lora_weights=False,
         )
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    if case.impl.startswith("lora_fast"):
+    if case.impl.startswith("lora_fast") and stock_of(case.impl) != "frozen":
         dtype = "nf4" if "nf4" in case.impl else "float8_e4m3" if "fp8" in case.impl else None
         compute = "float8_e4m3" if "nf4_fp8" in case.impl else None
         blocks = False if "layers" in case.impl or case.impl.endswith("_x8") else "auto"

@@ -23,15 +23,17 @@ def test_all_cases():
         few = models.all_cases(size, mode)
         assert {case.impl for case in few} == set(models.PLAIN) and not any(case.checkpointing for case in few)
 
+    assert [case.impl for case in models.all_cases("30b")] == list(models.OF_EXPERTS)
+
 
 def test_sizes():
     """Their weights, without making them."""
-    for name, parameters in {"1b": 1.2358e9, "8b": 2.0077e9, "small": 0.3746e9}.items():
+    for name, parameters in {"1b": 1.2358e9, "8b": 2.0077e9, "small": 0.3746e9, "30b": 3.115e9}.items():
         shapes = models.SIZES[name]
         with torch.device("meta"):
             model = models.base_model(shapes[0]._replace(device="meta"))
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=1e-3), name
-        assert {size._replace(batch=1, length=512) for size in shapes} == {shapes[0]}, "one model"
+        assert {size._replace(batch=1, length=shapes[0].length) for size in shapes} == {shapes[0]}, "one model"
     assert [(size.batch, size.length) for size in models.SIZES["1b"]] == [(1, 512), (2, 1024), (8, 1024)]
 
 
@@ -51,6 +53,14 @@ def test_candidates_compute_the_same():
         assert loss == pytest.approx(found[stock], rel=0.02 if quantised else 1e-6)
         assert not quantised or loss != found[stock]
         assert (loss == found[Case(case.checkpointing, "frozen", 0)]) == (case.impl in models.FROZEN)
+
+
+@pytest.mark.medium
+def test_candidates_over_experts_compute_the_same():
+    found = losses([Case(0, impl, 0) for impl in models.OF_EXPERTS], SIZE._replace(experts=8))
+    frozen, _, same, stock, ours = found.values()
+    assert same == pytest.approx(frozen, rel=1e-6) and ours == pytest.approx(stock, rel=1e-6)
+    assert ours != pytest.approx(frozen, rel=1e-5)
 
 
 @pytest.mark.parametrize("impl", [*(impl for pair in PAIRS for impl in pair), "lora_fast_own_lora"])

@@ -138,7 +138,15 @@ def test_numbers_measured_since():
             return list(csv.DictReader(file))
 
     blocks = {"M": "8192", "p": "0", "impl": "lora_fast_lora"}
-    experts = {"model": "qwen3-30b", "tokens": "4096", "r": "16", "skew": "0.0", "what": "fwd+bwd", "impl": "lora_fast"}
+    experts = {
+        "model": "qwen3-30b",
+        "tokens": "4096",
+        "r": "16",
+        "skew": "0.0",
+        "mode": "graph",
+        "what": "fwd+bwd",
+        "impl": "lora_fast",
+    }
     for label, name, wanted in (
         ("LoRA, a SwiGLU MLP", "blocks", {**blocks, "block": "mlp"}),
         ("LoRA, q, k and v", "blocks", {**blocks, "block": "qkv"}),
