@@ -1,15 +1,17 @@
 """Compile every kernel for one chip without a GPU, as the launchers would for real problems, and report what came out.
 
 ``python tools/compile_kernels.py 90`` prints one JSON line a compiled kernel: its name, the problem, its products and
-matrix instructions, shared memory, registers and stack bytes (spills). Runs in a process of its own, since it puts a
-driver in Triton's place that knows its target and nothing else, and turns launches into compilations.
+matrix instructions, shared memory, registers and stack bytes (spills). With ``--once`` a kernel is compiled once for
+each kind of problem (16 bits or 32, with dropout or without, a layer, a group, experts and so on), a third of all.
+Runs in a process of its own, since it puts a driver in Triton's place that knows its target and nothing else, and
+turns launches into compilations.
 """
 
+import argparse
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from lora_fast.kernels.chip import Chip, assume
+from lora_fast.kernels.chip import SHARED_MEMORY, Chip, assume
 
 MATRIX = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
 
@@ -298,12 +300,20 @@ EXPERTS = (
 )
 
 
-def compile_for(chip: Chip, problems: list[Case], few: Iterable[Case] = ()) -> list[dict[str, Any]]:
+def kind_of(problem: str) -> tuple[bool, bool, str]:
+    """(whether in 32 bits, whether with dropout, what: a layer, a group, a base, or a plain problem's shape)."""
+    shape, _, dtype, *_, last = problem.split()
+    return dtype == "float32", "p=0.1" in problem, shape if last in ("bfloat16", "float16", "float32") else last
+
+
+def compile_for(
+    chip: Chip, problems: list[Case], few: Iterable[Case] = (), *, once: bool = False
+) -> list[dict[str, Any]]:
     with assume(chip):
-        return _compile(chip.capability, problems, few)
+        return _compile(chip.capability, problems, few, once)
 
 
-def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list[dict[str, Any]]:
+def _compile(capability: int, problems: list[Case], few: Iterable[Case], once: bool) -> list[dict[str, Any]]:
     from lora_fast.kernels import cast, down, gemm, launchers, mask, passes, sums, weight
     from lora_fast.kernels import norm as norm_module
     from lora_fast.kernels.bases import BASES
@@ -318,13 +328,18 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
     ):
         setattr(owner, name, value)
     found: list[dict[str, Any]] = []
+    compiled: dict[tuple[Any, ...], Any] = {}  # by kernel and kind of problem
     run = JITFunction.run
     problem = ""
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kind = (self.__name__, *kind_of(problem))
+        if once and kind in compiled:
+            return compiled[kind]
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if hasattr(kernel, "result"):
             kernel = kernel.result()
+        compiled[kind] = kernel
         registers, stack = resources(kernel.asm["cubin"])
         found.append(
             {
@@ -479,7 +494,11 @@ MLPS: list[tuple[str, GroupCase]] = [
 ]
 
 if __name__ == "__main__":
-    chip = Chip(int(sys.argv[1]), 132)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chip", type=int, choices=SHARED_MEMORY, help="its compute capability, times ten")
+    parser.add_argument("--once", action="store_true", help="each kernel once for each kind of problem")
+    args = parser.parse_args()
+    chip = Chip(args.chip, 132)
     few = FEW_ROWS if chip.has_tma and not chip.small else FEW_ROWS[-1:]  # elsewhere few rows take what many do
-    for row in compile_for(chip, PROBLEMS, few):
+    for row in compile_for(chip, PROBLEMS, few, once=args.once):
         print(json.dumps(row))
