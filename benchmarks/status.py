@@ -132,6 +132,14 @@ BOUNDS = [
     of_experts("gpt-oss-20b", 4096, 0.53),
     of_experts("mixtral-8x7b", 4096, 0.88),
     of_experts("qwen3-30b", 4096, 0.52, "lora_fast_frozen"),
+    Bound(
+        "Qwen3-30B-A3B, 4 layers, attention and experts with LoRA",
+        "bench_model_h200.csv",
+        0.78,
+        [("30b", 4096)],
+        {"impl": "lora_fast_lora"},
+        columns=("size", "tokens"),
+    ),
 ]
 
 
