@@ -96,7 +96,7 @@ class Names:
         names = self.now if given is None else given
         if is_compiling() or getattr(self.here, "again", False):
             return names
-        last = vars(layer).get(LAST)
+        last: Any = vars(layer).get(LAST)
         if _recomputes():
             if names is None and last is not None:
                 names, others = last
@@ -106,7 +106,7 @@ class Names:
                         "none, too, since the last backward: call backward after each forward"
                     )
                 vars(layer)[LAST] = names, None
-        elif layer.training and not (names is None and last is None):
+        elif layer.training and not (names is None and last is None) and _may_run_again():
             waits = last is not None and last[1] is not None
             others = waits and (last[1] or last[0] != names)
             if names is None and not waits:
@@ -114,6 +114,12 @@ class Names:
             else:
                 vars(layer)[LAST] = names, others
         return names
+
+
+def _may_run_again() -> bool:
+    """Whether this may be the first run of a checkpoint, one kind of which has no gradients then, and the other hooks
+    for what is saved."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _recomputes() -> bool:
