@@ -22,6 +22,7 @@ ARGUMENTS = {
     "lightning_mnist": ["--ranks", "1,4,16"],
     "prompts": ["--method", "bottleneck", "prompt+lora", "--steps", "5", "--layers", "10"],
     "smollm2": ["--no-stock", "--steps", "3"],
+    "sweep": ["--steps", "4", "--layers", "6"],
     "trl_dpo": ["--steps", "30"],
     "trl_grpo": ["--steps", "30"],
 }

@@ -52,12 +52,10 @@ def merge_lora(
         After any error the layers that this call merged are unmerged again.
     """
     layers = lora_layers(model, name=name)
-    if name is not None and named_linears(model):
-        set_adapter(model, name)
     with at_hand(model, write=True):
         held, offloaded = holders(model), any(map(offloading, model.modules()))
-        for name, layer in layers.items():
-            with noting(f"while merging {name!r}"):
+        for place, layer in layers.items():
+            with noting(f"while merging {place!r}"):
                 if isinstance(layer, ParameterLoRA):
                     layer.check_place()
                     continue
@@ -65,9 +63,11 @@ def merge_lora(
                     raise ValueError(AWAY)
                 if not layer.merged and place_of_weight(layer) is not None and held[id(layer.weight)] > 1:
                     raise ValueError(TIED)
-        bases = {name: layer.base_weight for name, layer in layers.items()}
+        bases = {place: layer.base_weight for place, layer in layers.items()}
         read = _originals(original, bases, layers)
-        _merge_all(layers, lambda name, layer: layer.merge(safe_merge, read(name)))
+        if name is not None and named_linears(model):
+            set_adapter(model, name)
+        _merge_all(layers, lambda place, layer: layer.merge(safe_merge, read(place)))
     return model
 
 

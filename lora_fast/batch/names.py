@@ -6,7 +6,7 @@ itself a layer takes the names of its last call.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
@@ -50,10 +50,12 @@ class Names:
             vars(self.here).update(before)
 
     @contextmanager
-    def remembered(self, model: nn.Module, names: Any, also: Callable[..., Any] = _nothing_more) -> Iterator[None]:
-        """Checkpoints of ``model`` that are made within run again with these names; within ``also(module, names)``
+    def remembered(
+        self, modules: Iterable[nn.Module], names: Any, also: Callable[..., Any] = _nothing_more
+    ) -> Iterator[None]:
+        """Checkpoints of ``modules`` that are made within run again with these names; within ``also(module, names)``
         where a module's checkpoint recomputes."""
-        before = [(module, vars(module)[CHECKPOINT]) for module in model.modules() if CHECKPOINT in vars(module)]
+        before = [(module, vars(module)[CHECKPOINT]) for module in modules if CHECKPOINT in vars(module)]
         for module, checkpoint in before:
             setattr(module, CHECKPOINT, partial(self._checkpointed, checkpoint, names, also, module))
         try:
@@ -120,6 +122,12 @@ def _may_run_again() -> bool:
     """Whether this may be the first run of a checkpoint, one kind of which has no gradients then, and the other hooks
     for what is saved."""
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def may_checkpoint(module: nn.Module) -> bool:
+    """Whether it is a module of transformers' whose parts may run under checkpoints, now or once they are enabled."""
+    own = vars(module)
+    return CHECKPOINT in own or "gradient_checkpointing" in own or hasattr(type(module), "gradient_checkpointing")
 
 
 def _recomputes() -> bool:

@@ -16,10 +16,11 @@ from lora_fast.blocks.siblings import SIBLINGS, Joins
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.merging import MergingLinear
-from lora_fast.layers.parameters import CHILD
 from lora_fast.layers.replacing import tell_of_freezing
 from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.gather import whole
+
+CHILD = "adapter_"  # and an adapter's name: what a layer calls it
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Choice(Names):
 class NamedLinear(Joins, MergingLinear):
     """A frozen ``nn.Linear`` and adapters under names, which :func:`lora_fast.add_lora` with a ``name`` makes.
 
-    The adapter "a" is its child ``lora_a``: a :class:`lora_fast.LoRALinear` or :class:`lora_fast.DoRALinear` that has
-    no base of its own, but this layer's. What is merged is the active adapter.
+    The adapter "a" is its child ``adapter_a``: a :class:`lora_fast.LoRALinear` or :class:`lora_fast.DoRALinear` that
+    has no base of its own, but this layer's. What is merged is the active adapter.
 
     Attributes:
         weight [out, in], bias [out] or None: the frozen base.

@@ -1,17 +1,18 @@
 """Several adapters in a model, under names: another one comes or goes, which is active, which each sample has."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
-from lora_fast.batch.names import BASE
+from lora_fast.batch.names import BASE, may_checkpoint
 from lora_fast.blocks.gated import hooked
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.lora import LoRALinear
-from lora_fast.layers.named import BatchNames, Choice, NamedLinear
-from lora_fast.layers.parameters import CHILD, ParameterLoRA
+from lora_fast.layers.named import CHILD, BatchNames, Choice, NamedLinear
+from lora_fast.layers.parameters import ParameterLoRA
 from lora_fast.layers.replacing import note_adapted
 from lora_fast.models.adapters import (
     BEFORE,
@@ -30,42 +31,62 @@ from lora_fast.wrappers.names import compiled_alone, plain_modules, unwrapped
 from lora_fast.wrappers.placement import keeper
 
 
-@contextmanager
-def use_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+def use_adapters(model: nn.Module, names: Sequence[str]) -> AbstractContextManager[None]:
     """Within ``with use_adapters(model, names):`` each sample of a batch has an adapter of its own: ``names`` has one
     for each, in the order of x's first dimension in every layer; "__base__" is none. All rows run in one step
     (:func:`lora_fast.lora_linear_batch`), and the gradients of each adapter are those of its samples alone.
 
     In a layer that an adapter was not meant for its samples have the base's output. The names hold in this thread, and
-    for this model; they may be nested, and outlive the context where a checkpoint recomputes (docs/batch.md).
+    for this model; they may be nested, and outlive the context where a checkpoint recomputes (docs/batch.md). What it
+    returns may be kept and entered again, which takes the host less time than to look for a large model's layers.
 
     Raises:
         TypeError: not a module; names that are no list of strings.
         ValueError: no adapters with names, an unknown one, a merged one, DoRA beside LoRA. Within, a layer whose x has
             another number of samples.
     """
-    layers = _named_or_raise(model)
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names: got {names!r:.200}, expected a list of adapters' names, one for each sample")
-    there = names_in(model)
-    if unknown := [name for name in dict.fromkeys(names) if name not in there and name != BASE]:
-        raise ValueError(f"names: got {some(list(map(repr, unknown)))}, expected {_one_of([*there, BASE])}")
-    _check_unmerged(layers, "names")
-    held = BatchNames(tuple(names))
-    for place, layer in layers.items():
-        occur = layer.named_in(held.occur)
-        dora = {one.name: isinstance(one, DoRALinear) for one in occur}
-        if len(set(dora.values())) > 1:
-            own = some([name for name, is_dora in dora.items() if is_dora])
-            raise ValueError(
-                f"names: got DoRA ({own}) beside LoRA in {place}, expected adapters of one kind in a batch"
-            )
-        held.which(tuple(dora), layer.weight.device)
-    with ExitStack() as stack:
-        for choice in _choices(layers):
-            stack.enter_context(choice.holding(held))
-            stack.enter_context(choice.remembered(model, held))
-        yield
+    return _Using(model, names)
+
+
+class _Using(AbstractContextManager[None]):
+    """What holds within, and the layers in which it does."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        found = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+        self.layers = {place: module for place, module in found.items() if isinstance(module, NamedLinear)}
+        if not self.layers:
+            _named_or_raise(model)
+        self.checkpointing = [module for module in found.values() if may_checkpoint(module)]
+        self.names, self.open = BatchNames(tuple(names)), threading.local()
+        self._check()
+
+    def _check(self) -> None:
+        there = dict.fromkeys(name for layer in self.layers.values() for name in layer.adapters)
+        if unknown := self.names.occur - there.keys() - {BASE}:
+            got = some(list(map(repr, sorted(unknown))))
+            raise ValueError(f"names: got {got}, expected {_one_of([*there, BASE])}")
+        _check_unmerged(self.layers, "names")
+        for place, layer in self.layers.items():
+            dora = {one.name: isinstance(one, DoRALinear) for one in layer.named_in(self.names.occur)}
+            if len(set(dora.values())) > 1:
+                own = some([name for name, is_dora in dora.items() if is_dora])
+                raise ValueError(
+                    f"names: got DoRA ({own}) beside LoRA in {place}, expected adapters of one kind in a batch"
+                )
+            self.names.which(tuple(dora), layer.weight.device)
+
+    def __enter__(self) -> None:
+        self._check()
+        with ExitStack() as stack:
+            for choice in _choices(self.layers):
+                stack.enter_context(choice.holding(self.names))
+                stack.enter_context(choice.remembered(self.checkpointing, self.names))
+            vars(self.open).setdefault("stacks", []).append(stack.pop_all())
+
+    def __exit__(self, *error: Any) -> None:
+        self.open.stacks.pop().__exit__(*error)
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -114,8 +135,8 @@ def check_addition(model: nn.Module, config: LoRAConfig, name: Any) -> None:
     """
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, expected a string")
-    if not name or "." in name or name == BASE or hasattr(NamedLinear, CHILD + name):
-        raise ValueError(f"name: got {name!r}, expected one that is not empty, has no dot and is not {BASE!r}")
+    if not name or name == BASE or "." in name or "lora_" in name:  # by which readers know tensors
+        raise ValueError(f"name: got {name!r}, expected one with neither a dot nor 'lora_' in it, not '' or {BASE!r}")
     layers = standing(model)
     if name in names_in(model):
         raise ValueError(f"name: {name!r} is there already; remove_lora it first, or give another name")

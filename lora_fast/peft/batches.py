@@ -37,7 +37,7 @@ def naming(tuner: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs:
             tuner.training = training
         if training:
             _tell_frozen(tuner, names)
-            stack.enter_context(_names.remembered(tuner, list(names), _given_to_others))
+            stack.enter_context(_names.remembered(tuner.modules(), list(names), _given_to_others))
         yield
 
 

@@ -286,6 +286,19 @@ def test_names_are_nested_and_hold_in_one_thread_and_for_one_model():
     assert torch.equal(model(x), y)
 
 
+def test_a_context_is_entered_again():
+    model, x = several(base()), inputs()
+    named = use_adapters(model, NAMES)
+    with named:
+        y = model(x)
+    with named, named:
+        assert torch.equal(model(x), y)
+    assert not torch.allclose(model(x), y)
+    merge_lora(model)
+    with pytest.raises(ValueError, match="^names: an adapter is merged"), named:
+        pass
+
+
 def test_threads_have_names_of_their_own():
     model, x = several(base()), inputs()
     orders, meet = [NAMES, NAMES[::-1]], threading.Barrier(2)
@@ -325,7 +338,7 @@ def unchanged(model, before):
         ({}, "x.y", r"^name: got 'x\.y'"),
         ({}, "", "^name: got ''"),
         ({}, "__base__", "^name: got '__base__'"),
-        ({}, "unmerged_weight", "^name: got 'unmerged_weight'"),
+        ({}, "lora_B", "^name: got 'lora_B'"),
         ({"bias": "all"}, "d", "^bias: got 'all'"),
         ({"modules_to_save": ["mlp"]}, "d", "^modules_to_save"),
         ({"target_parameters": ["x"]}, "d", "^target_parameters"),
@@ -363,6 +376,7 @@ def test_names_that_are_wrong():
     for names, error, message in (
         (["a", "nobody"], ValueError, "^names: got 'nobody', expected 'a' or 'b' or 'dora' or 'c' or '__base__'"),
         (["a", "dora"], ValueError, r"^names: got DoRA \(dora\) beside LoRA in q_proj"),
+        (["b", "nobody", "no-one"], ValueError, "^names: got 'no-one', 'nobody', expected"),
         ("a", TypeError, "^names: got 'a', expected a list"),
         ([1, 2], TypeError, "^names: got"),
     ):
@@ -377,7 +391,7 @@ def test_names_that_are_wrong():
         with pytest.raises(ValueError, match="^name: got 'nobody', expected 'a' or"):
             call(model, *(["folder"] if call is save_adapter else []), name="nobody")
     bare = add_lora(base(), LoRAConfig(target_modules=ATTENTION))
-    for call in (set_adapter, lambda model, name: use_adapters(model, [name]).__enter__()):
+    for call in (set_adapter, lambda model, name: use_adapters(model, [name])):
         with pytest.raises(ValueError, match="^model: its adapter has no name"):
             call(bare, "default")
         with pytest.raises(ValueError, match="^model: has no LoRA layers"):
@@ -505,8 +519,8 @@ def test_merging_one(kind):
         (lambda: set_adapter(model, "a"), "^name: an adapter is merged"),
         (lambda: merge_lora(model, name="c"), "^name: an adapter is merged"),
         (lambda: remove_lora(model, "c"), "^name: an adapter is merged"),
-        (lambda: use_adapters(model, NAMES).__enter__(), "^names: an adapter is merged"),
-        (lambda: model.q_proj.lora_a.merge(), "^merge: 'a' is not active, but 'b'"),
+        (lambda: use_adapters(model, NAMES), "^names: an adapter is merged"),
+        (lambda: model.q_proj.adapter_a.merge(), "^merge: 'a' is not active, but 'b'"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
