@@ -8,6 +8,7 @@ itself a layer takes the names of its last call.
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -145,3 +146,35 @@ def _known(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         made = torch.tensor(numbers)
         return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+
+@dataclass(frozen=True)
+class BatchNames:
+    """An adapter's name for each sample of a batch."""
+
+    names: tuple[str, ...]
+    occur: frozenset[str] = field(init=False, compare=False)
+    samples: int = field(init=False, compare=False)
+    made: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        vars(self).update(occur=frozenset(self.names), samples=len(self.names))
+
+    def which(self, there: tuple[str, ...], device: torch.device) -> torch.Tensor:
+        """Each sample's place among the adapters that a layer has; -1 where it has not the sample's."""
+        found = self.made.get(there)
+        if found is None or found.device != device:
+            place = {name: i for i, name in enumerate(there)}
+            found = self.made[there] = numbers_on(tuple(place.get(name, -1) for name in self.names), device)
+        return found
+
+
+class Choice(Names):
+    """Which adapter is active in the layers that share this, and the names that hold in its place."""
+
+    def __init__(self, active: str) -> None:
+        super().__init__()
+        self.active = active
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.active,)

@@ -1,7 +1,6 @@
 """An ``nn.Linear`` with adapters under names: one of them is active, or each sample of a batch names its own."""
 
 from collections.abc import Container
-from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.batch.form import Adapter
 from lora_fast.batch.functional import dora_linear_batch, lora_linear_batch
-from lora_fast.batch.names import LAST, Names, numbers_on
+from lora_fast.batch.names import LAST, BatchNames, Choice
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.siblings import SIBLINGS, Joins
 from lora_fast.layers.dora import DoRALinear
@@ -21,38 +20,6 @@ from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.gather import whole
 
 CHILD = "adapter_"  # and an adapter's name: what a layer calls it
-
-
-@dataclass(frozen=True)
-class BatchNames:
-    """An adapter's name for each sample of a batch."""
-
-    names: tuple[str, ...]
-    occur: frozenset[str] = field(init=False, compare=False)
-    samples: int = field(init=False, compare=False)
-    made: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict, compare=False)
-
-    def __post_init__(self) -> None:
-        vars(self).update(occur=frozenset(self.names), samples=len(self.names))
-
-    def which(self, there: tuple[str, ...], device: torch.device) -> torch.Tensor:
-        """Each sample's place among the adapters that a layer has; -1 where it has not the sample's."""
-        found = self.made.get(there)
-        if found is None or found.device != device:
-            place = {name: i for i, name in enumerate(there)}
-            found = self.made[there] = numbers_on(tuple(place.get(name, -1) for name in self.names), device)
-        return found
-
-
-class Choice(Names):
-    """Which adapter is active in the layers that share this, and the names that hold in its place."""
-
-    def __init__(self, active: str) -> None:
-        super().__init__()
-        self.active = active
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.active,)
 
 
 class NamedLinear(Joins, MergingLinear):

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from lora_fast.batch.names import BASE, may_checkpoint
+from lora_fast.batch.names import BASE, BatchNames, Choice, may_checkpoint
 from lora_fast.blocks.gated import hooked
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.lora import LoRALinear
-from lora_fast.layers.named import CHILD, BatchNames, Choice, NamedLinear
+from lora_fast.layers.named import CHILD, NamedLinear
 from lora_fast.layers.parameters import ParameterLoRA
 from lora_fast.layers.replacing import note_adapted
 from lora_fast.models.adapters import (
