@@ -121,7 +121,9 @@ def gradients(model, y, dy, name=None):
 
 
 def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    """But for another order of sums, in which the largest numbers count."""
+    largest = float(expected.detach().abs().max())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * max(1.0, largest))
 
 
 def rows_of(name, names=NAMES):
@@ -261,7 +263,9 @@ def test_names_survive_transformers_checkpoints(reentrant):
     plain = step()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    close(step(), plain)
+    for name, grads in step().items():
+        for found, expected in zip(grads, plain[name], strict=True):
+            close(found, expected)
     assert model.model.layers[0]._gradient_checkpointing_func.__module__ != "lora_fast.batch.names"
 
 
