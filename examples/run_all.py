@@ -23,6 +23,7 @@ ARGUMENTS = {
     "prompts": ["--method", "bottleneck", "prompt+lora", "--steps", "5", "--layers", "10"],
     "smollm2": ["--no-stock", "--steps", "3"],
     "smollm2_quality": "--layers 1 --steps 2 --seeds 1 --batch 2 --length 16".split(),
+    "sweep": ["--steps", "4", "--layers", "6"],
     "trl_dpo": ["--steps", "30"],
     "trl_grpo": ["--steps", "30"],
 }

@@ -17,16 +17,13 @@ from lora_fast.layers.bottleneck import BottleneckAdapter
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.merging import merge_lora, merge_peft, unmerge_lora
-from lora_fast.models.adapt import (
-    add_lora,
-    disable_lora,
-    lora_parameters,
-    remove_lora,
-)
+from lora_fast.models.adapt import add_lora, remove_lora
+from lora_fast.models.adapters import disable_lora, lora_parameters
 from lora_fast.models.bottleneck import add_bottleneck, bottleneck_state_dict
 from lora_fast.models.config import LoRAConfig
 from lora_fast.models.counting import print_trainable_parameters
 from lora_fast.models.lora_plus import lora_plus_groups
+from lora_fast.models.named import set_adapter, use_adapters
 from lora_fast.models.state import load_lora_state_dict, lora_state_dict
 from lora_fast.peft import patch_peft, unpatch_peft
 from lora_fast.peft.report import PeftReport, peft_report
@@ -71,7 +68,9 @@ __all__ = [
     "register_experts",
     "remove_lora",
     "save_adapter",
+    "set_adapter",
     "set_backend",
     "unmerge_lora",
     "unpatch_peft",
+    "use_adapters",
 ]

@@ -10,7 +10,9 @@ from torch import nn
 from lora_fast.bases import LABELS
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.layers.parameters import ParameterLoRA
-from lora_fast.models.adapt import lora_layers, noting
+from lora_fast.models.adapt import noting
+from lora_fast.models.adapters import lora_layers, named_linears
+from lora_fast.models.named import set_adapter
 from lora_fast.models.targets import holders, some
 from lora_fast.peft.report import lora_layers as peft_layers
 from lora_fast.wrappers.gather import at_hand
@@ -20,8 +22,16 @@ from lora_fast.wrappers.placement import AWAY, offloading, place_of_weight
 TIED = "weight: is sharded and tied to another layer's, which would change; merge before that"
 
 
-def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.PathLike[str] | None = None) -> nn.Module:
-    """Merge every adapter into its layer's weight; return ``model``. Layers merged already stay as they are.
+def merge_lora(
+    model: nn.Module,
+    safe_merge: bool = False,
+    original: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+) -> nn.Module:
+    """Merge the adapter into the weights of its layers; return ``model``. Layers merged already stay as they are.
+
+    Of several adapters it is the one of this ``name``, which becomes the active one, or the active one. While it is
+    merged no other can be active.
 
     ``original`` names the checkpoint that the model's fp8 bases were made from, a safetensors file or a directory with
     one or with shards. Layers with such a base are then merged into the weights there, ``<module>.weight`` without the
@@ -32,19 +42,20 @@ def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.Pa
     merge, and ``model`` be the outermost wrapper.
 
     Raises:
-        ValueError: no LoRA layer; with ``safe_merge``, a merged weight that is not finite; one that cannot be changed
-            where it is (an fp8 base in shards or offloaded; on disk; tied to another layer's, which would change too).
+        ValueError: no LoRA layer, no adapter of this name; another one merged already; with ``safe_merge``, a merged
+            weight that is not finite; one that cannot be changed where it is (an fp8 base in shards or offloaded; on
+            disk; tied to another layer's, which would change too).
         FileNotFoundError, TypeError, ValueError: ``original`` is no checkpoint, or its weight of a layer is missing,
             has another dtype or shape, or is not what the base was made from; the model has no fp8 base, or one that
             is merged already. All weights are read and compared before the first layer changes.
         ImportError: an ``original``, without safetensors.
         After any error the layers that this call merged are unmerged again.
     """
-    layers = lora_layers(model)
+    layers = lora_layers(model, name=name)
     with at_hand(model, write=True):
         held, offloaded = holders(model), any(map(offloading, model.modules()))
-        for name, layer in layers.items():
-            with noting(f"while merging {name!r}"):
+        for place, layer in layers.items():
+            with noting(f"while merging {place!r}"):
                 if isinstance(layer, ParameterLoRA):
                     layer.check_place()
                     continue
@@ -52,9 +63,11 @@ def merge_lora(model: nn.Module, safe_merge: bool = False, original: str | os.Pa
                     raise ValueError(AWAY)
                 if not layer.merged and place_of_weight(layer) is not None and held[id(layer.weight)] > 1:
                     raise ValueError(TIED)
-        bases = {name: layer.base_weight for name, layer in layers.items()}
+        bases = {place: layer.base_weight for place, layer in layers.items()}
         read = _originals(original, bases, layers)
-        _merge_all(layers, lambda name, layer: layer.merge(safe_merge, read(name)))
+        if name is not None and named_linears(model):
+            set_adapter(model, name)
+        _merge_all(layers, lambda place, layer: layer.merge(safe_merge, read(place)))
     return model
 
 

@@ -18,7 +18,7 @@ from lora_fast.files.adapter import open_adapter, read_adapter
 from lora_fast.files.fitting import fit_adapter
 from lora_fast.files.format import TENSORS
 from lora_fast.files.skeleton import skeleton_of_adapter
-from lora_fast.models.adapt import lora_layers
+from lora_fast.models.adapters import lora_layers
 from lora_fast.peft.report import NOT_PATCHED
 from lora_fast.tables import aligned, grouped, shared, told_once
 

@@ -21,7 +21,7 @@ from lora_fast.files.format import PREFIX
 from lora_fast.files.hub_names import in_memory_of
 from lora_fast.files.skeleton import like, skeleton
 from lora_fast.layers.lora import LoRALinear
-from lora_fast.models.adapt import lora_layers
+from lora_fast.models.adapters import lora_layers
 
 EPILOG = """\
 examples:

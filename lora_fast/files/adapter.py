@@ -31,7 +31,7 @@ from lora_fast.files.writing import safetensors_or_raise, write_adapter
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.parameters import ParameterLoRA
-from lora_fast.models.adapt import SAVED, TRAINED, lora_layers
+from lora_fast.models.adapters import SAVED, TRAINED, lora_layers
 from lora_fast.models.state import state_at_hand
 from lora_fast.models.targets import some
 from lora_fast.models.ties import refuse_shared, saved_places, under_every_name
@@ -39,8 +39,9 @@ from lora_fast.wrappers.gather import at_hand, whole
 from lora_fast.wrappers.names import plain_modules, unwrapped
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the adapters of ``model`` into ``directory`` in PEFT's format, which PEFT, transformers and vLLM read.
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> None:
+    """Write the adapter of ``model`` into ``directory`` in PEFT's format, which PEFT, transformers and vLLM read: of
+    several the one of this ``name``, or the active one. The file does not hold the name.
 
     Saved is what :func:`lora_state_dict` gives: adapters, and the biases and modules_to_save that train; where these
     are tied to other modules, these modules too, so that PEFT, which trains copies, computes the same. Both files are
@@ -53,22 +54,22 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     has offloaded, to the CPU or to disk, is read from there.
 
     Raises:
-        ValueError: no LoRA layer; layers that differ in use_rslora or in being DoRA, or modules_to_save tied to the
-            model itself or to a module with adapters inside, or a layer in several places, which the format cannot say;
-            a model that is itself a LoRA layer; tensors without data (on the meta device).
+        ValueError: no LoRA layer, no adapter of this name; layers that differ in use_rslora or in being DoRA, or
+            modules_to_save tied to the model itself or to a module with adapters inside, or a layer in several places,
+            which the format cannot say; a model that is itself a LoRA layer; tensors without data (on the meta device).
         ImportError: without safetensors.
     """
     safetensors_or_raise("torch")
-    _, tensors, config = in_peft_format(model)
+    _, tensors, config = in_peft_format(model, name)
     write_adapter(directory, tensors, config)
 
 
 def in_peft_format(
-    model: nn.Module,
+    model: nn.Module, name: str | None = None
 ) -> tuple[dict[str, LoRALinear | ParameterLoRA], dict[str, torch.Tensor], dict[str, Any]]:
     """(layers with adapters, tensors by their names in PEFT's file, its config) of a model; raises as
     :func:`save_adapter`."""
-    layers = lora_layers(model)
+    layers = lora_layers(model, name=name)
     if len({(isinstance(layer, DoRALinear), layer.use_rslora) for layer in layers.values()}) > 1:
         raise ValueError("model: has layers that differ in use_dora or use_rslora, expected one adapter of one kind")
     if "" in layers:
@@ -76,22 +77,22 @@ def in_peft_format(
     refuse_shared(model, layers)
     with at_hand(model) as lent:
         saved = saved_places(model)
-        state = under_every_name(model, saved, state_at_hand(model))
+        state = under_every_name(model, saved, state_at_hand(model, name))
         if missing := [key for key, tensor in state.items() if tensor.is_meta]:
             raise ValueError(f"model: {some(missing)}: on the meta device, without data to save")
         state = {key: whole(tensor).clone() if lent else whole(tensor) for key, tensor in state.items()}
-    parameters = {name: parameter_of(name) for name, layer in layers.items() if isinstance(layer, ParameterLoRA)}
+    parameters = {place: parameter_of(place) for place, layer in layers.items() if isinstance(layer, ParameterLoRA)}
     wrappers = wrappers_of(model, parameters.values())
     tensors = {}
     for key, tensor in state.items():
-        owner, _, name = key.rpartition(".")
+        owner, _, last = key.rpartition(".")
         if owner in parameters:
-            owner, name = wrappers[parameters[owner]], f"{name}.weight"
+            owner, last = wrappers[parameters[owner]], f"{last}.weight"
         elif owner in layers:
-            name = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}.get(name, name)
-            name = f"base_layer.{name}" if name == "bias" else name
-        tensors[f"{PREFIX}{owner}.{name}" if owner else PREFIX + name] = tensor.contiguous()
-    if misread := _taken_for_experts(unwrapped(model), [name for name in layers if name not in parameters]):
+            last = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}.get(last, last)
+            last = f"base_layer.{last}" if last == "bias" else last
+        tensors[f"{PREFIX}{owner}.{last}" if owner else PREFIX + last] = tensor.contiguous()
+    if misread := _taken_for_experts(unwrapped(model), [place for place in layers if place not in parameters]):
         warnings.warn(
             f"save_adapter: {some(misread)}: beside transformers 5, PEFT takes adapters of layers so named for ones of "
             "the model's fused experts, and gives these layers none. load_adapter and lora-fast merge read the file "
@@ -101,11 +102,14 @@ def in_peft_format(
     return layers, tensors, _config_of(unwrapped(model), layers, saved)
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> nn.Module:
     """Put the adapter in ``directory`` (ours or PEFT's: LoRA, DoRA, rank-stabilised, with patterns) into ``model``.
 
     A model without LoRA layers is converted first, exactly where the adapter has tensors; one that has them must have
     them there, of the same rank, and takes lora_alpha and use_rslora over. Returns ``model``.
+
+    With a ``name`` it is the adapter of this name that is loaded into, or that comes beside others, as with
+    :func:`lora_fast.add_lora`; without one, of several the active adapter.
 
     Wrappers in the model or around it (torch.compile, DistributedDataParallel, checkpoint_wrapper, ...) stand in no
     name. A sharded or offloaded model must have LoRA layers already, and takes the adapter as
@@ -122,7 +126,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         ImportError: without safetensors.
     """
     with at_hand(model, write=True):
-        fit_adapter(model, read_adapter(model, directory), with_data=True)
+        fit_adapter(model, read_adapter(model, directory), with_data=True, name=name)
     return model
 
 

@@ -10,12 +10,12 @@ from torch import nn
 from lora_fast.files.format import CONFIG, TENSORS, Settings
 from lora_fast.files.parameters import layer_of, parameter_of, targeted
 from lora_fast.layers.dora import DoRALinear
-from lora_fast.models.adapt import LAYERS, adapter_tensors, add_lora, remove_lora
+from lora_fast.models.adapt import add_lora, remove_lora
+from lora_fast.models.adapters import adapter_tensors, lora_layers, names_in
 from lora_fast.models.config import LoRAConfig
 from lora_fast.models.state import load_into, places_to_load
 from lora_fast.models.targets import some
 from lora_fast.models.ties import cut, places, refuse_shared, ties_to_cut, under_first_names
-from lora_fast.wrappers.names import plain_modules
 
 
 class Adapter(NamedTuple):
@@ -27,28 +27,28 @@ class Adapter(NamedTuple):
     state: dict[str, torch.Tensor]  # by keys of lora_state_dict
 
 
-def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> None:
-    """Put what :func:`read_adapter` gave into the same model, which is converted first if it has no LoRA layers. Into
-    one on the meta device go the shapes alone, or it is refused (``with_data``).
+def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False, name: str | None = None) -> None:
+    """Put what :func:`read_adapter` gave into the same model, which is converted first if it has no LoRA layers, or no
+    adapter of this name. Into one on the meta device go the shapes alone, or it is refused (``with_data``).
 
     Raises:
         ValueError: as :func:`load_adapter`, about the fit. The model is then as it was.
     """
     settings, ranks, alphas, state = adapter
     refuse_shared(model, ranks)
-    full = [name for name in state if name.rpartition(".")[0] not in ranks]
+    full = [key for key in state if key.rpartition(".")[0] not in ranks]
     saved = places(model, settings.modules_to_save, full)
     if settings.ensure_weight_tying:  # PEFT ties the copies again; modules_to_save names one of them
-        saved = places(model, [*saved, *(name.removesuffix(".weight") for name in full)])
+        saved = places(model, [*saved, *(key.removesuffix(".weight") for key in full)])
     ties = ties_to_cut(model, saved, state)
 
     def load() -> None:
-        load_into(
-            model, places_to_load(model) if with_data else adapter_tensors(model), under_first_names(model, state)
-        )
+        own = places_to_load(model, name) if with_data else adapter_tensors(model, name)
+        load_into(model, own, under_first_names(model, state, name), name)
 
-    layers = {name: module for name, module in plain_modules(model) if isinstance(module, LAYERS)}
-    if layers:
+    there = names_in(model)
+    if there and (name is None or name in there):
+        layers = lora_layers(model, complete=False, name=name)
         _check_converted(layers, ranks, settings)
         if ties:
             raise ValueError(
@@ -56,14 +56,14 @@ def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> 
                 "alone; load it into a model without LoRA layers, where that unties it"
             )
         load()
-        for name, layer in layers.items():
-            layer.lora_alpha, layer.use_rslora = alphas[name], settings.use_rslora
+        for place, layer in layers.items():
+            layer.lora_alpha, layer.use_rslora = alphas[place], settings.use_rslora
         return
     parameters = targeted(model, settings.target_parameters)
-    experts = {layer_of(name) for name in parameters}
-    linears = [name for name in ranks if name not in experts]
+    experts = {layer_of(parameter) for parameter in parameters}
+    linears = [place for place in ranks if place not in experts]
     # A name may be the last part of another.
-    longest_first = sorted(((name, parameter_of(name) if name in experts else name) for name in ranks), key=_length)
+    longest_first = sorted(((at, parameter_of(at) if at in experts else at) for at in ranks), key=_length)
     config = LoRAConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
@@ -71,23 +71,23 @@ def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False) -> 
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         bias=settings.bias,  # type: ignore[arg-type]
-        target_modules="|".join(re.escape(name) for name in linears) or None,
+        target_modules="|".join(map(re.escape, linears)) or None,
         target_parameters=parameters or None,
         modules_to_save=saved or None,
-        rank_pattern={re.escape(written): ranks[name] for name, written in longest_first},
-        alpha_pattern={re.escape(written): alphas[name] for name, written in longest_first},
+        rank_pattern={re.escape(written): ranks[place] for place, written in longest_first},
+        alpha_pattern={re.escape(written): alphas[place] for place, written in longest_first},
     )
     replaced = [entry for tie in ties for entry in cut(model, tie.place)]
     try:
-        add_lora(model, config)
+        add_lora(model, config, name=name)
         try:
             load()
         except BaseException:
-            remove_lora(model)
+            remove_lora(model, name)
             raise
     except BaseException:
-        for entries, name, old in reversed(replaced):
-            entries[name] = old
+        for entries, key, old in reversed(replaced):
+            entries[key] = old
         raise
     if ties:
         warnings.warn(

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_fast.files.adapter import save_adapter
 from lora_fast.files.writing import safetensors_or_raise
-from lora_fast.models.adapt import lora_layers
+from lora_fast.models.adapters import lora_layers
 from lora_fast.models.state import lora_state_dict
 
 WEIGHTS = "model.safetensors"  # what Trainer reads when it resumes, and the best model from

@@ -115,7 +115,8 @@ class DoRALinear(KeepsNorm, LoRALinear):
             return made
         return made._replace(lora_magnitude_vector=self.lora_magnitude_vector, save=self.save)
 
-    def _adapted(self, x: torch.Tensor) -> torch.Tensor:
+    def need_magnitude(self) -> None:
+        """Make the magnitude now if that was put off. RuntimeError where it would be lost."""
         if not (self._magnitude_is_set or self._magnitude_came()):
             if who := keeper(self):
                 raise RuntimeError(
@@ -123,6 +124,9 @@ class DoRALinear(KeepsNorm, LoRALinear):
                     "reset_magnitude() once the weights are there"
                 )
             self.reset_magnitude()
+
+    def _adapted(self, x: torch.Tensor) -> torch.Tensor:
+        self.need_magnitude()
         own: dict[str, Any] = self._parameters
         try:
             weight, lora_A, lora_B, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]

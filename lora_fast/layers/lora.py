@@ -259,11 +259,6 @@ class LoRALinear(Joins, MergingLinear):
         this layer's place: any other layer that is assigned there, which would drop the adapter, is refused."""
         return cleared(self._to_linear())
 
-    def _to_linear(self) -> nn.Linear:
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear.train(self.training)
-
     def parts_of_adapter(self) -> tuple[str, ...]:
         """Names in a state dict of what a merge is made with."""
         return self.adapter_names

@@ -135,6 +135,11 @@ class MergingLinear(nn.Linear):
         write(place, base)
         self.register_buffer("unmerged_weight", None)
 
+    def _to_linear(self) -> nn.Linear:
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
     def live_values(self) -> Iterator[dict[str, torch.Tensor]]:
         """Of an unmerged layer: what its weight may be once it is merged, whole."""
         if getattr(self, "_magnitude_is_set", True):

@@ -1,12 +1,11 @@
-"""Conversion of a whole model: LoRA on its nn.Linear layers in place; switch off, take out."""
+"""Conversion of a whole model: LoRA on its nn.Linear layers in place; take it out."""
 
 import warnings
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_fast.bases.written import WrittenWeight
@@ -15,28 +14,23 @@ from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.experts import adapter_of
 from lora_fast.layers.fp8_linears import dtype_beside, holds_fp8, plain_linear
 from lora_fast.layers.lora import LoRALinear
+from lora_fast.layers.named import NamedLinear
 from lora_fast.layers.parameters import ParameterLoRA
-from lora_fast.layers.replacing import forget_adapted, lost, note_adapted
+from lora_fast.layers.replacing import forget_adapted, note_adapted
 from lora_fast.layers.rules import check_quantisable, kind_asked_for
+from lora_fast.models.adapters import BEFORE, SAVED, TRAINED, check_adapted, names_in, standing
 from lora_fast.models.all_linear import layers_before
 from lora_fast.models.config import LoRAConfig
+from lora_fast.models.named import check_addition, remove_named, swap, taken_out, under_name
 from lora_fast.models.peft_config import from_peft, is_pefts
 from lora_fast.models.projections import missed_by, patterns
 from lora_fast.models.targets import find_parameters, find_targets, holders, matching, resolve_pattern, some
 from lora_fast.wrappers import fsdp1
-from lora_fast.wrappers.gather import identities
 from lora_fast.wrappers.names import compiled_alone, plain_modules, unwrapped
 from lora_fast.wrappers.placement import keeper
 
-LAYERS = LoRALinear, ParameterLoRA  # what has an adapter
 
-# What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
-BEFORE = "_before_lora"  # {parameter name: requires_grad before add_lora}, for remove_lora
-TRAINED = "_trained_with_lora"  # names of own tensors that train and are saved beside lora_A and lora_B
-SAVED = "_saved_with_lora"  # present where modules_to_save trains a module that has tensors of its own
-
-
-def add_lora(model: nn.Module, config: Any, *, blocks: str | bool = "auto") -> nn.Module:
+def add_lora(model: nn.Module, config: Any, *, name: str | None = None, blocks: str | bool = "auto") -> nn.Module:
     """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, in place, give the targeted
     parameters adapters, freeze the rest, return ``model``.
 
@@ -55,15 +49,21 @@ def add_lora(model: nn.Module, config: Any, *, blocks: str | bool = "auto") -> n
     all its places: it is a target if one of its names is, unless one of them is excluded. From then on
     a tool that would put another layer in the place of one of these, and so drop its adapter, gets a RuntimeError.
 
+    With a ``name`` the adapter may come beside others, each with a config of its own (but for bias, modules_to_save and
+    target_parameters, which it has not); the first is the active one (:func:`lora_fast.set_adapter`), or each sample of
+    a batch names its own (:func:`lora_fast.use_adapters`). One that came without a name is then called "default".
+
     With ``blocks="auto"`` gated MLPs (``down(act(gate(x)) * up(x))``) run as one step each, and layers that their
-    parent calls with one input as a group (:mod:`lora_fast.blocks`); with False every layer runs by itself.
+    parent calls with one input as a group (:mod:`lora_fast.blocks`); with False every layer runs by itself. Where
+    several adapters come the last call decides.
 
     Raises:
         TypeError: not a module, neither of the configs.
-        ValueError: a field of PEFT's config asks for what our layers have not; the model has LoRA layers already, is
-            itself an ``nn.Linear`` or wrapped by FSDP1; a target is no plain ``nn.Linear`` or its forward would not be
-            called; a name or pattern of the config matches nothing; a weight to quantise that is not finite; a
-            base_compute alone where no weight is kept so that it applies; ``blocks`` neither "auto" nor False.
+        ValueError: a field of PEFT's config asks for what our layers have not; the model has LoRA layers already (and
+            this one no ``name``), is itself an ``nn.Linear`` or wrapped by FSDP1; a target is no plain ``nn.Linear`` or
+            its forward would not be called; a name or pattern of the config matches nothing; a weight to quantise that
+            is not finite; a base_compute alone where no weight is kept so that it applies; ``blocks`` neither "auto"
+            nor False; a ``name`` that is there already or cannot be one, and what adapters with names have not.
         RuntimeError: an fp8 base on a GPU that has no units for it.
         After any error the model, its modules and its requires_grad flags are as they were.
     """
@@ -76,14 +76,22 @@ def add_lora(model: nn.Module, config: Any, *, blocks: str | bool = "auto") -> n
     if blocks not in ("auto", False):
         raise ValueError(f'blocks: got {blocks!r}, expected "auto" or False')
     config = replace(config)  # its fields may have been assigned since it was checked
-    if present := [name or "itself" for name, module in plain_modules(model) if isinstance(module, LAYERS)]:
-        raise ValueError(f"model: has LoRA layers already ({some(present)}); call remove_lora first")
+    if name is not None:
+        check_addition(model, config, name)
+    elif present := [place or "itself" for place in standing(model)]:
+        raise ValueError(
+            f"model: has LoRA layers already ({some(present)}); call remove_lora first, or give another adapter a name"
+        )
     if fsdp1.holds(model):
         raise ValueError("model: is wrapped by FSDP1 (FullyShardedDataParallel); call add_lora first, then wrap it")
     if isinstance(unwrapped(model), nn.Linear):
         raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")
-    for layer in _convert(model, config):
-        layer.quantise_base(config.base_dtype, config.base_compute)
+    if name is None:
+        _convert(model, config)
+    else:
+        with taken_out(model) as before:
+            _convert(model, config, named=True)
+        under_name(model, name, before)
     beside = [f"{type(layer.owner).ADAPTED.__name__}.{layer.parameter}" for layer in _beside(model)]
     if config.base_dtype is not None and beside:
         warnings.warn(
@@ -97,14 +105,22 @@ def add_lora(model: nn.Module, config: Any, *, blocks: str | bool = "auto") -> n
             f"(target_parameters names experts) get no adapter and stay frozen: {some(patterns(missed))}",
             stacklevel=2,
         )
+    if name is not None:
+        part(model)
     if blocks:
         join(model)
     return model
 
 
-def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
-    """:func:`add_lora` but for the fp8 bases: the layers that are to get one, each of which can. Nothing holds the old
-    layers any more, so that their weights are freed one by one."""
+def _convert(model: nn.Module, config: LoRAConfig, named: bool = False) -> None:
+    """:func:`add_lora` of the first adapter. Nothing holds the old layers when bases change their kind, so that their
+    weights are freed one by one."""
+    for layer in _converted(model, config, named):
+        layer.quantise_base(config.base_dtype, config.base_compute)
+
+
+def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALinear]:
+    """The layers that are to get bases of another kind, each of which can."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in plain_modules(model, remove_duplicate=False):
         if name:
@@ -116,6 +132,9 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
     meant = layers_before(model, config, names)
     targets = find_targets(model, config, names, saved, {module for module, _ in meant})
     parameters, times = find_parameters(config, names, saved, meant)
+    if named and parameters:
+        found = some([full[0] for full in parameters.values()])
+        raise ValueError(f"target_modules: means {found}, too, which no adapter with a name has; use exclude_modules")
     both: dict[Any, list[str]] = {**{m: names[m] for m in targets}, **parameters}
     ranks = resolve_pattern("rank_pattern", config.rank_pattern, config.r, both, both, times)
     alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, config.lora_alpha, both, both, times)
@@ -157,7 +176,7 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
             _set_flags(module, flags)
         raise
     # From here on nothing can fail.
-    _swap(model, layers)
+    swap(model, layers)
     for each in beside:
         each.attach()
     note_adapted(model)
@@ -165,6 +184,7 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
         layer.base_is_tied = owners[id(layer.weight)] > 1
     for module, flags in before.items():
         note = {SAVED: True} if module in saved and trained[module] else {}
+        flags = vars(module).get(BEFORE, flags)  # of the first of several adapters
         vars(layers.get(module, module)).update({BEFORE: flags, TRAINED: trained[module], **note})
     return [layers[linear] for linear in eight]
 
@@ -184,92 +204,47 @@ def _to_quantise(config: LoRAConfig, targets: dict[nn.Linear, nn.Linear]) -> lis
     raise ValueError(f"base_compute: got {config.base_compute!r}, expected {what}")
 
 
-def remove_lora(model: nn.Module) -> nn.Module:
+def remove_lora(model: nn.Module, name: str | None = None) -> nn.Module:
     """Put plain ``nn.Linear`` layers back in place, and requires_grad as before :func:`add_lora`; return ``model``.
+    With a ``name`` only the adapter of this name goes, if there are others; where it was the active one, the first of
+    these is.
 
     The weights are the base's, bit for bit, or the merged ones where a layer is merged: merge_lora, then remove_lora.
 
     Raises:
-        ValueError: no LoRA layer, or ``model`` is itself one, or torch.compile was given one by itself, or the weights
-            are in the keeping of FSDP or accelerate.
+        ValueError: no LoRA layer, no adapter of this name, or a merged one beside others; ``model`` is itself a layer,
+            or torch.compile was given one by itself, or the weights are in the keeping of FSDP or accelerate.
     """
-    layers = lora_layers(model, complete=False)
-    homes = {name: layer.owner if isinstance(layer, ParameterLoRA) else layer for name, layer in layers.items()}
-    if kept := [f"{name} (by {who})" for name, home in homes.items() if (who := keeper(home))]:
+    check_adapted(model, complete=False)
+    if name is not None and names_in(model) != [name]:
+        remove_named(model, name)
+        return model
+    layers = standing(model)
+    homes = {place: layer.owner if isinstance(layer, ParameterLoRA) else layer for place, layer in layers.items()}
+    if kept := [f"{place} (by {who})" for place, home in homes.items() if (who := keeper(home))]:
         raise ValueError(f"model: has weights that a wrapper keeps: {some(kept)}; remove_lora before wrapping it")
-    if isinstance(unwrapped(model), LoRALinear):
+    linear_layers = LoRALinear, NamedLinear
+    if isinstance(unwrapped(model), linear_layers):
         raise ValueError("model: got a LoRALinear, which cannot be replaced in place; use its to_linear()")
-    if compiled := compiled_alone(model, LoRALinear):
+    if compiled := compiled_alone(model, linear_layers):
         raise ValueError(
             f"model: torch.compile was given {some(compiled)} by itself, so that its wrapper would go on "
             "calling the LoRA layer; put the wrapper's _orig_mod in its place first"
         )
     part(model)
     linears: dict[nn.Module, nn.Module] = {
-        layer: layer._to_linear() for layer in layers.values() if isinstance(layer, LoRALinear)
+        layer: layer._to_linear() for layer in layers.values() if isinstance(layer, linear_layers)
     }
     for each in _beside(model):
         each.release()
     modules = list(model.modules())
-    _swap(model, linears)
+    swap(model, linears)
     for module in modules:
         forget_adapted(module)
         for note in (TRAINED, SAVED):
             vars(module).pop(note, None)
         _set_flags(linears.get(module, module), vars(module).pop(BEFORE, {}))
     return model
-
-
-def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Iterate over lora_A [r, in], lora_B [out, r] and, of DoRA layers, lora_magnitude_vector [out], layer by layer.
-    ValueError without LoRA layers."""
-    return iter([getattr(layer, name) for layer in lora_layers(model).values() for name in layer.adapter_names])
-
-
-@contextmanager
-def disable_lora(model: nn.Module) -> Iterator[None]:
-    """Within ``with disable_lora(model):`` every layer gives its base's output; then each is as it was before.
-
-    Biases and modules_to_save that were trained stay as trained. ValueError without LoRA layers.
-    """
-    enabled = [layer for layer in lora_layers(model).values() if layer.enabled]
-    try:
-        for layer in enabled:
-            layer.disable()
-        yield
-    finally:
-        for layer in enabled:
-            layer.enable()
-
-
-def lora_layers(model: nn.Module, complete: bool = True) -> dict[str, LoRALinear | ParameterLoRA]:
-    """{name: layer, or a parameter's adapter}; raises TypeError, ValueError: no module, none of them, or
-    (``complete``) some were replaced."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
-    layers = {name: module for name, module in plain_modules(model) if isinstance(module, LAYERS)}
-    if complete and (gone := lost(model)):
-        raise ValueError(
-            f"model: has lost adapters: other layers took the places of LoRA layers ({some(gone)}); "
-            "convert or quantise the model before add_lora"
-        )
-    if not layers:
-        raise ValueError("model: has no LoRA layers; call add_lora first")
-    return layers
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Each tensor once, under its first name."""
-    lora_layers(model)
-    tensors: dict[str, torch.Tensor] = {}
-    for owner, module in plain_modules(model):
-        own = module.adapter_names if isinstance(module, LAYERS) else ()
-        for name in (*own, *vars(module).get(TRAINED, ())):
-            tensors[f"{owner}.{name}" if owner else name] = getattr(module, name)
-    first: dict[Hashable, str] = {}
-    for name, key in identities(model, tensors).items():
-        first.setdefault(key, name)
-    return {name: tensors[name] for name in first.values()}
 
 
 def _trained_names(module: nn.Module, bias: str, is_target: bool, is_saved: bool) -> list[str]:
@@ -280,13 +255,6 @@ def _trained_names(module: nn.Module, bias: str, is_target: bool, is_saved: bool
     if bias == "all" or (bias == "lora_only" and is_target):
         return [n for n, p in module._parameters.items() if p is not None and n == "bias"]  # PEFT's rule
     return []
-
-
-def _swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in new:
-                parent._modules[name] = new[child]
 
 
 def _set_flags(module: nn.Module, flags: dict[str, bool]) -> None:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lora_fast.models.adapt import lora_layers
+from lora_fast.models.adapters import lora_layers
 from lora_fast.models.projections import patterns, projections
 
 

@@ -6,15 +6,16 @@ import torch
 from torch import nn
 
 from lora_fast.layers.dora import DoRALinear
-from lora_fast.models.adapt import adapter_tensors, lora_layers
+from lora_fast.models.adapters import adapter_tensors, lora_layers
 from lora_fast.models.targets import some
 from lora_fast.wrappers.gather import at_hand, on_disk, put, stored, whole
 from lora_fast.wrappers.names import plain_name, prefix
 
 
-def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's part of ``model.state_dict()``, detached but not copied. ValueError without LoRA layers, and of
-    shards that are no DTensors (DeepSpeed's ZeRO-3; FSDP1's without its outermost wrapper).
+def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, torch.Tensor]:
+    """The adapter's part of ``model.state_dict()``, detached but not copied: of several that of the one of this name,
+    or of the active one, as if it were alone. ValueError without LoRA layers or such an adapter, and of shards that are
+    no DTensors (DeepSpeed's ZeRO-3; FSDP1's without its outermost wrapper).
 
     Keys ``<module>.lora_A``, ``<module>.lora_B`` and, of DoRA layers, ``<module>.lora_magnitude_vector`` (of experts
     ``<experts>.lora_gate_up_proj.lora_A`` and so on), and the tensors of modules_to_save and of the biases that train;
@@ -26,36 +27,38 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     are whole copies, made by all processes together. Of an offloaded model they are accelerate's own from the CPU, and
     copies from disk.
     """
-    lora_layers(model)
+    lora_layers(model, name=name)
     with at_hand(model) as lent:
-        return {name: tensor.clone() if lent else tensor for name, tensor in state_at_hand(model).items()}
+        return {key: tensor.clone() if lent else tensor for key, tensor in state_at_hand(model, name).items()}
 
 
-def state_at_hand(model: nn.Module) -> dict[str, torch.Tensor]:
+def state_at_hand(model: nn.Module, name: str | None = None) -> dict[str, torch.Tensor]:
     """:func:`lora_state_dict` where the tensors are :func:`at_hand`."""
-    return {name: tensor.detach() for name, tensor in stored(model, _whole_tensors(model)).items()}
+    return {key: tensor.detach() for key, tensor in stored(model, _whole_tensors(model, name)).items()}
 
 
-def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Copy what :func:`lora_state_dict` gave into ``model``, cast to the dtypes and devices there.
+def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor], name: str | None = None) -> None:
+    """Copy what :func:`lora_state_dict` gave into ``model``, cast to the dtypes and devices there: into its adapter of
+    this name, or the active one.
 
     A sharded model takes whole tensors and DTensors, as does any other, all processes together and the same in each;
     an offloaded one takes them where accelerate keeps them, if that is the CPU.
 
     Raises:
         TypeError: not a mapping of tensors.
-        ValueError: no LoRA layer; a merged one (its weight would keep the old adapter); missing or unexpected keys,
-            another shape or kind of number; a model in shards that are no DTensors, or without data to copy into (on
-            the meta device), or whose data accelerate keeps on disk. All is checked first: the model is then untouched.
+        ValueError: no LoRA layer, no adapter of this name; a merged one (its weight would keep the old adapter);
+            missing or unexpected keys, another shape or kind of number; a model in shards that are no DTensors, or
+            without data to copy into (on the meta device), or whose data accelerate keeps on disk. All is checked
+            first: the model is then untouched.
     """
-    lora_layers(model)
+    lora_layers(model, name=name)
     with at_hand(model, write=True):
-        load_into(model, places_to_load(model), state_dict)
+        load_into(model, places_to_load(model, name), state_dict, name)
 
 
-def places_to_load(model: nn.Module) -> dict[str, torch.Tensor]:
+def places_to_load(model: nn.Module, name: str | None = None) -> dict[str, torch.Tensor]:
     """The tensors that :func:`load_lora_state_dict` writes into. ValueError without data, or if they are on disk."""
-    own = _whole_tensors(model)
+    own = _whole_tensors(model, name)
     disk = on_disk(model, own)
     places = stored(model, {name: tensor for name, tensor in own.items() if name not in disk})
     if missing := [name for name, tensor in places.items() if tensor.is_meta]:
@@ -71,25 +74,31 @@ def places_to_load(model: nn.Module) -> dict[str, torch.Tensor]:
     return places
 
 
-def _whole_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def _whole_tensors(model: nn.Module, name: str | None) -> dict[str, torch.Tensor]:
     """The adapter's tensors. ValueError for bare shards, of which only what sharded them knows the whole."""
-    for name, layer in lora_layers(model).items():
+    for place, layer in lora_layers(model, name=name).items():
         for part, shape in zip(layer.adapter_names, layer.adapter_shapes, strict=True):
             if (found := getattr(layer, part).shape) != shape:
                 raise ValueError(
-                    f"model: {name or 'itself'}: {part} has shape {tuple(found)}, expected {shape}: something shards "
+                    f"model: {place or 'itself'}: {part} has shape {tuple(found)}, expected {shape}: something shards "
                     "it. Under FSDP1 give the outermost wrapper; under others gather first (GatheredParameters of "
                     "DeepSpeed's)"
                 )
-    return adapter_tensors(model)
+    return adapter_tensors(model, name)
 
 
 @torch.no_grad()
-def load_into(model: nn.Module, own: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor]) -> None:
-    """:func:`load_lora_state_dict` into the tensors ``own`` of the model, be they without data."""
+def load_into(
+    model: nn.Module,
+    own: Mapping[str, torch.Tensor],
+    state_dict: Mapping[str, torch.Tensor],
+    adapter: str | None = None,
+) -> None:
+    """:func:`load_lora_state_dict` into the tensors ``own`` of the model's adapter, be they without data."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: got {type(state_dict).__name__}, expected a mapping of names to tensors")
-    if merged := [name for name, layer in lora_layers(model).items() if layer.merged]:
+    layers = lora_layers(model, name=adapter)
+    if merged := [name for name, layer in layers.items() if layer.merged]:
         raise ValueError(f"model: has merged LoRA layers ({some(merged)}); call unmerge_lora before loading")
     around = prefix(model)  # dicts of versions that kept it in the names are taken, too
     state_dict = {n if n in own else plain_name(n.removeprefix(around)): tensor for n, tensor in state_dict.items()}
@@ -111,6 +120,6 @@ def load_into(model: nn.Module, own: Mapping[str, torch.Tensor], state_dict: Map
         raise ValueError("state_dict: does not fit the model: " + "; ".join(problems))
     for name, tensor in own.items():
         put(tensor, whole(state_dict[name]))
-    for layer in lora_layers(model).values():
+    for layer in layers.values():
         if isinstance(layer, DoRALinear) and not layer.weight.is_meta:
             layer._magnitude_is_set = True  # if it was put off: the layer was on the meta device

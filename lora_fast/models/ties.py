@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lora_fast.models.adapt import LAYERS, SAVED, adapter_tensors
+from lora_fast.models.adapters import LAYERS, SAVED, adapter_tensors
 from lora_fast.models.targets import some
 from lora_fast.wrappers.gather import identities, one_by_one, stored, whole
 from lora_fast.wrappers.names import plain_modules
@@ -145,14 +145,14 @@ def cut(model: nn.Module, place: str) -> list[Undo]:
     return undo
 
 
-def under_first_names(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Tensors:
+def under_first_names(model: nn.Module, state: Mapping[str, torch.Tensor], adapter: str | None = None) -> Tensors:
     """The reverse of :func:`under_every_name`, for a converted model.
 
     Raises:
         ValueError: different values for what is one tensor in the model.
     """
     tensors = all_tensors(model)
-    first, keys = _first_names(model)
+    first, keys = _first_names(model, adapter)
     result: Tensors = {}
     for name, new in state.items():
         own = first.get(keys[name], name) if name in keys else name
@@ -173,9 +173,9 @@ def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor
 
 
-def _first_names(model: nn.Module) -> tuple[dict[Hashable, str], dict[str, Hashable]]:
+def _first_names(model: nn.Module, adapter: str | None = None) -> tuple[dict[Hashable, str], dict[str, Hashable]]:
     """({identity of a tensor of the adapter: its name in lora_state_dict}, {name of any tensor: its identity})"""
-    own = adapter_tensors(model)
+    own = adapter_tensors(model, adapter)
     keys = identities(model, {**all_tensors(model), **own})
     return {keys[name]: name for name in own}, keys
 

@@ -1,15 +1,12 @@
 """``model(..., adapter_names=[...])``: a batch whose samples name an adapter each, in training and in inference.
 
-PEFT hands the names to its layers by hooks, which are gone when a checkpoint recomputes. Checkpoints that transformers'
-models make are therefore given functions that remember the names; in those that a model makes by itself a layer takes
-the names of its last call.
+PEFT hands the names to its layers by hooks, which are gone when a checkpoint recomputes: see batch/names.py.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +14,10 @@ from torch import nn
 
 from lora_fast.batch.form import Adapter
 from lora_fast.batch.functional import dora_linear_batch, lora_linear_batch
+from lora_fast.batch.names import BASE, Names, numbers_on
 from lora_fast.peft.rules import examine, is_dora, rate, why_not_this_call
 
-BASE = "__base__"  # PEFT's name for samples without an adapter
-LAST = "_last_names"  # of a layer: the names of its last call in training, and whether those before it were others
-CHECKPOINT = "_gradient_checkpointing_func"  # of a module of transformers'
-_remembered: ContextVar[Sequence[str] | None] = ContextVar("adapter_names", default=None)
+_names = Names()
 
 
 @contextmanager
@@ -42,7 +37,7 @@ def naming(tuner: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs:
             tuner.training = training
         if training:
             _tell_frozen(tuner, names)
-            stack.enter_context(_remembering(tuner, list(names)))
+            stack.enter_context(_names.remembered(tuner.modules(), list(names), _given_to_others))
         yield
 
 
@@ -57,37 +52,12 @@ def _tell_frozen(tuner: Any, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def _remembering(tuner: nn.Module, names: list[str]) -> Iterator[None]:
-    """Checkpoints that are made meanwhile run again with these names."""
-    before = [(module, vars(module)[CHECKPOINT]) for module in tuner.modules() if CHECKPOINT in vars(module)]
-    for module, checkpoint in before:
-        setattr(module, CHECKPOINT, partial(_checkpointed, checkpoint, names, module))
+def _given_to_others(module: nn.Module, names: list[str]) -> Iterator[None]:
+    """Where a checkpoint recomputes others' layers have no hooks of PEFT's."""
+    hooks = [one.register_forward_pre_hook(partial(_give, names), with_kwargs=True) for one in _others(module)]
     try:
         yield
     finally:
-        for module, checkpoint in before:
-            setattr(module, CHECKPOINT, checkpoint)
-
-
-def _checkpointed(
-    checkpoint: Callable[..., Any],
-    names: list[str],
-    module: nn.Module,
-    function: Callable[..., Any],
-    *args: Any,
-    **kw: Any,
-) -> Any:
-    return checkpoint(partial(_with_names, names, module, function), *args, **kw)
-
-
-def _with_names(names: list[str], module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    token, hooks = _remembered.set(names), []
-    if _recomputes():  # others' layers have no hooks of PEFT's then
-        hooks = [one.register_forward_pre_hook(partial(_give, names), with_kwargs=True) for one in _others(module)]
-    try:
-        return function(*args, **kwargs)
-    finally:
-        _remembered.reset(token)
         for hook in hooks:
             hook.remove()
 
@@ -105,38 +75,10 @@ def _give(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]
     return args, kwargs | {"adapter_names": names}
 
 
-def _recomputes() -> bool:
-    """Whether a backward is going on in this thread."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def names_of(layer: Any, kwargs: dict[str, Any]) -> Sequence[str] | None:
     """The names that a call of a layer has: those it is given, or in a checkpoint's second run those of its first.
-
-    Raises:
-        RuntimeError: in such a run, if it is not known which of several calls it repeats.
-    """
-    names = kwargs.get("adapter_names")
-    if torch.compiler.is_compiling():
-        return names
-    if names is None:
-        names = _remembered.get()
-        if names is None and _recomputes() and LAST in vars(layer):
-            names, others = vars(layer)[LAST]
-            if others:
-                raise RuntimeError(
-                    "adapter_names: a checkpoint recomputes, and the model was called with other names, too, since the "
-                    "last backward: call backward after each forward"
-                )
-            vars(layer)[LAST] = names, None
-            return names
-    if layer.training and not _recomputes():
-        last = vars(layer).get(LAST)
-        if names is not None:
-            waits = last is not None and last[1] is not None
-            vars(layer)[LAST] = names, waits and (last[1] or list(last[0]) != list(names))
-        elif last is not None:
-            del vars(layer)[LAST]
+    Raises RuntimeError as :meth:`Names.of`."""
+    names: Sequence[str] | None = _names.of(layer, kwargs.get("adapter_names"))
     return names
 
 
@@ -173,22 +115,8 @@ def named_call(layer: Any, x: torch.Tensor, names: Sequence[str]) -> torch.Tenso
         magnitude = layer.lora_magnitude_vector[name].weight if kinds[name] else None
         adapters.append(Adapter(a, b, layer.scaling.of(name, x.device), rate(dropout), magnitude))
     place = {name: i for i, name in enumerate(there)}
-    which = _which(tuple(place.get(name, -1) for name in names), x.device)
+    which = numbers_on(tuple(place.get(name, -1) for name in names), x.device)
     weight, bias = layer.frozen()
     if kinds[there[0]]:
         return dora_linear_batch(x, weight, adapters, which, bias, round_norm=True)
     return lora_linear_batch(x, weight, adapters, which, bias)
-
-
-def _which(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    if torch.compiler.is_compiling():
-        return torch.tensor(numbers, device=device)
-    return _known(numbers, device)
-
-
-@lru_cache(maxsize=4096)
-def _known(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """On the device, where all layers find it; the host does not wait for the copy."""
-    with torch.inference_mode(False):
-        made = torch.tensor(numbers)
-        return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)

@@ -12,6 +12,7 @@ from torch import nn
 from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.bases.scaled import ScaledFp8Weight
+from lora_fast.batch.names import LAST
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.gated import hooked
 from lora_fast.blocks.siblings import SIBLINGS, Joins
@@ -21,7 +22,7 @@ from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm
 from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
 from lora_fast.peft import norms as peft_norms
-from lora_fast.peft.batches import LAST, named_call, names_of, naming
+from lora_fast.peft.batches import named_call, names_of, naming
 from lora_fast.peft.merging import KeepingLinear, for_an_adapters_file, spread_scaled
 from lora_fast.peft.rules import (
     BASES,

@@ -78,7 +78,7 @@ def is_compiled(module: nn.Module) -> bool:
     return _held_as(type(module)) == "_orig_mod"
 
 
-def compiled_alone(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+def compiled_alone(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[str]:
     """Names of the modules of a kind that torch.compile was given by themselves."""
     return [
         plain_name(f"{name}.").removesuffix(".") or "itself"

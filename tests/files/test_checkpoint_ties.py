@@ -13,7 +13,7 @@ from tied import bert, llama, outputs, perturbed, t5
 
 from lora_fast import LoRAConfig, add_lora, load_adapter, merge_lora, remove_lora, save_adapter
 from lora_fast.cli import main
-from lora_fast.models.adapt import adapter_tensors
+from lora_fast.models.adapters import adapter_tensors
 
 IDS = torch.arange(10).reshape(2, 5)
 

@@ -22,7 +22,7 @@ from lora_fast import (
 )
 from lora_fast.cli import doctor
 from lora_fast.files.format import CONFIG, PREFIX, TENSORS
-from lora_fast.models.adapt import adapter_tensors
+from lora_fast.models.adapters import adapter_tensors
 
 CASES = {
     "embed": (llama, ["q_proj"], ["embed_tokens"]),
