@@ -27,8 +27,8 @@ def patch_peft(
 ) -> PeftReport:
     """Let the LoRA and DoRA linear layers of a PEFT model run through lora_fast's fused kernels, in place.
 
-    Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear``, or on one that holds fp8 (transformers' FP8Linear,
-    compressed-tensors'), and PEFT's layer on a ``Linear4bit`` of bitsandbytes', becomes an instance of a subclass of
+    Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear``, on transformers' ``Conv1D`` (GPT-2), or on an
+    ``nn.Linear`` that holds fp8 (transformers' FP8Linear, compressed-tensors'), and PEFT's layer on a ``Linear4bit`` of bitsandbytes', becomes an instance of a subclass of
     it, and so does the outermost ``ParamWrapper`` of PEFT's around a module of transformers' experts
     (``target_parameters``); parameters, state dict keys and all else that PEFT does with the model stay. Layers of
     adapters that are added later follow by
@@ -163,6 +163,7 @@ class Asked(NamedTuple):
         for name, layer in layers.items():
             weight: Any = getattr(layer.base_layer, "weight", None)
             fits = isinstance(weight, WrittenWeight) if self.base_dtype is None else type(weight) in PLAIN
+            fits = fits and not getattr(layer, "fan_in_fan_out", False)
             if isinstance(layer, FastLinear) and fits and not (weight.requires_grad or layer.merged):
                 if held[id(weight)] == 1:
                     found[name] = layer
