@@ -28,12 +28,11 @@ def patch_peft(
     """Let the LoRA and DoRA linear layers of a PEFT model run through lora_fast's fused kernels, in place.
 
     Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear``, on transformers' ``Conv1D`` (GPT-2), or on an
-    ``nn.Linear`` that holds fp8 (transformers' FP8Linear, compressed-tensors'), and PEFT's layer on a ``Linear4bit``
-    of bitsandbytes', becomes an instance of a subclass of it, and so does the outermost ``ParamWrapper`` of PEFT's around a module of transformers' experts
-    (``target_parameters``); parameters, state dict keys and all else that PEFT does with the model stay. Layers of
-    adapters that are added later follow by
-    themselves in a ``PeftModel``, with the same ``save`` and ``base_dtype``; in a model with PEFT's layers alone, patch
-    it again then.
+    ``nn.Linear`` that holds fp8 (transformers' FP8Linear, compressed-tensors'), and PEFT's layer on a ``Linear4bit`` of
+    bitsandbytes', becomes an instance of a subclass of it, and so does the outermost ``ParamWrapper`` of PEFT's around
+    a module of transformers' experts (``target_parameters``); parameters, state dict keys and all else that PEFT does
+    with the model stay. Layers of adapters that are added later follow by themselves in a ``PeftModel``, with the same
+    ``save`` and ``base_dtype``; in a model with PEFT's layers alone, patch it again then.
 
     What changes after the patch (device, dtype, hooks, active adapters, merging) is looked at in every call: a layer is
     patched on the CPU too, runs in plain torch there and fused once the model is on a GPU. Calls that only stock PEFT
