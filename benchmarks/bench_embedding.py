@@ -76,7 +76,7 @@ def peft_layer(base: nn.Embedding, r: int, adapter: list[Tensor], dora: bool) ->
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"], use_dora=dora)
-    model: Any = get_peft_model(nn.Sequential(base), config)  # type: ignore[arg-type]
+    model: Any = get_peft_model(nn.Sequential(base), config)
     layer = model.base_model.model[0]
     layer.lora_embedding_A["default"].data, layer.lora_embedding_B["default"].data = (t.detach() for t in adapter[:2])
     if dora:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Embedding, Linear
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
@@ -31,6 +31,10 @@ def why_never_fused(module: Any) -> str | None:
     if kind == "Linear4bit" and type(module).__module__ == "peft.tuners.lora.bnb":
         name = type(module.base_layer).__name__
         return None if name == "Linear4bit" else f"the base layer is a {name}, not bitsandbytes' Linear4bit"
+    if type(module) is Embedding:
+        from lora_fast.peft.embedding import why_never_fused
+
+        return why_never_fused(module)
     if type(module) is not Linear:
         if kind == "ParamWrapper":
             return "expert parameters (target_parameters)"
