@@ -213,7 +213,6 @@ def opt(args: argparse.Namespace, seen: dict) -> None:
 def gpt2(args: argparse.Namespace, seen: dict) -> None:
     lora = causal_lora(r=8, target_modules=["c_attn"], fan_in_fan_out=True)
     model = start(args, "GPT-2", AutoModelForCausalLM, GPT2, lora)
-    seen["GPT-2 report"] = lora_fast.peft_report(model)
     told(seen, "GPT-2", train(args, "GPT-2", model, sentences()), model, "Return ")
 
 

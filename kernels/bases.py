@@ -117,12 +117,15 @@ def _four_bits(low_first: bool) -> Written:
 
 SCALED = Written(Scaled, block_scales.whole, block_scales.by_rows, block_scales.by_columns)
 PLAIN = Base("plain", ("weight",), for_y=slice(1), for_dx=slice(1))
+# W [N, K] is the transpose of a tensor that lies as [K, N], and copies of A and B lie so, too.
+TURNED = Base("turned", ("weight",), for_y=slice(1), for_dx=slice(1))
 # Row n of W is row_scale[n] * rows[n], for dX column k is col_scale[k] * columns[k]: rows [N, K], columns [K, N].
 E4M3 = Base("e4m3", ("rows", "row_scale", "columns", "col_scale"), for_y=slice(2), for_dx=slice(2, 4), e4m3=True)
 BASES = {
     base.name: base
     for base in (
         PLAIN,
+        TURNED,
         E4M3,
         *_four_bits(low_first=False).bases("four_bits", Stored._fields[:3]),
         *_four_bits(low_first=False).bases("four_bits_nested", Stored._fields),

@@ -1,5 +1,5 @@
 """Copies of adapters in the dtype of the products that read them: A [R, K] as it is, B [N, R] padded with zeros to [N,
-padded R].
+padded R]. Over a turned base (bases.py) the copies are turned, too: A's lies as [K, padded R], B's as [padded R, N].
 
 In float16 (LIFTED) the copy of B carries a power of two of the scaling: see ``lift_of``. They are made by a launch of
 their own, or by programs of the launch that makes S (down.py), on processors that would idle.
@@ -21,17 +21,18 @@ CAST_STEPS = 4  # in the launch that makes S, whose own programs come first
 
 class Copied(NamedTuple):
     """A contiguous matrix as device code sees it, and its copy, which has more columns, zero, where ``copy_cols`` is
-    more than ``cols``."""
+    more than ``cols``; columns of a turned copy are so many elements apart."""
 
     ptr: Any
     copy: Any
     rows: Any
     cols: Any
     copy_cols: Any
+    apart: Any = 0
 
 
 @triton.jit
-def cast_block(t, block, lift, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def cast_block(t, block, lift, BLOCK: tl.constexpr, STEPS: tl.constexpr, TURNED: tl.constexpr = False):
     """STEPS blocks of the copy of t. A ``lift`` multiplies it."""
     for step in range(STEPS):
         i = (block * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
@@ -39,21 +40,31 @@ def cast_block(t, block, lift, BLOCK: tl.constexpr, STEPS: tl.constexpr):
         value = tl.load(t.ptr + row.to(tl.int64) * t.cols + col, mask=inside & (col < t.cols), other=0.0)
         if lift is not None:
             value = value.to(tl.float32) * lift
+        if TURNED:
+            i = col * t.apart + row
         tl.store(t.copy + i, value.to(t.copy.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def cast_both(
-    a, b, scaling, block, BLOCK: tl.constexpr, STEPS: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr
+    a,
+    b,
+    scaling,
+    block,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    LIFTED: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
     """A and then B."""
     a_blocks = tl.cdiv(a.rows * a.cols, BLOCK * STEPS)
     if block < a_blocks:
-        cast_block(a, block, None, BLOCK, STEPS)
+        cast_block(a, block, None, BLOCK, STEPS, TURNED)
     elif LIFTED:
-        cast_block(b, block - a_blocks, lift_of(scaling, SCALING_PTR), BLOCK, STEPS)
+        cast_block(b, block - a_blocks, lift_of(scaling, SCALING_PTR), BLOCK, STEPS, TURNED)
     else:
-        cast_block(b, block - a_blocks, None, BLOCK, STEPS)
+        cast_block(b, block - a_blocks, None, BLOCK, STEPS, TURNED)
 
 
 @triton.jit
@@ -71,16 +82,17 @@ def _cast_kernel(
     CAST_STEPS: tl.constexpr,
     LIFTED: tl.constexpr,
     SCALING_PTR: tl.constexpr,
+    TURNED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_stream(PDL)
-    a, b = Copied(a_ptr, a_cast_ptr, R, K, K), Copied(b_ptr, b_cast_ptr, N, R, RS)
-    cast_both(a, b, scaling, tl.program_id(0), CAST_BLOCK, CAST_STEPS, LIFTED, SCALING_PTR)
+    a, b = Copied(a_ptr, a_cast_ptr, R, K, K, RS), Copied(b_ptr, b_cast_ptr, N, R, RS, N)
+    cast_both(a, b, scaling, tl.program_id(0), CAST_BLOCK, CAST_STEPS, LIFTED, SCALING_PTR, TURNED)
 
 
 class Cast(NamedTuple, Generic[T]):
     """Adapters that need copies in x's dtype, and the copies: of A as it is, of B [N, R] padded with zeros to [N,
-    padded R]."""
+    padded R]. Either both copies are ``turned`` or none."""
 
     a: T
     b: T
@@ -123,4 +135,5 @@ def cast_adapters(
         CAST_STEPS=1,
         LIFTED=lifted,
         SCALING_PTR=isinstance(scaling, Operand),
+        TURNED=cast.a_copy.turned,
     )

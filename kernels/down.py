@@ -169,6 +169,7 @@ def _down_fwd_kernel(
     LIFTED: tl.constexpr,
     SCALING_PTR: tl.constexpr,
     UNIT_ROWS: tl.constexpr,
+    TURNED: tl.constexpr,
     TMA: tl.constexpr,
     A_TMA: tl.constexpr,
     ACC: tl.constexpr,
@@ -237,14 +238,15 @@ def _down_fwd_kernel(
     elif b_ptr is not None:  # the programs past the last rows, on processors that would idle
         if rank == 0:
             cast_both(
-                Copied(a_ptr, a_cast_ptr, R, K, K),
-                Copied(b_ptr, b_cast_ptr, N, R, RS),
+                Copied(a_ptr, a_cast_ptr, R, K, K, RS),
+                Copied(b_ptr, b_cast_ptr, N, R, RS, N),
                 scaling,
                 program - tl.cdiv(M, BLOCK_M),
                 CAST_BLOCK,
                 CAST_STEPS,
                 LIFTED,
                 SCALING_PTR,
+                TURNED,
             )
 
 
@@ -356,6 +358,7 @@ def down(
         LIFTED=lifted,
         SCALING_PTR=isinstance(scaling, Operand),
         UNIT_ROWS=0 if owned is None else owned.rows,
+        TURNED=cast is not None and cast.a_copy.turned,
         TMA=tma,
         A_TMA=a_tma,
         ACC=acc_dtype(x.dtype),

@@ -1,7 +1,8 @@
 """out = g * (X W' + [mask *] P Q') + bias: one kernel body for y = g * (x W^T + S B^T) + bias, with DoRA's gain g or
 without, and for dX = dY W + mask * (dS A).
 
-X [M, C], W [N, C] (W_T) or [C, N], P [M, R], Q [N, R] (W_T) or [R, N].
+X [M, C], W [N, C] (W_T) or [C, N], P [M, R], Q [N, R] (W_T) or [R, N]. A layer whose W is stored as [K, N] (a turned
+base) has the other one of the two.
 The low-rank product is the first step (or more, of BLOCK_C ranks each) of the same pipelined contraction: its operands
 come from P and Q instead of X and W, and after it a dropout mask is applied to the accumulator, which then goes on with
 the base product.
@@ -396,11 +397,15 @@ def product(
 
     x [M, C], w, p [M, padded R] (or columns of a wider matrix) and q in one dtype, rows of p and q contiguous; bits are
     of a mask of out's shape (transposed has none). With z, [M, N] and contiguous, that is filled with the sum before
-    gain and bias. With scales, [M] of x's rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and
+    gain and bias. Where w and q are ``turned``, their columns contiguous and not their rows, they are read as their
+    transposes. With scales, [M] of x's rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and
     out in a wider dtype. With ``units`` each tile takes some of the ranks alone.
     """
     (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
-    fp8, kind, masked, w_t = x.dtype == FP8, out.dtype, bits is not None, transposed or x.dtype == FP8
+    fp8, kind, masked = x.dtype == FP8, out.dtype, bits is not None
+    q_t, w_t = transposed, transposed or fp8
+    if w.turned and q.turned:
+        w, q, q_t, w_t = w.t(), q.t(), not q_t, not w_t
     exact, tma = precision(kind, r if fp8 else c), tma_fits(x, w, out, q)
     chip = Chip.of(x.device)
     tile = tiles.product(
@@ -457,7 +462,7 @@ def product(
         UNIT=0 if units is None else units.ranks,
         UNIT_ROWS=0 if units is None else units.rows,
         W_T=w_t,
-        Q_T=transposed,
+        Q_T=q_t,
         TMA=tma,
         KIND=TL[over if kind == torch.float16 else kind],
         ACC=acc_dtype(kind),

@@ -28,7 +28,9 @@ def kept_launches(at: Keeping, problem: Problem) -> list[Launch]:
     w = problem.base.y(at.held, problem.wanted(scratch))
     a, b, copies = at.a, at.b, []
     if problem.casts:
-        a, b = (part or scratch.part(*problem.shapes[name]) for name, part in (("a", kept.a), ("b", kept.b)))
+        a, b = problem.seen(
+            *(part or scratch.part(*problem.shapes[name]) for name, part in (("a", kept.a), ("b", kept.b)))
+        )
         copies = [cast_adapters(at.a, Cast(at.a, at.b, a, b), at.scaling, problem.lifted)]
     return [*w.launches, *copies, *gain_launches(problem, w, a, b, at.magnitude, at.scaling, kept, scratch)]
 

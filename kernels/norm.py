@@ -277,17 +277,7 @@ def norms(
                 **constants(tile),
                 ACC=tl.float32,
             ),
-            launch(
-                _gain_kernel,
-                (triton.cdiv(rows, 128),),
-                {"num_warps": 4},
-                w,
-                **found,
-                parts_ptr=parts,
-                splits=splits,
-                BLOCK=128,
-                ACC=tl.float32,
-            ),
+            gains(w, parts, n, m=m, gain=gain, round_norm=round_norm),
         ]
     tile = pass_tiles.norm(rows, r, dtype=w.dtype, kind=kind, chip=chip)
     return [
@@ -304,6 +294,34 @@ def norms(
             DTYPE=TL[kind],
         )
     ]
+
+
+def gains(
+    w: Operand,
+    parts: Operand,
+    n: Operand,
+    *,
+    m: Operand | None = None,
+    gain: Operand | None = None,
+    round_norm: bool = False,
+) -> Launch:
+    """The norms n [N] from parts [splits, N] of the sums of squares, rounded to w's dtype on request, and with m [N]
+    the gain [N]."""
+    return launch(
+        _gain_kernel,
+        (triton.cdiv(len(n), 128),),
+        {"num_warps": 4},
+        w,
+        parts_ptr=parts,
+        m_ptr=m,
+        n_ptr=n,
+        g_ptr=gain,
+        splits=len(parts),
+        N=len(n),
+        BLOCK=128,
+        ROUND=TL[w.dtype] if round_norm else None,
+        ACC=acc_dtype(parts.dtype),
+    )
 
 
 def norm_fwd(

@@ -53,6 +53,11 @@ class Operand:
         return self.start
 
     @property
+    def turned(self) -> bool:
+        """Whether it is a matrix seen from the side: its columns are contiguous, its rows are not."""
+        return self.strides[0] == 1 < self.strides[1]
+
+    @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 

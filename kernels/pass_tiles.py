@@ -248,3 +248,33 @@ def weight_grad_splits(n: int, k: int, r: int, *, tile: Tile, chip: Chip) -> tup
     splits = max(1, min(programs // (col_blocks * rank_blocks), triton.cdiv(n, 2 * tile.n)))
     rows_each = triton.cdiv(triton.cdiv(n, splits), tile.n) * tile.n
     return col_blocks, triton.cdiv(n, rows_each), rank_blocks, rows_each
+
+
+def embedding(r: int) -> Tile:
+    """Rows of an adapted embedding: m ids, n columns, r ranks at a time."""
+    return Tile(m=32, n=128, r=rank_block(r, 64))
+
+
+def embedding_norm(r: int) -> Tile:
+    """Sums of squares of an embedding's columns: k of its rows, n columns."""
+    return Tile(n=128, k=64, r=rank_block(r, 64), stages=2, fill=4.0)
+
+
+def embedding_down(r: int) -> Tile:
+    """P of an embedding's dY, m of whose rows a program walks along, n columns at a time."""
+    return Tile(m=64, n=64, r=rank_block(r, 64), stages=2)
+
+
+def embedding_columns(r: int) -> Tile:
+    """Sums over an embedding's dY by columns, n a program, m rows at a time."""
+    return Tile(m=64, n=64, r=rank_block(r, 64), stages=2, fill=4.0)
+
+
+def embedding_runs(r: int) -> Tile:
+    """Sums of P's rows by ids, m of them a program."""
+    return Tile(m=64, r=rank_block(r, 64))
+
+
+def splits(columns: int, steps: int, *, tile: Tile, chip: Chip) -> int:
+    """Into how many parts programs share so many steps for each block of columns."""
+    return max(1, min(steps, int(chip.processors * tile.fill) // triton.cdiv(columns, tile.n)))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.kernels.bases import BASES, PLAIN, Base, Wanted
+from lora_fast.kernels.bases import BASES, PLAIN, TURNED, Base, Wanted
 from lora_fast.kernels.cast import cast_wanted
 from lora_fast.kernels.common import padded_rank
 from lora_fast.kernels.operands import Operand, Scratch, Size, rounded
@@ -113,9 +113,9 @@ class Problem:
         self.m, self.kind = math.prod(self.lead), self.kinds.x
         self.x_shape, self.y_shape = (*self.lead, self.k), (*self.lead, self.n)
         self.is_float32 = self.kind == torch.float32
-        # In float16 B carries a part of the scaling: in a copy.
-        self.lifted = self.kind == torch.float16
-        self.casts = self.lifted or cast_wanted(self.kinds[:3], self.r)
+        # In float16 B carries a part of the scaling: in a copy. Beside a W that is turned, A and B are read turned.
+        self.lifted, self.turned = self.kind == torch.float16, self.base_name == TURNED.name
+        self.casts = self.lifted or self.turned or cast_wanted(self.kinds[:3], self.r)
         # dm from y, which may have to make z again
         self.z_again = self.needs.m and not self.keep_z
 
@@ -155,6 +155,8 @@ class Problem:
         shapes = Shapes()
         if self.casts:
             shapes |= {"a": ((self.r, self.k), self.kind), "b": ((self.n, s_shape[1]), self.kind)}
+            if self.turned:
+                shapes |= {"a": ((self.k, s_shape[1]), self.kind), "b": ((s_shape[1], self.n), self.kind)}
         if self.dora:
             shapes |= {"norm": ((self.n,), gains), "gain": ((self.n,), gains)}
         if self.quantises:
@@ -165,7 +167,7 @@ class Problem:
     @cached_property
     def lasting(self) -> Shapes:
         """Of those small things that a layer may keep: they do not follow from x. Decoding alone reads the copies."""
-        decodes = self.kind.itemsize == 2 and not self.quantises
+        decodes = self.kind.itemsize == 2 and not self.quantises and not self.turned
         names = ("a", "b", "norm", "gain") if decodes else ("norm", "gain")
         return Shapes({name: self.shapes[name] for name in names if name in self.shapes})
 
@@ -175,7 +177,15 @@ class Problem:
         return self.shapes.bytes
 
     def small(self, room: Operand) -> Small:
-        return self.shapes.of(room)
+        small = self.shapes.of(room)
+        if not self.turned:
+            return small
+        a, b = self.seen(small.a, small.b)
+        return small._replace(a=a, b=b)
+
+    def seen(self, a: Operand, b: Operand) -> tuple[Operand, Operand]:
+        """Copies of A and B, in the memory of their ``shapes``, as [R, K] and [N, padded R]."""
+        return (a.block(0, 0, self.k, self.r).t(), b.t()) if self.turned else (a, b)
 
     def kept(self, kept: Operand) -> Small:
         """What of the small things a layer has kept."""

@@ -7,6 +7,7 @@ from lora_fast.batch.functional import dora_linear_batch, lora_linear_batch
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.functional import lora_glu, lora_group
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
+from lora_fast.embedding import lora_embedding
 from lora_fast.experts.functional import lora_experts
 from lora_fast.experts.registry import register_experts
 from lora_fast.files.adapter import load_adapter, save_adapter
@@ -51,6 +52,7 @@ __all__ = [
     "load_adapter",
     "load_fp8",
     "load_lora_state_dict",
+    "lora_embedding",
     "lora_experts",
     "lora_glu",
     "lora_group",

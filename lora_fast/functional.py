@@ -36,7 +36,8 @@ def lora_linear(
 
     Args:
         x: [..., K], one dimension or more, any strides, floating point.
-        weight: [N, K], x's dtype (outside autocast), must not require a gradient. Over a
+        weight: [N, K], x's dtype (outside autocast), must not require a gradient. It may be a view ``stored.t()`` of a
+            contiguous [K, N], which is read as it lies. Over a
             :class:`lora_fast.fp8.Fp8Weight` the base products, forward and backward, are made from e4m3 operands; the
             low-rank ones are not (in float16 those of S and B and of dS and A take bfloat16's digits).
         lora_A: [R, K], any floating dtype; computed in x's dtype, its gradient comes in its own.

@@ -247,3 +247,45 @@ def bottleneck(
     down_bias, up_bias = (t if t is None else t.to(x.dtype) for t in (down_bias, up_bias))
     low = ACTIVATIONS[activation](F.linear(x, down, down_bias))  # [..., R]
     return (x + F.linear(low, up, up_bias)).to(x.dtype)
+
+
+def lora_embedding(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float | torch.Tensor,
+    magnitude: torch.Tensor | None = None,
+    embed_scale: float | torch.Tensor | None = None,
+    padding_idx: int | None = None,
+    round_norm: bool = False,
+) -> torch.Tensor:
+    """``y = g * (c E[ids] + c scaling * A^T[ids] B^T)`` (Hu et al. 2021, arXiv 2106.09685), g = 1, or with a magnitude
+    ``magnitude / |E + scaling * (B A)^T|`` per column, a constant norm in the backward (Liu et al. 2024, arXiv
+    2402.09353).
+
+    The product is made in the adapters' dtype; the sum, in float32 or better, is rounded once. The gradient of A is
+    zero at ``padding_idx``.
+
+    Args:
+        ids: [...], weight: E [V, N], lora_A: [R, V], lora_B: [N, R], magnitude: [N].
+        scaling, embed_scale: numbers, or tensors of one element; c is the latter, or 1, for E's rows in their dtype.
+        round_norm: round the norm to the weight's dtype.
+
+    Returns:
+        [..., N] in weight's dtype.
+    """
+    with no_autocast(weight.device):
+        kind = torch.promote_types(lora_A.dtype, lora_B.dtype)
+        wide = torch.promote_types(torch.promote_types(weight.dtype, kind), torch.float32)
+        rows = F.embedding(ids, weight).to(wide)
+        low = F.embedding(ids, lora_A.t(), padding_idx).to(kind) @ lora_B.t().to(kind) * scaling
+        if isinstance(embed_scale, torch.Tensor):
+            rows, low = rows * embed_scale.to(weight.dtype), low * embed_scale
+        elif embed_scale is not None:
+            rows, low = rows * torch.tensor(embed_scale, dtype=weight.dtype), low * embed_scale
+        y = rows + low.to(wide)
+        if magnitude is not None:
+            norm = dora_norm(weight.t(), lora_A, lora_B, scaling)
+            y = y * dora_gain(magnitude, norm.to(weight.dtype).to(norm.dtype) if round_norm else norm)
+        return y.to(weight.dtype)

@@ -23,7 +23,7 @@ ROOMS = [
     {"layers"},
     {"experts"},
     {"wrappers"},
-    {"batch", "blocks"},
+    {"batch", "blocks", "embedding"},
     {"functional"},
     {"ops"},
     {"reference", "fp8", "kept"},

@@ -119,7 +119,7 @@ def held_by(base_name: str, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
         FLOAT: torch.empty(n, 1, dtype=BF16),
     }
     tensors = {
-        "weight": w,
+        "weight": w.t().contiguous().t() if base_name == "turned" else w,
         "stored": torch.empty(n, k, dtype=torch.uint8),
         "scale": scales[w.dtype],
         "packed": torch.empty(n * k // 2, dtype=torch.uint8),
@@ -438,6 +438,9 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case], once: b
             for dtype in (BF16, *others):
                 problem = f"4096x4096x4096 r=16 {str(dtype)[6:]} p=0.0 {base.name}"
                 layer((4096, 4096, 4096, 16, dtype, 0.0, dtype, False), torch.empty(4096), base.name)
+    for dtype in (BF16, torch.float16, FLOAT):
+        problem = f"4096x4096x4096 r=16 {str(dtype)[6:]} p=0.1 turned"
+        layer((4096, 4096, 4096, 16, dtype, 0.1, FLOAT, False), torch.empty(4096), "turned")
     return found
 
 

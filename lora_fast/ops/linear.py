@@ -6,15 +6,14 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_fast.bases.packed import PackedWeight, rounds_norm, tensors_of
+from lora_fast.bases.packed import rounds_norm, tensors_of
 from lora_fast.dispatch import autocast_dtype, tell
 from lora_fast.kept import Kept
 from lora_fast.kernels import launchers
-from lora_fast.kernels.bases import PLAIN
 from lora_fast.kernels.lora import forward, make_kept
 from lora_fast.kernels.problem import Call, MaybeTensor, Needs, Problem
 from lora_fast.ops import custom_op
-from lora_fast.ops.parts import addressable, contiguous, gradients, kinds_of, one_gpu, to_save
+from lora_fast.ops.parts import addressable, base_of, contiguous, gradients, kinds_of, one_gpu, to_save
 
 if (_why := launchers.why_not_direct()) is not None:
     tell("starts its kernels slowly", _why)
@@ -39,7 +38,6 @@ class FusedLinear:
         round_norm: bool = False,
         save_x: str = "x",
     ) -> None:
-        base = weight.BASE if isinstance(weight, PackedWeight) else PLAIN.name
         dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
         kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
         needs = Needs(*(t is not None and train and t.requires_grad for t in (x, lora_A, lora_B, bias, magnitude)))
@@ -54,7 +52,7 @@ class FusedLinear:
             len(lora_A),
             kinds,
             needs,
-            base,
+            base_of(weight),
             dora=magnitude is not None,
             keep_x8=keep_x8,
             keep_z=needs.m and not keeps_y,

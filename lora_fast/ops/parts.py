@@ -7,12 +7,22 @@ from typing import Any
 
 import torch
 
+from lora_fast.bases.packed import PackedWeight
+from lora_fast.kernels.bases import PLAIN, TURNED
 from lora_fast.kernels.lora import backward
 from lora_fast.kernels.problem import Kinds, Made, MaybeTensor, Problem
 
 
 def contiguous(t: MaybeTensor) -> MaybeTensor:
     return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def base_of(weight: torch.Tensor) -> str:
+    """The name of the base (a row of ``BASES``) that a weight [N, K] is."""
+    if isinstance(weight, PackedWeight):
+        return weight.BASE
+    down, right = weight.stride()
+    return TURNED.name if down == 1 < right else PLAIN.name
 
 
 @cache

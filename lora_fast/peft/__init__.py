@@ -25,15 +25,14 @@ def patch_peft(
     base_compute: str | None = None,
     blocks: str | bool = "auto",
 ) -> PeftReport:
-    """Let the LoRA and DoRA linear layers of a PEFT model run through lora_fast's fused kernels, in place.
+    """Let the LoRA and DoRA layers of a PEFT model, linear ones and embeddings, run through fused kernels, in place.
 
-    Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear``, or on one that holds fp8 (transformers' FP8Linear,
-    compressed-tensors'), and PEFT's layer on a ``Linear4bit`` of bitsandbytes', becomes an instance of a subclass of
-    it, and so does the outermost ``ParamWrapper`` of PEFT's around a module of transformers' experts
-    (``target_parameters``); parameters, state dict keys and all else that PEFT does with the model stay. Layers of
-    adapters that are added later follow by
-    themselves in a ``PeftModel``, with the same ``save`` and ``base_dtype``; in a model with PEFT's layers alone, patch
-    it again then.
+    Each ``peft.tuners.lora.Linear`` on a plain ``nn.Linear``, on transformers' ``Conv1D`` (GPT-2), or on an
+    ``nn.Linear`` that holds fp8 (transformers' FP8Linear, compressed-tensors'), and PEFT's layer on a ``Linear4bit`` of
+    bitsandbytes', becomes an instance of a subclass of it, and so does the outermost ``ParamWrapper`` of PEFT's around
+    a module of transformers' experts (``target_parameters``); parameters, state dict keys and all else that PEFT does
+    with the model stay. Layers of adapters that are added later follow by themselves in a ``PeftModel``, with the same
+    ``save`` and ``base_dtype``; in a model with PEFT's layers alone, patch it again then.
 
     What changes after the patch (device, dtype, hooks, active adapters, merging) is looked at in every call: a layer is
     patched on the CPU too, runs in plain torch there and fused once the model is on a GPU. Calls that only stock PEFT
@@ -128,6 +127,7 @@ class Asked(NamedTuple):
 
     def __call__(self, tuner: nn.Module) -> None:
         """Patch the layers that are stock yet. A weight that cannot be quantised stays as it is, with a warning."""
+        from lora_fast.peft.layers import FastLinear
         from lora_fast.peft.rules import why_never_fused
 
         layers = {self.prefix + name: layer for name, layer in lora_layers(tuner).items()}
@@ -135,7 +135,8 @@ class Asked(NamedTuple):
         dtype = dtype_beside(tuner)
         for layer in new.values():
             adopt(layer, self.base_compute, dtype)
-            layer.save = self.save
+            if isinstance(layer, FastLinear):
+                layer.save = self.save
         if self.blocks and new:
             join(tuner)
         adopt_experts(layers)
@@ -163,6 +164,7 @@ class Asked(NamedTuple):
         for name, layer in layers.items():
             weight: Any = getattr(layer.base_layer, "weight", None)
             fits = isinstance(weight, WrittenWeight) if self.base_dtype is None else type(weight) in PLAIN
+            fits = fits and not getattr(layer, "fan_in_fan_out", False)
             if isinstance(layer, FastLinear) and fits and not (weight.requires_grad or layer.merged):
                 if held[id(weight)] == 1:
                     found[name] = layer
@@ -194,9 +196,13 @@ def _is_written_out(layer: Any) -> bool:
 def adopt(layer: Any, base_compute: str | None, dtype: torch.dtype | None) -> None:
     """Make a stock layer, of which ``why_never_fused`` finds nothing, one of ours. A base that others hold in
     fp8 becomes a plain layer over the same bytes, which act as ``dtype``."""
+    from lora_fast.peft.embedding import FastEmbedding
     from lora_fast.peft.four_bits import FastLinear4bit
     from lora_fast.peft.layers import FastLinear
 
+    if type(layer) is FastEmbedding.STOCK:
+        FastEmbedding.adopt(layer)
+        return
     if type(layer).__name__ != "Linear4bit":
         FastLinear.adopt(layer)
         if holds_fp8(layer.base_layer):
@@ -241,11 +247,12 @@ def unpatch_peft(model: nn.Module) -> None:
     layers = lora_layers(model)
     from peft.tuners.lora import LoraModel
 
+    from lora_fast.peft.embedding import FastEmbedding
     from lora_fast.peft.layers import FastLinear, FastLoraModel
 
     part(model)
     for layer in layers.values():
-        if isinstance(layer, FastLinear):
+        if isinstance(layer, (FastLinear, FastEmbedding)):
             layer.release()
     for wrapper in experts_layers(layers).values():
         if hasattr(wrapper, "release"):  # a FastExperts

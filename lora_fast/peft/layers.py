@@ -28,6 +28,7 @@ from lora_fast.peft.rules import (
     BASES,
     active,
     examine,
+    is_conv1d,
     is_dora,
     kind_of,
     parameter,
@@ -156,7 +157,7 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         elif self.disable_adapters and self.merged and getattr(self.base_layer, "_is_fsdp_managed_module", False):
             # Stock unmerges here, which is lost in a weight that FSDP has gathered.
             weight, bias = (None if kept is None else whole(kept) for kept in self._both_kept().values())
-            return F.linear(x, weight, bias)  # type: ignore[arg-type]
+            return F.linear(x, self._seen(weight), bias)  # type: ignore[arg-type]
         return self.stock_forward(x, *args, **kwargs)
 
     def named_call(self, x: torch.Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -182,7 +183,7 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
     def base_weight(self, gathered: bool = False) -> torch.Tensor | str:
         """The base weight that products read, or why it is not fused, in words; see :func:`examine`."""
         base: Any = self._modules["base_layer"]
-        if type(base) is not nn.Linear:
+        if type(base) is not nn.Linear and not is_conv1d(base):
             return f"the base layer is a {kind_of(base)}, not an nn.Linear itself"
         if hooked(base):
             return "the base layer has hooks or a replaced forward"
@@ -205,11 +206,15 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         weight, bias = parameter(base, "weight"), parameter(base, "bias")
         if type(weight) is torch.Tensor:
             weight = fsdp1.as_asked(weight, base)
-        return weight, bias
+        return self._seen(weight), bias
+
+    def _seen(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of the base layer's as [N, K], as which a Conv1D's is not stored."""
+        return weight.t() if self.fan_in_fan_out else weight
 
     @property
     def joinable(self) -> bool:
-        return not isinstance(self.base_layer.weight, PackedWeight)
+        return not isinstance(self.base_layer.weight, PackedWeight) and not self.fan_in_fan_out
 
     def as_layer(self, x: torch.Tensor) -> Layer | str | None:
         if self.disable_adapters or self.merged or not (names := active(self)) or names_of(self, {}) is not None:
@@ -257,7 +262,7 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
             save=save,
             round_norm=True,
             save_x=self.save_x,
-            kept=self.kept_norm(in_graphs=caching),
+            kept=None if self.fan_in_fan_out else self.kept_norm(in_graphs=caching),  # each call's W is another view
         )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -159,13 +159,16 @@ def _judge_experts(name: str, wrapper: Any, gathered: bool) -> Iterator[tuple[st
 
 def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[Any, ...]:
     """(fused, reason), and a remark where the layer could be fused elsewhere."""
+    from lora_fast.peft import embedding
     from lora_fast.peft.layers import FastLinear
     from lora_fast.peft.rules import active, examine, is_dora, why_never_fused
 
-    if not isinstance(layer, FastLinear):
+    if isinstance(layer, embedding.FastEmbedding):
+        active, examine, is_dora = embedding.active, embedding.examine, embedding.is_dora
+    elif not isinstance(layer, FastLinear):
         return False, why_never_fused(layer) or NOT_PATCHED
     old_forward = vars(layer).get("_old_forward")  # what an accelerate hook calls
-    if "forward" in vars(layer) and getattr(old_forward, "__func__", None) is not FastLinear.forward:
+    if "forward" in vars(layer) and getattr(old_forward, "__func__", None) is not type(layer).forward:
         return False, "its forward was replaced on the instance (if by an accelerate hook: patch before it)"
     if layer.disable_adapters or layer.merged:
         return False, "nothing to fuse: " + ("adapters are disabled" if layer.disable_adapters else "merged")
@@ -176,7 +179,7 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[Any, ...]:
     parts = examine(layer, names, gathered)
     if isinstance(parts, str):
         return False, parts
-    weight = layer.frozen()[0]
+    weight = layer.frozen()[0] if isinstance(layer, FastLinear) else embedding.base_weight(layer.base_layer)
     mesh = getattr(weight, "device_mesh", None)  # FSDP2 may keep on the CPU what it gathers on the mesh's devices
     device = weight.device if mesh is None else torch.device(mesh.device_type)
     slow = dispatch.why_slow(device, dispatch.autocast_dtype(device) or weight.dtype)
@@ -188,7 +191,7 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[Any, ...]:
         products = ", 8-bit products" if packed.BASE_COMPUTE else ""
         remarks.append(f"{layer.label_of_base(packed)} base{products}")
     if is_dora(layer, names[0]):
-        drops = isinstance(layer.lora_dropout[names[0]], nn.Dropout)
+        drops = isinstance(layer, FastLinear) and isinstance(layer.lora_dropout[names[0]], nn.Dropout)
         remarks.append("DoRA, dropout in the low-rank branch alone" if drops else "DoRA")
     if len(names) > 1:
         remarks.append(f"{len(names)} adapters as one")

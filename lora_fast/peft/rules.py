@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Embedding, Linear
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
@@ -31,6 +31,10 @@ def why_never_fused(module: Any) -> str | None:
     if kind == "Linear4bit" and type(module).__module__ == "peft.tuners.lora.bnb":
         name = type(module.base_layer).__name__
         return None if name == "Linear4bit" else f"the base layer is a {name}, not bitsandbytes' Linear4bit"
+    if type(module) is Embedding:
+        from lora_fast.peft.embedding import why_never_fused
+
+        return why_never_fused(module)
     if type(module) is not Linear:
         if kind == "ParamWrapper":
             return "expert parameters (target_parameters)"
@@ -42,11 +46,18 @@ def why_never_fused(module: Any) -> str | None:
     if holds_fp8(base):
         why = why_not_held(base)
         return why and f"the base layer {why}"
+    if is_conv1d(base) and module.fan_in_fan_out:
+        return None
     if not isinstance(base, nn.Linear) or isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return f"the base layer is a {kind_of(base)}, not an nn.Linear"
     if module.fan_in_fan_out:
-        return "fan_in_fan_out=True: the base weight is stored transposed"
+        return f"fan_in_fan_out=True over a {kind_of(base)}, whose weight is not stored transposed"
     return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D itself: a linear layer whose weight is stored as [in, out]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def kind_of(module: nn.Module) -> str:

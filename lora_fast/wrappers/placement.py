@@ -141,13 +141,21 @@ def place_of_weight(layer: Any) -> torch.Tensor | None:
         return weight
     if (hook := offloading(layer)) is not None:
         return _offloaded(hook)
-    shape = layer.out_features, layer.in_features
+    shape = _shape_of(layer)
     if weight.shape != shape:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, expected {shape}: merge and unmerge within FSDP1's "
             "summon_full_params(model, writeback=True)"
         )
     return weight if getattr(layer, "_is_fsdp_managed_module", False) and not is_packed(weight) else None
+
+
+def _shape_of(layer: Any) -> tuple[int, int]:
+    """That of the whole weight, by the layer's own attributes: an ``nn.Linear``'s, transformers' Conv1D's, or an
+    ``nn.Embedding``'s."""
+    names = ("out_features", "in_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim")
+    rows, columns = next(pair for pair in names if hasattr(layer, pair[0]))
+    return getattr(layer, rows), getattr(layer, columns)
 
 
 def offloading(module: nn.Module) -> Any:

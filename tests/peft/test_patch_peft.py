@@ -353,10 +353,11 @@ def test_hooks_on_the_magnitude_run():
     assert seen
 
 
-def test_a_transposed_base_is_left_alone():
+def test_a_base_that_is_called_transposed_and_is_not_is_left_alone():
     model = stock_model()
     model.base_model.model.up.fan_in_fan_out = True
-    assert patch_peft(model).layers[0].reason == "fan_in_fan_out=True: the base weight is stored transposed"
+    reason = "fan_in_fan_out=True over a Linear, whose weight is not stored transposed"
+    assert patch_peft(model).layers[0].reason == reason
 
 
 def test_what_stock_refuses_is_refused_alike():

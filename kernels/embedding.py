@@ -1,0 +1,673 @@
+"""LoRA and DoRA on an embedding E [V, N]: y = g * z with z = c E[ids] + c s A^T[ids] B^T, A [R, V], B [N, R], a factor
+c of the embedding's own (Gemma's) and DoRA's gain g = m / n, n the norms of the columns of E + s (B A)^T; without DoRA
+y is z.
+
+Rows are gathered where they are needed: y is one launch, which reads a row of E for each id, and nothing of A^T[ids] or
+its product is ever in memory. The backward, of P = c s (dY * g) B [M, R] in float32:
+
+    dB = c s g * (dY^T A^T[ids]), dm = colsum(dY * z) / n: parts over some of the rows each, which torch adds up;
+    dA^T[v] = the sum of P's rows whose id is v: the ids are sorted, and a block of them sums each of its runs of equal
+    ids by a product with ones and zeros. What a run has in the blocks that follow is there by then, a row for each
+    block. So the order of every sum is fixed, and of however many rows a run, no program takes them one by one.
+
+An id outside of 0 to V reads nothing, and makes its row of y NaN.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_fast.kernels import pass_tiles
+from lora_fast.kernels.chip import Chip
+from lora_fast.kernels.common import (
+    TL,
+    Matrix,
+    acc_dtype,
+    load_tile,
+    mma,
+    padded_rank,
+    precision,
+    scalar,
+    wait_for_stream,
+    wide,
+)
+from lora_fast.kernels.norm import gains
+from lora_fast.kernels.operands import Number, Operand, as_scaling, launch, run
+from lora_fast.kernels.program import Launch
+
+MaybeTensor = torch.Tensor | None
+
+
+class Rows(NamedTuple):
+    """Which rows of a matrix [V, ...] a tile is gathered from, as device code sees it."""
+
+    ids: Any  # int64
+    known: Any  # whether they are ids of the matrix
+
+
+@triton.jit
+def _rows(ids_ptr, row, M, V, BLOCK: tl.constexpr):
+    """Those of BLOCK ids from ``row`` on."""
+    at = row + tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + at, mask=at < M, other=-1).to(tl.int64)
+    return Rows(ids, (ids >= 0) & (ids < V))
+
+
+@triton.jit
+def _gathered(t, rows, col, COLS: tl.constexpr):
+    """COLS columns from ``col`` on of these rows of a matrix, zero where there is no such row or column."""
+    cols = col + tl.arange(0, COLS)
+    ptrs = t.ptr + rows.ids[:, None] * t.stride_r + cols[None, :].to(tl.int64) * t.stride_c
+    return tl.load(ptrs, mask=rows.known[:, None] & (cols[None, :] < t.cols), other=0.0)
+
+
+@triton.jit
+def _factors(scaling, factor_ptr, SCALING_PTR: tl.constexpr, BASE: tl.constexpr):
+    """(c of the rows of E, rounded to their dtype as the embedding does, c s)."""
+    s = scalar(scaling, SCALING_PTR)
+    c = tl.full((), 1, tl.float32)
+    if factor_ptr is not None:
+        c = tl.load(factor_ptr).to(tl.float32)
+        s *= c
+    return c.to(BASE), s
+
+
+@triton.jit
+def _z_tile(
+    e,
+    a,
+    b,
+    rows,
+    col,
+    base_factor,
+    low_factor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """z of these rows, BLOCK_N columns of it; a [V, R], b [N, R]."""
+    low = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    for rank in range(0, b.cols, BLOCK_R):
+        left = _gathered(a, rows, rank, BLOCK_R).to(KIND)
+        low = mma(left, load_tile(b, col, rank, BLOCK_N, BLOCK_R).to(KIND).T, low, PRECISION)
+    return _gathered(e, rows, col, BLOCK_N).to(ACC) * base_factor.to(ACC) + low * low_factor
+
+
+@triton.jit(do_not_specialize=["M"])
+def _embedding_kernel(
+    ids_ptr,
+    e_ptr,
+    a_ptr,
+    b_ptr,
+    y_ptr,
+    gain_ptr,
+    factor_ptr,
+    scaling,
+    M,
+    N,
+    V,
+    R,
+    stride_ev,
+    stride_en,
+    stride_ar,
+    stride_av,
+    stride_bn,
+    stride_br,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_stream(PDL)
+    row, col = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    at, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    rows = _rows(ids_ptr, row, M, V, BLOCK_M)
+    base_factor, low_factor = _factors(scaling, factor_ptr, SCALING_PTR, DTYPE)
+    z = _z_tile(
+        Matrix(e_ptr, V, N, stride_ev, stride_en),
+        Matrix(a_ptr, V, R, stride_av, stride_ar),
+        Matrix(b_ptr, N, R, stride_bn, stride_br),
+        rows,
+        col,
+        base_factor,
+        low_factor,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+        ACC,
+        PRECISION,
+        KIND,
+    )
+    if gain_ptr is not None:
+        z *= tl.load(gain_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
+    z = tl.where(rows.known[:, None], z, float("nan"))
+    tl.store(
+        y_ptr + at.to(tl.int64)[:, None] * N + cols[None, :], z.to(DTYPE), mask=(at < M)[:, None] & (cols < N)[None, :]
+    )
+
+
+@triton.jit
+def _embedding_norm_kernel(
+    e_ptr,
+    a_ptr,
+    b_ptr,
+    parts_ptr,
+    scaling,
+    N,
+    V,
+    R,
+    steps,
+    stride_ev,
+    stride_en,
+    stride_ar,
+    stride_av,
+    stride_bn,
+    stride_br,
+    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Sums of squares of the columns of E + s (B A)^T over ``steps`` blocks of rows a program: parts [splits, N]."""
+    wait_for_stream(PDL)
+    col, first = tl.program_id(0) * BLOCK_N, tl.program_id(1) * steps
+    e, a = Matrix(e_ptr, V, N, stride_ev, stride_en), Matrix(a_ptr, V, R, stride_av, stride_ar)
+    b = Matrix(b_ptr, N, R, stride_bn, stride_br)
+    s = scalar(scaling, SCALING_PTR)
+    squares = tl.zeros([BLOCK_N], dtype=ACC)
+    for step in range(first, tl.minimum(first + steps, tl.cdiv(V, BLOCK_V))):
+        low = tl.zeros([BLOCK_V, BLOCK_N], dtype=ACC)
+        for rank in range(0, R, BLOCK_R):
+            left = load_tile(a, step * BLOCK_V, rank, BLOCK_V, BLOCK_R).to(KIND)
+            low = mma(left, load_tile(b, col, rank, BLOCK_N, BLOCK_R).to(KIND).T, low, PRECISION)
+        v = load_tile(e, step * BLOCK_V, col, BLOCK_V, BLOCK_N).to(ACC) + s * low
+        squares += tl.sum(v * v, 0)
+    cols = col + tl.arange(0, BLOCK_N)
+    tl.store(parts_ptr + tl.program_id(1) * N + cols, squares, mask=cols < N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _embedding_down_kernel(
+    dy_ptr,
+    b_ptr,
+    p_ptr,
+    gain_ptr,
+    factor_ptr,
+    scaling,
+    M,
+    N,
+    R,
+    RS,
+    stride_bn,
+    stride_br,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """P [M, padded R]."""
+    wait_for_stream(PDL)
+    row, rank = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_R
+    _, by = _factors(scaling, factor_ptr, SCALING_PTR, tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
+    for col in range(0, N, BLOCK_N):
+        b = load_tile(Matrix(b_ptr, N, R, stride_bn, stride_br), col, rank, BLOCK_N, BLOCK_R)
+        if gain_ptr is not None:
+            cols = col + tl.arange(0, BLOCK_N)
+            b = b.to(ACC) * tl.load(gain_ptr + cols, mask=cols < N, other=0.0).to(ACC)[:, None]
+        dy = load_tile(Matrix(dy_ptr, M, N, N, 1), row, col, BLOCK_M, BLOCK_N)
+        acc = mma(dy.to(KIND), b.to(KIND), acc, PRECISION)
+    rows, ranks = row + tl.arange(0, BLOCK_M), rank + tl.arange(0, BLOCK_R)
+    p_ptrs = p_ptr + rows.to(tl.int64)[:, None] * RS + ranks[None, :]
+    tl.store(p_ptrs, acc * by, mask=(rows < M)[:, None] & (ranks < RS)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "rows_each"])
+def _embedding_columns_kernel(
+    dy_ptr,
+    ids_ptr,
+    e_ptr,
+    a_ptr,
+    b_ptr,
+    g_parts_ptr,
+    dm_parts_ptr,
+    factor_ptr,
+    scaling,
+    M,
+    N,
+    V,
+    R,
+    rows_each,
+    stride_ev,
+    stride_en,
+    stride_ar,
+    stride_av,
+    stride_bn,
+    stride_br,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
+    BASE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """dY^T A^T[ids], parts [splits, N, R], and the columns' sums of dY * z, parts [splits, N]."""
+    wait_for_stream(PDL)
+    col, split, rank = tl.program_id(0) * BLOCK_N, tl.program_id(1), tl.program_id(2) * BLOCK_R
+    e, a = Matrix(e_ptr, V, N, stride_ev, stride_en), Matrix(a_ptr, V, R, stride_av, stride_ar)
+    b = Matrix(b_ptr, N, R, stride_bn, stride_br)
+    base_factor, low_factor = _factors(scaling, factor_ptr, SCALING_PTR, BASE)
+    g = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
+    dm = tl.zeros([BLOCK_N], dtype=ACC)
+    for row in range(split * rows_each, tl.minimum(split * rows_each + rows_each, M), BLOCK_M):
+        rows = _rows(ids_ptr, row, M, V, BLOCK_M)
+        dy = load_tile(Matrix(dy_ptr, M, N, N, 1), row, col, BLOCK_M, BLOCK_N)
+        if g_parts_ptr is not None:
+            g = mma(dy.to(KIND).T, _gathered(a, rows, rank, BLOCK_R).to(KIND), g, PRECISION)
+        if dm_parts_ptr is not None and rank == 0:
+            z = _z_tile(e, a, b, rows, col, base_factor, low_factor, BLOCK_M, BLOCK_N, BLOCK_R, ACC, PRECISION, KIND)
+            dm += tl.sum(dy.to(ACC) * z, 0)
+    cols, ranks = col + tl.arange(0, BLOCK_N), rank + tl.arange(0, BLOCK_R)
+    if g_parts_ptr is not None:
+        at = (split.to(tl.int64) * N + cols)[:, None] * R + ranks[None, :]
+        tl.store(g_parts_ptr + at, g, mask=(cols < N)[:, None] & (ranks < R)[None, :])
+    if dm_parts_ptr is not None and rank == 0:
+        tl.store(dm_parts_ptr + split * N + cols, dm, mask=cols < N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _embedding_leads_kernel(
+    ids_ptr, order_ptr, p_ptr, leads_ptr, M, RS, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr
+):
+    """Of each block of sorted ids the sum of P's rows for its first id: leads [blocks, padded R]."""
+    wait_for_stream(PDL)
+    block, ranks = tl.program_id(0), tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    lead = (at < M) & (tl.load(ids_ptr + at, mask=at < M, other=-1) == tl.load(ids_ptr + block * BLOCK))
+    order = tl.load(order_ptr + at, mask=lead, other=0)
+    p = tl.load(p_ptr + order[:, None] * RS + ranks[None, :], mask=lead[:, None] & (ranks < RS)[None, :], other=0.0)
+    tl.store(leads_ptr + block * RS + ranks, tl.sum(p, 0), mask=ranks < RS)
+
+
+@triton.jit(do_not_specialize=["M", "padding"])
+def _embedding_runs_kernel(
+    ids_ptr,
+    order_ptr,
+    p_ptr,
+    leads_ptr,
+    da_ptr,
+    padding,
+    M,
+    V,
+    R,
+    RS,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """dA [R, V] at the ids whose runs begin in this block of sorted ones."""
+    wait_for_stream(PDL)
+    block, ranks = tl.program_id(0), tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    at, blocks = block * BLOCK + tl.arange(0, BLOCK), tl.cdiv(M, BLOCK)
+    ids = tl.load(ids_ptr + at, mask=at < M, other=-1)
+    before = tl.load(ids_ptr + at - 1, mask=(at > 0) & (at < M), other=-1)
+    order = tl.load(order_ptr + at, mask=at < M, other=0)
+    mask = (at < M)[:, None] & (ranks < RS)[None, :]
+    p = tl.load(p_ptr + order[:, None] * RS + ranks[None, :], mask=mask, other=0.0)
+    same = (ids[:, None] == ids[None, :]).to(p.dtype)
+    total = tl.dot(same, p, input_precision="ieee", out_dtype=p.dtype)
+    last = tl.max(ids, 0)
+    rest = tl.zeros([BLOCK_R], dtype=p.dtype)
+    next_block = block + 1
+    goes_on = tl.load(ids_ptr + next_block * BLOCK, mask=next_block < blocks, other=-1) == last
+    while goes_on:  # the last run goes on ahead
+        ahead = next_block + tl.arange(0, AHEAD)
+        mine = tl.load(ids_ptr + ahead * BLOCK, mask=ahead < blocks, other=-1) == last
+        leads = leads_ptr + ahead[:, None] * RS + ranks[None, :]
+        rest += tl.sum(tl.load(leads, mask=mine[:, None] & (ranks < RS)[None, :], other=0.0), 0)
+        next_block += AHEAD
+        goes_on = tl.load(ids_ptr + next_block * BLOCK, mask=next_block < blocks, other=-1) == last
+    total += tl.where((ids == last)[:, None], rest[None, :], 0.0)
+    begins = (at < M) & ((at == 0) | (ids != before)) & (ids >= 0) & (ids < V) & (ids != padding)
+    da_ptrs = da_ptr + ranks.to(tl.int64)[None, :] * V + ids[:, None]
+    tl.store(da_ptrs, total.to(da_ptr.dtype.element_ty), mask=begins[:, None] & (ranks < R)[None, :])
+
+
+def _kinds(*read: Operand) -> tuple[torch.dtype, dict[str, Any]]:
+    """The dtype in which products of these are made, and what a kernel is told of it."""
+    kind = read[0].dtype
+    for t in read[1:]:
+        kind = torch.promote_types(kind, t.dtype)
+    return kind, {"ACC": acc_dtype(kind), "KIND": TL[kind]}
+
+
+def _adapter(a: Operand, b: Operand, scaling: Operand | Number) -> dict[str, Any]:
+    """What kernels are told of the adapter, by name."""
+    return {
+        "a_ptr": a,
+        "b_ptr": b,
+        "scaling": scaling,
+        "R": a.shape[0],
+        "stride_ar": a.stride(0),
+        "stride_av": a.stride(1),
+        "stride_bn": b.stride(0),
+        "stride_br": b.stride(1),
+        "SCALING_PTR": isinstance(scaling, Operand),
+    }
+
+
+def rows_of_y(
+    y: Operand,
+    ids: Operand,
+    e: Operand,
+    a: Operand,
+    b: Operand,
+    scaling: Operand | Number,
+    factor: Operand | None,
+    gain: Operand | None,
+) -> Launch:
+    """y [M, N], contiguous, from ids [M], e [V, N], a [R, V], b [N, R], any strides; factor one element, gain [N]."""
+    (m, n), v, r = y.shape, e.shape[0], a.shape[0]
+    kind, told = _kinds(a, b)
+    tile = pass_tiles.embedding(r)
+    return launch(
+        _embedding_kernel,
+        (triton.cdiv(m, tile.m), triton.cdiv(n, tile.n)),
+        tile.options,
+        y,
+        ids_ptr=ids,
+        e_ptr=e,
+        y_ptr=y,
+        gain_ptr=gain,
+        factor_ptr=factor,
+        M=m,
+        N=n,
+        V=v,
+        stride_ev=e.stride(0),
+        stride_en=e.stride(1),
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_R=tile.r,
+        PRECISION=precision(kind, r),
+        DTYPE=TL[e.dtype],
+        **(told | {"ACC": acc_dtype(wide(e, a, b))}),
+        **_adapter(a, b, scaling),
+    )
+
+
+def column_norms(
+    norm: Operand,
+    e: Operand,
+    a: Operand,
+    b: Operand,
+    scaling: Operand | Number,
+    parts: Operand,
+    m: Operand | None = None,
+    gain: Operand | None = None,
+    round_norm: bool = False,
+) -> list[Launch]:
+    """The norms [N] of the columns of e [V, N] + scaling * (b a)^T, rounded to e's dtype on request, and with m [N] the
+    gain [N]; by way of parts [splits, N]."""
+    (v, n), r = e.shape, a.shape[0]
+    kind, told = _kinds(a, b)
+    tile = pass_tiles.embedding_norm(r)
+    steps = triton.cdiv(triton.cdiv(v, tile.k), parts.shape[0])
+    made = launch(
+        _embedding_norm_kernel,
+        (triton.cdiv(n, tile.n), parts.shape[0]),
+        tile.options,
+        e,
+        e_ptr=e,
+        parts_ptr=parts,
+        N=n,
+        V=v,
+        steps=steps,
+        stride_ev=e.stride(0),
+        stride_en=e.stride(1),
+        BLOCK_V=tile.k,
+        BLOCK_N=tile.n,
+        BLOCK_R=tile.r,
+        PRECISION=precision(kind, r),
+        **(told | {"ACC": acc_dtype(wide(e, a, b))}),
+        **_adapter(a, b, scaling),
+    )
+    return [made, gains(e, parts, norm, m=m, gain=gain, round_norm=round_norm)]
+
+
+def down_of_dy(
+    p: Operand, dy: Operand, b: Operand, scaling: Operand | Number, factor: Operand | None, gain: Operand | None
+) -> Launch:
+    """P [M, padded R] in float32 or better from dy [M, N], contiguous, and b [N, R]."""
+    (m, n), r = dy.shape, b.shape[1]
+    kind, told = _kinds(dy, b)
+    tile = pass_tiles.embedding_down(r)
+    return launch(
+        _embedding_down_kernel,
+        (triton.cdiv(m, tile.m), triton.cdiv(p.shape[1], tile.r)),
+        tile.options,
+        dy,
+        dy_ptr=dy,
+        b_ptr=b,
+        p_ptr=p,
+        gain_ptr=gain,
+        factor_ptr=factor,
+        scaling=scaling,
+        M=m,
+        N=n,
+        R=r,
+        RS=p.shape[1],
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_R=tile.r,
+        SCALING_PTR=isinstance(scaling, Operand),
+        PRECISION=precision(kind, n),
+        **told,
+    )
+
+
+def column_sums(
+    dy: Operand,
+    ids: Operand,
+    e: Operand,
+    a: Operand,
+    b: Operand,
+    scaling: Operand | Number,
+    factor: Operand | None,
+    g_parts: Operand | None,
+    dm_parts: Operand | None,
+) -> Launch:
+    """dY^T A^T[ids] in parts [splits, N, R], and colsum(dY * z) in parts [splits, N], from dy [M, N], contiguous."""
+    (m, n), v, r = dy.shape, e.shape[0], a.shape[0]
+    kind, told = _kinds(dy, a, b)
+    tile = pass_tiles.embedding_columns(r)
+    parts: Any = dm_parts if g_parts is None else g_parts
+    return launch(
+        _embedding_columns_kernel,
+        (triton.cdiv(n, tile.n), parts.shape[0], 1 if g_parts is None else triton.cdiv(r, tile.r)),
+        tile.options,
+        dy,
+        dy_ptr=dy,
+        ids_ptr=ids,
+        e_ptr=e,
+        g_parts_ptr=g_parts,
+        dm_parts_ptr=dm_parts,
+        factor_ptr=factor,
+        M=m,
+        N=n,
+        V=v,
+        rows_each=triton.cdiv(triton.cdiv(m, tile.m), parts.shape[0]) * tile.m,
+        stride_ev=e.stride(0),
+        stride_en=e.stride(1),
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_R=tile.r,
+        PRECISION=precision(kind, m),
+        BASE=TL[e.dtype],
+        **told,
+        **_adapter(a, b, scaling),
+    )
+
+
+def runs_of_ids(da: Operand, ids: Operand, order: Operand, p: Operand, leads: Operand, padding: Number) -> list[Launch]:
+    """dA [R, V], contiguous and zero before, from sorted ids [M] and their order, P [M, padded R]; by way of leads
+    [blocks, padded R]. The id ``padding`` gets nothing."""
+    (r, v), (m, rs) = da.shape, p.shape
+    tile = pass_tiles.embedding_runs(r)
+    grid = triton.cdiv(m, tile.m), triton.cdiv(rs, tile.r)
+    read = {"ids_ptr": ids, "order_ptr": order, "p_ptr": p, "leads_ptr": leads, "M": m, "RS": rs}
+    blocks = {"BLOCK": tile.m, "BLOCK_R": tile.r}
+    return [
+        launch(_embedding_leads_kernel, grid, tile.options, p, **read, **blocks),
+        launch(
+            _embedding_runs_kernel,
+            grid,
+            tile.options,
+            p,
+            da_ptr=da,
+            V=v,
+            R=r,
+            padding=padding,
+            AHEAD=64,
+            **read,
+            **blocks,
+        ),
+    ]
+
+
+def embedding_fwd(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float | torch.Tensor,
+    factor: MaybeTensor = None,
+    gain: MaybeTensor = None,
+) -> torch.Tensor:
+    """y [M, N] in weight's dtype from ids [M] of 32 or 64 bits, weight [V, N], a [R, V], b [N, R] in any float dtypes;
+    a factor of one element, gain [N]."""
+    y = weight.new_empty(len(ids), weight.shape[1])
+    if y.numel():
+        run(rows_of_y, y=y, ids=ids, e=weight, a=a, b=b, scaling=as_scaling(scaling), factor=factor, gain=gain)
+    return y
+
+
+def embedding_norm(
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float | torch.Tensor,
+    m: MaybeTensor = None,
+    round_norm: bool = False,
+) -> tuple[torch.Tensor, MaybeTensor]:
+    """(n, gain) [N], as ``column_norms`` makes them."""
+    (v, n), chip = weight.shape, Chip.of(weight.device)
+    tile, kind = pass_tiles.embedding_norm(len(a)), wide(weight, a, b)
+    parts = weight.new_empty(pass_tiles.splits(n, triton.cdiv(v, tile.k), tile=tile, chip=chip), n, dtype=kind)
+    norm = weight.new_empty(n, dtype=kind)
+    gain = None if m is None else torch.empty_like(norm)
+    run(
+        column_norms,
+        e=weight,
+        norm=norm,
+        a=a,
+        b=b,
+        scaling=as_scaling(scaling),
+        parts=parts,
+        m=m,
+        gain=gain,
+        round_norm=round_norm,
+    )
+    return norm, gain
+
+
+class Needs(NamedTuple):
+    """Whose gradients a backward makes."""
+
+    a: bool = True
+    b: bool = True
+    m: bool = False
+
+
+ADAPTER = Needs()
+
+
+def embedding_bwd(
+    dy: torch.Tensor,
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float | torch.Tensor,
+    factor: MaybeTensor = None,
+    norm: MaybeTensor = None,
+    gain: MaybeTensor = None,
+    padding: int = -1,
+    needs: Needs = ADAPTER,
+) -> tuple[MaybeTensor, MaybeTensor, MaybeTensor]:
+    """(dA [R, V], dB [N, R], dm [N]) in the dtypes of a, b and in float32 or better, each None if not needed; dy [M,
+    N], contiguous, the rest as ``embedding_fwd`` takes it. dA is zero at the id ``padding``, as torch has it."""
+    (m, n), (r, v), chip, kind = dy.shape, a.shape, Chip.of(dy.device), wide(dy, a, b)
+    by = as_scaling(scaling)
+    da, db = a.new_zeros(r, v) if needs.a else None, b.new_zeros(n, r) if needs.b else None
+    dm = dy.new_zeros(n, dtype=kind) if needs.m else None
+    if not dy.numel():
+        return da, db, dm
+    if da is not None:
+        tile = pass_tiles.embedding_runs(r)
+        p = dy.new_empty(m, padded_rank(r), dtype=kind)
+        run(down_of_dy, dy=dy, p=p, b=b, scaling=by, factor=factor, gain=gain)
+        found, order = torch.sort(ids, stable=True)
+        leads = p.new_empty(triton.cdiv(m, tile.m), p.shape[1])
+        run(runs_of_ids, p=p, da=da, ids=found, order=order, leads=leads, padding=padding)
+    if db is not None or dm is not None:
+        tile = pass_tiles.embedding_columns(r)
+        count = pass_tiles.splits(
+            n * (triton.cdiv(r, tile.r) if needs.b else 1), triton.cdiv(m, tile.m), tile=tile, chip=chip
+        )
+        g_parts = dy.new_empty(count, n, r, dtype=kind) if needs.b else None
+        dm_parts = dy.new_empty(count, n, dtype=kind) if needs.m else None
+        run(
+            column_sums,
+            dy=dy,
+            ids=ids,
+            e=weight,
+            a=a,
+            b=b,
+            scaling=by,
+            factor=factor,
+            g_parts=g_parts,
+            dm_parts=dm_parts,
+        )
+        if g_parts is not None:
+            g = g_parts.sum(0) * scaling
+            if gain is not None:
+                g *= gain[:, None]
+            db = (g if factor is None else g * factor).to(b.dtype)
+        if dm_parts is not None:
+            assert norm is not None
+            dm = torch.where(norm != 0, dm_parts.sum(0) / norm, 0)
+    return da, db, dm

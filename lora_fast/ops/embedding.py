@@ -1,0 +1,128 @@
+"""An adapted embedding on its kernels (kernels/embedding.py) as one differentiable operator, in eager and under
+torch.compile alike."""
+
+from typing import Any
+
+import torch
+
+from lora_fast.kernels.embedding import Needs, embedding_bwd, embedding_fwd, embedding_norm
+from lora_fast.ops.parts import on, some
+
+MaybeTensor = torch.Tensor | None
+
+
+def embedding(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float | torch.Tensor,
+    magnitude: MaybeTensor,
+    embed_scale: float | torch.Tensor | None,
+    padding_idx: int | None,
+    round_norm: bool,
+) -> torch.Tensor:
+    """The fused form of :func:`lora_fast.reference.lora_embedding`, for arguments that were checked."""
+    number, at = (1.0, scaling) if isinstance(scaling, torch.Tensor) else (scaling, None)
+    if torch.compiler.is_compiling() and at is None:
+        at = torch.ones((), device=weight.device, dtype=torch.float32) * number  # a constant would recompile
+    if embed_scale is not None and not isinstance(embed_scale, torch.Tensor):
+        embed_scale = torch.full((), embed_scale, device=weight.device, dtype=torch.float32)
+    padding = -1 if padding_idx is None else padding_idx
+    given = ids, weight, lora_A, lora_B, magnitude, 1.0 if at is not None else number, at, embed_scale
+    return torch.ops.lora_fast.lora_embedding(*given, padding, round_norm)[0]
+
+
+def _flat(ids: torch.Tensor) -> torch.Tensor:
+    return ids.reshape(-1).contiguous()
+
+
+@torch.library.custom_op("lora_fast::lora_embedding", mutates_args=())
+def _embedding_op(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: MaybeTensor,
+    scaling: float,
+    scaling_at: MaybeTensor,
+    embed_scale: MaybeTensor,
+    padding: int,
+    round_norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y [..., N]; DoRA's norm and gain [N], empty without a magnitude. The scaling is a number or ``scaling_at``."""
+    by, norm, gain = scaling if scaling_at is None else scaling_at, None, None
+    with on(weight.device):
+        if magnitude is not None:
+            norm, gain = embedding_norm(weight, lora_A, lora_B, by, magnitude.contiguous(), round_norm)
+        y = embedding_fwd(_flat(ids), weight, lora_A, lora_B, by, embed_scale, gain)
+    return y.view(*ids.shape, y.shape[1]), some(norm, weight), some(gain, weight)
+
+
+@_embedding_op.register_fake
+def _(ids: Any, weight: Any, lora_A: Any, lora_B: Any, magnitude: Any, *_: Any) -> Any:
+    n = weight.shape[1]
+    kind = torch.float64 if torch.float64 in (weight.dtype, lora_A.dtype, lora_B.dtype) else torch.float32
+    small = [weight.new_empty(0) if magnitude is None else weight.new_empty(n, dtype=kind) for _ in range(2)]
+    return weight.new_empty(*ids.shape, n), *small
+
+
+@torch.library.custom_op("lora_fast::lora_embedding_bwd", mutates_args=())
+def _embedding_bwd_op(
+    dy: torch.Tensor,
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    norm: MaybeTensor,
+    gain: MaybeTensor,
+    scaling: float,
+    scaling_at: MaybeTensor,
+    embed_scale: MaybeTensor,
+    padding: int,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    """Gradients of lora_A, lora_B and the magnitude, each empty where ``needs`` does not ask for it."""
+    with on(dy.device):
+        grads = embedding_bwd(
+            dy.reshape(-1, dy.shape[-1]).contiguous(),
+            _flat(ids),
+            weight,
+            lora_A,
+            lora_B,
+            scaling if scaling_at is None else scaling_at,
+            embed_scale,
+            norm,
+            gain,
+            padding,
+            Needs(*needs),
+        )
+    return [some(t, dy) for t in grads]
+
+
+@_embedding_bwd_op.register_fake
+def _(dy: Any, ids: Any, weight: Any, lora_A: Any, lora_B: Any, norm: Any, *rest: Any) -> Any:
+    kind = torch.float64 if torch.float64 in (dy.dtype, lora_A.dtype, lora_B.dtype) else torch.float32
+    like = (lora_A.shape, lora_A.dtype), (lora_B.shape, lora_B.dtype), ((dy.shape[-1],), kind)
+    return [
+        dy.new_empty(shape, dtype=dtype) if need else dy.new_empty(0)
+        for (shape, dtype), need in zip(like, rest[-1], strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ids, weight, lora_A, lora_B, magnitude, ctx.scaling, scaling_at, embed_scale, ctx.padding, _ = inputs
+    norm, gain = (None, None) if magnitude is None else output[1:]
+    ctx.save_for_backward(ids, weight, lora_A, lora_B, norm, gain, scaling_at, embed_scale)
+    ctx.kind, ctx.needs = magnitude is not None and magnitude.dtype, list(ctx.needs_input_grad[2:5])
+
+
+def _backward(ctx: Any, dy: Any, *_: Any) -> Any:
+    *saved, scaling_at, embed_scale = ctx.saved_tensors
+    rest = ctx.scaling, scaling_at, embed_scale, ctx.padding, ctx.needs
+    found = torch.ops.lora_fast.lora_embedding_bwd(dy, *saved, *rest)
+    da, db, dm = (grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
+    return None, None, da, db, None if dm is None else dm.to(ctx.kind), *(None,) * 5
+
+
+_embedding_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,166 @@
+"""PEFT's LoRA embedding with a fused forward: what ``patch_peft`` makes of instances of it."""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Embedding
+from torch import nn
+
+from lora_fast import dispatch
+from lora_fast.blocks.gated import hooked
+from lora_fast.embedding import lora_embedding
+from lora_fast.functional import FLOATS
+from lora_fast.kept import PLAIN
+from lora_fast.peft.rules import kind_of, parameter
+from lora_fast.wrappers import fsdp1
+
+DoraEmbeddingVariant: Any
+try:
+    from peft.tuners.lora.dora import DoraEmbeddingLayer
+    from peft.tuners.lora.variants import DoraEmbeddingVariant
+except ImportError:  # before PEFT had variants, DoRA was the only one
+    from peft.tuners.lora.dora import DoraEmbeddingLayer
+
+    DoraEmbeddingVariant = None
+
+# What the base may do beside looking up rows, and its attribute's value where it does not.
+OPTIONS = {"max_norm": None, "sparse": False, "scale_grad_by_freq": False}
+Part = tuple[str, torch.Tensor, torch.Tensor]  # an adapter's name, A [R, V] and B [N, R]
+
+
+def why_never_fused(layer: Any) -> str | None:
+    """Why a layer of PEFT's on an embedding stays stock for good, in words; None where a FastEmbedding can stand in."""
+    base = layer.base_layer
+    if type(base) is not nn.Embedding and not is_scaled(base):
+        return f"the base layer is a {kind_of(base)}, not an nn.Embedding itself"
+    if getattr(layer, "tp_layer", None) is not None:
+        return "its embedding is split by tensor parallelism"
+    return next((f"{name} of its embedding is {getattr(base, name)}" for name in OPTIONS if _asks(base, name)), None)
+
+
+def is_scaled(base: nn.Module) -> bool:
+    """Whether it is one of transformers' embeddings that multiply their rows by ``embed_scale`` (Gemma's, BART's)."""
+    kind = type(base)
+    named = kind.__name__.endswith("ScaledWordEmbedding") and kind.__module__.startswith("transformers.models.")
+    return named and isinstance(base, nn.Embedding) and hasattr(base, "embed_scale")
+
+
+def _asks(base: Any, name: str) -> bool:
+    return getattr(base, name) != OPTIONS[name]
+
+
+def active(layer: Any) -> list[str]:
+    """The active adapters that this layer has."""
+    return [name for name in layer.active_adapters if name in layer.lora_embedding_A]
+
+
+def is_dora(layer: Any, name: str) -> bool:
+    if DoraEmbeddingVariant is None:
+        return bool(layer.use_dora.get(name, False))
+    return type(layer.lora_variant.get(name)) is DoraEmbeddingVariant
+
+
+def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[Part]:
+    """Why the layer, in its present state and with these active adapters, runs stock PEFT's forward, in words; or, if
+    it need not, what each of them is made of. ``gathered``: FSDP will have gathered the parameters."""
+    base = layer.base_layer
+    if why := why_never_fused(layer):  # the base may have been exchanged
+        return why
+    if hooked(base):
+        return "the base layer has hooks or a replaced forward"
+    weight = base_weight(base)
+    if not gathered and type(weight) not in PLAIN:
+        return f"the base weight is a {type(weight).__name__}"
+    if weight.dtype not in FLOATS:
+        return f"the base weight is quantised ({weight.dtype})"
+    if weight.requires_grad:
+        return "the base weight requires grad"
+    parts: list[Part] = []
+    for name in names:
+        a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        if not gathered and (type(a) not in PLAIN or type(b) not in PLAIN):
+            return f"an adapter's weight is a {type(b if type(a) in PLAIN else a).__name__}"
+        if DoraEmbeddingVariant is not None:
+            variant = layer.lora_variant.get(name)
+            if variant is not None and type(variant) is not DoraEmbeddingVariant:
+                return f"{type(variant).__name__}: only plain LoRA and DoRA are fused"
+        if not isinstance(layer.scaling[name], (int, float)):
+            return f"the scaling is a {type(layer.scaling[name]).__name__}, not a number"
+        if is_dora(layer, name):
+            if len(names) > 1:
+                return "several active adapters, one of them DoRA"
+            magnitude = layer.lora_magnitude_vector[name]
+            if type(magnitude) is not DoraEmbeddingLayer or hooked(magnitude):
+                return "the magnitude has hooks or a replaced forward"
+        parts.append((name, a, b))
+    return parts
+
+
+def base_weight(base: Any) -> torch.Tensor:
+    """The base's weight, as FSDP1 or whoever else holds it."""
+    weight: torch.Tensor = parameter(base, "weight")
+    return fsdp1.as_asked(weight, base) if type(weight) is torch.Tensor else weight
+
+
+class FastEmbedding(Embedding):
+    """``peft.tuners.lora.Embedding`` that runs plain LoRA and DoRA adapters through :mod:`lora_fast.embedding`.
+
+    Not constructed, but put in place of an instance's class (:meth:`adopt`). Parameters are PEFT's own, read in each
+    call; where anything is out of the ordinary (:func:`examine`) the call is stock PEFT's, with one warning for each
+    reason. Merging, and all else, is stock PEFT's.
+    """
+
+    STOCK: type = Embedding
+    base_layer: Any
+
+    @classmethod
+    def adopt(cls, layer: Any) -> None:
+        """Make ``layer``, of which :func:`why_never_fused` finds nothing, one of these."""
+        layer.__class__ = cls
+
+    def release(self) -> None:
+        """Make the layer stock again."""
+        self.__class__ = self.STOCK
+
+    def _get_name(self) -> str:
+        return Embedding.__name__  # as stock's, which tools compare
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [...], ids, to y [..., N], as stock PEFT's; raises as it does, or as
+        :func:`lora_fast.embedding.lora_embedding`."""
+        if not self.disable_adapters and not self.merged and (names := active(self)):
+            parts = self._why_not_this_call(x, args, kwargs) or examine(self, names)
+            if not isinstance(parts, str):
+                return self._fused(x, parts)
+            dispatch.tell("leaves a layer to stock PEFT", parts)
+        return super().forward(x, *args, **kwargs)
+
+    def _why_not_this_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if kwargs.get("adapter_names") is not None:
+            return "several adapters in one batch (adapter_names) of an embedding"
+        if args or any(value is not None for value in kwargs.values()):
+            return f"forward was given more than x: {', '.join(kwargs) or 'positional arguments'}"
+        if type(x) not in PLAIN or x.dtype not in (torch.int32, torch.int64):
+            return f"the input is a {type(x).__name__} of {getattr(x, 'dtype', None)}, not of ids"
+        return None
+
+    def _fused(self, x: torch.Tensor, parts: list[Part]) -> torch.Tensor:
+        base, (name, a, b) = self.base_layer, parts[0]
+        scaling: float | torch.Tensor = float(self.scaling[name])
+        vectors: Any = self.lora_magnitude_vector
+        magnitude = vectors[name].weight if is_dora(self, name) else None
+        if len(parts) > 1:  # the sum of the adapters is one adapter, stacked along r
+            a = torch.cat([a for _, a, _ in parts])
+            b = torch.cat([b * self.scaling[name] for name, _, b in parts], 1)
+            scaling = 1.0
+        return lora_embedding(
+            x,
+            base_weight(base),
+            a,
+            b,
+            scaling,
+            magnitude,
+            embed_scale=base.embed_scale if is_scaled(base) else None,
+            padding_idx=base.padding_idx,
+            round_norm=True,
+        )
