@@ -4,15 +4,20 @@ Run from the repository root, on a machine with NVIDIA GPUs: python -m benchmark
 with the checks of check_distributed instead of timing:      python -m benchmarks.bench_distributed --check
 or two processes on any machine's CPU, a tiny model:         python -m benchmarks.bench_distributed --tiny
 
-The processes, one for each GPU, are started here. The model is bench_model's: a Llama with the widths of Llama-3-8B and
-a quarter of its layers (8), random weights in bf16, adapters at r=16 on all linears; each GPU has 4096 tokens. A step
-is forward, loss, backward and AdamW on the adapters.
+The processes, one for each GPU, are started here. The models are bench_model's, with random weights in bf16, adapters
+at r=16 on all linears; each GPU has 4096 tokens. A step is forward, loss, backward and AdamW on the adapters.
+
+--size large  the widths of Llama-3-8B, a quarter of its layers (8) and of its vocabulary
+       8b     Llama-3-8B whole: 32 layers, and its vocabulary
+       30b    Qwen3-30B-A3B whole, 48 layers: LoRA on attention and experts, with FSDP2 and checkpointing alone
 
 ddp                  DistributedDataParallel
 fsdp2                fully_shard of each block and of the rest
 fsdp2_checkpointing  with gradient checkpointing, not reentrant
 fsdp2_accumulation   four batches of 4096 tokens a step, whose gradients are exchanged once
 fsdp2_offload        the shards of the parameters, and with them the optimiser, live on the CPU
+
+With ddp and fsdp2_checkpointing ours also run over a base in 8 bits (lora_fast_fp8_lora and so on) and in 4 (nf4).
 
 Everything runs on all GPUs together and, for the scaling, on each alone, in a group of one. The models of a mode and a
 dropout run in random order each round. Times are the slowest GPU's. Peak memory is the fullest GPU's, all that the
@@ -37,14 +42,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from benchmarks import check_distributed, common, models
 from benchmarks.bench_lora import only, positive
 from benchmarks.distributed import MODES, group_of, of_all, processes, step_of, wrap
-from benchmarks.models import LARGE, TINY, Size
+from benchmarks.models import EXPERTS, LARGE, TINY, Size
 from lora_fast import timing
 
 COLUMNS = (
-    "gpu torch triton commit gpus dtype layers tokens r p mode what impl median_us p20_us p80_us tokens_per_s "
+    "gpu torch triton commit gpus dtype size layers tokens r p mode what impl median_us p20_us p80_us tokens_per_s "
     "scaling peak_mib"
 ).split()
-IMPLS = ("peft_lora", "lora_fast_lora", "peft_dora", "lora_fast_dora")
+SIZES = {
+    "large": LARGE._replace(batch=1),
+    "8b": LARGE._replace(batch=1, layers=32, vocabulary=128256),
+    "30b": EXPERTS._replace(layers=48),
+}
+PLAIN = ("peft_lora", "lora_fast_lora", "peft_dora", "lora_fast_dora")
+PACKED = ("lora_fast_fp8_lora", "lora_fast_nf4_lora", "lora_fast_fp8_dora", "lora_fast_nf4_dora")
+IMPLS = (*PLAIN, *PACKED)
+OVER_PACKED = ("ddp", "fsdp2_checkpointing")  # the modes that are measured over packed bases, too
+GROUP = ("size", "layers", "mode", "p", "gpus")  # what rows that are measured together share
 KINDS: dict[str, Callable[[str], Any]] = {"gpus": int, "mode": str, "p": float, "impl": str}
 LR = 1e-4
 
@@ -62,9 +76,15 @@ class Case(NamedTuple):
         return models.Case(MODES[self.mode].checkpointing, self.impl, self.p)
 
 
-def all_cases(gpus: int) -> list[Case]:
+def all_cases(gpus: int, size: str = "large") -> list[Case]:
     """Those that are measured together stand together."""
-    return [Case(*key) for key in itertools.product(MODES, common.PS, sorted({gpus, 1}, reverse=True), IMPLS)]
+    of_experts = size == "30b"  # without dropout, as in PEFT
+    modes = ["fsdp2_checkpointing"] if of_experts else list(MODES)
+    return [
+        Case(mode, p, count, impl)
+        for mode, p, count in itertools.product(modes, common.PS[: 2 - of_experts], sorted({gpus, 1})[::-1])
+        for impl in (PLAIN[:2] if of_experts else PLAIN + PACKED * (mode in OVER_PACKED))
+    ]
 
 
 class Ready(NamedTuple):
@@ -166,7 +186,7 @@ def measure(
     for group, _ in zip(groups, walk, strict=True):
         rows = scaled(rows + measured(group, base, size, meshes[group[0].gpus], rounds, limit, about))
         if first:
-            common.write_csv(path, COLUMNS, rows)
+            common.write_csv(path, COLUMNS, common.others(path, rows, GROUP) + rows)
     return rows
 
 
@@ -175,7 +195,7 @@ def summarise(rows: list[common.Row]) -> str:
     found = {(row["mode"], row["p"], row["gpus"], row["impl"]): row for row in rows}
     table = []
     for (*where, impl), row in found.items():
-        stock = found.get((*where, impl.replace("lora_fast_", "peft_")), row)
+        stock = found.get((*where, models.stock_of(impl)), row)
         of_stock = [
             f"{row[column] / stock[column]:.3f}" if row is not stock and row[column] else ""
             for column in ("median_us", "peak_mib")
@@ -227,6 +247,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
         help="a tiny model in fp32 on the CPU, processes that talk by "
         "gloo; the file is bench_distributed_cpu_xGPUS.csv",
     )
+    parser.add_argument("--size", choices=SIZES, default="large", help="default large")
     parser.add_argument("--rounds", type=positive, default=4, help="at most (default 4)")
     parser.add_argument(
         "--limit",
@@ -256,7 +277,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
         type=Path,
         default=common.RESULTS,
         metavar="DIR",
-        help="where bench_distributed_CARD_xGPUS.csv is rewritten (default benchmarks/results)",
+        help="where bench_distributed_CARD_xGPUS.csv is (default benchmarks/results); "
+        "rows that are not measured stay in it",
     )
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
@@ -265,7 +287,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
         unknown = {value for k, values in args.only if k == key for value in values - set(there)}
         if unknown:
             parser.error(f"--only {key}: got {', '.join(sorted(unknown))}, expected {key}s among {', '.join(there)}")
-    cases = [c for c in all_cases(args.gpus) if all(getattr(c, key) in values for key, values in args.only)]
+    cases = [c for c in all_cases(args.gpus, args.size) if all(getattr(c, key) in values for key, values in args.only)]
     if not cases:
         parser.error("--only leaves nothing to measure")
     return args, cases
@@ -289,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     size = (
         TINY._replace(hidden=32, intermediate=48, heads=4, kv_heads=2, vocabulary=64, layers=1, length=8)
         if args.tiny
-        else LARGE._replace(batch=1)
+        else SIZES[args.size]
     )
     layers = min(size.layers, check_distributed.LAYERS) if args.check else size.layers
     size = size._replace(layers=args.layers or layers)
@@ -300,6 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return check_distributed.main(args.gpus, size, kinds, modes, args.steps)
     about, start = common.run_columns(args.commit, size.device), time.monotonic()
+    about["size"] = "tiny" if args.tiny else args.size
     path = args.out / f"bench_distributed_{common.card(about['gpu'])}_x{args.gpus}.csv"
     backend = "auto" if args.tiny else "triton"  # on a GPU never the slow path unawares
     rows = processes(args.gpus, size.device, backend, measure, cases, size, args.rounds, args.limit, about, path)

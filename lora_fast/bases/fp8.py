@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight
-from lora_fast.bases.shards import sharding
+from lora_fast.bases.shards import gathered, sharding, to_gather
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
@@ -122,14 +122,15 @@ class Fp8Shard(Fp8Weight):
         raise RuntimeError("a shard of an fp8 weight takes no other weight: load it before fully_shard")
 
     def fsdp_pre_all_gather(self, mesh: Any, size: Any, stride: Any, module: Any, mp_policy: Any) -> tuple[Any, ...]:
-        return (self.rows.view(torch.uint8), self.row_scale, self.columns.view(torch.uint8), self.col_scale), None
+        inner = self.rows.view(torch.uint8), self.row_scale, self.columns.view(torch.uint8), self.col_scale
+        return to_gather(inner, mesh)
 
     def fsdp_post_all_gather(
-        self, gathered: tuple[torch.Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: Any = None
+        self, found: tuple[torch.Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: Any = None
     ) -> Any:
         if out is None:
-            rows, row_scale, columns, col_scale = gathered
-            return Fp8Weight(rows.view(E4M3), row_scale, columns.view(E4M3), col_scale, dtype), gathered
+            rows, row_scale, columns, col_scale = gathered(found, metadata)
+            return Fp8Weight(rows.view(E4M3), row_scale, columns.view(E4M3), col_scale, dtype), found
         # else ``out`` is made of these tensors, to which FSDP2 has given their memory back
 
 

@@ -1,10 +1,12 @@
 """What FSDP2 does to a packed weight: cuts it into shards, keeps one, makes a parameter of what it gathers of all."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 aten = torch.ops.aten
+ALIGNED = 16  # bytes
 SHARDING = {getattr(aten, name).default for name in ("new_empty", "new_zeros", "as_strided", "view")}
 SHARDING |= {aten.split.Tensor, aten.slice.Tensor}
 
@@ -36,6 +38,42 @@ def sharding(func: Any, weight: Any, *args: Any) -> Any:
     ):
         return weight.each(lambda t: t)
     return None
+
+
+class Joined(NamedTuple):
+    """Tensors whose bytes lie in one: FSDP2 of a single process, which gathers nothing, copies the first alone."""
+
+    places: list[tuple[int, torch.dtype, torch.Size]]
+
+    def apart(self, whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors, as views."""
+        return tuple(
+            whole[at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape) for at, dtype, shape in self.places
+        )
+
+
+def joined(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Joined]:
+    """(the bytes of all tensors in one, how they are told apart)."""
+    parts, places, at = [], [], 0
+    for t in tensors:
+        there = t.contiguous().view(-1).view(torch.uint8)
+        padding = -len(there) % ALIGNED
+        places.append((at, t.dtype, t.shape))
+        parts += [there, there.new_zeros(padding)]
+        at += len(there) + padding
+    return torch.cat(parts), Joined(places)
+
+
+def to_gather(tensors: Sequence[torch.Tensor], mesh: Any) -> tuple[tuple[torch.Tensor, ...], Joined | None]:
+    """(what FSDP2 is to gather, how :func:`gathered` tells it apart); the last dimension of a mesh has the shards."""
+    if mesh.size(mesh.ndim - 1) > 1 or len(tensors) == 1:
+        return tuple(tensors), None
+    whole, how = joined(tensors)
+    return (whole,), how
+
+
+def gathered(found: tuple[torch.Tensor, ...], how: Joined | None) -> tuple[torch.Tensor, ...]:
+    return found if how is None else how.apart(found[0])
 
 
 def _refusal(weight: Any, n: Any) -> str:

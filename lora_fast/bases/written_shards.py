@@ -5,6 +5,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from lora_fast.bases.shards import gathered, to_gather
 from lora_fast.bases.written import KINDS, SHARDS, WrittenWeight
 
 
@@ -49,19 +50,20 @@ class WrittenShard(WrittenWeight):
     def fsdp_pre_all_gather(self, mesh: Any, size: Any, stride: Any, module: Any, mp_policy: Any) -> tuple[Any, Any]:
         names = self.gathered()
         kept = {name: getattr(self, name) for name in KINDS[self.BASE].INNER if name not in names}
-        return tuple(getattr(self, name) for name in names), (names, kept, size)
+        inner, how = to_gather([getattr(self, name) for name in names], mesh)
+        return inner, (names, kept, size, how)
 
     def fsdp_post_all_gather(
-        self, gathered: tuple[torch.Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: Any = None
+        self, found: tuple[torch.Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: Any = None
     ) -> Any:
-        names, kept, size = metadata
+        names, kept, size, how = metadata
         if out is not None:  # made of the gathered tensors, to which FSDP2 has given their memory back
             for name, t in kept.items():
                 setattr(out, name, t)
             return None
         kind: Any = KINDS[self.BASE]
-        parts = kept | dict(zip(names, gathered, strict=True))
-        return kind(*(parts[name] for name in kind.INNER), shape=size, dtype=dtype), gathered
+        parts = kept | dict(zip(names, gathered(found, how), strict=True))
+        return kind(*(parts[name] for name in kind.INNER), shape=size, dtype=dtype), found
 
 
 def unpickled_shard(base: str, inner: list[torch.Tensor], told: dict[str, Any], parameter: bool) -> torch.Tensor:

@@ -10,7 +10,9 @@ import torch
 from checkout import two_processes
 from devices import CPU, CUDA
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from lora_fast import LoRAConfig, add_lora
 from lora_fast.bases.four_bit_shards import FourBitShard
 from lora_fast.bases.four_bits import KINDS, BlockWeight, Mxfp4Weight, Nf4Weight
 from lora_fast.functional import lora_linear
@@ -45,6 +47,25 @@ def test_parts_act_as_their_rows(kind, shape, count):
     for other in (parts[0].dequantise(), weight):
         with pytest.raises(RuntimeError, match="load it before fully_shard"):
             last.copy_(other)
+
+
+@pytest.mark.parametrize("base_dtype, base_compute", [("nf4", None), ("mxfp4", "float8_e4m3"), ("float8_e4m3", None)])
+def test_fully_shard_of_one_process(base_dtype, base_compute, mesh):
+    """Where there is nothing to gather: the bits of the model that is not sharded, again and again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48, bias=False), nn.Linear(48, 16))
+    add_lora(model, LoRAConfig(r=4, base_dtype=base_dtype, base_compute=base_compute, target_modules="all-linear"))
+    nn.init.normal_(model[0].lora_B, std=0.1)
+    sharded, x = copy.deepcopy(model), torch.randn(8, 32)
+    for layer in sharded:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for _ in range(2):
+        y, same = model(x), sharded(x)
+        assert torch.equal(y, same)
+        y.square().mean().backward()
+        same.square().mean().backward()
+        assert torch.equal(model[0].lora_A.grad, sharded[0].lora_A.grad.full_tensor())
 
 
 def test_scales_are_kept_whole_where_blocks_are_cut():

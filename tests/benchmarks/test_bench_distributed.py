@@ -29,15 +29,17 @@ def as_shell(monkeypatch):
 
 def test_all_cases():
     cases = bench_distributed.all_cases(8)
-    assert len(cases) == len(set(map(str, cases))) == len(MODES) * 2 * 2 * 4
+    assert len(cases) == len(set(map(str, cases))) == (len(MODES) + len(bench_distributed.OVER_PACKED)) * 2 * 2 * 4
     assert len(bench_distributed.all_cases(1)) == len(cases) / 2
+    of_experts = bench_distributed.all_cases(4, "30b")
+    assert {(case.mode, case.p) for case in of_experts} == {("fsdp2_checkpointing", 0)} and len(of_experts) == 4
 
 
 def test_arguments_choose_the_cases():
     args, cases = bench_distributed.parse("--gpus 4 --only mode=ddp --only p=0.1 --only impl=peft_lora".split())
     assert (args.gpus, cases) == (4, [Case("ddp", 0.1, 4, "peft_lora"), Case("ddp", 0.1, 1, "peft_lora")])
     args, cases = bench_distributed.parse("--tiny --only gpus=2".split())
-    assert args.gpus == 2 and len(cases) == len(MODES) * 2 * 4
+    assert args.gpus == 2 and len(cases) == (len(MODES) + len(bench_distributed.OVER_PACKED)) * 2 * 4
 
 
 @pytest.mark.parametrize(
