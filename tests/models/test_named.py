@@ -130,6 +130,7 @@ def rows_of(name, names=NAMES):
     return [i for i, other in enumerate(names) if other == name]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_each_gets_what_a_run_of_its_own_would_give(path, kind):
     net = base(path)
@@ -173,6 +174,7 @@ def test_one_that_does_not_occur_gets_no_gradient():
     assert all(p.grad is None for p in lora_parameters(model, "c"))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_the_active_one_runs_in_blocks_and_names_take_them_apart(path, kind):
     net = base(path)
@@ -193,6 +195,7 @@ def test_the_active_one_runs_in_blocks_and_names_take_them_apart(path, kind):
     close(apart[rows_of("c")], y[rows_of("c")])
 
 
+@pytest.mark.medium
 @pytest.mark.interpreted
 def test_half_precision():
     """Fused kernels in float16 are no farther from float32 than plain torch in float16, or nearly."""
@@ -238,6 +241,7 @@ def test_names_survive_a_models_own_checkpoints(reentrant):
         y.sum().backward()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_names_survive_transformers_checkpoints(reentrant):
     """Of any forwards ahead of their backwards, and of ones without names."""
