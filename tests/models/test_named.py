@@ -1,6 +1,7 @@
 """Adapters under names in one model: each in a batch of its own samples, against models that have it alone."""
 
 import copy
+import functools
 import io
 import pickle
 import threading
@@ -21,6 +22,7 @@ from lora_fast import (
     load_adapter,
     load_lora_state_dict,
     lora_parameters,
+    lora_plus_groups,
     lora_state_dict,
     merge_lora,
     print_trainable_parameters,
@@ -270,7 +272,10 @@ def test_names_survive_transformers_checkpoints(reentrant):
     for name, grads in step().items():
         for found, expected in zip(grads, plain[name], strict=True):
             close(found, expected)
-    assert model.model.layers[0]._gradient_checkpointing_func.__module__ != "lora_fast.batch.names"
+    with use_adapters(model, ["b", "b"]):
+        other = copy.deepcopy(model)
+    bare = [type(one.model.layers[0]._gradient_checkpointing_func) for one in (model, other)]
+    assert bare[0] is bare[1] is functools.partial  # transformers' own
 
 
 def test_names_are_nested_and_hold_in_one_thread_and_for_one_model():
@@ -541,6 +546,15 @@ def test_merging_one(kind):
     assert all(torch.equal(t, bits[key]) for key, t in model.state_dict().items())
     set_adapter(model, "a")
     close(model(x), alone(net, model, "a", **kind)(x))
+
+
+def test_lora_plus_of_one():
+    model = several(base(), use_dora=True)
+    groups = lora_plus_groups(model, 1e-3, 16, name="b")
+    assert {p for group in groups for p in group["params"]} == set(lora_parameters(model, "b"))
+    rates = {p: group["lr"] for group in groups for p in group["params"]}
+    one = model.q_proj.adapter_b
+    assert [rates[p] for p in (one.lora_A, one.lora_B, one.lora_magnitude_vector)] == [1e-3, 16e-3, 16e-3]
 
 
 def test_removing_one_and_all():
