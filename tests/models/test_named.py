@@ -246,7 +246,7 @@ def test_names_survive_a_models_own_checkpoints(reentrant):
 @pytest.mark.medium
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_names_survive_transformers_checkpoints(reentrant):
-    """Of any forwards ahead of their backwards, and of ones without names."""
+    """Of any forwards ahead of their backwards, of ones without names, and of threads."""
     transformers = pytest.importorskip("transformers")
     from loops import token_ids
 
@@ -272,10 +272,26 @@ def test_names_survive_transformers_checkpoints(reentrant):
     for name, grads in step().items():
         for found, expected in zip(grads, plain[name], strict=True):
             close(found, expected)
+    model.requires_grad_(False)  # threads would add to the same gradients
+    meet, embedded = threading.Barrier(2), model.get_input_embeddings()(ids).detach()
+
+    def gradient(names, wait=lambda: None):
+        x = embedded.clone().requires_grad_()
+        with use_adapters(model, names):
+            wait()
+            y = model(inputs_embeds=x).logits
+            wait()
+        y.square().mean().backward()
+        return x.grad
+
+    orders = [["a", "b"], ["b", "__base__"]]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda names: gradient(names, meet.wait), orders))
+    for one, names in zip(found, orders, strict=True):
+        close(one, gradient(names))
     with use_adapters(model, ["b", "b"]):
         other = copy.deepcopy(model)
-    bare = [type(one.model.layers[0]._gradient_checkpointing_func) for one in (model, other)]
-    assert bare[0] is bare[1] is functools.partial  # transformers' own
+    assert type(other.model.layers[0]._gradient_checkpointing_func) is functools.partial  # transformers' own
 
 
 def test_names_are_nested_and_hold_in_one_thread_and_for_one_model():
