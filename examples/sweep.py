@@ -38,6 +38,7 @@ TINY: dict[str, Any] = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "initializer_range": 0.1,
 }
 WIDTHS: dict[str, Any] = {
     "vocab_size": 49152,

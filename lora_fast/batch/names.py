@@ -54,40 +54,21 @@ class Names:
     def remembered(
         self, modules: Iterable[nn.Module], names: Any, also: Callable[..., Any] = _nothing_more
     ) -> Iterator[None]:
-        """Checkpoints of ``modules`` that are made within run again with these names; within ``also(module, names)``
-        where a module's checkpoint recomputes."""
-        before = [(module, vars(module)[CHECKPOINT]) for module in modules if CHECKPOINT in vars(module)]
-        for module, checkpoint in before:
-            setattr(module, CHECKPOINT, partial(self._checkpointed, checkpoint, names, also, module))
+        """Checkpoints of ``modules`` that are made within, while these names hold, run again with them; and within
+        ``also(module, names)``."""
+        made = [
+            (module, _Remembering(vars(module)[CHECKPOINT], self, names, partial(also, module, names)))
+            for module in modules
+            if CHECKPOINT in vars(module)
+        ]
+        for module, remembering in made:
+            setattr(module, CHECKPOINT, remembering)
         try:
             yield
         finally:
-            for module, checkpoint in before:
-                setattr(module, CHECKPOINT, checkpoint)
-
-    def _checkpointed(
-        self,
-        checkpoint: Callable[..., Any],
-        names: Any,
-        also: Callable[..., Any],
-        module: nn.Module,
-        function: Callable[..., Any],
-        *args: Any,
-        **kw: Any,
-    ) -> Any:
-        return checkpoint(partial(self._with, names, also, module, function), *args, **kw)
-
-    def _with(
-        self,
-        names: Any,
-        also: Callable[..., Any],
-        module: nn.Module,
-        function: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        with self.holding(names, again=True), also(module, names) if _recomputes() else nullcontext():
-            return function(*args, **kwargs)
+            for module, remembering in made:
+                if vars(module).get(CHECKPOINT) is remembering:  # else another thread's is around it
+                    setattr(module, CHECKPOINT, remembering.checkpoint)
 
     def of(self, layer: nn.Module, given: Any = None) -> Any:
         """The names that a call of a layer has, or None: those it is given or that hold, or in a checkpoint's second
@@ -123,6 +104,32 @@ def _may_run_again() -> bool:
     """Whether this may be the first run of a checkpoint, one kind of which has no gradients then, and the other hooks
     for what is saved."""
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+@dataclass(eq=False)
+class _Remembering:
+    """A module's checkpoint function that lets names hold when it runs again. In a copy of the module it is the bare
+    one."""
+
+    checkpoint: Callable[..., Any]
+    held: Names
+    names: Any
+    also: Callable[[], AbstractContextManager[Any]]  # where it recomputes
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        mine = self.held.now is self.names  # and not an inner context's, or none in this thread
+        return self.checkpoint(partial(self.run, function) if mine else function, *args, **kwargs)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.held.holding(self.names, again=True), self.also() if _recomputes() else nullcontext():
+            return function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.checkpoint,)
+
+
+def _itself(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    return checkpoint
 
 
 def may_checkpoint(module: nn.Module) -> bool:

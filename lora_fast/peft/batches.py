@@ -37,7 +37,9 @@ def naming(tuner: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs:
             tuner.training = training
         if training:
             _tell_frozen(tuner, names)
-            stack.enter_context(_names.remembered(tuner.modules(), list(names), _given_to_others))
+            held = list(names)
+            stack.enter_context(_names.holding(held))
+            stack.enter_context(_names.remembered(tuner.modules(), held, _given_to_others))
         yield
 
 

@@ -1,6 +1,7 @@
 """Adapters under names in one model: each in a batch of its own samples, against models that have it alone."""
 
 import copy
+import functools
 import io
 import pickle
 import threading
@@ -21,6 +22,7 @@ from lora_fast import (
     load_adapter,
     load_lora_state_dict,
     lora_parameters,
+    lora_plus_groups,
     lora_state_dict,
     merge_lora,
     print_trainable_parameters,
@@ -130,6 +132,7 @@ def rows_of(name, names=NAMES):
     return [i for i, other in enumerate(names) if other == name]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_each_gets_what_a_run_of_its_own_would_give(path, kind):
     net = base(path)
@@ -173,6 +176,7 @@ def test_one_that_does_not_occur_gets_no_gradient():
     assert all(p.grad is None for p in lora_parameters(model, "c"))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_the_active_one_runs_in_blocks_and_names_take_them_apart(path, kind):
     net = base(path)
@@ -193,6 +197,7 @@ def test_the_active_one_runs_in_blocks_and_names_take_them_apart(path, kind):
     close(apart[rows_of("c")], y[rows_of("c")])
 
 
+@pytest.mark.medium
 @pytest.mark.interpreted
 def test_half_precision():
     """Fused kernels in float16 are no farther from float32 than plain torch in float16, or nearly."""
@@ -238,9 +243,10 @@ def test_names_survive_a_models_own_checkpoints(reentrant):
         y.sum().backward()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_names_survive_transformers_checkpoints(reentrant):
-    """Of any forwards ahead of their backwards, and of ones without names."""
+    """Of any forwards ahead of their backwards, of ones without names, and of threads."""
     transformers = pytest.importorskip("transformers")
     from loops import token_ids
 
@@ -266,7 +272,26 @@ def test_names_survive_transformers_checkpoints(reentrant):
     for name, grads in step().items():
         for found, expected in zip(grads, plain[name], strict=True):
             close(found, expected)
-    assert model.model.layers[0]._gradient_checkpointing_func.__module__ != "lora_fast.batch.names"
+    model.requires_grad_(False)  # threads would add to the same gradients
+    meet, embedded = threading.Barrier(2), model.get_input_embeddings()(ids).detach()
+
+    def gradient(names, wait=lambda: None):
+        x = embedded.clone().requires_grad_()
+        with use_adapters(model, names):
+            wait()
+            y = model(inputs_embeds=x).logits
+            wait()
+        y.square().mean().backward()
+        return x.grad
+
+    orders = [["a", "b"], ["b", "__base__"]]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda names: gradient(names, meet.wait), orders))
+    for one, names in zip(found, orders, strict=True):
+        close(one, gradient(names))
+    with use_adapters(model, ["b", "b"]):
+        other = copy.deepcopy(model)
+    assert type(other.model.layers[0]._gradient_checkpointing_func) is functools.partial  # transformers' own
 
 
 def test_names_are_nested_and_hold_in_one_thread_and_for_one_model():
@@ -537,6 +562,15 @@ def test_merging_one(kind):
     assert all(torch.equal(t, bits[key]) for key, t in model.state_dict().items())
     set_adapter(model, "a")
     close(model(x), alone(net, model, "a", **kind)(x))
+
+
+def test_lora_plus_of_one():
+    model = several(base(), use_dora=True)
+    groups = lora_plus_groups(model, 1e-3, 16, name="b")
+    assert {p for group in groups for p in group["params"]} == set(lora_parameters(model, "b"))
+    rates = {p: group["lr"] for group in groups for p in group["params"]}
+    one = model.q_proj.adapter_b
+    assert [rates[p] for p in (one.lora_A, one.lora_B, one.lora_magnitude_vector)] == [1e-3, 16e-3, 16e-3]
 
 
 def test_removing_one_and_all():
