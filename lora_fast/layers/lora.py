@@ -59,6 +59,7 @@ class LoRALinear(Joins, MergingLinear):
     adapter_names: tuple[str, ...] = ("lora_A", "lora_B")  # the parameters that make up the adapter
     keeps_adapter = True  # see lora_fast.layers.replacing
     save_x: str = "x"
+    use_dora = False
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
@@ -257,9 +258,10 @@ class LoRALinear(Joins, MergingLinear):
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` that shares this layer's present weight (merged, if it is) and bias, and may be put in
         this layer's place: any other layer that is assigned there, which would drop the adapter, is refused."""
-        return cleared(self._to_linear())
+        return cleared(self.plain())
 
-    def _to_linear(self) -> nn.Linear:
+    def plain(self) -> nn.Linear:
+        """As :meth:`to_linear`, and still refused in this layer's place."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)

@@ -12,6 +12,7 @@ from torch import nn
 from lora_fast.bases.written import WrittenWeight
 from lora_fast.blocks.joining import join, part
 from lora_fast.layers.dora import DoRALinear
+from lora_fast.layers.embedding import LoRAEmbedding
 from lora_fast.layers.experts import adapter_of
 from lora_fast.layers.fp8_linears import dtype_beside, holds_fp8, plain_linear
 from lora_fast.layers.lora import LoRALinear
@@ -28,7 +29,7 @@ from lora_fast.wrappers.gather import identities
 from lora_fast.wrappers.names import compiled_alone, plain_modules, unwrapped
 from lora_fast.wrappers.placement import keeper
 
-LAYERS = LoRALinear, ParameterLoRA  # what has an adapter
+LAYERS = LoRALinear, LoRAEmbedding, ParameterLoRA  # what has an adapter
 
 # What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
 BEFORE = "_before_lora"  # {parameter name: requires_grad before add_lora}, for remove_lora
@@ -37,8 +38,9 @@ SAVED = "_saved_with_lora"  # present where modules_to_save trains a module that
 
 
 def add_lora(model: nn.Module, config: Any, *, blocks: str | bool = "auto") -> nn.Module:
-    """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, in place, give the targeted
-    parameters adapters, freeze the rest, return ``model``.
+    """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, and the targeted
+    ``nn.Embedding`` s by LoRAEmbedding, in place, give the targeted parameters adapters, freeze the rest, return
+    ``model``.
 
     ``config`` is a :class:`LoRAConfig`, or PEFT's ``LoraConfig``: what of it means nothing here (``task_type``) is
     dropped, what our layers have not is an error that says how to get it.
@@ -85,6 +87,7 @@ def add_lora(model: nn.Module, config: Any, *, blocks: str | bool = "auto") -> n
     for layer in _convert(model, config):
         layer.quantise_base(config.base_dtype, config.base_compute)
     beside = [f"{type(layer.owner).ADAPTED.__name__}.{layer.parameter}" for layer in _beside(model)]
+    beside += [type(module).__name__ for module in model.modules() if isinstance(module, LoRAEmbedding)]
     if config.base_dtype is not None and beside:
         warnings.warn(
             f"add_lora: base_dtype={config.base_dtype!r} is for nn.Linear layers; these stay as they are: "
@@ -127,20 +130,33 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
     kept = matching("base_dtype_exclude", config.base_dtype_exclude, {m: names[m] for m in targets})
     owners = holders(model)
     dtype = dtype_beside(model) if any(map(holds_fp8, targets)) else None
-    own = {m: plain_linear(m, dtype) if holds_fp8(m) else m for m in targets}
+    own: dict[Any, Any] = {m: plain_linear(m, dtype) if holds_fp8(m) else m for m in targets}
     eight = _to_quantise(
-        config, {m: linear for m, linear in own.items() if owners[id(m.weight)] == 1 and m not in kept}
+        config,
+        {
+            m: linear
+            for m, linear in own.items()
+            if isinstance(linear, nn.Linear) and owners[id(m.weight)] == 1 and m not in kept
+        },
     )
     before = {m: {n: p.requires_grad for n, p in m._parameters.items() if p is not None} for m in model.modules()}
-    layers: dict[nn.Module, LoRALinear] = {}
+    layers: dict[nn.Module, Any] = {}
     beside: list[ParameterLoRA] = []
     kind = DoRALinear if config.use_dora else LoRALinear
     try:
-        for linear in targets:
-            hyperparameters = ranks[linear], alphas[linear], config.lora_dropout, config.use_rslora
+        for linear, stand_in in own.items():
+            init: Any = {"init_lora_weights": config.init_lora_weights}
+            r_and_alpha = ranks[linear], alphas[linear]
             with noting(f"while converting {names[linear][0]!r}"):
+                if isinstance(stand_in, nn.Embedding):
+                    made = LoRAEmbedding.from_embedding(
+                        stand_in, *r_and_alpha, config.use_rslora, config.use_dora, **init
+                    )
+                    made.lora_dropout = config.lora_dropout  # of which an embedding has none, as in PEFT: for its file
+                    layers[linear] = made
+                    continue
                 layers[linear] = kind.from_linear(
-                    own[linear], *hyperparameters, init_lora_weights=config.init_lora_weights
+                    stand_in, *r_and_alpha, config.lora_dropout, config.use_rslora, **init
                 )
                 if linear in eight:
                     weight = own[linear].weight
@@ -148,8 +164,8 @@ def _convert(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
         for target, full in parameters.items():
             hyper = ranks[target], alphas[target], config.use_rslora
             with noting(f"while converting {full[0]!r}"):
-                made = adapter_of(target.module)(*target, *hyper, init_lora_weights=config.init_lora_weights)
-                beside.append(made)
+                one = adapter_of(target.module)(*target, *hyper, init_lora_weights=config.init_lora_weights)
+                beside.append(one)
         for parameter in model.parameters():
             parameter.requires_grad = parameter in to_train and parameter.is_floating_point()
     except BaseException:
@@ -197,16 +213,17 @@ def remove_lora(model: nn.Module) -> nn.Module:
     homes = {name: layer.owner if isinstance(layer, ParameterLoRA) else layer for name, layer in layers.items()}
     if kept := [f"{name} (by {who})" for name, home in homes.items() if (who := keeper(home))]:
         raise ValueError(f"model: has weights that a wrapper keeps: {some(kept)}; remove_lora before wrapping it")
-    if isinstance(unwrapped(model), LoRALinear):
-        raise ValueError("model: got a LoRALinear, which cannot be replaced in place; use its to_linear()")
-    if compiled := compiled_alone(model, LoRALinear):
+    if isinstance(own := unwrapped(model), (LoRALinear, LoRAEmbedding)):
+        ways = "to_linear()" if isinstance(own, LoRALinear) else "to_embedding()"
+        raise ValueError(f"model: got a {type(own).__name__}, which cannot be replaced in place; use its {ways}")
+    if compiled := compiled_alone(model, (LoRALinear, LoRAEmbedding)):
         raise ValueError(
             f"model: torch.compile was given {some(compiled)} by itself, so that its wrapper would go on "
             "calling the LoRA layer; put the wrapper's _orig_mod in its place first"
         )
     part(model)
     linears: dict[nn.Module, nn.Module] = {
-        layer: layer._to_linear() for layer in layers.values() if isinstance(layer, LoRALinear)
+        layer: layer.plain() for layer in layers.values() if isinstance(layer, (LoRALinear, LoRAEmbedding))
     }
     for each in _beside(model):
         each.release()
@@ -221,7 +238,8 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Iterate over lora_A [r, in], lora_B [out, r] and, of DoRA layers, lora_magnitude_vector [out], layer by layer.
+    """Iterate over lora_A [r, in], lora_B [out, r] (of embeddings lora_embedding_A [r, num_embeddings],
+    lora_embedding_B [embedding_dim, r]) and, of DoRA layers, lora_magnitude_vector [out], layer by layer.
     ValueError without LoRA layers."""
     return iter([getattr(layer, name) for layer in lora_layers(model).values() for name in layer.adapter_names])
 
@@ -242,7 +260,7 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
             layer.enable()
 
 
-def lora_layers(model: nn.Module, complete: bool = True) -> dict[str, LoRALinear | ParameterLoRA]:
+def lora_layers(model: nn.Module, complete: bool = True) -> dict[str, Any]:
     """{name: layer, or a parameter's adapter}; raises TypeError, ValueError: no module, none of them, or
     (``complete``) some were replaced."""
     if not isinstance(model, nn.Module):
