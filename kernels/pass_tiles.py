@@ -267,7 +267,7 @@ def embedding_down(r: int) -> Tile:
 
 def embedding_columns(r: int) -> Tile:
     """Sums over an embedding's dY by columns, n a program, m rows at a time."""
-    return Tile(m=64, n=64, r=rank_block(r, 32), warps=8, stages=2, fill=4.0)
+    return Tile(m=32, n=64, r=rank_block(r, 16), stages=2, fill=4.0)
 
 
 def embedding_runs(r: int) -> Tile:
