@@ -22,7 +22,16 @@ import triton
 import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
-from lora_fast.kernels.cast import CAST_BLOCK, CAST_STEPS, Cast, Copied, cast_adapters, cast_blocks, cast_both
+from lora_fast.kernels.cast import (
+    CAST_BLOCK,
+    CAST_STEPS,
+    TURNED_BLOCK,
+    Cast,
+    Copied,
+    cast_adapters,
+    cast_blocks,
+    cast_both,
+)
 from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
     FP8,
@@ -306,9 +315,11 @@ def down(
     if tile.ways:
         tma = a_tma = False
     blocks, n = triton.cdiv(m, tile.m), 0
+    turned = cast is not None and cast.a_copy.turned
+    cast_block, cast_steps = (TURNED_BLOCK, 1) if turned else (CAST_BLOCK, CAST_STEPS)
     if cast is not None:
         n = cast.b.shape[0]
-        blocks += cast_blocks(k, n, r, CAST_STEPS)
+        blocks += cast_blocks(cast, cast_block * cast_steps)
     if quantised is not None:
         blocks *= 1 + tile.m // tile.quant_rows
     return launch(
@@ -353,12 +364,12 @@ def down(
         QUANT_STEP=tile.quant_step,
         QUANT_K=tile.quant_k,
         ONE=k <= tile.quant_k,
-        CAST_BLOCK=CAST_BLOCK,
-        CAST_STEPS=CAST_STEPS,
+        CAST_BLOCK=cast_block,
+        CAST_STEPS=cast_steps,
         LIFTED=lifted,
         SCALING_PTR=isinstance(scaling, Operand),
         UNIT_ROWS=0 if owned is None else owned.rows,
-        TURNED=cast is not None and cast.a_copy.turned,
+        TURNED=turned,
         TMA=tma,
         A_TMA=a_tma,
         ACC=acc_dtype(x.dtype),

@@ -251,13 +251,13 @@ def weight_grad_splits(n: int, k: int, r: int, *, tile: Tile, chip: Chip) -> tup
 
 
 def embedding(r: int) -> Tile:
-    """Rows of an adapted embedding: m ids, n columns, r ranks at a time."""
-    return Tile(m=32, n=128, r=rank_block(r, 64))
+    """Rows of an adapted embedding: m ids, n columns, r ranks at a time; more spill, without the matrix units."""
+    return Tile(m=32, n=128, r=rank_block(r, 16))
 
 
 def embedding_norm(r: int) -> Tile:
     """Sums of squares of an embedding's columns: k of its rows, n columns."""
-    return Tile(n=128, k=64, r=rank_block(r, 64), stages=2, fill=4.0)
+    return Tile(n=128, k=64, r=rank_block(r, 16), warps=8, stages=2, fill=4.0)
 
 
 def embedding_down(r: int) -> Tile:
@@ -267,12 +267,12 @@ def embedding_down(r: int) -> Tile:
 
 def embedding_columns(r: int) -> Tile:
     """Sums over an embedding's dY by columns, n a program, m rows at a time."""
-    return Tile(m=64, n=64, r=rank_block(r, 64), stages=2, fill=4.0)
+    return Tile(m=32, n=64, r=rank_block(r, 16), stages=2, fill=4.0)
 
 
 def embedding_runs(r: int) -> Tile:
     """Sums of P's rows by ids, m of them a program."""
-    return Tile(m=64, r=rank_block(r, 64))
+    return Tile(m=64, r=rank_block(r, 16))
 
 
 def splits(columns: int, steps: int, *, tile: Tile, chip: Chip) -> int:

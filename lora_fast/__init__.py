@@ -16,6 +16,7 @@ from lora_fast.files.fp8_checkpoint import load_fp8
 from lora_fast.files.trainer import checkpoint_adapters_only
 from lora_fast.layers.bottleneck import BottleneckAdapter
 from lora_fast.layers.dora import DoRALinear
+from lora_fast.layers.embedding import LoRAEmbedding
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.merging import merge_lora, merge_peft, unmerge_lora
 from lora_fast.models.adapt import add_lora, remove_lora
@@ -36,6 +37,7 @@ __all__ = [
     "BottleneckAdapter",
     "DoRALinear",
     "LoRAConfig",
+    "LoRAEmbedding",
     "LoRALinear",
     "Layer",
     "PeftReport",

@@ -157,6 +157,18 @@ def layer(case: Case, magnitude: torch.Tensor | None, base_name: str = "plain") 
     lora.backward(problem, dy, saved, 2.0, p)
 
 
+def embedding(dtype: torch.dtype, r: int) -> None:
+    """The launches of an adapted embedding, forward and backward, with float32 adapters."""
+    from lora_fast.kernels.embedding import Needs, embedding_bwd, embedding_fwd, embedding_norm
+
+    m, v, n = 8192, 32000, 2048
+    ids, weight, dy = torch.zeros(m, dtype=torch.int64), torch.empty(v, n, dtype=dtype), torch.empty(m, n, dtype=dtype)
+    a, b, factor = torch.empty(r, v), torch.empty(n, r), torch.empty(1)
+    norm, gain = embedding_norm(weight, a, b, 2.0, torch.empty(n))
+    embedding_fwd(ids, weight, a, b, 2.0, factor, gain)
+    embedding_bwd(dy, ids, weight, a, b, 2.0, factor, norm, gain, needs=Needs(True, True, True))
+
+
 # M, K, the columns of each output, r, the dtype of x, p, the dtype of the adapters, whether there are magnitudes
 GroupCase = tuple[int, int, tuple[int, ...], int, torch.dtype, float, torch.dtype, bool]
 
@@ -438,6 +450,9 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case], once: b
             for dtype in (BF16, *others):
                 problem = f"4096x4096x4096 r=16 {str(dtype)[6:]} p=0.0 {base.name}"
                 layer((4096, 4096, 4096, 16, dtype, 0.0, dtype, False), torch.empty(4096), base.name)
+    for dtype, r in ((BF16, 16), (torch.float16, 64), (FLOAT, 16)):
+        problem = f"8192x32000x2048 r={r} {str(dtype)[6:]} embedding"
+        embedding(dtype, r)
     for dtype in (BF16, torch.float16, FLOAT):
         problem = f"4096x4096x4096 r=16 {str(dtype)[6:]} p=0.1 turned"
         layer((4096, 4096, 4096, 16, dtype, 0.1, FLOAT, False), torch.empty(4096), "turned")

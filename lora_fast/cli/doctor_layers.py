@@ -11,6 +11,7 @@ from lora_fast.experts.known import form_of, is_experts
 from lora_fast.experts.registry import NAME
 from lora_fast.files.parameters import parameter_of
 from lora_fast.layers.dora import DoRALinear
+from lora_fast.layers.embedding import LoRAEmbedding
 from lora_fast.layers.experts import AdaptedExperts, ExpertsLoRA
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.parameters import ParameterLoRA
@@ -43,6 +44,9 @@ def examine(model: nn.Module) -> Iterator[Layer]:
         elif isinstance(module, ParameterLoRA):
             what = f"ParameterLoRA {_shape(module)}, r={module.r}"
             yield Layer(parameter_of(name), what, False, "a small matrix: written out with its adapter in each forward")
+        elif isinstance(module, LoRAEmbedding):
+            why = _why_not_fused(module)
+            yield Layer(name, f"LoRAEmbedding {module.extra_repr()}", why is None, why or "")
         elif isinstance(module, LoRALinear):
             kind = "DoRALinear" if isinstance(module, DoRALinear) else "LoRALinear"
             why = _why_not_fused(module)
@@ -99,9 +103,10 @@ def _shape(linear: nn.Linear | ParameterLoRA) -> str:
     return f"{linear.in_features} -> {linear.out_features}, {str(linear.weight.dtype).removeprefix('torch.')}"
 
 
-def _why_not_fused(layer: LoRALinear | ExpertsLoRA) -> str | None:
+def _why_not_fused(layer: LoRALinear | LoRAEmbedding | ExpertsLoRA) -> str | None:
     if layer.merged or not layer.enabled:
-        return "merged: one plain product" if layer.merged else "disabled: the base's plain product"
+        plain = "look-up" if isinstance(layer, LoRAEmbedding) else "product"
+        return f"merged: one plain {plain}" if layer.merged else f"disabled: the base's plain {plain}"
     return dispatch.why_slow(layer.weight.device, layer.weight.dtype)
 
 

@@ -28,7 +28,6 @@ from lora_fast.files.header import check_header
 from lora_fast.files.parameters import parameter_of, target_parameters, wrappers_of
 from lora_fast.files.pattern_keys import pattern_of
 from lora_fast.files.writing import safetensors_or_raise, write_adapter
-from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.parameters import ParameterLoRA
 from lora_fast.models.adapters import SAVED, TRAINED, lora_layers
@@ -66,11 +65,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
 
 def in_peft_format(
     model: nn.Module, name: str | None = None
-) -> tuple[dict[str, LoRALinear | ParameterLoRA], dict[str, torch.Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
     """(layers with adapters, tensors by their names in PEFT's file, its config) of a model; raises as
     :func:`save_adapter`."""
     layers = lora_layers(model, name=name)
-    if len({(isinstance(layer, DoRALinear), layer.use_rslora) for layer in layers.values()}) > 1:
+    if len({(layer.use_dora, layer.use_rslora) for layer in layers.values()}) > 1:
         raise ValueError("model: has layers that differ in use_dora or use_rslora, expected one adapter of one kind")
     if "" in layers:
         raise ValueError("model: is itself a LoRA layer, for which the format has no name; put it into a module first")
@@ -168,7 +167,7 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
 
 def _config_of(model: nn.Module, layers: dict[str, Any], saved: list[str]) -> dict[str, Any]:
     first = next(iter(layers.values()))
-    linears = {name for name, layer in layers.items() if isinstance(layer, LoRALinear)}
+    linears = {name for name, layer in layers.items() if not isinstance(layer, ParameterLoRA)}
     parameters = {parameter_of(name) for name in layers.keys() - linears}
     names = {name: name if name in linears else parameter_of(name) for name in layers}
     ranks = {names[name]: layer.r for name, layer in layers.items()}
@@ -182,7 +181,7 @@ def _config_of(model: nn.Module, layers: dict[str, Any], saved: list[str]) -> di
         "lora_alpha": alpha,
         "lora_dropout": first.lora_dropout,
         "use_rslora": first.use_rslora,
-        "use_dora": isinstance(first, DoRALinear),
+        "use_dora": first.use_dora,
         "bias": biases if with_biases else "none",
         "target_modules": target_modules(model, linears) if linears else [],
         # An older PEFT does not know the name.

@@ -9,7 +9,6 @@ from torch import nn
 
 from lora_fast.files.format import CONFIG, TENSORS, Settings
 from lora_fast.files.parameters import layer_of, parameter_of, targeted
-from lora_fast.layers.dora import DoRALinear
 from lora_fast.models.adapt import add_lora, remove_lora
 from lora_fast.models.adapters import adapter_tensors, lora_layers, names_in
 from lora_fast.models.config import LoRAConfig
@@ -106,7 +105,7 @@ def _check_converted(layers: dict[str, Any], ranks: dict[str, int], settings: Se
         apart = sorted(layers.keys() ^ ranks.keys())
         raise ValueError(f"{TENSORS}: {some(apart)}: either the adapter or the model's LoRA layers lack them")
     for name, layer in layers.items():
-        if isinstance(layer, DoRALinear) != settings.use_dora:
+        if layer.use_dora != settings.use_dora:
             kinds = ("DoRA", "LoRA") if settings.use_dora else ("LoRA", "DoRA")
             raise ValueError(f"{CONFIG}: is a {kinds[0]} adapter, but {name} is a {kinds[1]} layer")
         if layer.r != ranks[name]:

@@ -9,14 +9,17 @@ from torch import nn
 from lora_fast.files.format import CONFIG, PREFIX, TENSORS, Settings
 from lora_fast.files.hub_names import in_memory
 from lora_fast.files.parameters import layer_of, shapes_of, targeted, wrappers_of
-from lora_fast.files.ways_out import BASE_WEIGHTS, NO_LINEAR, RENAMED, RESIZED
+from lora_fast.files.ways_out import BASE_WEIGHTS, EMBEDDING, NO_LINEAR, RENAMED, RESIZED
 from lora_fast.wrappers.names import plain_modules, plain_name
 
-_ADAPTER = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
+_ADAPTER = re.compile(
+    r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector(?:\.weight)?)"
+)
 # What input embeddings and output heads are called.
 HEADS = {"lm_head", "embed_out"}
 VOCABULARY = {"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings", "shared", *HEADS}
 _OWN = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
+_OWN |= {name: name for name in ("lora_embedding_A", "lora_embedding_B")}
 
 
 def check_header(
@@ -69,12 +72,13 @@ def check_header(
         raise ValueError(f"{TENSORS}: holds no adapter")
     if missing := [parameter for layer, parameter in experts.items() if layer not in found]:
         raise ValueError(f"{TENSORS}: has no adapter for {missing[0]!r:.200}, which {CONFIG} names")
-    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if settings.use_dora else set())
     ranks, alphas = {}, {}
     for name, parts in found.items():
-        if parts.keys() != wanted:
+        wanted = _parts_of(modules.get(name), settings.use_dora)
+        if parts.keys() != set(wanted):
             raise ValueError(
                 f"{TENSORS}: {name!r:.200} has {', '.join(sorted(parts))}, expected {', '.join(sorted(wanted))}"
+                + (EMBEDDING if "lora_embedding_A" in parts.keys() - wanted else "")
             )
         r = ranks[name] = settings.of(settings.rank_pattern, settings.r, written[name])
         alphas[name] = settings.of(settings.alpha_pattern, settings.lora_alpha, written[name])
@@ -82,17 +86,25 @@ def check_header(
             _check_experts(modules, experts[name], r, file, parts)
             continue
         layer = modules.get(name)
-        if not isinstance(layer, nn.Linear):
+        if not isinstance(layer, (nn.Linear, nn.Embedding)):
             what = "the model has no such module" if layer is None else f"it is a {type(layer).__name__}"
             raise ValueError(
                 f"{TENSORS}: has an adapter for {name!r:.200}, but {what}; expected an nn.Linear"
                 + (RENAMED if layer is None else "")
             )
-        n, k = layer.out_features, layer.in_features
-        for part, shape in (("lora_A", [r, k]), ("lora_B", [n, r]), ("lora_magnitude_vector", [n])):
-            if part in parts:
-                _check_shape(file, parts[part], shape)
+        if isinstance(layer, nn.Linear):
+            n, k = layer.out_features, layer.in_features
+        else:
+            n, k = layer.embedding_dim, layer.num_embeddings
+        for part, shape in zip(wanted, ([r, k], [n, r], [n]), strict=False):
+            _check_shape(file, parts[part], shape)
     return ranks, alphas, sources
+
+
+def _parts_of(module: nn.Module | None, dora: bool) -> list[str]:
+    """The adapter's tensors of such a layer: A, B and perhaps a magnitude."""
+    own = "lora_embedding_" if isinstance(module, nn.Embedding) else "lora_"
+    return [f"{own}A", f"{own}B", *(["lora_magnitude_vector"] if dora else [])]
 
 
 def _check_experts(modules: dict[str, nn.Module], parameter: str, r: int, file: Any, parts: dict[str, str]) -> None:

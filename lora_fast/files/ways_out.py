@@ -9,7 +9,11 @@ BASE_WEIGHTS = (
     "where they are targets or the vocabulary was resized, and a resized base is best saved by itself)"
 )
 NO_LINEAR = (
-    " (an adapter of an embedding or a convolution: ours are for nn.Linear; PEFT's own merge_and_unload can merge it)"
+    " (an adapter of a convolution, say: ours are for nn.Linear and nn.Embedding; PEFT's own merge_and_unload can "
+    "merge it)"
+)
+EMBEDDING = (
+    " (an adapter of an embedding, which lora-fast merge does not reach: load_adapter into the model and merge_lora do)"
 )
 RENAMED = (
     " (transformers 5 calls modules of some models, Qwen2-VL's and ViT's among them, otherwise than their files and "

@@ -40,6 +40,7 @@ class DoRALinear(KeepsNorm, LoRALinear):
     """
 
     adapter_names = ("lora_A", "lora_B", "lora_magnitude_vector")
+    use_dora = True
     lora_magnitude_vector: nn.Parameter
     save: str = "auto"
 

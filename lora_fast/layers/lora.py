@@ -59,6 +59,7 @@ class LoRALinear(Joins, MergingLinear):
     adapter_names: tuple[str, ...] = ("lora_A", "lora_B")  # the parameters that make up the adapter
     keeps_adapter = True  # see lora_fast.layers.replacing
     save_x: str = "x"
+    use_dora = False
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
@@ -257,7 +258,7 @@ class LoRALinear(Joins, MergingLinear):
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` that shares this layer's present weight (merged, if it is) and bias, and may be put in
         this layer's place: any other layer that is assigned there, which would drop the adapter, is refused."""
-        return cleared(self._to_linear())
+        return cleared(self.plain())
 
     def parts_of_adapter(self) -> tuple[str, ...]:
         """Names in a state dict of what a merge is made with."""

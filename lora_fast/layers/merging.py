@@ -16,24 +16,25 @@ from lora_fast.wrappers.gather import is_sharded
 from lora_fast.wrappers.placement import kind_of, offloading, place_of_weight, present, write
 
 
-class MergingLinear(nn.Linear):
-    """An ``nn.Linear`` whose adapter, a subclass's, can be merged into its weight, and which keeps the base until then.
+class Merging(nn.Module):
+    """A layer whose adapter, a subclass's, can be merged into its weight, and which keeps the base until then. It has a
+    buffer ``unmerged_weight``, None at first, which is not persistent while it is there (accelerate moves those).
 
     Attributes:
         merged: whether it is.
     """
 
     base_is_tied = False  # as add_lora saw it: other modules have the base weight, too
+    weight: torch.Tensor
     unmerged_weight: torch.Tensor | None
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.register_buffer("unmerged_weight", None)  # not persistent while it is there (accelerate moves those)
+    @property
+    def whole_shape(self) -> tuple[int, int]:
+        """The weight's, of which a shard has a part."""
+        raise NotImplementedError
 
     def merged_weight(self, original: torch.Tensor | None = None) -> torch.Tensor:
-        """The base weight, or ``original``, with the adapter in it [out, in], in float32 or better."""
+        """The base weight, or ``original``, with the adapter in it, in float32 or better."""
         raise NotImplementedError
 
     def parts_of_adapter(self) -> tuple[str, ...]:
@@ -135,11 +136,6 @@ class MergingLinear(nn.Linear):
         write(place, base)
         self.register_buffer("unmerged_weight", None)
 
-    def _to_linear(self) -> nn.Linear:
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear.train(self.training)
-
     def live_values(self) -> Iterator[dict[str, torch.Tensor]]:
         """Of an unmerged layer: what its weight may be once it is merged, whole."""
         if getattr(self, "_magnitude_is_set", True):
@@ -170,7 +166,7 @@ class MergingLinear(nn.Linear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         merged, live = self.merged, {"weight": self.weight}
         own = {key: t for key, t in state_dict.items() if key.startswith(prefix)}
-        shape, assign = (self.out_features, self.in_features), args[0].get("assign_to_params_buffers", False)
+        shape, assign = self.whole_shape, args[0].get("assign_to_params_buffers", False)
         try:
             for name in ("weight", KEPT["weight"]):
                 collect(own, prefix + name, self.base_weight, shape, assign)
@@ -191,3 +187,23 @@ class MergingLinear(nn.Linear):
                 args[-1].append(str(error))
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class MergingLinear(Merging, nn.Linear):
+    """An ``nn.Linear`` whose adapter can be merged."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.register_buffer("unmerged_weight", None)
+
+    def plain(self) -> nn.Linear:
+        """An ``nn.Linear`` that shares the present weight and bias; it is still refused in this layer's place."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    @property
+    def whole_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features

@@ -71,6 +71,7 @@ class ParameterLoRA(nn.Module):
     WAY: type[AdaptedModule] = AdaptedMatrices
     adapter_names: tuple[str, ...] = ("lora_A", "lora_B")
     keeps_adapter = True  # see lora_fast.layers.replacing
+    use_dora = False
     experts = 1  # how many matrices the parameter is, each with a rank of r
     unmerged_weight: torch.Tensor | None
 

@@ -11,6 +11,7 @@ from torch import nn
 from lora_fast.bases.written import WrittenWeight
 from lora_fast.blocks.joining import join, part
 from lora_fast.layers.dora import DoRALinear
+from lora_fast.layers.embedding import LoRAEmbedding
 from lora_fast.layers.experts import adapter_of
 from lora_fast.layers.fp8_linears import dtype_beside, holds_fp8, plain_linear
 from lora_fast.layers.lora import LoRALinear
@@ -31,8 +32,9 @@ from lora_fast.wrappers.placement import keeper
 
 
 def add_lora(model: nn.Module, config: Any, *, name: str | None = None, blocks: str | bool = "auto") -> nn.Module:
-    """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, in place, give the targeted
-    parameters adapters, freeze the rest, return ``model``.
+    """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, and the targeted
+    ``nn.Embedding`` s by LoRAEmbedding, in place, give the targeted parameters adapters, freeze the rest, return
+    ``model``.
 
     ``config`` is a :class:`LoRAConfig`, or PEFT's ``LoraConfig``: what of it means nothing here (``task_type``) is
     dropped, what our layers have not is an error that says how to get it.
@@ -93,6 +95,7 @@ def add_lora(model: nn.Module, config: Any, *, name: str | None = None, blocks: 
             _convert(model, config, named=True)
         under_name(model, name, before)
     beside = [f"{type(layer.owner).ADAPTED.__name__}.{layer.parameter}" for layer in _beside(model)]
+    beside += [type(module).__name__ for module in model.modules() if isinstance(module, LoRAEmbedding)]
     if config.base_dtype is not None and beside:
         warnings.warn(
             f"add_lora: base_dtype={config.base_dtype!r} is for nn.Linear layers; these stay as they are: "
@@ -132,8 +135,10 @@ def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALi
     meant = layers_before(model, config, names)
     targets = find_targets(model, config, names, saved, {module for module, _ in meant})
     parameters, times = find_parameters(config, names, saved, meant)
-    if named and parameters:
-        found = some([full[0] for full in parameters.values()])
+    without = [names[m][0] for m in targets if isinstance(m, nn.Embedding)]
+    without += [full[0] for full in parameters.values()]
+    if named and without:
+        found = some(without)
         raise ValueError(f"target_modules: means {found}, too, which no adapter with a name has; use exclude_modules")
     both: dict[Any, list[str]] = {**{m: names[m] for m in targets}, **parameters}
     ranks = resolve_pattern("rank_pattern", config.rank_pattern, config.r, both, both, times)
@@ -146,20 +151,33 @@ def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALi
     kept = matching("base_dtype_exclude", config.base_dtype_exclude, {m: names[m] for m in targets})
     owners = holders(model)
     dtype = dtype_beside(model) if any(map(holds_fp8, targets)) else None
-    own = {m: plain_linear(m, dtype) if holds_fp8(m) else m for m in targets}
+    own: dict[Any, Any] = {m: plain_linear(m, dtype) if holds_fp8(m) else m for m in targets}
     eight = _to_quantise(
-        config, {m: linear for m, linear in own.items() if owners[id(m.weight)] == 1 and m not in kept}
+        config,
+        {
+            m: linear
+            for m, linear in own.items()
+            if isinstance(linear, nn.Linear) and owners[id(m.weight)] == 1 and m not in kept
+        },
     )
     before = {m: {n: p.requires_grad for n, p in m._parameters.items() if p is not None} for m in model.modules()}
-    layers: dict[nn.Module, LoRALinear] = {}
+    layers: dict[nn.Module, Any] = {}
     beside: list[ParameterLoRA] = []
     kind = DoRALinear if config.use_dora else LoRALinear
     try:
-        for linear in targets:
-            hyperparameters = ranks[linear], alphas[linear], config.lora_dropout, config.use_rslora
+        for linear, stand_in in own.items():
+            init: Any = {"init_lora_weights": config.init_lora_weights}
+            r_and_alpha = ranks[linear], alphas[linear]
             with noting(f"while converting {names[linear][0]!r}"):
+                if isinstance(stand_in, nn.Embedding):
+                    made = LoRAEmbedding.from_embedding(
+                        stand_in, *r_and_alpha, config.use_rslora, config.use_dora, **init
+                    )
+                    made.lora_dropout = config.lora_dropout  # of which an embedding has none, as in PEFT: for its file
+                    layers[linear] = made
+                    continue
                 layers[linear] = kind.from_linear(
-                    own[linear], *hyperparameters, init_lora_weights=config.init_lora_weights
+                    stand_in, *r_and_alpha, config.lora_dropout, config.use_rslora, **init
                 )
                 if linear in eight:
                     weight = own[linear].weight
@@ -167,8 +185,8 @@ def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALi
         for target, full in parameters.items():
             hyper = ranks[target], alphas[target], config.use_rslora
             with noting(f"while converting {full[0]!r}"):
-                made = adapter_of(target.module)(*target, *hyper, init_lora_weights=config.init_lora_weights)
-                beside.append(made)
+                one = adapter_of(target.module)(*target, *hyper, init_lora_weights=config.init_lora_weights)
+                beside.append(one)
         for parameter in model.parameters():
             parameter.requires_grad = parameter in to_train and parameter.is_floating_point()
     except BaseException:
@@ -223,17 +241,18 @@ def remove_lora(model: nn.Module, name: str | None = None) -> nn.Module:
     homes = {place: layer.owner if isinstance(layer, ParameterLoRA) else layer for place, layer in layers.items()}
     if kept := [f"{place} (by {who})" for place, home in homes.items() if (who := keeper(home))]:
         raise ValueError(f"model: has weights that a wrapper keeps: {some(kept)}; remove_lora before wrapping it")
-    linear_layers = LoRALinear, NamedLinear
-    if isinstance(unwrapped(model), linear_layers):
-        raise ValueError("model: got a LoRALinear, which cannot be replaced in place; use its to_linear()")
-    if compiled := compiled_alone(model, linear_layers):
+    replaced = LoRALinear, NamedLinear, LoRAEmbedding
+    if isinstance(own := unwrapped(model), replaced):
+        ways = "to_embedding()" if isinstance(own, LoRAEmbedding) else "to_linear()"
+        raise ValueError(f"model: got a {type(own).__name__}, which cannot be replaced in place; use its {ways}")
+    if compiled := compiled_alone(model, replaced):
         raise ValueError(
             f"model: torch.compile was given {some(compiled)} by itself, so that its wrapper would go on "
             "calling the LoRA layer; put the wrapper's _orig_mod in its place first"
         )
     part(model)
     linears: dict[nn.Module, nn.Module] = {
-        layer: layer._to_linear() for layer in layers.values() if isinstance(layer, linear_layers)
+        layer: layer.plain() for layer in layers.values() if isinstance(layer, replaced)
     }
     for each in _beside(model):
         each.release()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fast.layers.embedding import LoRAEmbedding
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.named import InNamedLinear, NamedLinear
 from lora_fast.layers.parameters import ParameterLoRA
@@ -15,7 +16,7 @@ from lora_fast.models.targets import some
 from lora_fast.wrappers.gather import identities
 from lora_fast.wrappers.names import plain_modules
 
-LAYERS = LoRALinear, ParameterLoRA  # what has an adapter
+LAYERS = LoRALinear, LoRAEmbedding, ParameterLoRA  # what has an adapter
 DEFAULT = "default"  # the name of one that was given none
 
 # What add_lora notes on the modules it met, in each one's __dict__: so it follows deepcopy, pickle and wrappers.
@@ -23,12 +24,13 @@ BEFORE = "_before_lora"  # {parameter name: requires_grad before add_lora}, for 
 TRAINED = "_trained_with_lora"  # names of own tensors that train and are saved beside lora_A and lora_B
 SAVED = "_saved_with_lora"  # present where modules_to_save trains a module that has tensors of its own
 
-Layer = LoRALinear | ParameterLoRA
+Layer = LoRALinear | LoRAEmbedding | ParameterLoRA
 
 
 def lora_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:
-    """Iterate over lora_A [r, in], lora_B [out, r] and, of DoRA layers, lora_magnitude_vector [out], layer by layer:
-    of all adapters, or of the one of this name.
+    """Iterate over lora_A [r, in], lora_B [out, r] (of embeddings lora_embedding_A [r, num_embeddings],
+    lora_embedding_B [embedding_dim, r]) and, of DoRA layers, lora_magnitude_vector [out], layer by layer: of all
+    adapters, or of the one of this name.
 
     Raises:
         ValueError: no LoRA layers, no adapter of this name.

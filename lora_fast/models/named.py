@@ -10,6 +10,7 @@ from torch import nn
 from lora_fast.batch.names import BASE, BatchNames, Choice, may_checkpoint
 from lora_fast.blocks.gated import hooked
 from lora_fast.layers.dora import DoRALinear
+from lora_fast.layers.embedding import LoRAEmbedding
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.named import CHILD, NamedLinear
 from lora_fast.layers.parameters import ParameterLoRA
@@ -148,8 +149,8 @@ def check_addition(model: nn.Module, config: LoRAConfig, name: Any) -> None:
         raise ValueError("target_parameters: got some, expected none with a name: only nn.Linear layers take several")
     if layers and (config.base_dtype is not None or config.base_compute is not None):
         raise ValueError("base_dtype, base_compute: expected None beside other adapters, of which the first decides")
-    if any(isinstance(layer, ParameterLoRA) for layer in layers.values()):
-        raise ValueError("model: has adapters of parameters, beside which none can have a name")
+    if any(isinstance(layer, (ParameterLoRA, LoRAEmbedding)) for layer in layers.values()):
+        raise ValueError("model: has adapters of parameters or embeddings, beside which none can have a name")
     if trained := [place for place, module in plain_modules(model) if vars(module).get(TRAINED)]:
         raise ValueError(f"model: trains biases or modules_to_save ({some(trained)}), which adapters cannot share")
     _check_unmerged(layers, "model")
@@ -169,7 +170,7 @@ def taken_out(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Within, plain layers stand where layers have adapters, so that another one comes as the first did. Gives the
     layers by their names; they come back after an error, else :func:`under_name` brings them."""
     layers = standing(model)
-    plain = {layer: layer._to_linear() for layer in layers.values()}
+    plain = {layer: layer.plain() for layer in layers.values()}
     for layer, linear in plain.items():
         if BEFORE in vars(layer):
             vars(linear)[BEFORE] = vars(layer)[BEFORE]
@@ -228,7 +229,7 @@ def remove_named(model: nn.Module, name: str) -> None:
         home = layers[place]
         del home._modules[CHILD + name]
         if not home.adapters:
-            plain[home] = home._to_linear()
+            plain[home] = home.plain()
             vars(plain[home]).update(_take_notes(home))
     swap(model, plain)
     note_adapted(model)

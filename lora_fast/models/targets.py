@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from lora_fast.layers.embedding import why_no_embedding
 from lora_fast.layers.experts import why_not_adapted
 from lora_fast.layers.rules import why_not_lora
 from lora_fast.models.all_linear import check_adapters, is_all_linear
@@ -27,9 +28,9 @@ def find_targets(
     names: dict[nn.Module, list[str]],
     saved: set[nn.Module],
     beside: Collection[nn.Module] = (),
-) -> dict[nn.Linear, None]:
-    """The layers to convert, in the model's order; ValueError if there is none or one that cannot be. exclude_modules
-    may also speak of modules ``beside`` these."""
+) -> dict[nn.Linear | nn.Embedding, None]:
+    """The layers to convert, linear ones and embeddings, in the model's order; ValueError if there is none or one that
+    cannot be. exclude_modules may also speak of modules ``beside`` these."""
     patterns = config.target_modules
     if not patterns:
         if config.target_parameters is not None:
@@ -54,7 +55,7 @@ def find_targets(
             parents.setdefault(child, []).append(parent)
     if unfit := [f"{names[m][0]} {why}" for m in targets if (why := _why_not(m, parents[m]))]:
         raise ValueError(f"target_modules: cannot convert {'; '.join(unfit)} (exclude_modules leaves layers out)")
-    return {m: None for m in targets if isinstance(m, nn.Linear)}
+    return {m: None for m in targets if isinstance(m, (nn.Linear, nn.Embedding))}
 
 
 class ParameterTarget(NamedTuple):
@@ -111,12 +112,12 @@ def find_parameters(
 
 
 def _why_not(module: nn.Module, parents: list[nn.Module]) -> str | None:
-    """Why a LoRALinear could not stand in for the module in this place, in words."""
+    """Why a LoRALinear, or a LoRAEmbedding, could not stand in for the module in this place, in words."""
     if getattr(module, "_is_fsdp_managed_module", False) or is_sharded(getattr(module, "weight", None)):
         return "is sharded (by FSDP or tensor parallelism): add or load the adapter first, then shard the model"
     if "_hf_hook" in vars(module):
         return "is dispatched by accelerate: add or load the adapter first, then dispatch or offload the model"
-    if why := why_not_lora(module):
+    if why := why_no_embedding(module) if isinstance(module, nn.Embedding) else why_not_lora(module):
         return why
     if any(map(is_compiled, parents)):
         return "is compiled by itself: torch.compile's wrapper would go on calling the layer without an adapter"

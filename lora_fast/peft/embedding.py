@@ -11,6 +11,7 @@ from lora_fast.blocks.gated import hooked
 from lora_fast.embedding import lora_embedding
 from lora_fast.functional import FLOATS
 from lora_fast.kept import PLAIN
+from lora_fast.layers.embedding import OPTIONS
 from lora_fast.peft.rules import kind_of, parameter
 from lora_fast.wrappers import fsdp1
 
@@ -23,8 +24,6 @@ except ImportError:  # before PEFT had variants, DoRA was the only one
 
     DoraEmbeddingVariant = None
 
-# What the base may do beside looking up rows, and its attribute's value where it does not.
-OPTIONS = {"max_norm": None, "sparse": False, "scale_grad_by_freq": False}
 Part = tuple[str, torch.Tensor, torch.Tensor]  # an adapter's name, A [R, V] and B [N, R]
 
 

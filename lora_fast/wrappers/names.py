@@ -78,12 +78,12 @@ def is_compiled(module: nn.Module) -> bool:
     return _held_as(type(module)) == "_orig_mod"
 
 
-def compiled_alone(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[str]:
-    """Names of the modules of a kind that torch.compile was given by themselves."""
+def compiled_alone(model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[str]:
+    """Names of the modules of these kinds that torch.compile was given by themselves."""
     return [
         plain_name(f"{name}.").removesuffix(".") or "itself"
         for name, module in model.named_modules()
-        if is_compiled(module) and isinstance(unwrapped(module), kind)
+        if is_compiled(module) and isinstance(unwrapped(module), kinds)
     ]
 
 
