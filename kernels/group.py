@@ -14,10 +14,13 @@ import torch
 from lora_fast.kernels.binding import bound_program, kind_of
 from lora_fast.kernels.common import precision, wide
 from lora_fast.kernels.down import down
+from lora_fast.kernels.downs import downs, takes_downs
+from lora_fast.kernels.fan import Result, fan, fans, is_fan
 from lora_fast.kernels.gemm import product
 from lora_fast.kernels.mask import keep_count, keep_scale, mask
 from lora_fast.kernels.norm import norms
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling
+from lora_fast.kernels.pair import OverDy, pair, takes_pair
 from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of, needs_dz
 from lora_fast.kernels.problem import MaybeTensor
 from lora_fast.kernels.products import products
@@ -71,7 +74,7 @@ def outputs(
         stack(x, adapters, small.stacked, small.scales, group.lifted),
         down(x, small.stacked, small.s, None, keep, bits=bits, scales=small.scales),
     ]
-    last = []
+    results = []
     for one, has, sibling in zip(each, small.each, group.each, strict=True):
         b = one.b if has.b is None else has.b
         if sibling.dora:  # parts of the norm take y's memory, until y is there
@@ -88,9 +91,14 @@ def outputs(
                 room=one.y,
                 lifted=group.lifted,
             )
+        results.append(Result(one.weight, has.s, b, one.y.rows(), has.gain, one.bias))
+    if all(one.z is None for one in each) and fans(x, results):
+        return [*launches, fan(x, results)]
+    for one, made in zip(each, results, strict=True):
         z = None if one.z is None else one.z.rows()
-        last.append(product(x, one.weight, has.s, b, one.y.rows(), transposed=True, bias=one.bias, gain=has.gain, z=z))
-    return [*launches, *last]
+        w, s, b, y, gain, bias = made
+        launches.append(product(x, w, s, b, y, transposed=True, bias=bias, gain=gain, z=z))
+    return launches
 
 
 class OneBackward(NamedTuple):
@@ -138,6 +146,8 @@ def gradients(
     if group.needs_ds:
         ds = ds or scratch.part((group.m, group.ranks), group.kind)
         parts = group.columns(ds)
+    if x is not None and (few := few_rows(at, x, each, frozen, group)):
+        return few
     passes: list[Pass] = []
     sources = []
     for one, has, sibling, part in zip(each, small.each, group.each, parts, strict=True):
@@ -170,6 +180,35 @@ def gradients(
     if at.dx is not None:
         launches.append(products([*sources, *frozen], ds, small.stacked, at.dx.rows(), bits=at.bits))
     return launches
+
+
+def few_rows(
+    at: Backward,
+    x: Operand,
+    each: Sequence[OneBackward],
+    frozen: Sequence[tuple[Operand, Operand]],
+    group: Siblings,
+) -> list[Launch]:
+    """The same for few rows, each launch for all layers; none where it does not serve."""
+    small, scratch = group.small(at.room), Scratch(at.room.device)
+    wanted = at.dx, at.grad_a, *(t for one in each for t in (one.dy, one.grad_b))
+    forms = {(one.grad_b and one.grad_b.dtype, one.grad_bias and one.grad_bias.dtype) for one in each}
+    r = max(one.r for one in group.each)
+    if any(t is None for t in wanted) or len(forms) > 1 or any(one.dora and not one.scaled for one in group.each):
+        return []
+    if not takes_downs(group.m, r, x) or not takes_pair(x, dys := [one.dy.rows() for one in each], r, False):
+        return []
+    ds = at.ds or scratch.part((group.m, group.ranks), group.kind)
+    over, ranks = [], []
+    for one, dy, has, sibling in zip(each, dys, small.each, group.each, strict=True):
+        ranks.append((dy, one.b if has.b is None else has.b, sibling.r))
+        over.append(OverDy(dy, has.s, one.grad_b, one.grad_bias, scaling=one.scaling if group.lifted else None))
+    sources = [(dy, one.weight) for dy, one in zip(dys, each, strict=True)]
+    return [
+        downs(ranks, ds, small.scales, at.keep),
+        pair(x, ds, at.grad_a, over, bits=at.bits),
+        products([*sources, *frozen], ds, small.stacked, at.dx.rows(), bits=at.bits),
+    ]
 
 
 def forward(
@@ -211,9 +250,12 @@ def forward(
     program = group.programs.get(key)
     if program is None or (bound := program.bind(*given)) is None:
         program, bound = bound_program(group, key, Forward, given)
-    first = len(program.launches) - group.late
+    late = group.late
+    if is_fan(program.launches[-1]):  # which makes all, or none of them late
+        late = late == len(ys)
+    first = len(program.launches) - late
     program.run(bound, 0, first)
-    return ys, made, Deferred(program, bound, first, (x,)) if group.late else None
+    return ys, made, Deferred(program, bound, first, (x,)) if late else None
 
 
 def backward(

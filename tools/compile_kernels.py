@@ -100,7 +100,7 @@ def overwritten(ttgir: str) -> int:
     return found
 
 
-PRODUCTS = "_gemm_kernel", "_products_kernel", "_few_rows_kernel", "_decode_kernel", "_experts_kernel"
+PRODUCTS = "_gemm_kernel", "_products_kernel", "_fan_kernel", "_few_rows_kernel", "_decode_kernel", "_experts_kernel"
 BF16, FLOAT = torch.bfloat16, torch.float32
 
 
@@ -457,6 +457,8 @@ GROUPS: list[GroupCase] = [
     (8192, 4096, (4096, 1024, 1024), 16, BF16, 0.0, BF16, False),
     (8192, 4096, (14336, 14336), 16, BF16, 0.1, FLOAT, True),
     (2048, 2048, (2048, 512, 512), 16, BF16, 0.1, BF16, False),
+    (2048, 2048, (2048, 512, 512), 16, BF16, 0.0, BF16, True),
+    (1000, 4096, (4096, 1000), 32, torch.float16, 0.0, FLOAT, False),
     (4096, 4096, (4096, 1024, 1024, 1000), 8, torch.float16, 0.0, FLOAT, False),
     (4096, 1024, (1024,), 16, FLOAT, 0.1, FLOAT, False),
 ]

@@ -185,10 +185,14 @@ def test_what_is_kept(device):
     assert small <= stacked + s + copies + m * -(-k // 32) * 4 + 6 * 128
 
 
-@pytest.mark.medium
-def test_checkpoint_skips_products(device, monkeypatch):
+@pytest.mark.parametrize(
+    "dtype, product, count",
+    [(HALF, "_fan_kernel", 1), pytest.param(FLOAT, "_gemm_kernel", 3, marks=pytest.mark.medium)],
+    ids=["one", "three"],
+)
+def test_checkpoint_skips_products(device, monkeypatch, dtype, product, count):
     """Its second forward ends where all is saved."""
-    x, layers, dys = drawn("lora", SMALL, HALF, device, p=0.3)
+    x, layers, dys = drawn("lora", SMALL, dtype, device, p=0.3)
     expected = results(fused, x, layers, dys)
     launched = []
     run = program.Program.run
@@ -199,7 +203,7 @@ def test_checkpoint_skips_products(device, monkeypatch):
 
     monkeypatch.setattr(program.Program, "run", counted)
     results(lambda x, layers: checkpoint(fused, x, layers, use_reentrant=False), x, layers, dys)
-    assert launched.count("_gemm_kernel") == 3 and launched.count("_stack_kernel") == 2
+    assert launched.count(product) == count and launched.count("_stack_kernel") == 2
     for reentrant in (False, True):
 
         def again(x, layers, reentrant=reentrant):
