@@ -17,8 +17,9 @@ from lora_fast.kernels.down import down
 from lora_fast.kernels.downs import downs, takes_downs
 from lora_fast.kernels.fan import Result, fan, fans, is_fan
 from lora_fast.kernels.gemm import product
+from lora_fast.kernels.magnitudes import dz_and_dm
 from lora_fast.kernels.mask import keep_count, keep_scale, mask
-from lora_fast.kernels.norm import norms
+from lora_fast.kernels.norm import Norm, norms, norms_of
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling
 from lora_fast.kernels.pair import OverDy, pair, takes_pair
 from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of, needs_dz
@@ -29,6 +30,7 @@ from lora_fast.kernels.siblings import Deferred, Given, Made, Shared, Siblings
 from lora_fast.kernels.stack import Adapter, stack
 from lora_fast.kernels.sums import Dora
 
+MOST_RANKS = 64  # of all layers together, whose dA one program of few rows makes
 Maybe = Any  # an operand, None where the problem has none
 
 
@@ -74,24 +76,26 @@ def outputs(
         stack(x, adapters, small.stacked, small.scales, group.lifted),
         down(x, small.stacked, small.s, None, keep, bits=bits, scales=small.scales),
     ]
-    results = []
+    results, needed = [], []
     for one, has, sibling in zip(each, small.each, group.each, strict=True):
         b = one.b if has.b is None else has.b
-        if sibling.dora:  # parts of the norm take y's memory, until y is there
-            launches += norms(
-                one.weight,
-                has.a,
-                b,
-                one.scaling,
-                has.norm,
-                m=one.magnitude,
-                gain=has.gain,
-                round_norm=sibling.round_norm,
-                scratch=scratch,
-                room=one.y,
-                lifted=group.lifted,
-            )
         results.append(Result(one.weight, has.s, b, one.y.rows(), has.gain, one.bias))
+        if sibling.dora:
+            needed.append((Norm(one.weight, has.a, b, one.scaling, has.norm, one.magnitude, has.gain), sibling, one.y))
+    if len({sibling.round_norm for _, sibling, _ in needed}) == 1 and not any(norm.has_parts for norm, *_ in needed):
+        round_norm = needed[0][1].round_norm
+        launches.append(norms_of([norm for norm, *_ in needed], round_norm=round_norm, lifted=group.lifted))
+        needed = []
+    for norm, sibling, y in needed:  # parts of the norm take y's memory, until y is there
+        launches += norms(
+            *norm[:5],
+            m=norm.m,
+            gain=norm.gain,
+            round_norm=sibling.round_norm,
+            scratch=scratch,
+            room=y,
+            lifted=group.lifted,
+        )
     if all(one.z is None for one in each) and fans(x, results):
         return [*launches, fan(x, results)]
     for one, made in zip(each, results, strict=True):
@@ -192,19 +196,29 @@ def few_rows(
     """The same for few rows, each launch for all layers; none where it does not serve."""
     small, scratch = group.small(at.room), Scratch(at.room.device)
     wanted = at.dx, at.grad_a, *(t for one in each for t in (one.dy, one.grad_b))
-    forms = {(one.grad_b and one.grad_b.dtype, one.grad_bias and one.grad_bias.dtype) for one in each}
+    forms = {tuple(t and t.dtype for t in (one.grad_b, one.grad_bias, one.grad_m, one.z, one.dz)) for one in each}
     r = max(one.r for one in group.each)
-    if any(t is None for t in wanted) or len(forms) > 1 or any(one.dora and not one.scaled for one in group.each):
+    if any(t is None for t in wanted) or len(forms) > 1 or group.ranks > MOST_RANKS:
         return []
-    if not takes_downs(group.m, r, x) or not takes_pair(x, dys := [one.dy.rows() for one in each], r, False):
+    dys = [one.dy.rows() for one in each]
+    if not takes_downs(group.m, r, x) or not takes_pair(x, dys, r, False):
         return []
     ds = at.ds or scratch.part((group.m, group.ranks), group.kind)
-    over, ranks = [], []
+    gained, ranks, over, sources = [], [], [], []
     for one, dy, has, sibling in zip(each, dys, small.each, group.each, strict=True):
-        ranks.append((dy, one.b if has.b is None else has.b, sibling.r))
-        over.append(OverDy(dy, has.s, one.grad_b, one.grad_bias, scaling=one.scaling if group.lifted else None))
-    sources = [(dy, one.weight) for dy, one in zip(dys, each, strict=True)]
+        b, dz, gain = one.b if has.b is None else has.b, dy, None
+        if one.dz is not None:
+            dora = Dora(has.gain, has.norm, one.y if one.z is None else one.z, one.dz, one.grad_m)
+            if sibling.z_again:
+                dora = dora._replace(x=x, weight=one.weight, s=has.s, b=b)
+            gained.append((dy, dora))
+            dz, gain = one.dz, has.gain
+        ranks.append((dz, b, sibling.r))
+        scaling = one.scaling if group.lifted else None
+        over.append(OverDy(dy, has.s, one.grad_b, one.grad_bias, gain, scaling))
+        sources.append((dz, one.weight))
     return [
+        *(dz_and_dm(gained, scratch) if gained else ()),
         downs(ranks, ds, small.scales, at.keep),
         pair(x, ds, at.grad_a, over, bits=at.bits),
         products([*sources, *frozen], ds, small.stacked, at.dx.rows(), bits=at.bits),

@@ -15,9 +15,10 @@ from lora_fast.kernels.down import Quantised, cast_and_down, down
 from lora_fast.kernels.few_rows import product_with_s
 from lora_fast.kernels.gemm import product
 from lora_fast.kernels.kept import gain_launches
+from lora_fast.kernels.magnitudes import dz_and_dm
 from lora_fast.kernels.mask import mask
 from lora_fast.kernels.operands import Number, Operand, Scratch
-from lora_fast.kernels.pair import OverDy, dz_and_dm, pair, takes_pair
+from lora_fast.kernels.pair import OverDy, pair, takes_pair
 from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of
 from lora_fast.kernels.problem import Problem
 from lora_fast.kernels.program import Launch
@@ -224,7 +225,7 @@ def _few_rows(
     launches: list[Launch] = []
     source = dy
     if dora is not None:
-        launches, source = dz_and_dm(dy, dora, scratch), at.dz
+        launches, source = dz_and_dm([(dy, dora)], scratch), at.dz
     launches += w.launches
     ds = scratch.part((problem.m, padded_rank(problem.r)), problem.kind)
     whole = product_with_s(

@@ -1,9 +1,6 @@
 """dA = dS^T (mask * x) and dB = g * (dY^T S) in one launch, for few rows: a program owns 64 columns of x, or of dY, and
 walks over all rows, so that there are no parts to be added up. On its way over dY it also makes dbias, the column sums.
 Of layers with one input x, dS of all lie side by side and dA of all one below the other, and there are several dY.
-
-With DoRA's gain g, dZ = dY * g goes to memory ahead of that, where dS and dX read it, and on the way parts of the
-column sums of dY * z (or y, see sums.py), which make dm.
 """
 
 from collections.abc import Sequence
@@ -15,19 +12,16 @@ import triton.language as tl
 from lora_fast.kernels import pass_tiles
 from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
-    TL,
     Matrix,
     late,
     lift_of,
     load_tile,
     mask_words,
-    store_tile,
     unpack_words,
     wait_for_stream,
 )
-from lora_fast.kernels.operands import Number, Operand, Scratch, Tiles, launch
+from lora_fast.kernels.operands import Number, Operand, Tiles, launch
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.sums import Dora, Parts, add_parts
 from lora_fast.kernels.tiles import few_rows, rank_block, tma_fits
 
 MOST = 4  # dys
@@ -239,58 +233,3 @@ def pair(x: Operand, ds: Operand, grad_a: Operand, each: Sequence[OverDy], *, bi
         BLOCK_A=rank_block(len(grad_a), 128),
         BLOCK_R=rank_block(max(one.grad_b.shape[1] for one in each), 32),
     )
-
-
-@triton.jit(do_not_specialize=["M"])
-def _dz_kernel(
-    dy_ptr,
-    kept_ptr,
-    dz_ptr,
-    parts_ptr,
-    gain_ptr,
-    M,
-    N,
-    stride_ym,
-    stride_yn,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_stream(PDL)
-    row, col = tl.program_id(1) * ROWS, tl.program_id(0) * COLS
-    cols = col + tl.arange(0, COLS)
-    gain = tl.load(gain_ptr + cols, mask=cols < N, other=0.0)
-    tile = load_tile(Matrix(dy_ptr, M, N, stride_ym, stride_yn), row, col, ROWS, COLS).to(tl.float32)
-    if parts_ptr is not None:
-        kept = load_tile(Matrix(kept_ptr, M, N, N, 1), row, col, ROWS, COLS).to(tl.float32)
-        tl.store(parts_ptr + tl.program_id(1).to(tl.int64) * N + cols, tl.sum(tile * kept, 0), mask=cols < N)
-    store_tile(Matrix(dz_ptr, M, N, N, 1), tile * gain[None, :], row, col, DTYPE)
-
-
-def dz_and_dm(dy: Operand, dora: Dora[Operand], scratch: Scratch) -> list[Launch]:
-    """What ``dora`` asks for: dz [M, N] = dy * gain, and dm if that is wanted."""
-    assert dora.dz is not None
-    (m, n), rows, cols, memory = dy.shape, 32, 256, None
-    parts = Parts(col_blocks=0, splits=triton.cdiv(m, rows), ds=0, sums=0, dm=0 if dora.dm is None else n, g=0)
-    if dora.dm is not None:
-        memory = scratch.part((parts.numbers,), dora.gain.dtype)
-    made = launch(
-        _dz_kernel,
-        (triton.cdiv(n, cols), parts.splits),
-        {"num_warps": 4},
-        dy,
-        dy_ptr=dy,
-        kept_ptr=dora.kept,
-        dz_ptr=dora.dz,
-        parts_ptr=memory,
-        gain_ptr=dora.gain,
-        M=m,
-        N=n,
-        stride_ym=dy.stride(0),
-        stride_yn=dy.stride(1),
-        ROWS=rows,
-        COLS=cols,
-        DTYPE=TL[dy.dtype],
-    )
-    return [made] if memory is None else [made, add_parts(parts, memory, dy, dy.dtype, dora=dora)]

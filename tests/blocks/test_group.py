@@ -213,6 +213,25 @@ def test_checkpoint_skips_products(device, monkeypatch, dtype, product, count):
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.parametrize("form, forward, backward", [("lora", 3, 3), ("dora", 4, 5)])
+def test_launches_of_few_rows(device, monkeypatch, form, forward, backward):
+    """One for all layers of each kind."""
+    x, layers, dys = drawn(form, SMALL, HALF, device)
+    layers = [trained(layer) for layer in layers]
+    launched = []
+    run = program.Program.run
+
+    def counted(self, bound, first=0, last=None):
+        launched.extend(launch.kernel.fn.__name__ for launch in self.launches[first:last])
+        return run(self, bound, first, last)
+
+    monkeypatch.setattr(program.Program, "run", counted)
+    ys = fused(x.requires_grad_(), layers)
+    assert len(launched) == forward, launched
+    torch.autograd.backward(ys, dys)
+    assert len(launched) == forward + backward, launched
+
+
 def test_under_autocast(device):
     x, layers, dys = drawn("adapters", SMALL, FLOAT, device)
     layers = [layer._replace(dropout_p=0.0) for layer in layers]
