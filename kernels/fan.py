@@ -143,14 +143,12 @@ class Result(NamedTuple):
 
 def fans(x: Operand, each: Sequence[Result]) -> bool:
     """Whether one launch makes these: of few rows, in 16 bits, alike in what they have."""
-    read = (t for one in each for t in one[:4])
+    if not 1 < len(each) <= MOST:
+        return False
     r = max(one.q.shape[1] for one in each)
-    return (
-        1 < len(each) <= MOST
-        and few_rows(len(x), r, dtype=x.dtype, chip=Chip.of(x.device))
-        and tma_fits(x, *read)
-        and len({(one.gain is None, one.bias and one.bias.dtype) for one in each}) == 1
-    )
+    alike = {(one.gain is None, one.bias and one.bias.dtype) for one in each}
+    few = few_rows(len(x), r, dtype=x.dtype, chip=Chip.of(x.device))
+    return few and len(alike) == 1 and tma_fits(x, *(t for one in each for t in one[:4]))
 
 
 def fan(x: Operand, each: Sequence[Result]) -> Launch:

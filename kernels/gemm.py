@@ -379,8 +379,8 @@ class Units(NamedTuple, Generic[T]):
 def product(
     x: Operand,
     w: Operand,
-    p: Operand,
-    q: Operand,
+    p: Operand | None,
+    q: Operand | None,
     out: Operand,
     *,
     transposed: bool,
@@ -395,11 +395,14 @@ def product(
     """out = gain * (x w^T + p q^T) + bias if transposed (w [N, C], q [N, R]), else x w + mask * (p q) ([C, N], [R, N]).
 
     x [M, C], w, p [M, padded R] (or columns of a wider matrix) and q in one dtype, rows of p and q contiguous; bits are
-    of a mask of out's shape (transposed has none). With z, [M, N] and contiguous, that is filled with the sum before
-    gain and bias. With scales, [M] of x's rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and
-    out in a wider dtype. With ``units`` each tile takes some of the ranks alone.
+    of a mask of out's shape (transposed has none). Without p and q there is no low-rank product. With z, [M, N] and
+    contiguous, that is filled with the sum before gain and bias. With scales, [M] of x's rows and [N] of w's, x and w
+    are e4m3, w [N, C] in both cases, p and q and out in a wider dtype. With ``units`` each tile takes some of the ranks
+    alone.
     """
-    (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
+    (m, c), n, r = x.shape, out.shape[1], 0 if q is None else q.shape[transposed]
+    if p is None or q is None:
+        p, q = x, w  # of which nothing is read as such
     fp8, kind, masked, w_t = x.dtype == FP8, out.dtype, bits is not None, transposed or x.dtype == FP8
     exact, tma = precision(kind, r if fp8 else c), tma_fits(x, w, out, q)
     chip = Chip.of(x.device)

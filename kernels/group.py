@@ -38,8 +38,8 @@ class OneForward(NamedTuple):
     """Of one layer's forward: as in ``Given``, then y and z."""
 
     weight: Operand
-    a: Operand
-    b: Operand
+    a: Maybe
+    b: Maybe
     bias: Maybe
     magnitude: Maybe
     scaling: Operand | Number
@@ -71,17 +71,20 @@ def outputs(
 ) -> list[Launch]:
     """The small things and each y, whose products come last."""
     scratch = Scratch(x.device)
-    adapters = [Adapter(one.a, one.b, has.b, one.scaling) for one, has in zip(each, small.each, strict=True)]
-    launches = [
-        stack(x, adapters, small.stacked, small.scales, group.lifted),
-        down(x, small.stacked, small.s, None, keep, bits=bits, scales=small.scales),
-    ]
-    results, needed = [], []
+    adapters, results, needed = [], [], []
     for one, has, sibling in zip(each, small.each, group.each, strict=True):
         b = one.b if has.b is None else has.b
         results.append(Result(one.weight, has.s, b, one.y.rows(), has.gain, one.bias))
+        if sibling.r:
+            adapters.append(Adapter(one.a, one.b, has.b, one.scaling))
         if sibling.dora:
             needed.append((Norm(one.weight, has.a, b, one.scaling, has.norm, one.magnitude, has.gain), sibling, one.y))
+    launches = []
+    if adapters:
+        launches = [
+            stack(x, adapters, small.stacked, small.scales, group.lifted),
+            down(x, small.stacked, small.s, None, keep, bits=bits, scales=small.scales),
+        ]
     if len({sibling.round_norm for _, sibling, _ in needed}) == 1 and not any(norm.has_parts for norm, *_ in needed):
         round_norm = needed[0][1].round_norm
         launches.append(norms_of([norm for norm, *_ in needed], round_norm=round_norm, lifted=group.lifted))
@@ -96,13 +99,15 @@ def outputs(
             room=y,
             lifted=group.lifted,
         )
-    if all(one.z is None for one in each) and fans(x, results):
-        return [*launches, fan(x, results)]
-    for one, made in zip(each, results, strict=True):
-        z = None if one.z is None else one.z.rows()
-        w, s, b, y, gain, bias = made
-        launches.append(product(x, w, s, b, y, transposed=True, bias=bias, gain=gain, z=z))
-    return launches
+    together = [result for result, sibling in zip(results, group.each, strict=True) if sibling.r]
+    if any(one.z is not None for one in each) or not fans(x, together):
+        together = []
+    for one, result in zip(each, results, strict=True):
+        if result not in together:
+            z = None if one.z is None else one.z.rows()
+            w, s, b, y, gain, bias = result
+            launches.append(product(x, w, s, b, y, transposed=True, bias=bias, gain=gain, z=z))
+    return [*launches, fan(x, together)] if together else launches
 
 
 class OneBackward(NamedTuple):
@@ -131,26 +136,18 @@ class Backward(NamedTuple):
     bits: Maybe
     ds: Maybe
     keep: Number
-    each: tuple[Any, ...]  # the fields of ``OneBackward`` for each layer, then dY and W of each frozen one
+    each: tuple[Any, ...]  # the fields of ``OneBackward`` for each layer
 
 
 def backward_launches(at: Backward, group: Siblings) -> list[Launch]:
-    end = 10 * len(group.each)
-    each = [OneBackward(*at.each[i : i + 10]) for i in range(0, end, 10)]
-    frozen = [(at.each[i].rows(), at.each[i + 1]) for i in range(end, len(at.each), 2)]
-    return gradients(at, each, frozen, group)
-
-
-def gradients(
-    at: Backward, each: Sequence[OneBackward], frozen: Sequence[tuple[Operand, Operand]], group: Siblings
-) -> list[Launch]:
+    each = [OneBackward(*at.each[i : i + 10]) for i in range(0, len(at.each), 10)]
     small, scratch, x = group.small(at.room), Scratch(at.room.device), None if at.x is None else at.x.rows()
     ds = at.ds
     parts: Sequence[Maybe] = [None] * len(each)
     if group.needs_ds:
         ds = ds or scratch.part((group.m, group.ranks), group.kind)
         parts = group.columns(ds)
-    if x is not None and (few := few_rows(at, x, each, frozen, group)):
+    if x is not None and (few := few_rows(at, x, each, group)):
         return few
     passes: list[Pass] = []
     sources = []
@@ -180,23 +177,22 @@ def gradients(
     if at.grad_a is not None:
         assert x is not None
         passes.append(a_pass(x, ds, at.grad_a, bits=at.bits))
-    launches = launches_of(passes, wide(at.room if ds is None else ds), scratch, at.dx)
+    launches = launches_of(passes, wide(sources[0][0]), scratch, at.dx) if sources else []
     if at.dx is not None:
-        launches.append(products([*sources, *frozen], ds, small.stacked, at.dx.rows(), bits=at.bits))
+        stacked = small.stacked if group.ranks else None
+        launches.append(products(sources, ds, stacked, at.dx.rows(), bits=at.bits))
     return launches
 
 
-def few_rows(
-    at: Backward,
-    x: Operand,
-    each: Sequence[OneBackward],
-    frozen: Sequence[tuple[Operand, Operand]],
-    group: Siblings,
-) -> list[Launch]:
+def few_rows(at: Backward, x: Operand, each: Sequence[OneBackward], group: Siblings) -> list[Launch]:
     """The same for few rows, each launch for all layers; none where it does not serve."""
     small, scratch = group.small(at.room), Scratch(at.room.device)
-    wanted = at.dx, at.grad_a, *(t for one in each for t in (one.dy, one.grad_b))
-    forms = {tuple(t and t.dtype for t in (one.grad_b, one.grad_bias, one.grad_m, one.z, one.dz)) for one in each}
+    both = list(zip(each, group.each, strict=True))
+    adapted = [one for one, sibling in both if sibling.r]
+    wanted = at.dx, at.grad_a, *(one.dy for one in each), *(one.grad_b for one in adapted)
+    forms = {tuple(t and t.dtype for t in (one.grad_b, one.grad_bias, one.grad_m, one.z, one.dz)) for one in adapted}
+    if any(one.grad_bias is not None for one, sibling in both if not sibling.r):
+        return []
     r = max(one.r for one in group.each)
     if any(t is None for t in wanted) or len(forms) > 1 or group.ranks > MOST_RANKS:
         return []
@@ -206,6 +202,9 @@ def few_rows(
     ds = at.ds or scratch.part((group.m, group.ranks), group.kind)
     gained, ranks, over, sources = [], [], [], []
     for one, dy, has, sibling in zip(each, dys, small.each, group.each, strict=True):
+        if not sibling.r:
+            sources.append((dy, one.weight))
+            continue
         b, dz, gain = one.b if has.b is None else has.b, dy, None
         if one.dz is not None:
             dora = Dora(has.gain, has.norm, one.y if one.z is None else one.z, one.dz, one.grad_m)
@@ -221,7 +220,7 @@ def few_rows(
         *(dz_and_dm(gained, scratch) if gained else ()),
         downs(ranks, ds, small.scales, at.keep),
         pair(x, ds, at.grad_a, over, bits=at.bits),
-        products([*sources, *frozen], ds, small.stacked, at.dx.rows(), bits=at.bits),
+        products(sources, ds, small.stacked, at.dx.rows(), bits=at.bits),
     ]
 
 
@@ -265,8 +264,8 @@ def forward(
     if program is None or (bound := program.bind(*given)) is None:
         program, bound = bound_program(group, key, Forward, given)
     late = group.late
-    if is_fan(program.launches[-1]):  # which makes all, or none of them late
-        late = late == len(ys)
+    if is_fan(program.launches[-1]):  # which makes all with adapters, late if the backward reads none of them
+        late = 1 + len(ys) - len(group.adapted) if late == len(ys) else 0
     first = len(program.launches) - late
     program.run(bound, 0, first)
     return ys, made, Deferred(program, bound, first, (x,)) if late else None
@@ -275,7 +274,6 @@ def forward(
 def backward(
     group: Siblings,
     dys: Sequence[MaybeTensor],
-    frozen: Sequence[tuple[torch.Tensor, torch.Tensor]],
     x: MaybeTensor,
     made: Made,
     kept: Sequence[Sequence[MaybeTensor]],
@@ -286,9 +284,9 @@ def backward(
     """dX [*lead, K], and (dA, dB, dbias, dm) of each layer; None where it is not needed, and for layers whose dY is
     None. Weights and adapters have the strides that the group's calls agree in.
 
-    dys [*lead, N] contiguous, or matrices of their rows, each row contiguous; ``frozen``: dY and W of layers without
-    adapters that share x; x and ``kept`` (each a ``Kept``): what the backward reads. The A's gradients are parts of one
-    matrix. With many rows dX comes last, and till then its memory holds what the passes leave for their sums.
+    dys [*lead, N] contiguous, or matrices of their rows, each row contiguous; x and ``kept`` (each a ``Kept``): what
+    the backward reads. The A's gradients are parts of one matrix. With many rows dX comes last, and till then its
+    memory holds what the passes leave for their sums.
     ``in_place``: DoRA's dZ takes dY's memory.
     """
     m, room, bits, kind = group.m, made.room, made.bits, group.kind
@@ -327,9 +325,6 @@ def backward(
         for grad in wanted:
             grad.zero_()
     elif wanted:
-        for dy, weight in frozen:
-            flat += (dy, weight)
-            key += (dy.shape, dy.stride(), weight.stride())
         given = room, x, dx, stacked, bits, ds, 1.0 if bits is None else keep_scale(p), *flat
         key += (None if x is None else x.stride(), bits is None, in_place)
         key.append(group.is_float32 and precision(kind, 256))

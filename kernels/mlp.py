@@ -1,5 +1,5 @@
-"""A gated MLP, y = down(act(gate(x)) * up(x)), each of the three with adapters: what its forward and its backward
-launch, in their order.
+"""A gated MLP, y = down(act(gate(x)) * up(x)), each of the three with adapters or without: what its forward and its
+backward launch, in their order.
 
 Forward: ``gate`` and ``up`` as a group (group.py) make e and g; one read of these makes h and S of ``down``; a product
 makes y. What is kept is x, e, g and what is small. Backward: as a layer's over dY and h, whose dX is dh; then de and dg
@@ -83,8 +83,11 @@ def forward_launches(at: Forward, mlp: Mlp) -> list[Launch]:
         if seed is not None:
             launches.append(mask(seed, bits, count, words))
     launches += outputs(at.x.rows(), (gate, up), mlp.inner, mlp.inner.small(at.room), at.bits, at.keep)
-    launches.append(stack(at.h, [Adapter(down.a, down.b, has.b, down.scaling)], small.stacked, small.scales, lifted))
-    launches.append(glu_down(e, g, at.h, small.stacked, small.s, small.scales, at.h_keep, act=mlp.act, bits=at.h_bits))
+    a = s = scales = None
+    if mlp.down.r:
+        a, s, scales = small.stacked, small.s, small.scales
+        launches.append(stack(at.h, [Adapter(down.a, down.b, has.b, down.scaling)], a, scales, lifted))
+    launches.append(glu_down(e, g, at.h, a, s, scales, at.h_keep, act=mlp.act, bits=at.h_bits))
     if mlp.down.dora:
         launches += norms(
             down.weight,
@@ -100,7 +103,7 @@ def forward_launches(at: Forward, mlp: Mlp) -> list[Launch]:
             lifted=lifted,
         )
     z = None if down.z is None else down.z.rows()
-    last = product(at.h, down.weight, small.s, b, y, transposed=True, bias=down.bias, gain=has.gain, z=z)
+    last = product(at.h, down.weight, s, b, y, transposed=True, bias=down.bias, gain=has.gain, z=z)
     return [*launches, last]
 
 
@@ -135,7 +138,7 @@ def backward_launches(at: Backward, mlp: Mlp) -> list[Launch]:
     dy, scratch, small, sibling = at.dy.rows(), Scratch(at.dy.device), mlp.outer.small(at.down_room), mlp.down
     has, kind, lifted = small.each[0], mlp.outer.kind, mlp.outer.lifted
     b, dora = at.b if has.b is None else has.b, None
-    ds = scratch.part((mlp.outer.m, sibling.ranks), kind)
+    ds = scratch.part((mlp.outer.m, sibling.ranks), kind) if sibling.r else None
     if sibling.dora:
         dora = Dora(has.gain, has.norm, at.y if at.z is None else at.z, at.dz, at.grad_m)
         if sibling.z_again:
@@ -158,10 +161,11 @@ def backward_launches(at: Backward, mlp: Mlp) -> list[Launch]:
     source = dy if at.dz is None else at.dz
     launches = [
         *launches_of(passes, wide(dy), scratch, at.dh),
-        product(source, at.weight, ds, small.stacked, at.dh, transposed=False, bits=at.h_bits),
+        product(source, at.weight, ds, small.stacked if sibling.r else None, at.dh, transposed=False, bits=at.h_bits),
         *_middle(at, mlp, scratch),
     ]
     if at.grad_a is not None:
+        assert ds is not None
         launches += launches_of([a_pass(at.dh, ds, at.grad_a, bits=at.h_bits)], wide(dy), scratch)
     return launches
 
@@ -172,7 +176,8 @@ def _middle(at: Backward, mlp: Mlp, scratch: Scratch) -> list[Launch]:
     splits, small = glu_splits(m), mlp.inner.small(at.room)
     parts: Any = tuple(scratch.part((splits, n), wide(at.e)) if dots else None for dots in mlp.dots)
     gains: Any = tuple(has.gain if one.scaled else None for one, has in zip(mlp.inner.each, small.each, strict=True))
-    launches = [glu_grad(at.dh, at.e, at.g, at.de, at.dg, act=mlp.act, gains=gains, parts=parts)]
+    with_h = at.grad_a is not None
+    launches = [glu_grad(at.dh, at.e, at.g, at.de, at.dg, act=mlp.act, gains=gains, parts=parts, with_h=with_h)]
     for i, (part, d, has) in enumerate(zip(parts, (at.de, at.dg), small.each, strict=True)):
         if part is None:
             continue

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from lora_fast.kernels.program import Bound, Program
 
 @dataclass(frozen=True)
 class Sibling:
-    """One of the layers. ``needs.x`` is not looked at: the group says that."""
+    """One of the layers, of rank 0 where it has no adapters. ``needs.x`` is not looked at: the group says that."""
 
     n: int
     r: int
@@ -35,7 +35,7 @@ class Sibling:
     @cached_property
     def casts(self) -> bool:
         """Whether products need a copy of B."""
-        return self.kinds.x == torch.float16 or cast_wanted(self.kinds[:3], self.r)
+        return self.r > 0 and (self.kinds.x == torch.float16 or cast_wanted(self.kinds[:3], self.r))
 
     @cached_property
     def z_again(self) -> bool:
@@ -49,13 +49,15 @@ class Shared(NamedTuple):
     stacked: Operand  # [sum of padded R, K], all A's
     scales: Operand  # [sum of padded R]
     s: Operand  # [M, sum of padded R]
-    each: tuple[Small, ...]  # parts of these, and b where the products need a copy, norm and gain of DoRA
+    # Parts of these, and b where the products need a copy, norm and gain of DoRA; nothing without adapters.
+    each: tuple[Small, ...]
 
 
 @dataclass(eq=False)
 class Siblings:
-    """A group of layers with adapters over weights as they are, with one x [*lead, K] and one dropout mask. It serves
-    calls whose tensors agree in dtype, shape, strides and device, and keeps the programs that were made for them."""
+    """A group of layers over weights as they are, with adapters or without, with one x [*lead, K] and one dropout mask.
+    It serves calls whose tensors agree in dtype, shape, strides and device, and keeps the programs that were made for
+    them."""
 
     lead: Size
     k: int
@@ -70,10 +72,10 @@ class Siblings:
         self.ranks_of = [one.ranks for one in self.each]
         self.ranks = sum(self.ranks_of)
         self.needs_a = any(one.needs.a for one in self.each)
-        self.needs_ds = self.needs_x or self.needs_a
-        self.a_kind = self.each[0].kinds.a  # of the gradients of all A's, which lie in one matrix
-        for one in self.each[1:]:
-            self.a_kind = torch.promote_types(self.a_kind, one.kinds.a)
+        self.needs_ds = self.ranks > 0 and (self.needs_x or self.needs_a)
+        self.adapted = [one for one in self.each if one.r]
+        kinds = [one.kinds.a for one in self.adapted]
+        self.a_kind = reduce(torch.promote_types, kinds, kinds[0]) if kinds else self.kind  # of all dA, in one matrix
 
     @cached_property
     def late(self) -> int:
@@ -103,6 +105,9 @@ class Siblings:
     def small(self, room: Operand) -> Shared:
         parts, each, first = self.shapes.parts(room), [], 0
         for i, one in enumerate(self.each):
+            if not one.r:
+                each.append(Small())
+                continue
             found: dict[str, Any] = {name: parts.get(f"{name}{i}") for name in ("b", "norm", "gain")}
             found["a"] = parts["stacked"].block(first, 0, one.r, self.k)
             found["s"] = parts["s"].block(0, first, self.m, one.ranks)
@@ -110,11 +115,11 @@ class Siblings:
             first += one.ranks
         return Shared(parts["stacked"], parts["scales"], parts["s"], tuple(each))
 
-    def columns(self, ds: Operand) -> list[Operand]:
+    def columns(self, ds: Operand) -> list[Operand | None]:
         """Each layer's of a [M, sum of padded R]."""
         first, found = 0, []
         for one in self.each:
-            found.append(ds.block(0, first, self.m, one.ranks))
+            found.append(ds.block(0, first, self.m, one.ranks) if one.r else None)
             first += one.ranks
         return found
 
@@ -128,11 +133,11 @@ class Made(NamedTuple):
 
 
 class Given(NamedTuple):
-    """A layer's tensors and its scaling; magnitude None without DoRA."""
+    """A layer's tensors and its scaling; a and b None without adapters, magnitude without DoRA."""
 
     weight: torch.Tensor
-    a: torch.Tensor
-    b: torch.Tensor
+    a: MaybeTensor
+    b: MaybeTensor
     bias: MaybeTensor
     magnitude: MaybeTensor
     scaling: float | torch.Tensor

@@ -195,7 +195,7 @@ def group(case: GroupCase) -> None:
         for one, sibling, y in zip(each, siblings.each, ys, strict=True)
     ]
     dys = [torch.empty_like(y) for y in ys]
-    backward(siblings, dys, [], x, made, kept, [2.0] * len(ys), p)
+    backward(siblings, dys, x, made, kept, [2.0] * len(ys), p)
 
 
 def mlp(case: GroupCase, act: str) -> None:

@@ -27,10 +27,15 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 def why_apart(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> str | None:
     """Why these gate, up and down do not run as one step, in words; None where they do."""
-    for name, layer in zip(("gate", "up", "down"), layers, strict=True):
-        if not layer.adapted:
-            return f"{name} has no adapters"
     return group.why_apart(x, layers[:2], training) or group.why_apart(x, layers[2:], training)
+
+
+def rates(layers: Sequence[Layer], training: bool) -> tuple[float, float]:
+    """Of the dropout of x, which gate and up share, and of h."""
+    if not training:
+        return 0.0, 0.0
+    inner = [layer.dropout_p for layer in layers[:2] if layer.adapted]
+    return (inner[0] if inner else 0.0), (layers[2].dropout_p if layers[2].adapted else 0.0)
 
 
 def mlp_of(lead: Size, k: int, each: Sequence[Sibling], needs_x: bool, activation: str) -> Mlp:
@@ -87,17 +92,15 @@ class FusedGlu:
         weights: list[torch.Tensor] = []
         scalings: list[float | torch.Tensor] = []
         small: list[Any] = []
-        rates: list[float] = []
-        for weight, a, b, scaling, bias, p, magnitude, _, _ in layers:
+        for weight, a, b, scaling, bias, _, magnitude, _, _ in layers:
             weights.append(weight)
             scalings.append(scaling)
             small += (a, b, bias, magnitude)
-            rates.append(p if training else 0.0)
         if self.casts:
             x, weights = x.to(self.kind), [weight.to(self.kind) for weight in weights]
         if not self.contiguous:
             small = [contiguous(t) for t in small]
-        p, _, h_p = rates
+        p, h_p = rates(layers, training)
         seeds = draw_seed(x.device) if p > 0 else None, draw_seed(x.device) if h_p > 0 else None
         call = Call(weights, scalings, seeds, (p, h_p), [])
         y = _apply(x, self, call, *small) if self.records else self.forward(x, call, *small)[0]
@@ -141,7 +144,7 @@ class FusedGlu:
         )
         shared = MadeOfGroup(found.room, found.bits, ())
         dx, both = group_kernels.backward(
-            self.mlp.inner, (de, dg), (), x, shared, kept[:2], scalings[:2], rates[0], in_place=True
+            self.mlp.inner, (de, dg), x, shared, kept[:2], scalings[:2], rates[0], in_place=True
         )
         grads = [(*three, own if dm is None else dm) for (*three, own), dm in zip(both, dms, strict=True)]
         return dx, *(grad for four in (*grads, of_down) for grad in four)
