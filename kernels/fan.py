@@ -186,8 +186,3 @@ def fan(x: Operand, each: Sequence[Result]) -> Launch:
         PROGRAMS=programs,
         DTYPE=TL[x.dtype],
     )
-
-
-def is_fan(one: Launch) -> bool:
-    """Whether the launch makes several outputs."""
-    return one.kernel is _fan_kernel

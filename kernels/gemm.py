@@ -67,9 +67,13 @@ def halves(tile):
 
 
 @triton.jit
-def _store(out, z_ptr, acc, row, col, gain_ptr, bias_ptr, DTYPE: tl.constexpr, TMA: tl.constexpr):
+def _store(out, z_ptr, add_ptr, acc, row, col, gain_ptr, bias_ptr, DTYPE: tl.constexpr, TMA: tl.constexpr):
     """The epilogue; to z goes the tile as it is before gain and bias."""
     cols = col + tl.arange(0, acc.shape[1])
+    if add_ptr is not None:
+        acc += load_tile(Matrix(add_ptr, out.rows, out.cols, out.cols, 1), row, col, acc.shape[0], acc.shape[1]).to(
+            acc.dtype
+        )
     if z_ptr is not None:
         store_tile(Matrix(z_ptr, out.rows, out.cols, out.cols, 1), acc, row, col, DTYPE, TMA)
     if gain_ptr is not None:
@@ -133,6 +137,7 @@ def _ranks(
 @triton.jit
 def _store_masked(
     out,
+    add_ptr,
     acc,
     p,
     q,
@@ -164,6 +169,8 @@ def _store_masked(
         low = tl.where(unpack_words(mask_of_tile(bits, row, col, BLOCK_M, WIDTH)), low, 0.0)
         x_scale = _part(scales.x, row, out.rows, BLOCK_M).to(acc.dtype)
         w_scale = _part(scales.w, col, out.cols, WIDTH).to(acc.dtype)
+        if add_ptr is not None:
+            low += load_tile(Matrix(add_ptr, out.rows, out.cols, out.cols, 1), row, col, BLOCK_M, WIDTH).to(low.dtype)
         store_tile(out, piece * x_scale[:, None] * w_scale[None, :] + low, row, col, DTYPE, TMA)
         col += WIDTH
 
@@ -211,6 +218,7 @@ def _gemm_kernel(
     q,
     out,
     z,
+    add_ptr,
     gain_ptr,
     bias_ptr,
     bits_ptr,
@@ -327,6 +335,7 @@ def _gemm_kernel(
                 if FP8 and MASK:
                     _store_masked(
                         whole_out,
+                        add_ptr,
                         acc,
                         whole_p,
                         whole_q,
@@ -343,8 +352,8 @@ def _gemm_kernel(
                     )
                 else:
                     left_half, right_half = halves(acc)
-                    _store(whole_out, z, left_half, row, col, gain_ptr, bias_ptr, DTYPE, TMA)
-                    _store(whole_out, z, right_half, row, col + BLOCK_N // 2, gain_ptr, bias_ptr, DTYPE, TMA)
+                    _store(whole_out, z, add_ptr, left_half, row, col, gain_ptr, bias_ptr, DTYPE, TMA)
+                    _store(whole_out, z, add_ptr, right_half, row, col + BLOCK_N // 2, gain_ptr, bias_ptr, DTYPE, TMA)
                 if LOW_FIRST:
                     acc = _low_rank(
                         late(p0),
@@ -388,6 +397,7 @@ def product(
     bits: Operand | None = None,
     gain: Operand | None = None,
     z: Operand | None = None,
+    add: Operand | None = None,
     x_scale: Operand | None = None,
     w_scale: Operand | None = None,
     units: Units[Operand] | None = None,
@@ -396,9 +406,9 @@ def product(
 
     x [M, C], w, p [M, padded R] (or columns of a wider matrix) and q in one dtype, rows of p and q contiguous; bits are
     of a mask of out's shape (transposed has none). Without p and q there is no low-rank product. With z, [M, N] and
-    contiguous, that is filled with the sum before gain and bias. With scales, [M] of x's rows and [N] of w's, x and w
-    are e4m3, w [N, C] in both cases, p and q and out in a wider dtype. With ``units`` each tile takes some of the ranks
-    alone.
+    contiguous, that is filled with the sum before gain and bias. ``add``, which may be out, is added. With scales, [M]
+    of x's rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and out in a wider dtype. With
+    ``units`` each tile takes some of the ranks alone.
     """
     (m, c), n, r = x.shape, out.shape[1], 0 if q is None else q.shape[transposed]
     if p is None or q is None:
@@ -431,6 +441,7 @@ def product(
         tile.options,
         x,
         **read,
+        add_ptr=add,
         gain_ptr=gain,
         bias_ptr=bias,
         bits_ptr=bits,

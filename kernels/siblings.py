@@ -1,18 +1,21 @@
 """What the programs of layers with one input are decided by, and what passes from their forward to their backward."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 import torch
 
+from lora_fast.kernels.bases import BASES, PLAIN, Base, Wanted
 from lora_fast.kernels.cast import cast_wanted
-from lora_fast.kernels.common import padded_rank
-from lora_fast.kernels.operands import Operand, Size
+from lora_fast.kernels.common import FP8, padded_rank
+from lora_fast.kernels.down import Quantised
+from lora_fast.kernels.operands import Operand, Scratch, Size
 from lora_fast.kernels.problem import Kinds, MaybeTensor, Needs, Shapes, Small
 from lora_fast.kernels.program import Bound, Program
+from lora_fast.kernels.sums import weak_gain
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,21 @@ class Sibling:
     dora: bool = False
     keep_z: bool = False  # the forward keeps z for the magnitude's gradient
     round_norm: bool = False
+    base_name: str = PLAIN.name
     scaled: bool = False  # DoRA's dY comes as dZ = dY * gain, and the magnitude's gradient is made elsewhere
 
     @property
     def ranks(self) -> int:
         return padded_rank(self.r)
+
+    @cached_property
+    def base(self) -> Base:
+        return BASES[self.base_name]
+
+    @property
+    def for_y(self) -> slice:
+        """Those of its base's tensors that y is made of."""
+        return self.base.for_y
 
     @cached_property
     def casts(self) -> bool:
@@ -55,9 +68,8 @@ class Shared(NamedTuple):
 
 @dataclass(eq=False)
 class Siblings:
-    """A group of layers over weights as they are, with adapters or without, with one x [*lead, K] and one dropout mask.
-    It serves calls whose tensors agree in dtype, shape, strides and device, and keeps the programs that were made for
-    them."""
+    """A group of layers with adapters or without, with one x [*lead, K] and one dropout mask. It serves calls whose
+    tensors agree in dtype, shape, strides and device, and keeps the programs that were made for them."""
 
     lead: Size
     k: int
@@ -74,14 +86,15 @@ class Siblings:
         self.needs_a = any(one.needs.a for one in self.each)
         self.needs_ds = self.ranks > 0 and (self.needs_x or self.needs_a)
         self.adapted = [one for one in self.each if one.r]
+        self.packed = any(one.base_name != PLAIN.name for one in self.each)  # each then reads its base by itself
         kinds = [one.kinds.a for one in self.adapted]
         self.a_kind = reduce(torch.promote_types, kinds, kinds[0]) if kinds else self.kind  # of all dA, in one matrix
 
-    @cached_property
-    def late(self) -> int:
-        """How many of the outputs, at the end, the backward does not read."""
-        needed = [one.needs.m for one in reversed(self.each)]
-        return needed.index(True) if any(needed) else len(needed)
+    def rooms(self, scratch: Scratch) -> "Rooms":
+        size = max(one.base.size(one.n, self.k, self.kind) for one in self.each)
+        wide = max((one.n for one in self.each if one.base.e4m3 and self.needs_x), default=0)
+        kinds = ((size,), torch.uint8), ((self.m * wide,), FP8), ((self.m if wide else 0,), torch.float32)
+        return Rooms(*(scratch.part(*kind) for kind in kinds))
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -101,6 +114,24 @@ class Siblings:
     @cached_property
     def bytes(self) -> int:
         return self.shapes.bytes
+
+    def parted(
+        self, flat: Sequence[Any], fields: int, read: Callable[[Sibling], slice]
+    ) -> tuple[list[Sequence[Any]], list[list[Any]], Sequence[Any]]:
+        """Of a program's arguments: so many of each layer, each base's tensors, of which those are there that ``read``
+        says, and what is left."""
+        n = len(self.each)
+        own, held, flat = [flat[i * fields : (i + 1) * fields] for i in range(n)], [], flat[n * fields :]
+        for one in self.each:
+            tensors: list[Any] = [None] * len(one.base.tensors)
+            count = len(tensors[read(one)])
+            tensors[read(one)], flat = flat[:count], flat[count:]
+            held.append(tensors)
+        return own, held, flat
+
+    def saved(self, one: Sibling) -> slice:
+        """Those of a layer's base's tensors that the backward reads."""
+        return one.base.read_by(y=one.z_again, dx=self.needs_x)
 
     def small(self, room: Operand) -> Shared:
         parts, each, first = self.shapes.parts(room), [], 0
@@ -124,6 +155,21 @@ class Siblings:
         return found
 
 
+class Rooms(NamedTuple):
+    """Memory that the layers of a group take in turns."""
+
+    w: Operand  # for a weight that no product reads
+    z8: Operand  # for dZ in e4m3
+    scale: Operand  # of its rows
+
+    def wanted(self, one: Sibling, group: Siblings, gain: Operand | None = None) -> Wanted:
+        """What a launch must know that writes W: with a gain for y again, in a backward."""
+        return Wanted(one.n, group.k, group.kind, self.w, gain, weak_gain(group.kind) if gain else 0.0)
+
+    def dz8(self, one: Sibling, group: Siblings) -> Quantised[Operand]:
+        return Quantised(self.z8.seen_as((group.m, one.n), FP8), self.scale)
+
+
 class Made(NamedTuple):
     """What a forward leaves for the backward, beside the outputs."""
 
@@ -133,9 +179,10 @@ class Made(NamedTuple):
 
 
 class Given(NamedTuple):
-    """A layer's tensors and its scaling; a and b None without adapters, magnitude without DoRA."""
+    """A layer's tensors, ``held`` its base's, and its scaling; a and b None without adapters, magnitude without
+    DoRA."""
 
-    weight: torch.Tensor
+    held: Sequence[torch.Tensor]
     a: MaybeTensor
     b: MaybeTensor
     bias: MaybeTensor
@@ -144,9 +191,9 @@ class Given(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward reads of one layer, each None where it does not."""
+    """What the backward reads of one layer, each None where it does not: its base's tensors, too."""
 
-    weight: MaybeTensor = None
+    held: Sequence[MaybeTensor]
     b: MaybeTensor = None
     y: MaybeTensor = None
     z: MaybeTensor = None

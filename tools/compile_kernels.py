@@ -178,7 +178,7 @@ def group(case: GroupCase) -> None:
     siblings = Siblings((m,), k, tuple(Sibling(n, r, kinds, needs, dora) for n in widths), True)
     each = [
         Given(
-            torch.empty(n, k, dtype=dtype),
+            (torch.empty(n, k, dtype=dtype),),
             torch.empty(r, k, dtype=adapter),
             torch.empty(n, r, dtype=adapter),
             None,
@@ -191,7 +191,7 @@ def group(case: GroupCase) -> None:
     if late is not None:
         late.run()
     kept = [
-        Kept(one.weight, None if sibling.casts else one.b, y if dora else None)
+        Kept(one.held, None if sibling.casts else one.b, y if dora else None)
         for one, sibling, y in zip(each, siblings.each, ys, strict=True)
     ]
     dys = [torch.empty_like(y) for y in ys]
@@ -219,12 +219,12 @@ def mlp(case: GroupCase, act: str) -> None:
     for rows, cols in ((width, k), (width, k), (n, width)):
         a, b = torch.empty(r, cols, dtype=adapter), torch.empty(rows, r, dtype=adapter)
         magnitude = torch.empty(rows, dtype=adapter) if dora else None
-        each.append(Given(torch.empty(rows, cols, dtype=dtype), a, b, None, magnitude, 2.0))
+        each.append(Given((torch.empty(rows, cols, dtype=dtype),), a, b, None, magnitude, 2.0))
     seed = 1 if p else None
     y, made, late = forward(problem, x, each, (seed, seed), (p, p))
     if late is not None:
         late.run()
-    kept = [Kept(one.weight, None if inner.casts else one.b) for one in each]
+    kept = [Kept(one.held, None if inner.casts else one.b) for one in each]
     kept[2] = kept[2]._replace(y=y if dora else None)
     backward(problem, torch.empty_like(y), x, made, kept, 2.0, p, True)
 

@@ -68,7 +68,7 @@ def _forward(
     key = "glu", *key_of(lead, weights, small, *flags, act, x.stride())
     problem = problems.get(key) or problems.keep(key, _problem(lead, weights, small, flags, act))
     with on(x.device):
-        each = [given(weights[i], small[4 * i : 4 * i + 4], scalings[i]) for i in range(3)]
+        each = [given((weights[i],), small[4 * i : 4 * i + 4], scalings[i]) for i in range(3)]
         y, made, late = kernels.forward(problem, addressable(x), each, (seed, h_seed), (p, h_p))
         if late is not None:
             late.run()

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from lora_fast.bases.packed import PackedWeight, rounds_norm, tensors_of
 from lora_fast.blocks.form import Layer
 from lora_fast.dispatch import autocast_dtype
+from lora_fast.kernels.bases import PLAIN
 from lora_fast.kernels.group import backward, forward
 from lora_fast.kernels.problem import MaybeTensor, Needs
-from lora_fast.kernels.siblings import Deferred, Given, Made, Sibling, Siblings
+from lora_fast.kernels.siblings import Deferred, Given, Kept, Made, Sibling, Siblings
 from lora_fast.kernels.stack import MOST
 from lora_fast.ops.linear import draw_seed
 from lora_fast.ops.parts import addressable, contiguous, kinds_of, on, one_gpu
@@ -45,24 +47,60 @@ def sibling(layer: Layer, kind: torch.dtype, train: bool) -> Sibling:
         needs,
         dora=magnitude is not None,
         keep_z=needs.m and not keeps_y,
-        round_norm=layer.round_norm,
+        round_norm=layer.round_norm and rounds_norm(layer.weight),
+        base_name=layer.weight.BASE if isinstance(layer.weight, PackedWeight) else PLAIN.name,
     )
 
 
-def given(weight: torch.Tensor, small: Sequence[Any], scaling: float | torch.Tensor) -> Given:
-    """A layer's tensors; ``small``: A, B, bias and magnitude."""
+def given(held: Sequence[torch.Tensor], small: Sequence[Any], scaling: float | torch.Tensor) -> Given:
+    """A layer's tensors, first those that hold its weight; ``small``: A, B, bias and magnitude."""
     a, b, bias, magnitude = small
-    return Given(weight, a, b, bias, magnitude, scaling)
+    return Given(held, a, b, bias, magnitude, scaling)
+
+
+class Bases:
+    """What holds the weights of layers: they themselves, cast where they must be, or a packed one's inner tensors."""
+
+    def __init__(self, layers: Sequence[Layer], kind: torch.dtype) -> None:
+        self.kind, self.of = kind, [tensors_of(layer.weight) for layer in layers]
+        self.plain = all(of is None for of in self.of)
+        self.casts = any(of is None and one.weight.dtype != kind for of, one in zip(self.of, layers, strict=True))
+
+    def held(self, layers: Sequence[Layer]) -> list[tuple[torch.Tensor, ...]]:
+        if self.plain and not self.casts:
+            return [(layer[0],) for layer in layers]
+        return [
+            (layer.weight.to(self.kind),) if of is None else of(layer.weight)
+            for of, layer in zip(self.of, layers, strict=True)
+        ]
+
+
+def kept_held(held: Sequence[torch.Tensor], saved: slice) -> list[MaybeTensor]:
+    """The tensors in their places, of which these are saved."""
+    found: list[MaybeTensor] = [None] * len(held)
+    found[saved] = held[saved]
+    return found
 
 
 class Call(NamedTuple):
     """What one call has beside tensors that autograd looks at."""
 
-    weights: Sequence[torch.Tensor]
+    held: Sequence[Sequence[torch.Tensor]]  # what holds each weight
     scalings: Sequence[float | torch.Tensor]
     seed: torch.Tensor | int | None
     p: float
     late: list[Deferred]  # filled: launches for once what the backward reads is saved
+
+
+def kept_of(saved: Sequence[Any], each: Sequence[Sibling]) -> list[Kept]:
+    """Of what ``to_save`` gave for these layers."""
+    found = []
+    for one in each:
+        (b, y, z), saved = saved[:3], saved[3:]
+        count = len(one.base.tensors)
+        found.append(Kept(saved[:count], b, y, z))
+        saved = saved[count:]
+    return found
 
 
 class FusedGroup:
@@ -78,7 +116,7 @@ class FusedGroup:
         )
         self.again = any(one.z_again for one in each)
         self.first = next(i for i, layer in enumerate(layers) if layer.adapted)  # whose dropout is that of all
-        self.casts = any(t.dtype != self.kind for t in (x, *(layer.weight for layer in layers)))
+        self.bases, self.casts = Bases(layers, self.kind), x.dtype != self.kind
         self.contiguous = all(t is None or t.is_contiguous() for layer in layers for t in layer.tensors[1:])
         self.elsewhere = x.device.type == "cuda" and not one_gpu()
 
@@ -90,9 +128,9 @@ class FusedGroup:
 
     def run(self, x: torch.Tensor, layers: Sequence[Layer], training: bool) -> tuple[torch.Tensor, ...]:
         """The outputs, on the current device."""
-        weights = [layer[0] for layer in layers]
+        held = self.bases.held(layers)
         if self.casts:
-            x, weights = x.to(self.kind), [weight.to(self.kind) for weight in weights]
+            x = x.to(self.kind)
         scalings: list[Any] = []
         small: list[Any] = []
         for _, a, b, scaling, bias, _, magnitude, _, _ in layers:
@@ -101,7 +139,7 @@ class FusedGroup:
         if not self.contiguous:
             small = [contiguous(t) for t in small]
         p = layers[self.first][5] if training else 0.0
-        call = Call(weights, scalings, draw_seed(x.device) if p > 0 else None, p, [])
+        call = Call(held, scalings, draw_seed(x.device) if p > 0 else None, p, [])
         ys = _apply(x, self, call, *small) if self.records else self.forward(x, call, *small)[0]
         for late in call.late:
             late.run()
@@ -109,7 +147,7 @@ class FusedGroup:
 
     def forward(self, x: torch.Tensor, call: Call, *small: Any) -> tuple[list[torch.Tensor], Made]:
         """The outputs in the order of the layers, but for launches that come late."""
-        each = [given(w, small[4 * i : 4 * i + 4], call.scalings[i]) for i, w in enumerate(call.weights)]
+        each = [given(held, small[4 * i : 4 * i + 4], call.scalings[i]) for i, held in enumerate(call.held)]
         ys, made, late = forward(self.group, addressable(x), each, call.seed, call.p)
         if late is not None:
             call.late.append(late)
@@ -118,7 +156,7 @@ class FusedGroup:
     def to_save(
         self, x: torch.Tensor, call: Call, small: Sequence[Any], ys: Sequence[torch.Tensor], made: Made
     ) -> list[MaybeTensor]:
-        """What the backward will read: x, room and bits, and each layer's ``Kept``."""
+        """What the backward will read: x, room and bits, and each layer's ``Kept``, its base's tensors last."""
         group = self.group
         saved: list[MaybeTensor] = [
             x if group.needs_a or self.again else None,
@@ -127,10 +165,10 @@ class FusedGroup:
         ]
         for i, one in enumerate(group.each):
             saved += (  # as in ``Kept``
-                call.weights[i] if group.needs_x or one.z_again else None,
                 small[4 * i + 1] if not one.casts and (group.needs_ds or one.z_again) else None,
                 ys[i] if one.z_again else None,
                 made.z[i] if one.needs.m else None,
+                *kept_held(call.held[i], group.saved(one)),
             )
         return saved
 
@@ -139,7 +177,7 @@ class FusedGroup:
     ) -> tuple[MaybeTensor, ...]:
         """dX, then dA, dB, dbias and dm of each layer."""
         x, room, bits, *rest = saved
-        kept = [rest[i : i + 4] for i in range(0, len(rest), 4)]
+        kept = kept_of(rest, self.group.each)
         rows = [None if dy is None else as_rows(dy) for dy in dys]
         made = Made(room, bits, ())
         x = None if x is None else addressable(x)

@@ -56,7 +56,7 @@ def _forward(
     key = "group", *key_of(lead, weights, small, *flags, x.stride())
     problem = problems.get(key) or problems.keep(key, _problem(lead, weights, small, flags))
     with on(x.device):
-        each = [given(weight, small[4 * i : 4 * i + 4], scalings[i]) for i, weight in enumerate(weights)]
+        each = [given((weight,), small[4 * i : 4 * i + 4], scalings[i]) for i, weight in enumerate(weights)]
         ys, made, late = kernels.forward(problem, addressable(x), each, seed, p)
         if late is not None:
             late.run()

@@ -63,7 +63,7 @@ def kept_of(weights: Tensors, small: Small, kept: Small, siblings: Sequence[Sibl
     """Of each layer; ``kept``: y or z of each, which its magnitude's gradient reads."""
     return [
         Kept(
-            weights[i],
+            (weights[i],),
             None if one.casts else small[4 * i + 1],
             kept[i] if one.z_again else None,
             kept[i] if one.needs.m and one.keep_z else None,
