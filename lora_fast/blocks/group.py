@@ -27,7 +27,10 @@ def why_apart(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> str |
     if len(layers) > MOST:
         return f"it has {len(layers)} layers, and at most {MOST} share their launches"
     for layer in layers:
-        if layer.weight.stride(1) != 1:
+        if isinstance(layer.weight, PackedWeight):
+            if layer.weight.E4M3_PRODUCTS and not layer.adapted:
+                return "it has a layer without adapters over a base whose products are of 8 bits"
+        elif layer.weight.stride(1) != 1:
             return "rows of a base weight are not contiguous"
     if len(rates := {layer.dropout_p for layer in layers if layer.adapted and training}) > 1:
         return f"its layers differ in their dropout ({', '.join(map(str, sorted(rates)))})"
