@@ -206,18 +206,12 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
             weight = fsdp1.as_asked(weight, base)
         return weight, bias
 
-    @property
-    def joinable(self) -> bool:
-        return not isinstance(self.base_layer.weight, PackedWeight)
-
     def as_layer(self, x: torch.Tensor) -> Layer | str | None:
         if self.disable_adapters or self.merged or not (names := active(self)) or names_of(self, {}) is not None:
             return None
         parts = why_not_this_call(self, x, (), {}) or examine(self, names)
         if isinstance(parts, str):
             return parts
-        if not self.joinable:
-            return None
         if self.save_x != "x":
             return f"save_x is {self.save_x!r}"
         return self._layer(x, parts)
