@@ -67,13 +67,11 @@ def halves(tile):
 
 
 @triton.jit
-def _store(out, z_ptr, add_ptr, acc, row, col, gain_ptr, bias_ptr, DTYPE: tl.constexpr, TMA: tl.constexpr):
+def _store(out, z_ptr, acc, row, col, gain_ptr, bias_ptr, ADDS: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr):
     """The epilogue; to z goes the tile as it is before gain and bias."""
     cols = col + tl.arange(0, acc.shape[1])
-    if add_ptr is not None:
-        acc += load_tile(Matrix(add_ptr, out.rows, out.cols, out.cols, 1), row, col, acc.shape[0], acc.shape[1]).to(
-            acc.dtype
-        )
+    if ADDS:
+        acc += load_tile(out, row, col, acc.shape[0], acc.shape[1], TMA).to(acc.dtype)
     if z_ptr is not None:
         store_tile(Matrix(z_ptr, out.rows, out.cols, out.cols, 1), acc, row, col, DTYPE, TMA)
     if gain_ptr is not None:
@@ -137,7 +135,6 @@ def _ranks(
 @triton.jit
 def _store_masked(
     out,
-    add_ptr,
     acc,
     p,
     q,
@@ -148,6 +145,7 @@ def _store_masked(
     BLOCK_R: tl.constexpr,
     RANK_STEPS: tl.constexpr,
     Q_T: tl.constexpr,
+    ADDS: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
     TMA: tl.constexpr,
@@ -169,9 +167,10 @@ def _store_masked(
         low = tl.where(unpack_words(mask_of_tile(bits, row, col, BLOCK_M, WIDTH)), low, 0.0)
         x_scale = _part(scales.x, row, out.rows, BLOCK_M).to(acc.dtype)
         w_scale = _part(scales.w, col, out.cols, WIDTH).to(acc.dtype)
-        if add_ptr is not None:
-            low += load_tile(Matrix(add_ptr, out.rows, out.cols, out.cols, 1), row, col, BLOCK_M, WIDTH).to(low.dtype)
-        store_tile(out, piece * x_scale[:, None] * w_scale[None, :] + low, row, col, DTYPE, TMA)
+        piece = piece * x_scale[:, None] * w_scale[None, :] + low
+        if ADDS:
+            piece += load_tile(out, row, col, BLOCK_M, WIDTH, TMA).to(acc.dtype)
+        store_tile(out, piece, row, col, DTYPE, TMA)
         col += WIDTH
 
 
@@ -218,7 +217,6 @@ def _gemm_kernel(
     q,
     out,
     z,
-    add_ptr,
     gain_ptr,
     bias_ptr,
     bits_ptr,
@@ -249,6 +247,7 @@ def _gemm_kernel(
     UNIT_ROWS: tl.constexpr,
     W_T: tl.constexpr,
     Q_T: tl.constexpr,
+    ADDS: tl.constexpr,
     TMA: tl.constexpr,
     KIND: tl.constexpr,
     ACC: tl.constexpr,
@@ -335,7 +334,6 @@ def _gemm_kernel(
                 if FP8 and MASK:
                     _store_masked(
                         whole_out,
-                        add_ptr,
                         acc,
                         whole_p,
                         whole_q,
@@ -346,14 +344,15 @@ def _gemm_kernel(
                         BLOCK_R,
                         RANK_STEPS,
                         Q_T,
+                        ADDS,
                         PRECISION,
                         DTYPE,
                         TMA,
                     )
                 else:
                     left_half, right_half = halves(acc)
-                    _store(whole_out, z, add_ptr, left_half, row, col, gain_ptr, bias_ptr, DTYPE, TMA)
-                    _store(whole_out, z, add_ptr, right_half, row, col + BLOCK_N // 2, gain_ptr, bias_ptr, DTYPE, TMA)
+                    _store(whole_out, z, left_half, row, col, gain_ptr, bias_ptr, ADDS, DTYPE, TMA)
+                    _store(whole_out, z, right_half, row, col + BLOCK_N // 2, gain_ptr, bias_ptr, ADDS, DTYPE, TMA)
                 if LOW_FIRST:
                     acc = _low_rank(
                         late(p0),
@@ -397,7 +396,7 @@ def product(
     bits: Operand | None = None,
     gain: Operand | None = None,
     z: Operand | None = None,
-    add: Operand | None = None,
+    adds: bool = False,
     x_scale: Operand | None = None,
     w_scale: Operand | None = None,
     units: Units[Operand] | None = None,
@@ -406,9 +405,9 @@ def product(
 
     x [M, C], w, p [M, padded R] (or columns of a wider matrix) and q in one dtype, rows of p and q contiguous; bits are
     of a mask of out's shape (transposed has none). Without p and q there is no low-rank product. With z, [M, N] and
-    contiguous, that is filled with the sum before gain and bias. ``add``, which may be out, is added. With scales, [M]
-    of x's rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and out in a wider dtype. With
-    ``units`` each tile takes some of the ranks alone.
+    contiguous, that is filled with the sum before gain and bias. ``adds``: to what out holds. With scales, [M] of x's
+    rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and out in a wider dtype. With ``units`` each
+    tile takes some of the ranks alone.
     """
     (m, c), n, r = x.shape, out.shape[1], 0 if q is None else q.shape[transposed]
     if p is None or q is None:
@@ -441,7 +440,6 @@ def product(
         tile.options,
         x,
         **read,
-        add_ptr=add,
         gain_ptr=gain,
         bias_ptr=bias,
         bits_ptr=bits,
@@ -472,6 +470,7 @@ def product(
         UNIT_ROWS=0 if units is None else units.rows,
         W_T=w_t,
         Q_T=transposed,
+        ADDS=adds,
         TMA=tma,
         KIND=TL[over if kind == torch.float16 else kind],
         ACC=acc_dtype(kind),

@@ -299,8 +299,7 @@ class Gradients(NamedTuple):
         if base.e4m3:
             x, x_scale = rooms.dz8(sibling, group)
         p, q, bits = (self.ds, self.has.a, bits) if sibling.r else (None, None, None)
-        add = dx if adds else None
-        made = product(x, w.matrix, p, q, dx, transposed=False, bits=bits, add=add, x_scale=x_scale, w_scale=w.scale)
+        made = product(x, w.matrix, p, q, dx, transposed=False, bits=bits, adds=adds, x_scale=x_scale, w_scale=w.scale)
         return [*w.launches, made]
 
 

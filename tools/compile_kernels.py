@@ -165,7 +165,7 @@ def described(case: GroupCase) -> str:
     return f"{m}x{k}x{'+'.join(map(str, widths))} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]} {forms}"
 
 
-def group(case: GroupCase) -> None:
+def group(case: GroupCase, base_name: str = "plain") -> None:
     """The launches of layers with one input, forward and backward."""
     from lora_fast.kernels.group import backward, forward
     from lora_fast.kernels.problem import Kinds, Needs
@@ -175,10 +175,10 @@ def group(case: GroupCase) -> None:
     x, kinds, needs = torch.empty(m, k, dtype=dtype), Kinds(dtype, adapter, adapter), Needs(False, True, True)
     if dora:
         kinds, needs = kinds._replace(m=adapter), needs._replace(m=True)
-    siblings = Siblings((m,), k, tuple(Sibling(n, r, kinds, needs, dora) for n in widths), True)
+    siblings = Siblings((m,), k, tuple(Sibling(n, r, kinds, needs, dora, base_name=base_name) for n in widths), True)
     each = [
         Given(
-            (torch.empty(n, k, dtype=dtype),),
+            held_by(base_name, torch.empty(n, k, dtype=dtype)),
             torch.empty(r, k, dtype=adapter),
             torch.empty(n, r, dtype=adapter),
             None,
@@ -424,6 +424,9 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case]) -> list
             for dtype in (BF16, *others):
                 problem = f"4096x4096x4096 r=16 {str(dtype)[6:]} p=0.0 {base.name}"
                 layer((4096, 4096, 4096, 16, dtype, 0.0, dtype, False), torch.empty(4096), base.name)
+            if some:
+                problem = f"4096x4096x4096+1024 r=16 bfloat16 p=0.1 {base.name} group"
+                group((4096, 4096, (4096, 1024), 16, BF16, 0.1, BF16, True), base.name)
     return found
 
 
