@@ -11,6 +11,7 @@ if not TRITON:
 
 from base_calls import scaled
 from blocks import a_layer, close, keep_mask, trained
+from torch.utils.checkpoint import checkpoint
 
 from lora_fast import lora_glu, lora_group
 from lora_fast.bases.four_bits import Mxfp4Weight, Nf4Weight
@@ -170,8 +171,10 @@ def test_what_is_kept(device):
     assert own <= e_and_g + s + copies + 12 * 128
 
 
-def test_launches(device, monkeypatch):
-    """x is read once; W is written twice a layer, right ahead of what reads it."""
+@pytest.mark.parametrize("again", [False, True], ids=["", "checkpoint"])
+def test_launches(device, monkeypatch, again):
+    """x is read once; W is written twice a layer, right ahead of what reads it, and not in a checkpoint's second
+    forward."""
     x, layers, _, dys = drawn("group", "lora", Nf4Weight.quantise, SMALL, HALF, device)
     launched = []
     run = program.Program.run
@@ -181,7 +184,8 @@ def test_launches(device, monkeypatch):
         return run(self, bound, first, last)
 
     monkeypatch.setattr(program.Program, "run", counted)
-    results(fused("group"), x, layers, dys)
+    step = fused("group")
+    results(lambda *given: checkpoint(step, *given, use_reentrant=False) if again else step(*given), x, layers, dys)
     written = [i for i, name in enumerate(launched) if name == "_whole_kernel"]
     assert len(written) == 6 and all(launched[i + 1] == "_gemm_kernel" for i in written)
-    assert launched.count("_down_fwd_kernel") == 1
+    assert launched.count("_down_fwd_kernel") == 1 + again
