@@ -62,7 +62,7 @@ class Forward(NamedTuple):
 
 def forward_launches(at: Forward, group: Siblings) -> list[Launch]:
     first = [] if at.seed is None else [mask(at.seed, at.bits, at.keep_count, at.n_words)]
-    each, held, _ = group.parted(at.each, len(OneForward._fields), lambda one: one.for_y)
+    each, held, _ = group.parted(at.each, len(OneForward._fields), group.for_y)
     small, both = group.small(at.room), [OneForward(*one) for one in each]
     return [*first, *outputs(at.x.rows(), both, held, group, small, at.bits, at.keep)]
 
@@ -363,7 +363,8 @@ def forward(
         ys.append(y)
         z.append(kept)
         flat += (*one[1:5], scaling, y, kept)
-    flat += [t for sibling, one in zip(group.each, each, strict=True) for t in one.held[sibling.for_y]]
+    for one, there in zip(each, group.for_y, strict=True):
+        flat += one[0][there]
     made = Made(room, bits, z)
     if m == 0:
         return ys, made, None
@@ -437,7 +438,8 @@ def backward(
         for grad in wanted:
             grad.zero_()
     elif wanted:
-        flat += [t for one, keeps in zip(group.each, kept, strict=True) for t in keeps[0][group.saved(one)]]
+        for keeps, there in zip(kept, group.saved, strict=True):
+            flat += keeps[0][there]
         given = room, x, dx, stacked, bits, ds, 1.0 if bits is None else keep_scale(p), *flat
         key += (None if x is None else x.stride(), bits is None, in_place)
         key.append(group.is_float32 and precision(kind, 256))

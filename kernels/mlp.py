@@ -9,6 +9,7 @@ from dh, e and g, and h again (glu.py); and a group's backward over de and dg.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -48,11 +49,12 @@ class Mlp:
         both = zip(self.inner.each, self.dots, strict=True)
         self.again = [one.base.tensors[one.for_y] if dots else () for one, dots in both]
 
-    def saved(self, i: int) -> slice:
-        """Those of a layer's base's tensors that the backward reads: of gate, up, down."""
-        if i == 2:
-            return self.outer.saved(self.down)
-        return self.inner.each[i].base.read_by(y=self.dots[i], dx=self.inner.needs_x)
+    @cached_property
+    def saved(self) -> list[slice]:
+        """Those of each base's tensors that the backward reads: of gate, up, down."""
+        both = zip(self.inner.each, self.dots, strict=True)
+        found = [one.base.read_by(y=dots, dx=self.inner.needs_x) for one, dots in both]
+        return [*found, *self.outer.saved]
 
 
 class Forward(NamedTuple):
@@ -77,8 +79,8 @@ class Forward(NamedTuple):
 
 def forward_launches(at: Forward, mlp: Mlp) -> list[Launch]:
     fields, (inner, outer) = len(OneForward._fields), (mlp.inner, mlp.outer)
-    both, held, rest = inner.parted(at.each, fields, lambda one: one.for_y)
-    (own,), of_down, _ = outer.parted(rest, fields, lambda one: one.for_y)
+    both, held, rest = inner.parted(at.each, fields, inner.for_y)
+    (own,), of_down, _ = outer.parted(rest, fields, outer.for_y)
     (gate, up), down = (OneForward(*one) for one in both), OneForward(*own)
     e, g, small = gate.y.rows(), up.y.rows(), outer.small(at.down_room)
     launches = []
@@ -161,7 +163,7 @@ def _middle(at: Backward, mlp: Mlp, scratch: Scratch) -> list[Launch]:
     for i, (part, d, has, one) in enumerate(zip(parts, (at.de, at.dg), small.each, mlp.inner.each, strict=True)):
         if part is None:
             continue
-        (dm, b), held = at.rest[2 * i : 2 * i + 2], [None] * len(one.base.tensors)
+        (dm, b), held = at.rest[2 * i : 2 * i + 2], [None] * one.held
         held[one.for_y], rest = rest[: len(mlp.again[i])], rest[len(mlp.again[i]) :]
         w = one.base.y(held, rooms.wanted(one, mlp.inner, has.gain))
         b = b if has.b is None else has.b
@@ -270,7 +272,7 @@ def backward(
         for i, sibling in enumerate(inner.each):
             if mlp.dots[i]:
                 rest += kept[i][0][sibling.for_y]
-        rest += kept[2][0][outer.saved(down)]
+        rest += kept[2][0][outer.saved[0]]
         rooms = made.room, made.down_room
         own = x if any(mlp.dots) else None
         given = dy, e, g, de, dg, dh, *rooms, made.h_bits, keep, *grads, dz, scaling, *kept[2][1:], own, *rest

@@ -1,7 +1,7 @@
 """What the programs of layers with one input are decided by, and what passes from their forward to their backward."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any, NamedTuple
@@ -40,10 +40,15 @@ class Sibling:
     def base(self) -> Base:
         return BASES[self.base_name]
 
-    @property
+    @cached_property
     def for_y(self) -> slice:
         """Those of its base's tensors that y is made of."""
         return self.base.for_y
+
+    @cached_property
+    def held(self) -> int:
+        """How many tensors its base has."""
+        return len(self.base.tensors)
 
     @cached_property
     def casts(self) -> bool:
@@ -116,22 +121,27 @@ class Siblings:
         return self.shapes.bytes
 
     def parted(
-        self, flat: Sequence[Any], fields: int, read: Callable[[Sibling], slice]
+        self, flat: Sequence[Any], fields: int, read: Sequence[slice]
     ) -> tuple[list[Sequence[Any]], list[list[Any]], Sequence[Any]]:
         """Of a program's arguments: so many of each layer, each base's tensors, of which those are there that ``read``
         says, and what is left."""
         n = len(self.each)
         own, held, flat = [flat[i * fields : (i + 1) * fields] for i in range(n)], [], flat[n * fields :]
-        for one in self.each:
-            tensors: list[Any] = [None] * len(one.base.tensors)
-            count = len(tensors[read(one)])
-            tensors[read(one)], flat = flat[:count], flat[count:]
+        for one, there in zip(self.each, read, strict=True):
+            tensors: list[Any] = [None] * one.held
+            count = len(tensors[there])
+            tensors[there], flat = flat[:count], flat[count:]
             held.append(tensors)
         return own, held, flat
 
-    def saved(self, one: Sibling) -> slice:
-        """Those of a layer's base's tensors that the backward reads."""
-        return one.base.read_by(y=one.z_again, dx=self.needs_x)
+    @cached_property
+    def for_y(self) -> list[slice]:
+        return [one.for_y for one in self.each]
+
+    @cached_property
+    def saved(self) -> list[slice]:
+        """Those of each layer's base's tensors that the backward reads."""
+        return [one.base.read_by(y=one.z_again, dx=self.needs_x) for one in self.each]
 
     def small(self, room: Operand) -> Shared:
         parts, each, first = self.shapes.parts(room), [], 0

@@ -126,7 +126,7 @@ class FusedGlu:
                 None if one.casts else small[4 * i + 1],
                 y if one.z_again else None,
                 made.z[i] if one.needs.m else None,
-                *kept_held(call.held[i], self.mlp.saved(i)),
+                *kept_held(call.held[i], self.mlp.saved[i]),
             )
         return saved
 

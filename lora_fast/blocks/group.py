@@ -78,8 +78,10 @@ class Bases:
         ]
 
 
-def kept_held(held: Sequence[torch.Tensor], saved: slice) -> list[MaybeTensor]:
+def kept_held(held: Sequence[torch.Tensor], saved: slice) -> Sequence[MaybeTensor]:
     """The tensors in their places, of which these are saved."""
+    if len(held) == 1:
+        return held if held[saved] else (None,)
     found: list[MaybeTensor] = [None] * len(held)
     found[saved] = held[saved]
     return found
@@ -97,12 +99,11 @@ class Call(NamedTuple):
 
 def kept_of(saved: Sequence[Any], each: Sequence[Sibling]) -> list[Kept]:
     """Of what ``to_save`` gave for these layers."""
-    found = []
+    found, at = [], 0
     for one in each:
-        (b, y, z), saved = saved[:3], saved[3:]
-        count = len(one.base.tensors)
-        found.append(Kept(saved[:count], b, y, z))
-        saved = saved[count:]
+        b, y, z = saved[at : at + 3]
+        at += 3 + one.held
+        found.append(Kept(saved[at - one.held : at], b, y, z))
     return found
 
 
@@ -171,7 +172,7 @@ class FusedGroup:
                 small[4 * i + 1] if not one.casts and (group.needs_ds or one.z_again) else None,
                 ys[i] if one.z_again else None,
                 made.z[i] if one.needs.m else None,
-                *kept_held(call.held[i], group.saved(one)),
+                *kept_held(call.held[i], group.saved[i]),
             )
         return saved
 
