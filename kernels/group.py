@@ -11,40 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.kernels.bases import Read
 from lora_fast.kernels.binding import bound_program, kind_of
-from lora_fast.kernels.common import FP8, precision, wide
-from lora_fast.kernels.down import Quantised, down
-from lora_fast.kernels.downs import downs, takes_downs
-from lora_fast.kernels.fan import Result, fan, fans
-from lora_fast.kernels.gemm import product
-from lora_fast.kernels.magnitudes import dz_and_dm
+from lora_fast.kernels.common import precision, wide
+from lora_fast.kernels.gradients import Gradients, OneBackward, Wanted, few_rows
 from lora_fast.kernels.mask import keep_count, keep_scale, mask
-from lora_fast.kernels.norm import Norm, norms, norms_of
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling
-from lora_fast.kernels.pair import OverDy, pair, takes_pair
-from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of, needs_dz
-from lora_fast.kernels.problem import MaybeTensor, Small
+from lora_fast.kernels.outputs import OneForward, outputs
+from lora_fast.kernels.passes import Pass, a_pass, launches_of, needs_dz
+from lora_fast.kernels.problem import MaybeTensor
 from lora_fast.kernels.products import products
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.siblings import Deferred, Given, Made, Rooms, Shared, Sibling, Siblings
-from lora_fast.kernels.stack import Adapter, stack
-from lora_fast.kernels.sums import Dora
+from lora_fast.kernels.siblings import Deferred, Given, Made, Siblings
 
-MOST_RANKS = 64  # of all layers together, whose dA one program of few rows makes
 Maybe = Any  # an operand, None where the problem has none
-
-
-class OneForward(NamedTuple):
-    """Of one layer's forward: as in ``Given``, then y and z."""
-
-    a: Maybe
-    b: Maybe
-    bias: Maybe
-    magnitude: Maybe
-    scaling: Operand | Number
-    y: Operand
-    z: Maybe
 
 
 class Forward(NamedTuple):
@@ -65,122 +44,6 @@ def forward_launches(at: Forward, group: Siblings) -> list[Launch]:
     each, held, _ = group.parted(at.each, len(OneForward._fields), group.for_y)
     small, both = group.small(at.room), [OneForward(*one) for one in each]
     return [*first, *outputs(at.x.rows(), both, held, group, small, at.bits, at.keep)]
-
-
-def outputs(
-    x: Operand,
-    each: Sequence[OneForward],
-    held: Sequence[Sequence[Maybe]],
-    group: Siblings,
-    small: Shared,
-    bits: Maybe,
-    keep: Number,
-    ready: bool = False,
-) -> list[Launch]:
-    """The small things, where they are not ``ready``, and each y, whose products come last."""
-    scratch, launches = Scratch(x.device), []
-    adapters = [Adapter(one.a, one.b, has.b, one.scaling) for one, has in zip(each, small.each, strict=True) if one.a]
-    quantised = None
-    if adapters and not ready:
-        if any(one.base.e4m3 for one in group.each):
-            quantised = Quantised(scratch.part(x.shape, FP8), scratch.part((group.m,), torch.float32))
-        launches = [
-            stack(x, adapters, small.stacked, small.scales, group.lifted),
-            down(x, small.stacked, small.s, None, keep, bits=bits, scales=small.scales, quantised=quantised),
-        ]
-    rooms, made = group.rooms(scratch), []
-    for one, has, sibling, tensors in zip(each, small.each, group.each, held, strict=True):
-        w, b = sibling.base.y(tensors, rooms.wanted(sibling, group)), one.b if has.b is None else has.b
-        made.append(_Output(one, has, sibling, w, b))
-    if group.packed:
-        return [*launches, *(launch for one in made for launch in one.alone(x, quantised, group, scratch))]
-    launches += _gains(made, group, scratch)
-    together = [one for one in made if one.sibling.r and one.has.s and one.one.z is None]
-    if len(together) < len(adapters) or not fans(x, [one.result for one in together]):
-        together = []
-    launches += [one.product(x) for one in made if one not in together]
-    if together:
-        whole = fan(x, [one.result for one in together])
-        whole.late = not any(one.sibling.needs.m for one in together)
-        launches.append(whole)
-    return launches
-
-
-class _Output(NamedTuple):
-    """Of what a layer's output is made."""
-
-    one: OneForward
-    has: Small
-    sibling: Sibling
-    w: Read
-    b: Maybe
-
-    @property
-    def result(self) -> Result:
-        return Result(self.w.matrix, self.has.s, self.b, self.one.y.rows(), self.has.gain, self.one.bias)
-
-    @property
-    def norm(self) -> Norm:
-        has, one = self.has, self.one
-        return Norm(self.w.matrix, has.a, self.b, one.scaling, has.norm, one.magnitude, has.gain, self.w.scale)
-
-    def gain(self, group: Siblings, scratch: Scratch) -> list[Launch]:
-        """The norm and the gain, whose parts take y's memory, until y is there."""
-        w, a, b, scaling, n, m, gain, w_scale = self.norm
-        return norms(
-            w,
-            a,
-            b,
-            scaling,
-            n,
-            m=m,
-            gain=gain,
-            w_scale=w_scale,
-            round_norm=self.sibling.round_norm,
-            scratch=scratch,
-            room=self.one.y,
-            lifted=group.lifted,
-        )
-
-    def product(self, x: Operand, x_scale: Operand | None = None) -> Launch:
-        w, s, b, y, gain, bias = self.result
-        z = self.one.z and self.one.z.rows()
-        made = product(x, w, s, b, y, transposed=True, bias=bias, gain=gain, z=z, x_scale=x_scale, w_scale=self.w.scale)
-        made.late = not self.sibling.needs.m
-        return made
-
-    def alone(
-        self, x: Operand, quantised: Quantised[Operand] | None, group: Siblings, scratch: Scratch
-    ) -> list[Launch]:
-        """All launches, where what writes W for them must come right ahead."""
-        gains = self.gain(group, scratch) if self.sibling.dora else []
-        last = self.product(*quantised) if self.sibling.base.e4m3 and quantised else self.product(x)
-        for launch in self.w.launches:
-            launch.late = last.late and not gains
-        return [*self.w.launches, *gains, last]
-
-
-def _gains(made: Sequence[_Output], group: Siblings, scratch: Scratch) -> list[Launch]:
-    """Of all layers that have them, by one launch where they are alike."""
-    made = [one for one in made if one.sibling.dora]
-    if len({one.sibling.round_norm for one in made}) != 1 or any(one.norm.has_parts for one in made):
-        return [launch for one in made for launch in one.gain(group, scratch)]
-    return [norms_of([one.norm for one in made], round_norm=made[0].sibling.round_norm, lifted=group.lifted)]
-
-
-class OneBackward(NamedTuple):
-    """Of one layer's backward: dY, None where no gradient came; the gradients and dZ, each None where it is not
-    wanted; the scaling; then as in ``Kept``, but for the base's tensors."""
-
-    dy: Maybe
-    grad_b: Maybe
-    grad_bias: Maybe
-    grad_m: Maybe
-    dz: Maybe
-    scaling: Operand | Number
-    b: Maybe
-    y: Maybe
-    z: Maybe
 
 
 class Backward(NamedTuple):
@@ -224,7 +87,8 @@ def backward_launches(at: Backward, group: Siblings) -> list[Launch]:
             if at.dx is not None:
                 passes += one.into(at.dx.rows(), at.bits, group, rooms, adds=i > 0)
         return launches_of([*passes, *last], kind, scratch)
-    if x is not None and (few := few_rows(at, x, made, group, ds, scratch)):
+    wanted = Wanted(at.dx, at.grad_a, ds, at.bits, at.keep)
+    if x is not None and (few := few_rows(wanted, x, made, group, small, scratch)):
         return few
     rooms = group.rooms(scratch)
     passes = [one for layer in made for one in layer.passes(x, at.keep, group, rooms)]
@@ -233,108 +97,6 @@ def backward_launches(at: Backward, group: Siblings) -> list[Launch]:
         stacked = small.stacked if group.ranks else None
         launches.append(products([one.source for one in made], ds, stacked, at.dx.rows(), bits=at.bits))
     return launches
-
-
-class Gradients(NamedTuple):
-    """Of what a layer's gradients are made: ``ds`` are its columns of dS, ``held`` the tensors of its base. ``again``:
-    what z is made of again beside x, W, S and B."""
-
-    one: OneBackward
-    has: Small
-    sibling: Sibling
-    ds: Maybe
-    held: Sequence[Maybe]
-    again: dict[str, Any] = {}
-
-    @property
-    def b(self) -> Maybe:
-        return self.one.b if self.has.b is None else self.has.b
-
-    @property
-    def source(self) -> tuple[Operand, Operand]:
-        """dZ and W as they are, of which dX is made."""
-        return (self.one.dy.rows() if self.one.dz is None else self.one.dz), self.held[0]
-
-    def dora(self, x: Maybe, w: Read | None = None) -> Dora | None:
-        """What the pass over dY does for DoRA."""
-        one, has, sibling = self.one, self.has, self.sibling
-        if not sibling.dora or sibling.scaled:
-            return None
-        found = Dora(has.gain, has.norm, one.y if one.z is None else one.z, one.dz, one.grad_m)
-        if sibling.z_again:
-            w = w or Read(self.held[0])
-            found = found._replace(x=x, weight=w.matrix, s=has.s, b=self.b, w_scale=w.scale, **self.again)
-        return found
-
-    def passes(self, x: Maybe, keep: Number, group: Siblings, rooms: Rooms) -> list[Pass]:
-        """What is wanted of dY, ahead of dX."""
-        one, has, sibling, dy, base = self.one, self.has, self.sibling, self.one.dy.rows(), self.sibling.base
-        w, found, ds = None, list[Pass](), self.ds
-        if sibling.z_again:
-            w = base.y(self.held, rooms.wanted(sibling, group, has.gain))
-            found += w.launches
-        dora = self.dora(x, w)
-        if group.needs_x and base.e4m3:  # the launch that quantises makes dS, too
-            to, gain = rooms.dz8(sibling, group), None if dora is None else dora.gain
-            found.append(down(dy, self.b.t(), ds, one.scaling, keep, quantised=to, gain=gain, lifted=group.lifted))
-            ds = None
-        return found + dy_passes(
-            dy,
-            sibling.r,
-            one.scaling,
-            keep,
-            s=has.s,
-            b=self.b,
-            grad_b=one.grad_b,
-            ds=ds,
-            grad_bias=one.grad_bias,
-            dora=dora,
-            lifted=group.lifted,
-        )
-
-    def into(self, dx: Operand, bits: Maybe, group: Siblings, rooms: Rooms, adds: bool = False) -> list[Launch]:
-        """What makes dX, or adds to it."""
-        sibling, base = self.sibling, self.sibling.base
-        w, x, x_scale = base.dx(self.held, rooms.wanted(sibling, group)), self.source[0], None
-        if base.e4m3:
-            x, x_scale = rooms.dz8(sibling, group)
-        p, q, bits = (self.ds, self.has.a, bits) if sibling.r else (None, None, None)
-        made = product(x, w.matrix, p, q, dx, transposed=False, bits=bits, adds=adds, x_scale=x_scale, w_scale=w.scale)
-        return [*w.launches, made]
-
-
-def few_rows(
-    at: Backward, x: Operand, made: Sequence[Gradients], group: Siblings, ds: Operand | None, scratch: Scratch
-) -> list[Launch]:
-    """All launches for few rows, each for all layers; none where they do not serve."""
-    adapted = [one for one in made if one.sibling.r]
-    if len(made) < len(group.each) or ds is None or at.dx is None or at.grad_a is None:
-        return []
-    forms = {
-        tuple(t and t.dtype for t in (one.grad_b, one.grad_bias, one.grad_m, one.z, one.dz)) for one, *_ in adapted
-    }
-    if len(forms) > 1 or any(one.one.grad_b is None for one in adapted) or group.ranks > MOST_RANKS:
-        return []
-    if any(one.one.grad_bias is not None for one in made if not one.sibling.r):
-        return []
-    dys, r = [one.one.dy.rows() for one in adapted], max(one.r for one in group.each)
-    if not takes_downs(group.m, r, x) or not takes_pair(x, [t for one in made for t in one.source[:1]] + dys, r, False):
-        return []
-    gained, ranks, over = [], [], []
-    for dy, layer in zip(dys, adapted, strict=True):
-        one, dora = layer.one, layer.dora(x)
-        if one.dz is not None and dora is not None:
-            gained.append((dy, dora))
-        ranks.append((layer.source[0], layer.b, layer.sibling.r))
-        scaling = one.scaling if group.lifted else None
-        over.append(OverDy(dy, layer.has.s, one.grad_b, one.grad_bias, dora and dora.gain, scaling))
-    small = group.small(at.room)
-    return [
-        *(dz_and_dm(gained, scratch) if gained else ()),
-        downs(ranks, ds, small.scales, at.keep),
-        pair(x, ds, at.grad_a, over, bits=at.bits),
-        products([one.source for one in made], ds, small.stacked, at.dx.rows(), bits=at.bits),
-    ]
 
 
 def forward(

@@ -17,9 +17,10 @@ import torch
 from lora_fast.kernels.binding import bound_program, kind_of
 from lora_fast.kernels.common import precision, wide
 from lora_fast.kernels.glu import glu_down, glu_grad, glu_splits
-from lora_fast.kernels.group import Gradients, OneBackward, OneForward, outputs
+from lora_fast.kernels.gradients import Gradients, OneBackward
 from lora_fast.kernels.mask import keep_count, keep_scale, mask
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling
+from lora_fast.kernels.outputs import OneForward, outputs
 from lora_fast.kernels.passes import a_pass, launches_of
 from lora_fast.kernels.problem import MaybeTensor
 from lora_fast.kernels.program import Launch
