@@ -17,7 +17,7 @@ from lora_fast.kernels.gradients import Gradients, OneBackward, Wanted, few_rows
 from lora_fast.kernels.mask import keep_count, keep_scale, mask
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling
 from lora_fast.kernels.outputs import OneForward, outputs
-from lora_fast.kernels.passes import Pass, a_pass, launches_of, needs_dz
+from lora_fast.kernels.passes import Pass, a_pass, launches_of
 from lora_fast.kernels.problem import MaybeTensor
 from lora_fast.kernels.products import products
 from lora_fast.kernels.program import Launch
@@ -56,25 +56,24 @@ class Backward(NamedTuple):
     bits: Maybe
     ds: Maybe
     keep: Number
-    each: tuple[Any, ...]  # the fields of ``OneBackward`` for each layer, then each base's tensors that are saved
+    each: tuple[Any, ...]  # dY of each layer; four ``specs`` of each; its scaling; and as in ``Kept``
 
 
 def backward_launches(at: Backward, group: Siblings) -> list[Launch]:
-    flat, held, _ = group.parted(at.each, len(OneBackward._fields), group.saved)
-    each = [OneBackward(*one) for one in flat]
+    n, each, held = len(group.each), [], []
+    dys, grads, scalings, rest = at.each[:n], at.each[n : 5 * n], at.each[5 * n : 6 * n], at.each[6 * n :]
+    for i, sibling in enumerate(group.each):
+        each.append(OneBackward._make((dys[i], *grads[4 * i : 4 * i + 4], scalings[i], *rest[:3])))
+        held.append(rest[3 : 3 + sibling.held])
+        rest = rest[3 + sibling.held :]
     small, scratch, x = group.small(at.room), Scratch(at.room.device), None if at.x is None else at.x.rows()
     ds = at.ds
     parts: Sequence[Maybe] = [None] * len(each)
     if group.needs_ds:
         ds = ds or scratch.part((group.m, group.ranks), group.kind)
         parts = group.columns(ds)
-    made = [
-        Gradients(one, has, sibling, part, tensors)
-        for one, has, sibling, part, tensors in zip(each, small.each, group.each, parts, held, strict=True)
-    ]
-    made = [one for one in made if one.one.dy is not None]
-    if not made:
-        return []
+    layers = zip(each, small.each, group.each, parts, held, strict=True)
+    made = [Gradients(*layer) for layer in layers if layer[0].dy is not None]
     last: list[Pass] = []
     if at.grad_a is not None:
         assert x is not None
@@ -150,7 +149,7 @@ def backward(
     dys: Sequence[MaybeTensor],
     x: MaybeTensor,
     made: Made,
-    kept: Sequence[Sequence[Any]],
+    kept: Sequence[Any],
     scalings: Sequence[float | torch.Tensor],
     p: float,
     in_place: bool = False,
@@ -158,66 +157,61 @@ def backward(
     """dX [*lead, K], and (dA, dB, dbias, dm) of each layer; None where it is not needed, and for layers whose dY is
     None. Weights and adapters have the strides that the group's calls agree in.
 
-    dys [*lead, N] contiguous, or matrices of their rows, each row contiguous; x and ``kept`` (each a ``Kept``): what
-    the backward reads. The A's gradients are parts of one matrix. With many rows dX comes last, and till then its
-    memory holds what the passes leave for their sums.
+    dys [*lead, N] contiguous, or matrices of their rows, each row contiguous; x and ``kept``, as in ``Kept``, one layer
+    after the other: what the backward reads. The A's gradients are parts of one matrix. With many rows dX comes last,
+    and till then its memory holds what the passes leave for their sums.
     ``in_place``: DoRA's dZ takes dY's memory.
     """
     m, room, bits, kind = group.m, made.room, made.bits, group.kind
     new, dx, stacked, ds = room.new_empty, None, None, None
     if group.needs_x:
         dx = new(*group.x_shape, dtype=kind)
+    strides = [None if dy is None or dy.is_contiguous() else dy.stride() for dy in dys]
+    missing = [i for i, dy in enumerate(dys) if dy is None]
+    flat: list[Any] = []
+    for dy, specs in zip(dys, group.specs, strict=True):
+        if dy is None:
+            flat += None, None, None, None
+            continue
+        *three, dz = specs
+        flat += [spec and new(*spec[0], dtype=spec[1]) for spec in three]
+        flat.append(dz and (dy if in_place else new(*dz[0], dtype=dz[1])))
+    if missing and group.needs_ds:  # whose columns nobody writes
+        ds = new(m, group.ranks, dtype=kind).zero_()
     if group.needs_a and any([one.needs.a and dy is not None for one, dy in zip(group.each, dys, strict=True)]):
         stacked = new(group.ranks, group.k, dtype=group.a_kind)
-    grads: list[tuple[MaybeTensor, ...]] = []
-    flat: list[Any] = []
-    key: list[Any] = [backward_launches]
-    for one, dy, scaling, keeps in zip(group.each, dys, scalings, kept, strict=True):
-        grad_b = grad_bias = grad_m = dz = None
-        if dy is None:
-            key.append(None)
-            if group.needs_ds and ds is None:  # whose columns nobody writes
-                ds = new(m, group.ranks, dtype=kind).zero_()
-        else:
-            key.append(dy.stride())
-            _, _, need_b, need_bias, need_m = one.needs
-            if need_b:
-                grad_b = new(one.n, one.r, dtype=one.kinds.b)
-            if need_bias:
-                grad_bias = new(one.n, dtype=one.kinds.bias)
-            if need_m:
-                grad_m = new(one.n, dtype=one.kinds.m)
-            by_itself = group.needs_x and not one.base.e4m3  # else that is quantised, and read so
-            if one.dora and not one.scaled and (by_itself or needs_dz(one.r, group.needs_ds, need_b)):
-                dz = dy if in_place else new(m, one.n, dtype=kind)
-        scaling = as_scaling(scaling)
-        if isinstance(scaling, torch.Tensor):
-            key.append((len(grads), kind_of(scaling)))
-        grads.append((grad_b, grad_bias, grad_m))
-        flat += (dy, grad_b, grad_bias, grad_m, dz, scaling, *keeps[1:])
-    wanted = [grad for grad in (dx, stacked, *(grad for three in grads for grad in three)) if grad is not None]
     if m == 0:
-        for grad in wanted:
-            grad.zero_()
-    elif wanted:
-        for keeps, there in zip(kept, group.saved, strict=True):
-            flat += keeps[0][there]
-        given = room, x, dx, stacked, bits, ds, 1.0 if bits is None else keep_scale(p), *flat
-        key += (None if x is None else x.stride(), bits is None, in_place)
-        key.append(group.is_float32 and precision(kind, 256))
-        program = group.programs.get(tuple(key))
+        for grad in (dx, stacked, *flat):
+            if grad is not None:
+                grad.zero_()
+    elif dx is not None or stacked is not None or any([grad is not None for grad in flat]):
+        kinds = None
+        if not all([type(scaling) is float for scaling in scalings]):
+            scalings = list(map(as_scaling, scalings))
+            kinds = tuple(map(kind_of, scalings))
+        given = room, x, dx, stacked, bits, ds, 1.0 if bits is None else keep_scale(p), *dys, *flat, *scalings, *kept
+        key = (
+            backward_launches,
+            None if x is None or x.is_contiguous() else x.stride(),
+            bits is None,
+            in_place,
+            kinds,
+            *strides,
+            *missing,
+            group.is_float32 and precision(kind, 256),
+        )
+        program = group.programs.get(key)
         if program is None or (bound := program.bind(*given)) is None:
-            program, bound = bound_program(group, tuple(key), Backward, given)
+            program, bound = bound_program(group, key, Backward, given)
         program.run(bound)
     if stacked is None:
-        return dx, [(None, *three) for three in grads]
+        return dx, [(None, *flat[i : i + 3]) for i in range(0, len(flat), 4)]
     found: list[tuple[MaybeTensor, ...]] = []
-    parts = stacked.split_with_sizes(group.ranks_of)
-    for one, ranks, dy, part, three in zip(group.each, group.ranks_of, dys, parts, grads, strict=True):
+    for i, (one, part) in enumerate(zip(group.each, stacked.split_with_sizes(group.ranks_of), strict=True)):
         own: MaybeTensor = None
-        if one.needs.a and dy is not None:
-            own = part if ranks == one.r else part[: one.r]
+        if one.needs.a and dys[i] is not None:
+            own = part if one.ranks == one.r else part[: one.r]
             if one.kinds.a != group.a_kind:
                 own = own.to(one.kinds.a)
-        found.append((own, *three))
+        found.append((own, *flat[4 * i : 4 * i + 3]))
     return dx, found

@@ -246,8 +246,8 @@ def backward(
     in_place: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[MaybeTensor, ...], list[MaybeTensor]]:
     """de and dg [M, I] (where ``scaled`` with DoRA's gain), (dA, dB, dbias, dm) of down, and dm of gate and of up where
-    ``Mlp.dots`` says so. ``kept``, each a ``Kept``, is of gate, up and down; scaling and p are down's. ``in_place``: de
-    and dg take the memory of e and g."""
+    ``Mlp.dots`` says so. ``kept``, each as in ``Kept``, is of gate, up and down; scaling and p are down's.
+    ``in_place``: de and dg take the memory of e and g."""
     inner, outer, down, e, g, new = mlp.inner, mlp.outer, mlp.down, made.e, made.g, dy.new_empty
     m, width = inner.m, mlp.outer.k
     de, dg = (e, g) if in_place else (torch.empty_like(e), torch.empty_like(g))
@@ -269,14 +269,14 @@ def backward(
         scaling, keep = as_scaling(scaling), 1.0 if made.h_bits is None else keep_scale(p)
         rest: list[Any] = []
         for dm, one in zip(dms, kept, strict=False):
-            rest += (None, None) if dm is None else (dm, one[1])
+            rest += (None, None) if dm is None else (dm, one[0])
         for i, sibling in enumerate(inner.each):
             if mlp.dots[i]:
-                rest += kept[i][0][sibling.for_y]
-        rest += kept[2][0][outer.saved[0]]
+                rest += kept[i][3:][sibling.for_y]
+        rest += kept[2][3:][outer.saved[0]]
         rooms = made.room, made.down_room
         own = x if any(mlp.dots) else None
-        given = dy, e, g, de, dg, dh, *rooms, made.h_bits, keep, *grads, dz, scaling, *kept[2][1:], own, *rest
+        given = dy, e, g, de, dg, dh, *rooms, made.h_bits, keep, *grads, dz, scaling, *kept[2][:3], own, *rest
         key = (
             backward_launches,
             dy.stride(),

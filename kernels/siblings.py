@@ -13,6 +13,7 @@ from lora_fast.kernels.cast import cast_wanted
 from lora_fast.kernels.common import FP8, padded_rank
 from lora_fast.kernels.down import Quantised
 from lora_fast.kernels.operands import Operand, Scratch, Size
+from lora_fast.kernels.passes import needs_dz
 from lora_fast.kernels.problem import Kinds, MaybeTensor, Needs, Shapes, Small
 from lora_fast.kernels.program import Bound, Program
 from lora_fast.kernels.sums import weak_gain
@@ -135,6 +136,23 @@ class Siblings:
         return own, held, flat
 
     @cached_property
+    def specs(self) -> list[list[tuple[Size, torch.dtype] | None]]:
+        """Shape and dtype of dB, dbias, dm and dZ of each layer, None where it is not wanted."""
+        found: list[list[tuple[Size, torch.dtype] | None]] = []
+        for one in self.each:
+            _, _, need_b, need_bias, need_m = one.needs
+            by_itself = self.needs_x and not one.base.e4m3  # else dZ is quantised, and read so
+            dz = one.dora and not one.scaled and (by_itself or needs_dz(one.r, self.needs_ds, need_b))
+            all_of_them = (
+                (need_b, (one.n, one.r), one.kinds.b),
+                (need_bias, (one.n,), one.kinds.bias),
+                (need_m, (one.n,), one.kinds.m),
+                (dz, (self.m, one.n), self.kind),
+            )
+            found.append([(shape, kind) if wanted and kind else None for wanted, shape, kind in all_of_them])
+        return found
+
+    @cached_property
     def for_y(self) -> list[slice]:
         return [one.for_y for one in self.each]
 
@@ -201,9 +219,8 @@ class Given(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward reads of one layer, each None where it does not: its base's tensors, too."""
+    """What the backward reads of one layer, each None where it does not; then come its base's tensors."""
 
-    held: Sequence[MaybeTensor]
     b: MaybeTensor = None
     y: MaybeTensor = None
     z: MaybeTensor = None

@@ -191,8 +191,9 @@ def group(case: GroupCase, base_name: str = "plain") -> None:
     if late is not None:
         late.run()
     kept = [
-        Kept(one.held, None if sibling.casts else one.b, y if dora else None)
+        t
         for one, sibling, y in zip(each, siblings.each, ys, strict=True)
+        for t in (*Kept(None if sibling.casts else one.b, y if dora else None), *one.held)
     ]
     dys = [torch.empty_like(y) for y in ys]
     backward(siblings, dys, x, made, kept, [2.0] * len(ys), p)
@@ -224,8 +225,8 @@ def mlp(case: GroupCase, act: str) -> None:
     y, made, late = forward(problem, x, each, (seed, seed), (p, p))
     if late is not None:
         late.run()
-    kept = [Kept(one.held, None if inner.casts else one.b) for one in each]
-    kept[2] = kept[2]._replace(y=y if dora else None)
+    kept = [(*Kept(None if inner.casts else one.b), *one.held) for one in each]
+    kept[2] = *Kept(kept[2][0], y if dora else None), *each[2].held
     backward(problem, torch.empty_like(y), x, made, kept, 2.0, p, True)
 
 

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_fast.blocks import group
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.group import Bases, as_rows, given, kept_held, kept_of, sibling
+from lora_fast.blocks.group import Bases, as_rows, given, kept_held, sibling
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels import group as group_kernels
 from lora_fast.kernels import mlp as mlp_kernels
@@ -134,7 +134,10 @@ class FusedGlu:
         self, dy: torch.Tensor, saved: Sequence[Any], scalings: Sequence[Any], rates: tuple[float, float]
     ) -> tuple[MaybeTensor, ...]:
         """dX, then dA, dB, dbias and dm of gate, up and down."""
-        x, kept = saved[0], kept_of(saved[7:], (*self.mlp.inner.each, self.mlp.down))
+        x, kept, at = saved[0], [], 7
+        for one in (*self.mlp.inner.each, self.mlp.down):
+            kept.append(saved[at : at + 3 + one.held])
+            at += 3 + one.held
         found = Made(*saved[1:7])
         x = None if x is None else addressable(x)
         de, dg, of_down, dms = mlp_kernels.backward(
@@ -142,7 +145,7 @@ class FusedGlu:
         )
         shared = MadeOfGroup(found.room, found.bits, ())
         dx, both = group_kernels.backward(
-            self.mlp.inner, (de, dg), x, shared, kept[:2], scalings[:2], rates[0], in_place=True
+            self.mlp.inner, (de, dg), x, shared, (*kept[0], *kept[1]), scalings[:2], rates[0], in_place=True
         )
         grads = [(*three, own if dm is None else dm) for (*three, own), dm in zip(both, dms, strict=True)]
         return dx, *(grad for four in (*grads, of_down) for grad in four)

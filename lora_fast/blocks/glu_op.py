@@ -105,7 +105,9 @@ def _gradients(
         keeps = kept_of(weights, small, kept, (*mlp.inner.each, mlp.down))
         de, dg, of_down, dms = kernels.backward(mlp, as_rows(dy), x, made, keeps, scalings[2], h_p, False)
         shared = MadeOfGroup(room, bits, ())
-        dx, both = group_kernels.backward(mlp.inner, (de, dg), x, shared, keeps[:2], scalings[:2], p, in_place=True)
+        dx, both = group_kernels.backward(
+            mlp.inner, (de, dg), x, shared, (*keeps[0], *keeps[1]), scalings[:2], p, in_place=True
+        )
     grads = [(*three, own if dm is None else dm) for (*three, own), dm in zip(both, dms, strict=True)]
     return [t for t in (dx, *apart([*grads, of_down])) if t is not None]
 

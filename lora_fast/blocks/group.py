@@ -12,7 +12,7 @@ from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels.bases import PLAIN
 from lora_fast.kernels.group import backward, forward
 from lora_fast.kernels.problem import MaybeTensor, Needs
-from lora_fast.kernels.siblings import Deferred, Given, Kept, Made, Sibling, Siblings
+from lora_fast.kernels.siblings import Deferred, Given, Made, Sibling, Siblings
 from lora_fast.kernels.stack import MOST
 from lora_fast.ops.linear import draw_seed
 from lora_fast.ops.parts import addressable, contiguous, kinds_of, on, one_gpu
@@ -97,16 +97,6 @@ class Call(NamedTuple):
     late: list[Deferred]  # filled: launches for once what the backward reads is saved
 
 
-def kept_of(saved: Sequence[Any], each: Sequence[Sibling]) -> list[Kept]:
-    """Of what ``to_save`` gave for these layers."""
-    found, at = [], 0
-    for one in each:
-        b, y, z = saved[at : at + 3]
-        at += 3 + one.held
-        found.append(Kept(saved[at - one.held : at], b, y, z))
-    return found
-
-
 class FusedGroup:
     """The fused form of ``reference.lora_group`` for calls, checked before, that are alike (see ``FusedLinear``)."""
 
@@ -180,8 +170,7 @@ class FusedGroup:
         self, dys: Sequence[MaybeTensor], saved: Sequence[Any], scalings: Sequence[Any], p: float
     ) -> tuple[MaybeTensor, ...]:
         """dX, then dA, dB, dbias and dm of each layer."""
-        x, room, bits, *rest = saved
-        kept = kept_of(rest, self.group.each)
+        x, room, bits, *kept = saved
         rows = [None if dy is None else as_rows(dy) for dy in dys]
         made = Made(room, bits, ())
         x = None if x is None else addressable(x)

@@ -2,6 +2,7 @@
 ``lora_group_fwd``, whose gradients ``lora_group_bwd`` makes."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def _gradients(
             [None if dy is None else as_rows(dy) for dy in dys],
             None if x is None else addressable(x),
             Made(room, bits, ()),
-            kept_of(weights, small, kept, each_of(weights, small, flags, needs)),
+            list(chain.from_iterable(kept_of(weights, small, kept, each_of(weights, small, flags, needs)))),
             scalings,
             p,
         )

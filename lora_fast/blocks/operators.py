@@ -14,7 +14,7 @@ from lora_fast.blocks.group import sibling
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels.memo import Memo
 from lora_fast.kernels.problem import MaybeTensor, Needs
-from lora_fast.kernels.siblings import Kept, Sibling
+from lora_fast.kernels.siblings import Sibling
 from lora_fast.ops.parts import contiguous, kinds_of
 
 LAYERS = "Tensor[] weights, Tensor?[] small, Tensor[] scalings"
@@ -59,15 +59,16 @@ def key_of(lead: Sequence[int], weights: Tensors, small: Small, *rest: Any) -> t
     return (*lead, weights[0].device, *flat, *rest)
 
 
-def kept_of(weights: Tensors, small: Small, kept: Small, siblings: Sequence[Sibling]) -> list[Kept]:
-    """Of each layer; ``kept``: y or z of each, which its magnitude's gradient reads."""
+def kept_of(weights: Tensors, small: Small, kept: Small, siblings: Sequence[Sibling]) -> list[list[MaybeTensor]]:
+    """Of each layer what is in ``Kept``, and its weight; ``kept``: y or z of each, which its magnitude's gradient
+    reads."""
     return [
-        Kept(
-            (weights[i],),
+        [
             None if one.casts else small[4 * i + 1],
             kept[i] if one.z_again else None,
             kept[i] if one.needs.m and one.keep_z else None,
-        )
+            weights[i],
+        ]
         for i, one in enumerate(siblings)
     ]
 
