@@ -54,10 +54,13 @@ class Base:
     unpack_y: Unpack | None = None  # from these tensors; one launch
     unpack_dx: Unpack | None = None
 
+    def size(self, n: int, k: int, kind: torch.dtype) -> int:
+        """Bytes of W where it is written; none where it is not."""
+        return n * k * (1 if self.e4m3 else kind.itemsize) if self.unpack_y else 0
+
     def room(self, n: int, k: int, kind: torch.dtype, scratch: Scratch) -> Operand:
-        """Where W is written to; nothing where it is not."""
-        size = n * k * (1 if self.e4m3 else kind.itemsize) if self.unpack_y else 0
-        return scratch.part((size,), torch.uint8)
+        """Where W is written to."""
+        return scratch.part((self.size(n, k, kind),), torch.uint8)
 
     def y(self, held: Sequence[Any], wanted: Wanted) -> Read:
         """W for the product of y: ``held`` are the base's tensors, of which it needs those ``for_y``."""

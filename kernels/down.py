@@ -100,7 +100,7 @@ def _quantise(
 
 
 @triton.jit
-def _side_by_side(
+def side_by_side(
     x,
     a,
     bits_ptr,
@@ -219,7 +219,7 @@ def _down_fwd_kernel(
         ranks = rank + tl.arange(0, BLOCK_R)
         whole_x, whole_a = Matrix(x, M, K, stride_xm, stride_xk), Matrix(a_ptr, R, K, stride_ar, stride_ak)
         if WAYS:
-            acc = _side_by_side(whole_x, whole_a, bits_ptr, row, stride_bits, WAYS, BLOCK_M, BLOCK_K, BLOCK_R, DTYPE)
+            acc = side_by_side(whole_x, whole_a, bits_ptr, row, stride_bits, WAYS, BLOCK_M, BLOCK_K, BLOCK_R, DTYPE)
         else:
             acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
             for k in range(0, K, BLOCK_K):

@@ -68,9 +68,11 @@ def halves(tile):
 
 
 @triton.jit
-def _store(out, z_ptr, acc, row, col, gain_ptr, bias_ptr, DTYPE: tl.constexpr, TMA: tl.constexpr):
+def _store(out, z_ptr, acc, row, col, gain_ptr, bias_ptr, ADDS: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr):
     """The epilogue; to z goes the tile as it is before gain and bias."""
     cols = col + tl.arange(0, acc.shape[1])
+    if ADDS:
+        acc += load_tile(out, row, col, acc.shape[0], acc.shape[1], TMA).to(acc.dtype)
     if z_ptr is not None:
         store_tile(Matrix(z_ptr, out.rows, out.cols, out.cols, 1), acc, row, col, DTYPE, TMA)
     if gain_ptr is not None:
@@ -144,6 +146,7 @@ def _store_masked(
     BLOCK_R: tl.constexpr,
     RANK_STEPS: tl.constexpr,
     Q_T: tl.constexpr,
+    ADDS: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
     TMA: tl.constexpr,
@@ -165,7 +168,10 @@ def _store_masked(
         low = tl.where(unpack_words(mask_of_tile(bits, row, col, BLOCK_M, WIDTH)), low, 0.0)
         x_scale = _part(scales.x, row, out.rows, BLOCK_M).to(acc.dtype)
         w_scale = _part(scales.w, col, out.cols, WIDTH).to(acc.dtype)
-        store_tile(out, piece * x_scale[:, None] * w_scale[None, :] + low, row, col, DTYPE, TMA)
+        piece = piece * x_scale[:, None] * w_scale[None, :] + low
+        if ADDS:
+            piece += load_tile(out, row, col, BLOCK_M, WIDTH, TMA).to(acc.dtype)
+        store_tile(out, piece, row, col, DTYPE, TMA)
         col += WIDTH
 
 
@@ -242,6 +248,7 @@ def _gemm_kernel(
     UNIT_ROWS: tl.constexpr,
     W_T: tl.constexpr,
     Q_T: tl.constexpr,
+    ADDS: tl.constexpr,
     TMA: tl.constexpr,
     KIND: tl.constexpr,
     ACC: tl.constexpr,
@@ -338,14 +345,15 @@ def _gemm_kernel(
                         BLOCK_R,
                         RANK_STEPS,
                         Q_T,
+                        ADDS,
                         PRECISION,
                         DTYPE,
                         TMA,
                     )
                 else:
                     left_half, right_half = halves(acc)
-                    _store(whole_out, z, left_half, row, col, gain_ptr, bias_ptr, DTYPE, TMA)
-                    _store(whole_out, z, right_half, row, col + BLOCK_N // 2, gain_ptr, bias_ptr, DTYPE, TMA)
+                    _store(whole_out, z, left_half, row, col, gain_ptr, bias_ptr, ADDS, DTYPE, TMA)
+                    _store(whole_out, z, right_half, row, col + BLOCK_N // 2, gain_ptr, bias_ptr, ADDS, DTYPE, TMA)
                 if LOW_FIRST:
                     acc = _low_rank(
                         late(p0),
@@ -380,8 +388,8 @@ class Units(NamedTuple, Generic[T]):
 def product(
     x: Operand,
     w: Operand,
-    p: Operand,
-    q: Operand,
+    p: Operand | None,
+    q: Operand | None,
     out: Operand,
     *,
     transposed: bool,
@@ -389,6 +397,7 @@ def product(
     bits: Operand | None = None,
     gain: Operand | None = None,
     z: Operand | None = None,
+    adds: bool = False,
     x_scale: Operand | None = None,
     w_scale: Operand | None = None,
     units: Units[Operand] | None = None,
@@ -396,12 +405,15 @@ def product(
     """out = gain * (x w^T + p q^T) + bias if transposed (w [N, C], q [N, R]), else x w + mask * (p q) ([C, N], [R, N]).
 
     x [M, C], w, p [M, padded R] (or columns of a wider matrix) and q in one dtype, rows of p and q contiguous; bits are
-    of a mask of out's shape (transposed has none). With z, [M, N] and contiguous, that is filled with the sum before
-    gain and bias. Where w and q are ``turned``, their columns contiguous and not their rows, they are read as their
-    transposes. With scales, [M] of x's rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and
-    out in a wider dtype. With ``units`` each tile takes some of the ranks alone.
+    of a mask of out's shape (transposed has none). Without p and q there is no low-rank product. With z, [M, N] and
+    contiguous, that is filled with the sum before gain and bias. ``adds``: to what out holds. Where w and q are
+    ``turned``, their columns contiguous and not their rows, they are read as their transposes. With scales, [M] of x's
+    rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and out in a wider dtype. With ``units`` each
+    tile takes some of the ranks alone.
     """
-    (m, c), n, r = x.shape, out.shape[1], q.shape[transposed]
+    (m, c), n, r = x.shape, out.shape[1], 0 if q is None else q.shape[transposed]
+    if p is None or q is None:
+        p, q = x, w  # of which nothing is read as such
     fp8, kind, masked = x.dtype == FP8, out.dtype, bits is not None
     q_t, w_t = transposed, transposed or fp8
     if w.turned and q.turned:
@@ -463,6 +475,7 @@ def product(
         UNIT_ROWS=0 if units is None else units.rows,
         W_T=w_t,
         Q_T=q_t,
+        ADDS=adds,
         TMA=tma,
         KIND=TL[over if kind == torch.float16 else kind],
         ACC=acc_dtype(kind),

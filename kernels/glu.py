@@ -62,35 +62,38 @@ def _glu_down_kernel(
     for k in range(0, K, BLOCK_K):
         e_tile = load_tile(Matrix(e, M, K, K, 1), row, k, BLOCK_M, BLOCK_K, TMA)
         g_tile = load_tile(Matrix(g, M, K, K, 1), row, k, BLOCK_M, BLOCK_K, TMA)
-        a = load_tile(Matrix(a_ptr, R, K, K, 1), rank, k, BLOCK_R, BLOCK_K, TMA)
+        if a_ptr is not None:
+            a = load_tile(Matrix(a_ptr, R, K, K, 1), rank, k, BLOCK_R, BLOCK_K, TMA)
         tile = late(gated(e_tile, g_tile, ACT, ACC, DTYPE))  # else Triton makes it once for each of its uses
         if rank == 0:
             store_tile(Matrix(h, M, K, K, 1), tile, row, k, DTYPE, TMA)
         if bits_ptr is not None:
             words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
             tile = tl.where(unpack_words(words), tile, 0.0)
-        acc = mma(tile, a.T, acc, PRECISION)
-    s = acc * (tl.load(scales_ptr + ranks, mask=ranks < R, other=0.0) * keep_scale)[None, :]
-    s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :]
-    tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < R))
+        if a_ptr is not None:
+            acc = mma(tile, a.T, acc, PRECISION)
+    if a_ptr is not None:
+        s = acc * (tl.load(scales_ptr + ranks, mask=ranks < R, other=0.0) * keep_scale)[None, :]
+        s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :]
+        tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < R))
 
 
 def glu_down(
     e: Operand,
     g: Operand,
     h: Operand,
-    a: Operand,
-    s: Operand,
-    scales: Operand,
+    a: Operand | None,
+    s: Operand | None,
+    scales: Operand | None,
     keep: Number,
     *,
     act: str,
     bits: Operand | None = None,
 ) -> Launch:
-    """h [M, K] = act(e) * g, and s [M, R] = scales * keep * drop(h) a^T, from a [R, K], R a multiple of 16, and the
+    """h [M, K] = act(e) * g, and with a [R, K], R a multiple of 16, s [M, R] = scales * keep * drop(h) a^T, from the
     bits of a mask on h. All are contiguous and in one dtype, scales [R] in float32."""
-    (m, k), r = e.shape, len(a)
-    tma, masked = tma_fits(e, g, h, a), bits is not None
+    (m, k), r = e.shape, 16 if a is None else len(a)
+    tma, masked = tma_fits(e, g, h, *(() if a is None else (a,))), bits is not None
     tile = pass_tiles.glu_down(m, r, dtype=e.dtype, chip=Chip.of(e.device), tma=tma, masked=masked)
     block, of_a = [tile.m, tile.k], [tile.r, tile.k]
     return launch(
@@ -101,7 +104,7 @@ def glu_down(
         e=Tiles(e, block) if tma else e,
         g=Tiles(g, block) if tma else g,
         h=Tiles(h, block) if tma else h,
-        a_ptr=Tiles(a, of_a) if tma else a,
+        a_ptr=a and Tiles(a, of_a) if tma else a,
         s_ptr=s,
         scales_ptr=scales,
         bits_ptr=bits,
@@ -182,7 +185,8 @@ def _glu_grad_kernel(
             dg *= g_gain
         store_tile(Matrix(de_ptr, M, N, N, 1), de, row, col, DTYPE)
         store_tile(Matrix(dg_ptr, M, N, N, 1), dg, row, col, DTYPE)
-        store_tile(Matrix(h_ptr, M, N, N, 1), f * g, row, col, DTYPE)
+        if h_ptr is not None:
+            store_tile(Matrix(h_ptr, M, N, N, 1), f * g, row, col, DTYPE)
     part = tl.program_id(1).to(tl.int64) * N
     if e_parts_ptr is not None:
         tl.store(e_parts_ptr + part + cols, tl.sum(e_dots, 0), mask=cols < N)
@@ -209,8 +213,10 @@ def glu_grad(
     act: str,
     gains: Pair = (None, None),
     parts: Pair = (None, None),
+    with_h: bool = True,
 ) -> Launch:
-    """de and dg [M, N] from dh, e and g, which they may lie over, and h over dh; all contiguous and in one dtype.
+    """de and dg [M, N] from dh, e and g, which they may lie over, and h over dh, if wanted; all contiguous and in one
+    dtype.
 
     ``gains`` [N] in float32: of DoRA, which de and dg get. ``parts`` [``glu_splits``, N]: filled with those of the
     column sums of de * e and of dg * g, without gains. Columns whose gain is weak wait for it where there are parts:
@@ -227,7 +233,7 @@ def glu_grad(
         g_ptr=g,
         de_ptr=de,
         dg_ptr=dg,
-        h_ptr=dh,
+        h_ptr=dh if with_h else None,
         e_gain_ptr=gains[0],
         g_gain_ptr=gains[1],
         e_parts_ptr=parts[0],

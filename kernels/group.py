@@ -13,33 +13,17 @@ import torch
 
 from lora_fast.kernels.binding import bound_program, kind_of
 from lora_fast.kernels.common import precision, wide
-from lora_fast.kernels.down import down
-from lora_fast.kernels.gemm import product
+from lora_fast.kernels.gradients import Gradients, OneBackward, Wanted, few_rows
 from lora_fast.kernels.mask import keep_count, keep_scale, mask
-from lora_fast.kernels.norm import norms
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling
-from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of, needs_dz
+from lora_fast.kernels.outputs import OneForward, outputs
+from lora_fast.kernels.passes import Pass, a_pass, launches_of
 from lora_fast.kernels.problem import MaybeTensor
 from lora_fast.kernels.products import products
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.siblings import Deferred, Given, Made, Shared, Siblings
-from lora_fast.kernels.stack import Adapter, stack
-from lora_fast.kernels.sums import Dora
+from lora_fast.kernels.siblings import Deferred, Given, Made, Siblings
 
 Maybe = Any  # an operand, None where the problem has none
-
-
-class OneForward(NamedTuple):
-    """Of one layer's forward: as in ``Given``, then y and z."""
-
-    weight: Operand
-    a: Operand
-    b: Operand
-    bias: Maybe
-    magnitude: Maybe
-    scaling: Operand | Number
-    y: Operand
-    z: Maybe
 
 
 class Forward(NamedTuple):
@@ -52,61 +36,14 @@ class Forward(NamedTuple):
     keep_count: Number
     n_words: Number
     keep: Number
-    each: tuple[Any, ...]  # the fields of ``OneForward`` for each layer
+    each: tuple[Any, ...]  # the fields of ``OneForward`` for each layer, then those of each base's tensors that y reads
 
 
 def forward_launches(at: Forward, group: Siblings) -> list[Launch]:
-    each = [OneForward(*at.each[i : i + 8]) for i in range(0, len(at.each), 8)]
     first = [] if at.seed is None else [mask(at.seed, at.bits, at.keep_count, at.n_words)]
-    return [*first, *outputs(at.x.rows(), each, group, group.small(at.room), at.bits, at.keep)]
-
-
-def outputs(
-    x: Operand, each: Sequence[OneForward], group: Siblings, small: Shared, bits: Maybe, keep: Number
-) -> list[Launch]:
-    """The small things and each y, whose products come last."""
-    scratch = Scratch(x.device)
-    adapters = [Adapter(one.a, one.b, has.b, one.scaling) for one, has in zip(each, small.each, strict=True)]
-    launches = [
-        stack(x, adapters, small.stacked, small.scales, group.lifted),
-        down(x, small.stacked, small.s, None, keep, bits=bits, scales=small.scales),
-    ]
-    last = []
-    for one, has, sibling in zip(each, small.each, group.each, strict=True):
-        b = one.b if has.b is None else has.b
-        if sibling.dora:  # parts of the norm take y's memory, until y is there
-            launches += norms(
-                one.weight,
-                has.a,
-                b,
-                one.scaling,
-                has.norm,
-                m=one.magnitude,
-                gain=has.gain,
-                round_norm=sibling.round_norm,
-                scratch=scratch,
-                room=one.y,
-                lifted=group.lifted,
-            )
-        z = None if one.z is None else one.z.rows()
-        last.append(product(x, one.weight, has.s, b, one.y.rows(), transposed=True, bias=one.bias, gain=has.gain, z=z))
-    return [*launches, *last]
-
-
-class OneBackward(NamedTuple):
-    """Of one layer's backward: dY, None where no gradient came; the gradients and dZ, each None where it is not
-    wanted; the scaling; then as in ``Kept``."""
-
-    dy: Maybe
-    grad_b: Maybe
-    grad_bias: Maybe
-    grad_m: Maybe
-    dz: Maybe
-    scaling: Operand | Number
-    weight: Maybe
-    b: Maybe
-    y: Maybe
-    z: Maybe
+    each, held, _ = group.parted(at.each, len(OneForward._fields), group.for_y)
+    small, both = group.small(at.room), [OneForward(*one) for one in each]
+    return [*first, *outputs(at.x.rows(), both, held, group, small, at.bits, at.keep)]
 
 
 class Backward(NamedTuple):
@@ -119,56 +56,45 @@ class Backward(NamedTuple):
     bits: Maybe
     ds: Maybe
     keep: Number
-    each: tuple[Any, ...]  # the fields of ``OneBackward`` for each layer, then dY and W of each frozen one
+    each: tuple[Any, ...]  # dY of each layer; four ``specs`` of each; its scaling; and as in ``Kept``
 
 
 def backward_launches(at: Backward, group: Siblings) -> list[Launch]:
-    end = 10 * len(group.each)
-    each = [OneBackward(*at.each[i : i + 10]) for i in range(0, end, 10)]
-    frozen = [(at.each[i].rows(), at.each[i + 1]) for i in range(end, len(at.each), 2)]
-    return gradients(at, each, frozen, group)
-
-
-def gradients(
-    at: Backward, each: Sequence[OneBackward], frozen: Sequence[tuple[Operand, Operand]], group: Siblings
-) -> list[Launch]:
+    n, each, held = len(group.each), [], []
+    dys, grads, scalings, rest = at.each[:n], at.each[n : 5 * n], at.each[5 * n : 6 * n], at.each[6 * n :]
+    for i, sibling in enumerate(group.each):
+        each.append(OneBackward._make((dys[i], *grads[4 * i : 4 * i + 4], scalings[i], *rest[:3])))
+        held.append(rest[3 : 3 + sibling.held])
+        rest = rest[3 + sibling.held :]
     small, scratch, x = group.small(at.room), Scratch(at.room.device), None if at.x is None else at.x.rows()
     ds = at.ds
     parts: Sequence[Maybe] = [None] * len(each)
     if group.needs_ds:
         ds = ds or scratch.part((group.m, group.ranks), group.kind)
         parts = group.columns(ds)
-    passes: list[Pass] = []
-    sources = []
-    for one, has, sibling, part in zip(each, small.each, group.each, parts, strict=True):
-        if one.dy is None:
-            continue
-        dy, dora = one.dy.rows(), None
-        b = one.b if has.b is None else has.b
-        if sibling.dora and not sibling.scaled:
-            dora = Dora(has.gain, has.norm, one.y if one.z is None else one.z, one.dz, one.grad_m)
-            if sibling.z_again:
-                dora = dora._replace(x=x, weight=one.weight, s=has.s, b=b)
-        passes += dy_passes(
-            dy,
-            sibling.r,
-            one.scaling,
-            at.keep,
-            s=has.s,
-            b=b,
-            grad_b=one.grad_b,
-            ds=part,
-            grad_bias=one.grad_bias,
-            dora=dora,
-            lifted=group.lifted,
-        )
-        sources.append((dy if one.dz is None else one.dz, one.weight))
+    layers = zip(each, small.each, group.each, parts, held, strict=True)
+    made = [Gradients(*layer) for layer in layers if layer[0].dy is not None]
+    last: list[Pass] = []
     if at.grad_a is not None:
         assert x is not None
-        passes.append(a_pass(x, ds, at.grad_a, bits=at.bits))
-    launches = launches_of(passes, wide(at.room if ds is None else ds), scratch, at.dx)
+        last = [a_pass(x, ds, at.grad_a, bits=at.bits)]
+    kind = wide(made[0].one.dy)
+    if group.packed:
+        rooms, passes = group.rooms(scratch), []
+        for i, one in enumerate(made):
+            passes += one.passes(x, at.keep, group, rooms)
+            if at.dx is not None:
+                passes += one.into(at.dx.rows(), at.bits, group, rooms, adds=i > 0)
+        return launches_of([*passes, *last], kind, scratch)
+    wanted = Wanted(at.dx, at.grad_a, ds, at.bits, at.keep)
+    if x is not None and (few := few_rows(wanted, x, made, group, small, scratch)):
+        return few
+    rooms = group.rooms(scratch)
+    passes = [one for layer in made for one in layer.passes(x, at.keep, group, rooms)]
+    launches = launches_of([*passes, *last], kind, scratch, at.dx)
     if at.dx is not None:
-        launches.append(products([*sources, *frozen], ds, small.stacked, at.dx.rows(), bits=at.bits))
+        stacked = small.stacked if group.ranks else None
+        launches.append(products([one.source for one in made], ds, stacked, at.dx.rows(), bits=at.bits))
     return launches
 
 
@@ -197,7 +123,9 @@ def forward(
             kinds.append((len(ys), kind_of(scaling)))
         ys.append(y)
         z.append(kept)
-        flat += (*one[:5], scaling, y, kept)
+        flat += (*one[1:5], scaling, y, kept)
+    for one, there in zip(each, group.for_y, strict=True):
+        flat += one[0][there]
     made = Made(room, bits, z)
     if m == 0:
         return ys, made, None
@@ -211,18 +139,17 @@ def forward(
     program = group.programs.get(key)
     if program is None or (bound := program.bind(*given)) is None:
         program, bound = bound_program(group, key, Forward, given)
-    first = len(program.launches) - group.late
+    first = len(program.launches) - program.late
     program.run(bound, 0, first)
-    return ys, made, Deferred(program, bound, first, (x,)) if group.late else None
+    return ys, made, Deferred(program, bound, first, (x,)) if program.late else None
 
 
 def backward(
     group: Siblings,
     dys: Sequence[MaybeTensor],
-    frozen: Sequence[tuple[torch.Tensor, torch.Tensor]],
     x: MaybeTensor,
     made: Made,
-    kept: Sequence[Sequence[MaybeTensor]],
+    kept: Sequence[Any],
     scalings: Sequence[float | torch.Tensor],
     p: float,
     in_place: bool = False,
@@ -230,66 +157,61 @@ def backward(
     """dX [*lead, K], and (dA, dB, dbias, dm) of each layer; None where it is not needed, and for layers whose dY is
     None. Weights and adapters have the strides that the group's calls agree in.
 
-    dys [*lead, N] contiguous, or matrices of their rows, each row contiguous; ``frozen``: dY and W of layers without
-    adapters that share x; x and ``kept`` (each a ``Kept``): what the backward reads. The A's gradients are parts of one
-    matrix. With many rows dX comes last, and till then its memory holds what the passes leave for their sums.
+    dys [*lead, N] contiguous, or matrices of their rows, each row contiguous; x and ``kept``, as in ``Kept``, one layer
+    after the other: what the backward reads. The A's gradients are parts of one matrix. With many rows dX comes last,
+    and till then its memory holds what the passes leave for their sums.
     ``in_place``: DoRA's dZ takes dY's memory.
     """
     m, room, bits, kind = group.m, made.room, made.bits, group.kind
     new, dx, stacked, ds = room.new_empty, None, None, None
     if group.needs_x:
         dx = new(*group.x_shape, dtype=kind)
+    strides = [None if dy is None or dy.is_contiguous() else dy.stride() for dy in dys]
+    missing = [i for i, dy in enumerate(dys) if dy is None]
+    flat: list[Any] = []
+    for dy, specs in zip(dys, group.specs, strict=True):
+        if dy is None:
+            flat += None, None, None, None
+            continue
+        *three, dz = specs
+        flat += [spec and new(*spec[0], dtype=spec[1]) for spec in three]
+        flat.append(dz and (dy if in_place else new(*dz[0], dtype=dz[1])))
+    if missing and group.needs_ds:  # whose columns nobody writes
+        ds = new(m, group.ranks, dtype=kind).zero_()
     if group.needs_a and any([one.needs.a and dy is not None for one, dy in zip(group.each, dys, strict=True)]):
         stacked = new(group.ranks, group.k, dtype=group.a_kind)
-    grads: list[tuple[MaybeTensor, ...]] = []
-    flat: list[Any] = []
-    key: list[Any] = [backward_launches]
-    for one, dy, scaling, keeps in zip(group.each, dys, scalings, kept, strict=True):
-        grad_b = grad_bias = grad_m = dz = None
-        if dy is None:
-            key.append(None)
-            if group.needs_ds and ds is None:  # whose columns nobody writes
-                ds = new(m, group.ranks, dtype=kind).zero_()
-        else:
-            key.append(dy.stride())
-            _, _, need_b, need_bias, need_m = one.needs
-            if need_b:
-                grad_b = new(one.n, one.r, dtype=one.kinds.b)
-            if need_bias:
-                grad_bias = new(one.n, dtype=one.kinds.bias)
-            if need_m:
-                grad_m = new(one.n, dtype=one.kinds.m)
-            if one.dora and not one.scaled and (group.needs_x or needs_dz(one.r, group.needs_ds, need_b)):
-                dz = dy if in_place else new(m, one.n, dtype=kind)
-        scaling = as_scaling(scaling)
-        if isinstance(scaling, torch.Tensor):
-            key.append((len(grads), kind_of(scaling)))
-        grads.append((grad_b, grad_bias, grad_m))
-        flat += (dy, grad_b, grad_bias, grad_m, dz, scaling, *keeps)
-    wanted = [grad for grad in (dx, stacked, *(grad for three in grads for grad in three)) if grad is not None]
     if m == 0:
-        for grad in wanted:
-            grad.zero_()
-    elif wanted:
-        for dy, weight in frozen:
-            flat += (dy, weight)
-            key += (dy.shape, dy.stride(), weight.stride())
-        given = room, x, dx, stacked, bits, ds, 1.0 if bits is None else keep_scale(p), *flat
-        key += (None if x is None else x.stride(), bits is None, in_place)
-        key.append(group.is_float32 and precision(kind, 256))
-        program = group.programs.get(tuple(key))
+        for grad in (dx, stacked, *flat):
+            if grad is not None:
+                grad.zero_()
+    elif dx is not None or stacked is not None or any([grad is not None for grad in flat]):
+        kinds = None
+        if not all([type(scaling) is float for scaling in scalings]):
+            scalings = list(map(as_scaling, scalings))
+            kinds = tuple(map(kind_of, scalings))
+        given = room, x, dx, stacked, bits, ds, 1.0 if bits is None else keep_scale(p), *dys, *flat, *scalings, *kept
+        key = (
+            backward_launches,
+            None if x is None or x.is_contiguous() else x.stride(),
+            bits is None,
+            in_place,
+            kinds,
+            *strides,
+            *missing,
+            group.is_float32 and precision(kind, 256),
+        )
+        program = group.programs.get(key)
         if program is None or (bound := program.bind(*given)) is None:
-            program, bound = bound_program(group, tuple(key), Backward, given)
+            program, bound = bound_program(group, key, Backward, given)
         program.run(bound)
     if stacked is None:
-        return dx, [(None, *three) for three in grads]
+        return dx, [(None, *flat[i : i + 3]) for i in range(0, len(flat), 4)]
     found: list[tuple[MaybeTensor, ...]] = []
-    parts = stacked.split_with_sizes(group.ranks_of)
-    for one, ranks, dy, part, three in zip(group.each, group.ranks_of, dys, parts, grads, strict=True):
+    for i, (one, part) in enumerate(zip(group.each, stacked.split_with_sizes(group.ranks_of), strict=True)):
         own: MaybeTensor = None
-        if one.needs.a and dy is not None:
-            own = part if ranks == one.r else part[: one.r]
+        if one.needs.a and dys[i] is not None:
+            own = part if one.ranks == one.r else part[: one.r]
             if one.kinds.a != group.a_kind:
                 own = own.to(one.kinds.a)
-        found.append((own, *three))
+        found.append((own, *flat[4 * i : 4 * i + 3]))
     return dx, found

@@ -15,9 +15,10 @@ from lora_fast.kernels.down import Quantised, cast_and_down, down
 from lora_fast.kernels.few_rows import product_with_s
 from lora_fast.kernels.gemm import product
 from lora_fast.kernels.kept import gain_launches
+from lora_fast.kernels.magnitudes import dz_and_dm
 from lora_fast.kernels.mask import mask
 from lora_fast.kernels.operands import Number, Operand, Scratch
-from lora_fast.kernels.pair import dz_and_dm, pair, takes_pair
+from lora_fast.kernels.pair import OverDy, pair, takes_pair
 from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of
 from lora_fast.kernels.problem import Problem
 from lora_fast.kernels.program import Launch
@@ -168,7 +169,7 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     if needs.x:  # which reads the same, but for e4m3
         w = problem.base.dx(held, wanted) if w is None or problem.base.e4m3 else w._replace(launches=())
     all_wanted = all(grad is not None for grad in (at.dx, at.grad_a, at.grad_b))
-    if all_wanted and x is not None and not problem.base.e4m3 and takes_pair(x, dy, r, problem.dora):
+    if all_wanted and x is not None and not problem.base.e4m3 and takes_pair(x, [dy], r, problem.dora):
         return [*first, *_few_rows(at, problem, x, s, a, b, dora, w, scratch)]
     passes: list[Pass] = [*first]
     ds: Maybe = scratch.part((problem.m, padded_rank(r)), problem.kind) if needs.x or needs.a else None
@@ -224,7 +225,7 @@ def _few_rows(
     launches: list[Launch] = []
     source = dy
     if dora is not None:
-        launches, source = dz_and_dm(dy, dora, scratch), at.dz
+        launches, source = dz_and_dm([(dy, dora)], scratch), at.dz
     launches += w.launches
     ds = scratch.part((problem.m, padded_rank(problem.r)), problem.kind)
     whole = product_with_s(
@@ -248,15 +249,10 @@ def _few_rows(
     launches.append(
         pair(
             x,
-            dy,
             ds,
-            s,
             at.grad_a,
-            at.grad_b,
+            [OverDy(dy, s, at.grad_b, at.grad_bias, dora and dora.gain, at.scaling if lifted else None)],
             bits=at.bits,
-            grad_bias=at.grad_bias,
-            gain=dora and dora.gain,
-            scaling=at.scaling if lifted else None,
         )
     )
     return launches

@@ -1,5 +1,5 @@
-"""A gated MLP, y = down(act(gate(x)) * up(x)), each of the three with adapters: what its forward and its backward
-launch, in their order.
+"""A gated MLP, y = down(act(gate(x)) * up(x)), each of the three with adapters or without: what its forward and its
+backward launch, in their order.
 
 Forward: ``gate`` and ``up`` as a group (group.py) make e and g; one read of these makes h and S of ``down``; a product
 makes y. What is kept is x, e, g and what is small. Backward: as a layer's over dY and h, whose dX is dh; then de and dg
@@ -9,19 +9,19 @@ from dh, e and g, and h again (glu.py); and a group's backward over de and dg.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
 from lora_fast.kernels.binding import bound_program, kind_of
 from lora_fast.kernels.common import precision, wide
-from lora_fast.kernels.gemm import product
 from lora_fast.kernels.glu import glu_down, glu_grad, glu_splits
-from lora_fast.kernels.group import OneForward, outputs
+from lora_fast.kernels.gradients import Gradients, OneBackward
 from lora_fast.kernels.mask import keep_count, keep_scale, mask
-from lora_fast.kernels.norm import norms
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling
-from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of
+from lora_fast.kernels.outputs import OneForward, outputs
+from lora_fast.kernels.passes import a_pass, launches_of
 from lora_fast.kernels.problem import MaybeTensor
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.siblings import Deferred, Given, Siblings
@@ -46,7 +46,16 @@ class Mlp:
     def __post_init__(self) -> None:
         self.programs = self.inner.programs
         (self.down,) = self.outer.each
-        self.late = not self.down.needs.m
+        # What of the bases of gate and up makes z again.
+        both = zip(self.inner.each, self.dots, strict=True)
+        self.again = [one.base.tensors[one.for_y] if dots else () for one, dots in both]
+
+    @cached_property
+    def saved(self) -> list[slice]:
+        """Those of each base's tensors that the backward reads: of gate, up, down."""
+        both = zip(self.inner.each, self.dots, strict=True)
+        found = [one.base.read_by(y=dots, dx=self.inner.needs_x) for one, dots in both]
+        return [*found, *self.outer.saved]
 
 
 class Forward(NamedTuple):
@@ -70,11 +79,11 @@ class Forward(NamedTuple):
 
 
 def forward_launches(at: Forward, mlp: Mlp) -> list[Launch]:
-    gate, up, down = (OneForward(*at.each[i : i + 8]) for i in (0, 8, 16))
-    e, g, y, scratch = gate.y.rows(), up.y.rows(), down.y.rows(), Scratch(at.x.device)
-    small = mlp.outer.small(at.down_room)
-    has, lifted = small.each[0], mlp.outer.lifted
-    b = down.b if has.b is None else has.b
+    fields, (inner, outer) = len(OneForward._fields), (mlp.inner, mlp.outer)
+    both, held, rest = inner.parted(at.each, fields, inner.for_y)
+    (own,), of_down, _ = outer.parted(rest, fields, outer.for_y)
+    (gate, up), down = (OneForward(*one) for one in both), OneForward(*own)
+    e, g, small = gate.y.rows(), up.y.rows(), outer.small(at.down_room)
     launches = []
     for seed, bits, count, words in (
         (at.seed, at.bits, at.keep_count, at.n_words),
@@ -82,26 +91,14 @@ def forward_launches(at: Forward, mlp: Mlp) -> list[Launch]:
     ):
         if seed is not None:
             launches.append(mask(seed, bits, count, words))
-    launches += outputs(at.x.rows(), (gate, up), mlp.inner, mlp.inner.small(at.room), at.bits, at.keep)
-    launches.append(stack(at.h, [Adapter(down.a, down.b, has.b, down.scaling)], small.stacked, small.scales, lifted))
-    launches.append(glu_down(e, g, at.h, small.stacked, small.s, small.scales, at.h_keep, act=mlp.act, bits=at.h_bits))
-    if mlp.down.dora:
-        launches += norms(
-            down.weight,
-            has.a,
-            b,
-            down.scaling,
-            has.norm,
-            m=down.magnitude,
-            gain=has.gain,
-            round_norm=mlp.down.round_norm,
-            scratch=scratch,
-            room=y,
-            lifted=lifted,
-        )
-    z = None if down.z is None else down.z.rows()
-    last = product(at.h, down.weight, small.s, b, y, transposed=True, bias=down.bias, gain=has.gain, z=z)
-    return [*launches, last]
+    launches += outputs(at.x.rows(), (gate, up), held, inner, inner.small(at.room), at.bits, at.keep)
+    a = s = scales = None
+    ready = mlp.down.r > 0 and not mlp.down.base.e4m3  # else whoever quantises h makes S
+    if ready:
+        a, s, scales, has = small.stacked, small.s, small.scales, small.each[0]
+        launches.append(stack(at.h, [Adapter(down.a, down.b, has.b, down.scaling)], a, scales, outer.lifted))
+    launches.append(glu_down(e, g, at.h, a, s, scales, at.h_keep, act=mlp.act, bits=at.h_bits if ready else None))
+    return launches + outputs(at.h, [down], of_down, outer, small, at.h_bits, at.h_keep, ready=ready)
 
 
 class Backward(NamedTuple):
@@ -123,46 +120,35 @@ class Backward(NamedTuple):
     grad_m: Maybe
     dz: Maybe
     scaling: Operand | Number
-    weight: Operand  # from here on as in ``Kept``, of down
-    b: Maybe
+    b: Maybe  # from here on as in ``Kept``, of down
     y: Maybe
     z: Maybe
     x: Maybe  # what z of gate and up is made of again, where their gains are tiny
-    inner: tuple[Any, ...]  # (dm, weight, b) of gate and of up
+    rest: tuple[Any, ...]  # (dm, b) of gate and of up, what is read of their bases, and of down's
 
 
 def backward_launches(at: Backward, mlp: Mlp) -> list[Launch]:
-    dy, scratch, small, sibling = at.dy.rows(), Scratch(at.dy.device), mlp.outer.small(at.down_room), mlp.down
-    has, kind, lifted = small.each[0], mlp.outer.kind, mlp.outer.lifted
-    b, dora = at.b if has.b is None else has.b, None
-    ds = scratch.part((mlp.outer.m, sibling.ranks), kind)
-    if sibling.dora:
-        dora = Dora(has.gain, has.norm, at.y if at.z is None else at.z, at.dz, at.grad_m)
-        if sibling.z_again:
-            dora = dora._replace(x=at.e, weight=at.weight, s=has.s, b=b, gate=at.g, act=mlp.act)
-    passes: list[Pass] = list(
-        dy_passes(
-            dy,
-            sibling.r,
-            at.scaling,
-            at.h_keep,
-            s=has.s,
-            b=b,
-            grad_b=at.grad_b,
-            ds=ds,
-            grad_bias=at.grad_bias,
-            dora=dora,
-            lifted=lifted,
-        )
+    dy, outer, scratch, small, sibling = (
+        at.dy,
+        mlp.outer,
+        Scratch(at.dy.device),
+        mlp.outer.small(at.down_room),
+        mlp.down,
     )
-    source = dy if at.dz is None else at.dz
+    ds = scratch.part((outer.m, sibling.ranks), outer.kind) if sibling.r else None
+    one = OneBackward(dy, at.grad_b, at.grad_bias, at.grad_m, at.dz, at.scaling, at.b, at.y, at.z)
+    _, (held,), _ = outer.parted(at.rest[4 + sum(map(len, mlp.again)) :], 0, outer.saved)
+    again = {"gate": at.g, "act": mlp.act} if sibling.z_again else {}
+    layer, rooms = Gradients(one, small.each[0], sibling, ds, held, again), outer.rooms(scratch)
+    kind = wide(dy)
     launches = [
-        *launches_of(passes, wide(dy), scratch, at.dh),
-        product(source, at.weight, ds, small.stacked, at.dh, transposed=False, bits=at.h_bits),
+        *launches_of(layer.passes(at.e, at.h_keep, outer, rooms), kind, scratch, at.dh),
+        *layer.into(at.dh, at.h_bits, outer, rooms),
         *_middle(at, mlp, scratch),
     ]
     if at.grad_a is not None:
-        launches += launches_of([a_pass(at.dh, ds, at.grad_a, bits=at.h_bits)], wide(dy), scratch)
+        assert ds is not None
+        launches += launches_of([a_pass(at.dh, ds, at.grad_a, bits=at.h_bits)], kind, scratch)
     return launches
 
 
@@ -172,15 +158,19 @@ def _middle(at: Backward, mlp: Mlp, scratch: Scratch) -> list[Launch]:
     splits, small = glu_splits(m), mlp.inner.small(at.room)
     parts: Any = tuple(scratch.part((splits, n), wide(at.e)) if dots else None for dots in mlp.dots)
     gains: Any = tuple(has.gain if one.scaled else None for one, has in zip(mlp.inner.each, small.each, strict=True))
-    launches = [glu_grad(at.dh, at.e, at.g, at.de, at.dg, act=mlp.act, gains=gains, parts=parts)]
-    for i, (part, d, has) in enumerate(zip(parts, (at.de, at.dg), small.each, strict=True)):
+    with_h = at.grad_a is not None
+    launches = [glu_grad(at.dh, at.e, at.g, at.de, at.dg, act=mlp.act, gains=gains, parts=parts, with_h=with_h)]
+    rooms, rest = mlp.inner.rooms(scratch), at.rest[4:]
+    for i, (part, d, has, one) in enumerate(zip(parts, (at.de, at.dg), small.each, mlp.inner.each, strict=True)):
         if part is None:
             continue
-        dm, weight, b = at.inner[3 * i : 3 * i + 3]
+        (dm, b), held = at.rest[2 * i : 2 * i + 2], [None] * one.held
+        held[one.for_y], rest = rest[: len(mlp.again[i])], rest[len(mlp.again[i]) :]
+        w = one.base.y(held, rooms.wanted(one, mlp.inner, has.gain))
         b = b if has.b is None else has.b
-        dora = Dora(has.gain, has.norm, dm=dm, x=at.x.rows(), weight=weight, s=has.s, b=b)
+        dora = Dora(has.gain, has.norm, dm=dm, x=at.x.rows(), weight=w.matrix, s=has.s, b=b, w_scale=w.scale)
         sums = Parts(col_blocks=0, splits=splits, ds=0, sums=0, dm=n, g=0)
-        launches.append(add_parts(sums, part, d, kind, dora=dora, rescales=True))
+        launches += [*w.launches, add_parts(sums, part, d, kind, dora=dora, rescales=True)]
     return launches
 
 
@@ -220,13 +210,16 @@ def forward(
             masks.append((bits, seed, keep_count(p), m * words, keep_scale(p)))
         key.append(kind)
     z: list[MaybeTensor] = []
-    flat: list[Any] = []
+    fields: list[Any] = []
+    held: list[Any] = []
     for sibling, one, out in zip((*inner.each, mlp.down), each, (e, g, y), strict=True):
         kept, scaling = torch.empty_like(out) if sibling.keep_z else None, as_scaling(one.scaling)
         if isinstance(scaling, torch.Tensor):
             key.append((len(z), kind_of(scaling)))
         z.append(kept)
-        flat += (*one[:5], scaling, out, kept)
+        fields.append((*one[1:5], scaling, out, kept))
+        held.append(one.held[sibling.for_y])
+    flat = *fields[0], *fields[1], *held[0], *held[1], *fields[2], *held[2]
     of_x, of_h = masks
     made = Made(e, g, room, down_room, of_x[0], of_h[0], tuple(z))
     if m == 0:
@@ -237,11 +230,9 @@ def forward(
     program = mlp.programs.get(tuple(key))
     if program is None or (bound := program.bind(*given)) is None:
         program, bound = bound_program(mlp, tuple(key), Forward, given)
-    if not mlp.late:
-        program.run(bound)
-        return y, made, None
-    program.run(bound, 0, -1)
-    return y, made, Deferred(program, bound, len(program.launches) - 1, (h,))
+    first = len(program.launches) - program.late
+    program.run(bound, 0, first)
+    return y, made, Deferred(program, bound, first, (h,)) if program.late else None
 
 
 def backward(
@@ -249,15 +240,15 @@ def backward(
     dy: torch.Tensor,
     x: MaybeTensor,
     made: Made,
-    kept: Sequence[Sequence[MaybeTensor]],
+    kept: Sequence[Sequence[Any]],
     scaling: float | torch.Tensor,
     p: float,
     in_place: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[MaybeTensor, ...], list[MaybeTensor]]:
     """de and dg [M, I] (where ``scaled`` with DoRA's gain), (dA, dB, dbias, dm) of down, and dm of gate and of up where
-    ``Mlp.dots`` says so. ``kept``, each a ``Kept``, is of gate, up and down; scaling and p are down's. ``in_place``: de
-    and dg take the memory of e and g."""
-    inner, down, e, g, new = mlp.inner, mlp.down, made.e, made.g, dy.new_empty
+    ``Mlp.dots`` says so. ``kept``, each as in ``Kept``, is of gate, up and down; scaling and p are down's.
+    ``in_place``: de and dg take the memory of e and g."""
+    inner, outer, down, e, g, new = mlp.inner, mlp.outer, mlp.down, made.e, made.g, dy.new_empty
     m, width = inner.m, mlp.outer.k
     de, dg = (e, g) if in_place else (torch.empty_like(e), torch.empty_like(g))
     needs, kinds = down.needs, down.kinds
@@ -272,14 +263,20 @@ def backward(
             if grad is not None:
                 grad.zero_()
     else:
-        dh, dz = new(m, width), new(m, down.n) if down.dora else None
+        dh, dz = new(m, width), None
+        if down.dora and not down.base.e4m3:  # else that is quantised, and read so
+            dz = new(m, down.n)
         scaling, keep = as_scaling(scaling), 1.0 if made.h_bits is None else keep_scale(p)
-        again: list[MaybeTensor] = []
+        rest: list[Any] = []
         for dm, one in zip(dms, kept, strict=False):
-            again += (None, None, None) if dm is None else (dm, one[0], one[1])
+            rest += (None, None) if dm is None else (dm, one[0])
+        for i, sibling in enumerate(inner.each):
+            if mlp.dots[i]:
+                rest += kept[i][3:][sibling.for_y]
+        rest += kept[2][3:][outer.saved[0]]
         rooms = made.room, made.down_room
         own = x if any(mlp.dots) else None
-        given = dy, e, g, de, dg, dh, *rooms, made.h_bits, keep, *grads, dz, scaling, *kept[2], own, *again
+        given = dy, e, g, de, dg, dh, *rooms, made.h_bits, keep, *grads, dz, scaling, *kept[2][:3], own, *rest
         key = (
             backward_launches,
             dy.stride(),

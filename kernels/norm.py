@@ -8,6 +8,9 @@ The factored form n^2 = |W|^2 + 2 s rowsum((W A^T) * B) + ... takes as many prod
 cancel; here none do.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +22,7 @@ from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling, lau
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import Tile
 
+MOST = 4  # layers that share a launch
 SUMS = 64  # of squares a row, at most: what lies side by side in a row of a product's registers
 
 
@@ -93,30 +97,75 @@ def _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, ROUND: tl.constexpr, ACC: tl
 
 @triton.jit
 def _norm_kernel(
-    w_ptr,
-    a_ptr,
-    b_ptr,
-    m_ptr,
-    n_ptr,
-    g_ptr,
-    w_scale_ptr,
-    scaling,
-    N,
+    w0,
+    a0,
+    b0,
+    m0,
+    n0,
+    g0,
+    w_scale0,
+    scaling0,
+    w1,
+    a1,
+    b1,
+    m1,
+    n1,
+    g1,
+    w_scale1,
+    scaling1,
+    w2,
+    a2,
+    b2,
+    m2,
+    n2,
+    g2,
+    w_scale2,
+    scaling2,
+    w3,
+    a3,
+    b3,
+    m3,
+    n3,
+    g3,
+    w_scale3,
+    scaling3,
     K,
-    R,
-    stride_wn,
+    N0,
+    N1,
+    N2,
+    N3,
+    R0,
+    R1,
+    R2,
+    R3,
+    stride_wn0,
+    stride_wn1,
+    stride_wn2,
+    stride_wn3,
     stride_wk,
-    stride_ar,
+    stride_ar0,
+    stride_ar1,
+    stride_ar2,
+    stride_ar3,
     stride_ak,
-    stride_bn,
-    stride_br,
+    stride_bn0,
+    stride_bn1,
+    stride_bn2,
+    stride_bn3,
+    stride_br0,
+    stride_br1,
+    stride_br2,
+    stride_br3,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SUMS: tl.constexpr,
     ONE: tl.constexpr,
     LIFTED: tl.constexpr,
-    SCALING_PTR: tl.constexpr,
+    PTR0: tl.constexpr,
+    PTR1: tl.constexpr,
+    PTR2: tl.constexpr,
+    PTR3: tl.constexpr,
     ROUND: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -124,10 +173,31 @@ def _norm_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_stream(PDL)
+    block = tl.program_id(0)
+    w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr = w0, a0, b0, m0, n0, g0, w_scale0
+    N, R, stride_wn, stride_ar, stride_bn, stride_br = N0, R0, stride_wn0, stride_ar0, stride_bn0, stride_br0
+    s, first = low_scale(scaling0, PTR0, LIFTED), 0
+    if w1 is not None:
+        first1 = tl.cdiv(N0, BLOCK_N)
+        if block >= first1:
+            w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr = w1, a1, b1, m1, n1, g1, w_scale1
+            N, R, stride_wn, stride_ar, stride_bn, stride_br = N1, R1, stride_wn1, stride_ar1, stride_bn1, stride_br1
+            s, first = low_scale(scaling1, PTR1, LIFTED), first1
+    if w2 is not None:
+        first2 = first1 + tl.cdiv(N1, BLOCK_N)
+        if block >= first2:
+            w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr = w2, a2, b2, m2, n2, g2, w_scale2
+            N, R, stride_wn, stride_ar, stride_bn, stride_br = N2, R2, stride_wn2, stride_ar2, stride_bn2, stride_br2
+            s, first = low_scale(scaling2, PTR2, LIFTED), first2
+    if w3 is not None:
+        first3 = first2 + tl.cdiv(N2, BLOCK_N)
+        if block >= first3:
+            w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr = w3, a3, b3, m3, n3, g3, w_scale3
+            N, R, stride_wn, stride_ar, stride_bn, stride_br = N3, R3, stride_wn3, stride_ar3, stride_bn3, stride_br3
+            s, first = low_scale(scaling3, PTR3, LIFTED), first3
     w, a = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(a_ptr, R, K, stride_ar, stride_ak)
     b = Matrix(b_ptr, N, R, stride_bn, stride_br)
-    row = tl.program_id(0) * BLOCK_N
-    s = low_scale(scaling, SCALING_PTR, LIFTED)
+    row = (block - first) * BLOCK_N
     rows = row + tl.arange(0, BLOCK_N)
     w_scale = None
     if w_scale_ptr is not None:
@@ -216,6 +286,69 @@ def constants(tile: Tile) -> dict[str, int]:
     return {"BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": tile.r, "SUMS": min(SUMS, tile.k)}
 
 
+class Norm(NamedTuple):
+    """What ``norms`` takes of a layer."""
+
+    w: Operand
+    a: Operand
+    b: Operand
+    scaling: Operand | Number
+    n: Operand
+    m: Operand | None = None
+    gain: Operand | None = None
+    w_scale: Operand | None = None
+
+    @property
+    def has_parts(self) -> bool:
+        kind = torch.promote_types(self.a.dtype, self.b.dtype)
+        return pass_tiles.norm_has_parts(len(self.a), dtype=self.w.dtype, kind=kind, chip=Chip.of(self.w.device))
+
+
+def norms_of(each: Sequence[Norm], *, round_norm: bool = False, lifted: bool = False) -> Launch:
+    """The norms of up to ``MOST`` layers with one input, alike but for their sizes, none of which has parts."""
+    w, a, b, *_ = first = each[0]
+    kind, count, k = torch.promote_types(a.dtype, b.dtype), sum(len(one.w) for one in each), w.shape[1]
+    r = max(len(one.a) for one in each)
+    tile = pass_tiles.norm(count, r, dtype=w.dtype, kind=kind, chip=Chip.of(w.device))
+    given: dict[str, Operand | Number | int | bool | None] = {}
+    for i in range(MOST):
+        one = each[i] if i < len(each) else None
+        given |= {
+            f"w{i}": one and one.w,
+            f"a{i}": one and one.a,
+            f"b{i}": one and one.b,
+            f"m{i}": one and one.m,
+            f"n{i}": one and one.n,
+            f"g{i}": one and one.gain,
+            f"w_scale{i}": one and one.w_scale,
+            f"scaling{i}": one and one.scaling,
+            f"N{i}": len(one.w) if one else 0,
+            f"R{i}": len(one.a) if one else 0,
+            f"stride_wn{i}": one.w.stride(0) if one else 0,
+            f"stride_ar{i}": one.a.stride(0) if one else 0,
+            f"stride_bn{i}": one.b.stride(0) if one else 0,
+            f"stride_br{i}": one.b.stride(1) if one else 0,
+            f"PTR{i}": one is not None and isinstance(one.scaling, Operand),
+        }
+    return launch(
+        _norm_kernel,
+        (sum(triton.cdiv(len(one.w), tile.n) for one in each),),
+        tile.options,
+        w,
+        **given,
+        K=k,
+        stride_wk=first.w.stride(1),
+        stride_ak=first.a.stride(1),
+        **constants(tile),
+        ONE=r <= tile.r,
+        LIFTED=lifted,
+        ROUND=TL[w.dtype] if round_norm else None,
+        ACC=acc_dtype(wide(w, a, b)),
+        PRECISION="tf32x3" if kind == torch.float32 else "ieee",
+        DTYPE=TL[kind],
+    )
+
+
 def norms(
     w: Operand,
     a: Operand,
@@ -236,8 +369,7 @@ def norms(
     w_scale[i] * w[i]. What lies between two launches takes the memory of ``room``, if there is enough of it,
     else of ``scratch``: the norms do not depend on which."""
     (rows, k), r = w.shape, a.shape[0]
-    kind, to = torch.promote_types(a.dtype, b.dtype), TL[w.dtype] if round_norm else None
-    found = {"m_ptr": m, "n_ptr": n, "g_ptr": gain, "N": rows, "ROUND": to}
+    kind = torch.promote_types(a.dtype, b.dtype)
     read = {
         "w_ptr": w,
         "a_ptr": a,
@@ -279,21 +411,7 @@ def norms(
             ),
             gains(w, parts, n, m=m, gain=gain, round_norm=round_norm),
         ]
-    tile = pass_tiles.norm(rows, r, dtype=w.dtype, kind=kind, chip=chip)
-    return [
-        launch(
-            _norm_kernel,
-            (triton.cdiv(rows, tile.n),),
-            tile.options,
-            w,
-            **read | found,
-            **constants(tile),
-            ONE=r <= tile.r,
-            ACC=acc_dtype(wide(w, a, b)),
-            PRECISION="tf32x3" if kind == torch.float32 else "ieee",
-            DTYPE=TL[kind],
-        )
-    ]
+    return [norms_of([Norm(w, a, b, scaling, n, m, gain, w_scale)], round_norm=round_norm, lifted=lifted)]
 
 
 def gains(

@@ -1,9 +1,10 @@
 """dA = dS^T (mask * x) and dB = g * (dY^T S) in one launch, for few rows: a program owns 64 columns of x, or of dY, and
 walks over all rows, so that there are no parts to be added up. On its way over dY it also makes dbias, the column sums.
-
-With DoRA's gain g, dZ = dY * g goes to memory ahead of that, where dS and dX read it, and on the way parts of the
-column sums of dY * z (or y, see sums.py), which make dm.
+Of layers with one input x, dS of all lie side by side and dA of all one below the other, and there are several dY.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -11,21 +12,19 @@ import triton.language as tl
 from lora_fast.kernels import pass_tiles
 from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
-    TL,
     Matrix,
     late,
     lift_of,
     load_tile,
     mask_words,
-    padded_rank,
-    store_tile,
     unpack_words,
     wait_for_stream,
 )
-from lora_fast.kernels.operands import Number, Operand, Scratch, Tiles, launch
+from lora_fast.kernels.operands import Number, Operand, Tiles, launch
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.sums import Dora, Parts, add_parts
 from lora_fast.kernels.tiles import few_rows, rank_block, tma_fits
+
+MOST = 4  # dys
 
 
 @triton.jit
@@ -52,158 +51,185 @@ def _walk(
     return g
 
 
+@triton.jit
+def _over_x(
+    x, ds, bits_ptr, grad_a, col, stride_bits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """dA for BLOCK_N columns of x from col on."""
+    g = _walk(x, ds, bits_ptr, None, col, stride_bits, BLOCK_M, BLOCK_N, BLOCK_R)
+    cols, ranks = col + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    ptrs = grad_a.ptr + ranks.to(tl.int64)[None, :] * grad_a.cols + cols[:, None]
+    inside = (cols[:, None] < grad_a.cols) & (ranks[None, :] < grad_a.rows)
+    tl.store(ptrs, g.to(grad_a.ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _pair_kernel(
     x,
-    dy,
     ds_ptr,
-    s_ptr,
     bits_ptr,
     grad_a_ptr,
-    grad_b_ptr,
-    grad_bias_ptr,
-    gain_ptr,
-    scaling,
+    dy0,
+    s0_ptr,
+    grad_b0_ptr,
+    grad_bias0_ptr,
+    gain0_ptr,
+    scaling0,
+    dy1,
+    s1_ptr,
+    grad_b1_ptr,
+    grad_bias1_ptr,
+    gain1_ptr,
+    scaling1,
+    dy2,
+    s2_ptr,
+    grad_b2_ptr,
+    grad_bias2_ptr,
+    gain2_ptr,
+    scaling2,
+    dy3,
+    s3_ptr,
+    grad_b3_ptr,
+    grad_bias3_ptr,
+    gain3_ptr,
+    scaling3,
     M,
     K,
-    N,
     R,
-    RS,
+    N0,
+    N1,
+    N2,
+    N3,
+    R0,
+    R1,
+    R2,
+    R3,
+    stride_ds,
+    stride_s,
     stride_bits,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_A: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SCALING_PTR: tl.constexpr,
+    PTR0: tl.constexpr,
+    PTR1: tl.constexpr,
+    PTR2: tl.constexpr,
+    PTR3: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_stream(PDL)
-    program, ranks = tl.program_id(0), tl.arange(0, BLOCK_R)
+    program = tl.program_id(0)
     over_x = tl.cdiv(K, BLOCK_N)
     if program < over_x:
-        col = program * BLOCK_N
-        t, p = Matrix(x, M, K, K, 1), Matrix(ds_ptr, M, RS, RS, 1)
-        g = _walk(t, p, bits_ptr, None, col, stride_bits, BLOCK_M, BLOCK_N, BLOCK_R)
-        cols = col + tl.arange(0, BLOCK_N)
-        ptrs = grad_a_ptr + ranks.to(tl.int64)[None, :] * K + cols[:, None]
-        tl.store(ptrs, g.to(grad_a_ptr.dtype.element_ty), mask=(cols[:, None] < K) & (ranks[None, :] < R))
+        _over_x(
+            Matrix(x, M, K, K, 1),
+            Matrix(ds_ptr, M, stride_ds, stride_ds, 1),
+            bits_ptr,
+            Matrix(grad_a_ptr, R, K, K, 1),
+            program * BLOCK_N,
+            stride_bits,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_A,
+        )
     else:
-        col = (program - over_x) * BLOCK_N
-        t, p = Matrix(dy, M, N, N, 1), Matrix(s_ptr, M, RS, RS, 1)
-        g = _walk(t, p, None, grad_bias_ptr, col, 0, BLOCK_M, BLOCK_N, BLOCK_R)
+        block, ranks = program - over_x, tl.arange(0, BLOCK_R)
+        dy, s_ptr, grad_b_ptr, n, r = dy0, s0_ptr, grad_b0_ptr, N0, R0
+        sum_ptr, gain_ptr, first = grad_bias0_ptr, gain0_ptr, 0
+        if scaling0 is not None:  # the part of it that B carries
+            lift = lift_of(scaling0, PTR0)
+        if dy1 is not None:
+            first1 = tl.cdiv(N0, BLOCK_N)
+            if block >= first1:
+                dy, s_ptr, grad_b_ptr, n, r = dy1, s1_ptr, grad_b1_ptr, N1, R1
+                sum_ptr, gain_ptr, first = grad_bias1_ptr, gain1_ptr, first1
+                if scaling0 is not None:
+                    lift = lift_of(scaling1, PTR1)
+        if dy2 is not None:
+            first2 = first1 + tl.cdiv(N1, BLOCK_N)
+            if block >= first2:
+                dy, s_ptr, grad_b_ptr, n, r = dy2, s2_ptr, grad_b2_ptr, N2, R2
+                sum_ptr, gain_ptr, first = grad_bias2_ptr, gain2_ptr, first2
+                if scaling0 is not None:
+                    lift = lift_of(scaling2, PTR2)
+        if dy3 is not None:
+            first3 = first2 + tl.cdiv(N2, BLOCK_N)
+            if block >= first3:
+                dy, s_ptr, grad_b_ptr, n, r = dy3, s3_ptr, grad_b3_ptr, N3, R3
+                sum_ptr, gain_ptr, first = grad_bias3_ptr, gain3_ptr, first3
+                if scaling0 is not None:
+                    lift = lift_of(scaling3, PTR3)
+        col = (block - first) * BLOCK_N
+        t, p = Matrix(dy, M, n, n, 1), Matrix(s_ptr, M, r, stride_s, 1)
+        g = _walk(t, p, None, sum_ptr, col, 0, BLOCK_M, BLOCK_N, BLOCK_R)
         cols = col + tl.arange(0, BLOCK_N)
         if gain_ptr is not None:
-            g *= tl.load(gain_ptr + cols, mask=cols < N, other=0.0)[:, None]
-        if scaling is not None:  # the part of it that B carries
-            g *= lift_of(scaling, SCALING_PTR)
-        ptrs = grad_b_ptr + cols.to(tl.int64)[:, None] * R + ranks[None, :]
-        tl.store(ptrs, g.to(grad_b_ptr.dtype.element_ty), mask=(cols[:, None] < N) & (ranks[None, :] < R))
+            g *= tl.load(gain_ptr + cols, mask=cols < n, other=0.0)[:, None]
+        if scaling0 is not None:
+            g *= lift
+        ptrs = grad_b_ptr + cols.to(tl.int64)[:, None] * r + ranks[None, :]
+        tl.store(ptrs, g.to(grad_b_ptr.dtype.element_ty), mask=(cols[:, None] < n) & (ranks[None, :] < r))
 
 
-def takes_pair(x: Operand, dy: Operand, r: int, dora: bool) -> bool:
+class OverDy(NamedTuple):
+    """What is made of one dy [M, N]: grad_b [N, R] = gain * (dy^T s) from s [M, padded R] (or columns of a wider
+    matrix, the same for all) and gain [N], and grad_bias [N], the sums of dy's columns. The scaling is given where B
+    carries a part of it."""
+
+    dy: Operand
+    s: Operand
+    grad_b: Operand
+    grad_bias: Operand | None = None
+    gain: Operand | None = None
+    scaling: Operand | Number | None = None
+
+
+def takes_pair(x: Operand, dys: Sequence[Operand], r: int, dora: bool) -> bool:
     """Whether these matrices have few rows and lie as ``pair`` reads them. With a gain, half as many are few: beyond,
     one pass that makes all from dY is better (grad.py)."""
     few = few_rows(len(x), r, dtype=x.dtype, chip=Chip.of(x.device), most=1024 if dora else 2048)
-    return few and tma_fits(x, dy)
+    return few and tma_fits(x, *dys)
 
 
-def pair(
-    x: Operand,
-    dy: Operand,
-    ds: Operand,
-    s: Operand,
-    grad_a: Operand,
-    grad_b: Operand,
-    *,
-    bits: Operand | None = None,
-    grad_bias: Operand | None = None,
-    gain: Operand | None = None,
-    scaling: Operand | Number | None = None,
-) -> Launch:
-    """grad_a [R, K] = ds^T (mask * x), grad_b [N, R] = gain * (dy^T s) and grad_bias [N], the sums of dy's columns.
+def pair(x: Operand, ds: Operand, grad_a: Operand, each: Sequence[OverDy], *, bits: Operand | None = None) -> Launch:
+    """grad_a [R, K] = ds^T (mask * x), and what is wanted of up to ``MOST`` dys, which are alike in that.
 
-    x [M, K], dy [M, N], ds and s [M, padded R] are in one dtype; bits are of a mask of x's shape. The scaling is given
-    where B carries a part of it."""
-    (m, k), n, r = x.shape, dy.shape[1], len(grad_a)
+    x [M, K], dys, ds [M, at least R] and s are in one dtype; bits are of a mask of x's shape."""
+    m, k = x.shape
     tile = pass_tiles.pair(masked=bits is not None)
     rows, cols = tile.m, tile.n
+    given: dict[str, Operand | Tiles | Number | int | bool | None] = {}
+    for i in range(MOST):
+        one = each[i] if i < len(each) else None
+        given |= {
+            f"dy{i}": one and Tiles(one.dy, [rows, cols]),
+            f"s{i}_ptr": one and one.s,
+            f"grad_b{i}_ptr": one and one.grad_b,
+            f"grad_bias{i}_ptr": one and one.grad_bias,
+            f"gain{i}_ptr": one and one.gain,
+            f"scaling{i}": one and one.scaling,
+            f"N{i}": one.dy.shape[1] if one else 0,
+            f"R{i}": one.grad_b.shape[1] if one else 0,
+            f"PTR{i}": one is not None and isinstance(one.scaling, Operand),
+        }
     return launch(
         _pair_kernel,
-        (triton.cdiv(k, cols) + triton.cdiv(n, cols),),
+        (triton.cdiv(k, cols) + sum(triton.cdiv(one.dy.shape[1], cols) for one in each),),
         tile.options,
         x,
         x=Tiles(x, [rows, cols]),
-        dy=Tiles(dy, [rows, cols]),
         ds_ptr=ds,
-        s_ptr=s,
         bits_ptr=bits,
         grad_a_ptr=grad_a,
-        grad_b_ptr=grad_b,
-        grad_bias_ptr=grad_bias,
-        gain_ptr=gain,
-        scaling=scaling,
+        **given,
         M=m,
         K=k,
-        N=n,
-        R=r,
-        RS=padded_rank(r),
+        R=len(grad_a),
+        stride_ds=ds.stride(0),
+        stride_s=each[0].s.stride(0),
         stride_bits=0 if bits is None else triton.cdiv(k, 32),
         BLOCK_M=rows,
         BLOCK_N=cols,
-        BLOCK_R=rank_block(r, 32),
-        SCALING_PTR=isinstance(scaling, Operand),
+        BLOCK_A=rank_block(len(grad_a), 128),
+        BLOCK_R=rank_block(max(one.grad_b.shape[1] for one in each), 32),
     )
-
-
-@triton.jit(do_not_specialize=["M"])
-def _dz_kernel(
-    dy_ptr,
-    kept_ptr,
-    dz_ptr,
-    parts_ptr,
-    gain_ptr,
-    M,
-    N,
-    stride_ym,
-    stride_yn,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_stream(PDL)
-    row, col = tl.program_id(1) * ROWS, tl.program_id(0) * COLS
-    cols = col + tl.arange(0, COLS)
-    gain = tl.load(gain_ptr + cols, mask=cols < N, other=0.0)
-    tile = load_tile(Matrix(dy_ptr, M, N, stride_ym, stride_yn), row, col, ROWS, COLS).to(tl.float32)
-    if parts_ptr is not None:
-        kept = load_tile(Matrix(kept_ptr, M, N, N, 1), row, col, ROWS, COLS).to(tl.float32)
-        tl.store(parts_ptr + tl.program_id(1).to(tl.int64) * N + cols, tl.sum(tile * kept, 0), mask=cols < N)
-    store_tile(Matrix(dz_ptr, M, N, N, 1), tile * gain[None, :], row, col, DTYPE)
-
-
-def dz_and_dm(dy: Operand, dora: Dora[Operand], scratch: Scratch) -> list[Launch]:
-    """What ``dora`` asks for: dz [M, N] = dy * gain, and dm if that is wanted."""
-    assert dora.dz is not None
-    (m, n), rows, cols, memory = dy.shape, 32, 256, None
-    parts = Parts(col_blocks=0, splits=triton.cdiv(m, rows), ds=0, sums=0, dm=0 if dora.dm is None else n, g=0)
-    if dora.dm is not None:
-        memory = scratch.part((parts.numbers,), dora.gain.dtype)
-    made = launch(
-        _dz_kernel,
-        (triton.cdiv(n, cols), parts.splits),
-        {"num_warps": 4},
-        dy,
-        dy_ptr=dy,
-        kept_ptr=dora.kept,
-        dz_ptr=dora.dz,
-        parts_ptr=memory,
-        gain_ptr=dora.gain,
-        M=m,
-        N=n,
-        stride_ym=dy.stride(0),
-        stride_yn=dy.stride(1),
-        ROWS=rows,
-        COLS=cols,
-        DTYPE=TL[dy.dtype],
-    )
-    return [made] if memory is None else [made, add_parts(parts, memory, dy, dy.dtype, dora=dora)]

@@ -135,13 +135,21 @@ def _products_kernel(
 
 
 def products(
-    sources: Sequence[tuple[Operand, Operand]], p: Operand, q: Operand, out: Operand, *, bits: Operand | None = None
+    sources: Sequence[tuple[Operand, Operand]],
+    p: Operand | None,
+    q: Operand | None,
+    out: Operand,
+    *,
+    bits: Operand | None = None,
 ) -> Launch:
     """out [M, N] = mask * (p q) + the sum of x w over the sources (x [M, C], w [C, N]), up to ``MOST``.
 
-    p [M, R] and q [R, N], all in one dtype with contiguous rows; out is contiguous; bits are of a mask of its shape.
+    p [M, R] and q [R, N], or neither, all in one dtype with contiguous rows; out is contiguous; bits are of a mask of
+    its shape.
     """
-    (m, n), r, kind, masked = out.shape, len(q), out.dtype, bits is not None
+    (m, n), r, kind, masked = out.shape, 0 if q is None else len(q), out.dtype, bits is not None
+    if p is None or q is None:
+        p, q = sources[0]  # of which nothing is read as such
     exact = precision(kind, sum(x.shape[1] for x, _ in sources))
     tma = tma_fits(p, q, out, *(t for pair in sources for t in pair))
     chip = Chip.of(out.device)

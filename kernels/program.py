@@ -61,6 +61,7 @@ class Launch:
     constants: dict[str, Any]  # follow these
     options: dict[str, Any]  # for the compiler
     device: int | None
+    late: bool = False  # makes nothing that the backward reads
     descriptors: dict[int, TensorDescriptor] = field(default_factory=dict)
 
     def start(self, args: list):
@@ -112,6 +113,8 @@ class Program:
     def __init__(self, n: int, launches: list[Launch], aligned: bool = False) -> None:
         _programs.add(self)
         self.launches, self.aligned = launches, aligned
+        early = [i for i, launch in enumerate(launches, 1) if not launch.late]
+        self.late = len(launches) - max(early, default=0)  # how many of them, at the end, can wait
         views = dict.fromkeys(arg for launch in launches for arg in launch.args if isinstance(arg, View))
         self.own = max((view.start + view.size for view in views if view.arg == OWN), default=None)  # bytes
         self.n = n if self.own is None else n + 1

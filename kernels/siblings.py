@@ -3,21 +3,25 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 import torch
 
+from lora_fast.kernels.bases import BASES, PLAIN, Base, Wanted
 from lora_fast.kernels.cast import cast_wanted
-from lora_fast.kernels.common import padded_rank
-from lora_fast.kernels.operands import Operand, Size
+from lora_fast.kernels.common import FP8, padded_rank
+from lora_fast.kernels.down import Quantised
+from lora_fast.kernels.operands import Operand, Scratch, Size
+from lora_fast.kernels.passes import needs_dz
 from lora_fast.kernels.problem import Kinds, MaybeTensor, Needs, Shapes, Small
 from lora_fast.kernels.program import Bound, Program
+from lora_fast.kernels.sums import weak_gain
 
 
 @dataclass(frozen=True)
 class Sibling:
-    """One of the layers. ``needs.x`` is not looked at: the group says that."""
+    """One of the layers, of rank 0 where it has no adapters. ``needs.x`` is not looked at: the group says that."""
 
     n: int
     r: int
@@ -26,6 +30,7 @@ class Sibling:
     dora: bool = False
     keep_z: bool = False  # the forward keeps z for the magnitude's gradient
     round_norm: bool = False
+    base_name: str = PLAIN.name
     scaled: bool = False  # DoRA's dY comes as dZ = dY * gain, and the magnitude's gradient is made elsewhere
 
     @property
@@ -33,9 +38,23 @@ class Sibling:
         return padded_rank(self.r)
 
     @cached_property
+    def base(self) -> Base:
+        return BASES[self.base_name]
+
+    @cached_property
+    def for_y(self) -> slice:
+        """Those of its base's tensors that y is made of."""
+        return self.base.for_y
+
+    @cached_property
+    def held(self) -> int:
+        """How many tensors its base has."""
+        return len(self.base.tensors)
+
+    @cached_property
     def casts(self) -> bool:
         """Whether products need a copy of B."""
-        return self.kinds.x == torch.float16 or cast_wanted(self.kinds[:3], self.r)
+        return self.r > 0 and (self.kinds.x == torch.float16 or cast_wanted(self.kinds[:3], self.r))
 
     @cached_property
     def z_again(self) -> bool:
@@ -49,13 +68,14 @@ class Shared(NamedTuple):
     stacked: Operand  # [sum of padded R, K], all A's
     scales: Operand  # [sum of padded R]
     s: Operand  # [M, sum of padded R]
-    each: tuple[Small, ...]  # parts of these, and b where the products need a copy, norm and gain of DoRA
+    # Parts of these, and b where the products need a copy, norm and gain of DoRA; nothing without adapters.
+    each: tuple[Small, ...]
 
 
 @dataclass(eq=False)
 class Siblings:
-    """A group of layers with adapters over weights as they are, with one x [*lead, K] and one dropout mask. It serves
-    calls whose tensors agree in dtype, shape, strides and device, and keeps the programs that were made for them."""
+    """A group of layers with adapters or without, with one x [*lead, K] and one dropout mask. It serves calls whose
+    tensors agree in dtype, shape, strides and device, and keeps the programs that were made for them."""
 
     lead: Size
     k: int
@@ -70,16 +90,17 @@ class Siblings:
         self.ranks_of = [one.ranks for one in self.each]
         self.ranks = sum(self.ranks_of)
         self.needs_a = any(one.needs.a for one in self.each)
-        self.needs_ds = self.needs_x or self.needs_a
-        self.a_kind = self.each[0].kinds.a  # of the gradients of all A's, which lie in one matrix
-        for one in self.each[1:]:
-            self.a_kind = torch.promote_types(self.a_kind, one.kinds.a)
+        self.needs_ds = self.ranks > 0 and (self.needs_x or self.needs_a)
+        self.adapted = [one for one in self.each if one.r]
+        self.packed = any(one.base_name != PLAIN.name for one in self.each)  # each then reads its base by itself
+        kinds = [one.kinds.a for one in self.adapted]
+        self.a_kind = reduce(torch.promote_types, kinds, kinds[0]) if kinds else self.kind  # of all dA, in one matrix
 
-    @cached_property
-    def late(self) -> int:
-        """How many of the outputs, at the end, the backward does not read."""
-        needed = [one.needs.m for one in reversed(self.each)]
-        return needed.index(True) if any(needed) else len(needed)
+    def rooms(self, scratch: Scratch) -> "Rooms":
+        size = max(one.base.size(one.n, self.k, self.kind) for one in self.each)
+        wide = max((one.n for one in self.each if one.base.e4m3 and self.needs_x), default=0)
+        kinds = ((size,), torch.uint8), ((self.m * wide,), FP8), ((self.m if wide else 0,), torch.float32)
+        return Rooms(*(scratch.part(*kind) for kind in kinds))
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -100,9 +121,52 @@ class Siblings:
     def bytes(self) -> int:
         return self.shapes.bytes
 
+    def parted(
+        self, flat: Sequence[Any], fields: int, read: Sequence[slice]
+    ) -> tuple[list[Sequence[Any]], list[list[Any]], Sequence[Any]]:
+        """Of a program's arguments: so many of each layer, each base's tensors, of which those are there that ``read``
+        says, and what is left."""
+        n = len(self.each)
+        own, held, flat = [flat[i * fields : (i + 1) * fields] for i in range(n)], [], flat[n * fields :]
+        for one, there in zip(self.each, read, strict=True):
+            tensors: list[Any] = [None] * one.held
+            count = len(tensors[there])
+            tensors[there], flat = flat[:count], flat[count:]
+            held.append(tensors)
+        return own, held, flat
+
+    @cached_property
+    def specs(self) -> list[list[tuple[Size, torch.dtype] | None]]:
+        """Shape and dtype of dB, dbias, dm and dZ of each layer, None where it is not wanted."""
+        found: list[list[tuple[Size, torch.dtype] | None]] = []
+        for one in self.each:
+            _, _, need_b, need_bias, need_m = one.needs
+            by_itself = self.needs_x and not one.base.e4m3  # else dZ is quantised, and read so
+            dz = one.dora and not one.scaled and (by_itself or needs_dz(one.r, self.needs_ds, need_b))
+            all_of_them = (
+                (need_b, (one.n, one.r), one.kinds.b),
+                (need_bias, (one.n,), one.kinds.bias),
+                (need_m, (one.n,), one.kinds.m),
+                (dz, (self.m, one.n), self.kind),
+            )
+            found.append([(shape, kind) if wanted and kind else None for wanted, shape, kind in all_of_them])
+        return found
+
+    @cached_property
+    def for_y(self) -> list[slice]:
+        return [one.for_y for one in self.each]
+
+    @cached_property
+    def saved(self) -> list[slice]:
+        """Those of each layer's base's tensors that the backward reads."""
+        return [one.base.read_by(y=one.z_again, dx=self.needs_x) for one in self.each]
+
     def small(self, room: Operand) -> Shared:
         parts, each, first = self.shapes.parts(room), [], 0
         for i, one in enumerate(self.each):
+            if not one.r:
+                each.append(Small())
+                continue
             found: dict[str, Any] = {name: parts.get(f"{name}{i}") for name in ("b", "norm", "gain")}
             found["a"] = parts["stacked"].block(first, 0, one.r, self.k)
             found["s"] = parts["s"].block(0, first, self.m, one.ranks)
@@ -110,13 +174,28 @@ class Siblings:
             first += one.ranks
         return Shared(parts["stacked"], parts["scales"], parts["s"], tuple(each))
 
-    def columns(self, ds: Operand) -> list[Operand]:
+    def columns(self, ds: Operand) -> list[Operand | None]:
         """Each layer's of a [M, sum of padded R]."""
         first, found = 0, []
         for one in self.each:
-            found.append(ds.block(0, first, self.m, one.ranks))
+            found.append(ds.block(0, first, self.m, one.ranks) if one.r else None)
             first += one.ranks
         return found
+
+
+class Rooms(NamedTuple):
+    """Memory that the layers of a group take in turns."""
+
+    w: Operand  # for a weight that no product reads
+    z8: Operand  # for dZ in e4m3
+    scale: Operand  # of its rows
+
+    def wanted(self, one: Sibling, group: Siblings, gain: Operand | None = None) -> Wanted:
+        """What a launch must know that writes W: with a gain for y again, in a backward."""
+        return Wanted(one.n, group.k, group.kind, self.w, gain, weak_gain(group.kind) if gain else 0.0)
+
+    def dz8(self, one: Sibling, group: Siblings) -> Quantised[Operand]:
+        return Quantised(self.z8.seen_as((group.m, one.n), FP8), self.scale)
 
 
 class Made(NamedTuple):
@@ -128,20 +207,20 @@ class Made(NamedTuple):
 
 
 class Given(NamedTuple):
-    """A layer's tensors and its scaling; magnitude None without DoRA."""
+    """A layer's tensors, ``held`` its base's, and its scaling; a and b None without adapters, magnitude without
+    DoRA."""
 
-    weight: torch.Tensor
-    a: torch.Tensor
-    b: torch.Tensor
+    held: Sequence[torch.Tensor]
+    a: MaybeTensor
+    b: MaybeTensor
     bias: MaybeTensor
     magnitude: MaybeTensor
     scaling: float | torch.Tensor
 
 
 class Kept(NamedTuple):
-    """What the backward reads of one layer, each None where it does not."""
+    """What the backward reads of one layer, each None where it does not; then come its base's tensors."""
 
-    weight: MaybeTensor = None
     b: MaybeTensor = None
     y: MaybeTensor = None
     z: MaybeTensor = None

@@ -30,7 +30,7 @@ MAGNITUDE_BLOCK = 32  # columns of dm a program; half as many where the elements
 
 
 @triton.jit
-def _sum_of(src, i, parts, size, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def sum_of(src, i, parts, size, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """Sum over parts of src[part, i] for the BLOCK indices i; eight loads under way at a time."""
     total = tl.zeros([8, BLOCK], dtype=ACC)
     for first in range(0, parts, 8):
@@ -45,7 +45,7 @@ def _add_parts(src, dst, block, parts, size, scale, cols, stride, BLOCK: tl.cons
     """dst[i] = scale * sum over parts of src[part, i]; with ``cols`` dst is a matrix of so many, its rows ``stride``
     apart."""
     i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = _sum_of(src, i, parts, size, BLOCK, ACC)
+    total = sum_of(src, i, parts, size, BLOCK, ACC)
     to = i if cols is None else i // cols * stride + i % cols
     tl.store(dst + to, (total * scale).to(dst.dtype.element_ty), mask=i < size)
 
@@ -81,6 +81,46 @@ def _scale_columns(t, scale, col, BLOCK: tl.constexpr):
     for m in range(0, t.rows, BLOCK):
         tile = load_tile(t, m, col, BLOCK, BLOCK).to(scale.dtype) * scale[None, :]
         store_tile(t, tile, m, col, t.ptr.dtype.element_ty)
+
+
+@triton.jit
+def magnitude(
+    total,
+    col,
+    dm_ptr,
+    gain_ptr,
+    norm_ptr,
+    dy,
+    x,
+    gate_ptr,
+    w,
+    s,
+    b,
+    w_scale_ptr,
+    WEAK: tl.constexpr,
+    RESCALES: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dm of BLOCK columns from col on, from the sums over rows of dY * z; of dY * y, where WEAK is not None."""
+    cols = col + tl.arange(0, BLOCK)
+    norm = tl.load(norm_ptr + cols, mask=cols < dy.cols, other=0.0)
+    if WEAK is not None:
+        gain = tl.load(gain_ptr + cols, mask=cols < dy.cols, other=0.0)
+        unscaled = tl.abs(gain) < WEAK
+        weak = unscaled & (norm != 0)
+        total /= tl.where(unscaled, 1.0, gain)
+        if tl.max(weak.to(tl.int32), 0) > 0:
+            again = _column_dots(dy, x, gate_ptr, w, s, b, w_scale_ptr, col, BLOCK, ACT, ACC, PRECISION)
+            total = tl.where(weak, again, total)
+        if RESCALES:
+            if tl.max((unscaled & (cols < dy.cols)).to(tl.int32), 0) > 0:
+                tl.debug_barrier()  # all of it was read
+                _scale_columns(dy, tl.where(unscaled, gain, 1.0), col, BLOCK)
+    dm = tl.where(norm != 0, total / tl.where(norm != 0, norm, 1.0), 0.0)
+    tl.store(dm_ptr + cols, dm.to(dm_ptr.dtype.element_ty), mask=cols < dy.cols)
 
 
 @triton.jit(do_not_specialize=["M", "splits", "col_blocks", "ds_size"])
@@ -157,28 +197,30 @@ def _sum_kernel(
         n = tl.cdiv(dm_size, DM_BLOCK)
         if (block >= 0) & (block < n):
             cols = block * DM_BLOCK + tl.arange(0, DM_BLOCK)
-            total = _sum_of(parts_ptr + dm_at, cols, splits, dm_size, DM_BLOCK, ACC)
-            norm = tl.load(norm_ptr + cols, mask=cols < N, other=0.0)
-            if WEAK is not None:
-                gain = tl.load(gain_ptr + cols, mask=cols < N, other=0.0)
-                unscaled = tl.abs(gain) < WEAK
-                weak = unscaled & (norm != 0)
-                total /= tl.where(unscaled, 1.0, gain)
-                dy = Matrix(dy_ptr, M, N, stride_ym, stride_yn)
-                if tl.max(weak.to(tl.int32), 0) > 0:
-                    x = Matrix(x_ptr, M, K, stride_xm, stride_xk)
-                    w, s = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(s_ptr, M, RS, stride_s, 1)
-                    b = Matrix(b_ptr, N, R, stride_bn, stride_br)
-                    again = _column_dots(
-                        dy, x, gate_ptr, w, s, b, w_scale_ptr, block * DM_BLOCK, DM_BLOCK, ACT, ACC, PRECISION
-                    )
-                    total = tl.where(weak, again, total)
-                if RESCALES:
-                    if tl.max((unscaled & (cols < N)).to(tl.int32), 0) > 0:
-                        tl.debug_barrier()  # all of it was read
-                        _scale_columns(dy, tl.where(unscaled, gain, 1.0), block * DM_BLOCK, DM_BLOCK)
-            dm = tl.where(norm != 0, total / tl.where(norm != 0, norm, 1.0), 0.0)
-            tl.store(dm_ptr + cols, dm.to(dm_ptr.dtype.element_ty), mask=cols < N)
+            total = sum_of(parts_ptr + dm_at, cols, splits, dm_size, DM_BLOCK, ACC)
+            dy, x = Matrix(dy_ptr, M, N, stride_ym, stride_yn), Matrix(x_ptr, M, K, stride_xm, stride_xk)
+            w, s = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(s_ptr, M, RS, stride_s, 1)
+            b = Matrix(b_ptr, N, R, stride_bn, stride_br)
+            magnitude(
+                total,
+                block * DM_BLOCK,
+                dm_ptr,
+                gain_ptr,
+                norm_ptr,
+                dy,
+                x,
+                gate_ptr,
+                w,
+                s,
+                b,
+                w_scale_ptr,
+                WEAK,
+                RESCALES,
+                ACT,
+                DM_BLOCK,
+                ACC,
+                PRECISION,
+            )
         block -= n
     if g_ptr is not None:
         if block >= 0:

@@ -102,7 +102,7 @@ def overwritten(ttgir: str) -> int:
     return found
 
 
-PRODUCTS = "_gemm_kernel", "_products_kernel", "_few_rows_kernel", "_decode_kernel", "_experts_kernel"
+PRODUCTS = "_gemm_kernel", "_products_kernel", "_fan_kernel", "_few_rows_kernel", "_decode_kernel", "_experts_kernel"
 BF16, FLOAT = torch.bfloat16, torch.float32
 
 
@@ -179,7 +179,7 @@ def described(case: GroupCase) -> str:
     return f"{m}x{k}x{'+'.join(map(str, widths))} r={r} {str(dtype)[6:]} p={p} {str(adapter)[6:]} {forms}"
 
 
-def group(case: GroupCase) -> None:
+def group(case: GroupCase, base_name: str = "plain") -> None:
     """The launches of layers with one input, forward and backward."""
     from lora_fast.kernels.group import backward, forward
     from lora_fast.kernels.problem import Kinds, Needs
@@ -189,10 +189,10 @@ def group(case: GroupCase) -> None:
     x, kinds, needs = torch.empty(m, k, dtype=dtype), Kinds(dtype, adapter, adapter), Needs(False, True, True)
     if dora:
         kinds, needs = kinds._replace(m=adapter), needs._replace(m=True)
-    siblings = Siblings((m,), k, tuple(Sibling(n, r, kinds, needs, dora) for n in widths), True)
+    siblings = Siblings((m,), k, tuple(Sibling(n, r, kinds, needs, dora, base_name=base_name) for n in widths), True)
     each = [
         Given(
-            torch.empty(n, k, dtype=dtype),
+            held_by(base_name, torch.empty(n, k, dtype=dtype)),
             torch.empty(r, k, dtype=adapter),
             torch.empty(n, r, dtype=adapter),
             None,
@@ -205,11 +205,12 @@ def group(case: GroupCase) -> None:
     if late is not None:
         late.run()
     kept = [
-        Kept(one.weight, None if sibling.casts else one.b, y if dora else None)
+        t
         for one, sibling, y in zip(each, siblings.each, ys, strict=True)
+        for t in (*Kept(None if sibling.casts else one.b, y if dora else None), *one.held)
     ]
     dys = [torch.empty_like(y) for y in ys]
-    backward(siblings, dys, [], x, made, kept, [2.0] * len(ys), p)
+    backward(siblings, dys, x, made, kept, [2.0] * len(ys), p)
 
 
 def mlp(case: GroupCase, act: str) -> None:
@@ -233,13 +234,13 @@ def mlp(case: GroupCase, act: str) -> None:
     for rows, cols in ((width, k), (width, k), (n, width)):
         a, b = torch.empty(r, cols, dtype=adapter), torch.empty(rows, r, dtype=adapter)
         magnitude = torch.empty(rows, dtype=adapter) if dora else None
-        each.append(Given(torch.empty(rows, cols, dtype=dtype), a, b, None, magnitude, 2.0))
+        each.append(Given((torch.empty(rows, cols, dtype=dtype),), a, b, None, magnitude, 2.0))
     seed = 1 if p else None
     y, made, late = forward(problem, x, each, (seed, seed), (p, p))
     if late is not None:
         late.run()
-    kept = [Kept(one.weight, None if inner.casts else one.b) for one in each]
-    kept[2] = kept[2]._replace(y=y if dora else None)
+    kept = [(*Kept(None if inner.casts else one.b), *one.held) for one in each]
+    kept[2] = *Kept(kept[2][0], y if dora else None), *each[2].held
     backward(problem, torch.empty_like(y), x, made, kept, 2.0, p, True)
 
 
@@ -450,6 +451,9 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case], once: b
             for dtype in (BF16, *others):
                 problem = f"4096x4096x4096 r=16 {str(dtype)[6:]} p=0.0 {base.name}"
                 layer((4096, 4096, 4096, 16, dtype, 0.0, dtype, False), torch.empty(4096), base.name)
+            if some:
+                problem = f"4096x4096x4096+1024 r=16 bfloat16 p=0.1 {base.name} group"
+                group((4096, 4096, (4096, 1024), 16, BF16, 0.1, BF16, True), base.name)
     for dtype, r in ((BF16, 16), (torch.float16, 64), (FLOAT, 16)):
         problem = f"8192x32000x2048 r={r} {str(dtype)[6:]} embedding"
         embedding(dtype, r)
@@ -489,6 +493,8 @@ GROUPS: list[GroupCase] = [
     (8192, 4096, (4096, 1024, 1024), 16, BF16, 0.0, BF16, False),
     (8192, 4096, (14336, 14336), 16, BF16, 0.1, FLOAT, True),
     (2048, 2048, (2048, 512, 512), 16, BF16, 0.1, BF16, False),
+    (2048, 2048, (2048, 512, 512), 16, BF16, 0.0, BF16, True),
+    (1000, 4096, (4096, 1000), 32, torch.float16, 0.0, FLOAT, False),
     (4096, 4096, (4096, 1024, 1024, 1000), 8, torch.float16, 0.0, FLOAT, False),
     (4096, 1024, (1024,), 16, FLOAT, 0.1, FLOAT, False),
 ]

@@ -233,6 +233,12 @@ def tensors_of(weight: torch.Tensor) -> Callable[[Any], tuple[torch.Tensor, ...]
     return get if len(weight.INNER) > 1 else lambda packed: (get(packed),)
 
 
+def first_of(weight: PackedWeight) -> torch.Tensor:
+    """The first of its inner tensors."""
+    with torch._C.DisableTorchFunctionSubclass():  # by way of PackedWeight it takes six times as long
+        return getattr(weight, weight.INNER[0])
+
+
 def rounds_norm(weight: torch.Tensor) -> bool:
     """Whether DoRA's norm over this weight may be rounded to its dtype, as PEFT does."""
     return weight.ROUNDS_NORM if isinstance(weight, PackedWeight) else True

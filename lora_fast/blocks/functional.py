@@ -9,7 +9,7 @@ import torch
 from torch.compiler import is_compiling
 
 from lora_fast import dispatch
-from lora_fast.bases.packed import PackedWeight
+from lora_fast.bases.packed import PackedWeight, first_of
 from lora_fast.blocks import apart, reference
 from lora_fast.blocks.form import Layer
 from lora_fast.functional import Facts, check_dora, check_linear, facts_of
@@ -127,7 +127,7 @@ def _check(x: Any, named: Sequence[tuple[str, Any]]) -> torch.dtype:
 
 def _recall(x: Any, layers: Sequence[Any], training: Any, *asked: Any) -> tuple[Facts | None, Any]:
     """(facts, what takes calls with these facts), as for a single layer; no facts where numbers are wrong or something
-    is no tensor, which the checks will say, for packed weights, and under compilation."""
+    is no tensor, which the checks will say, and under compilation."""
     if is_compiling() or type(training) is not bool:
         return None, None
     facts: list[Any] = []
@@ -135,10 +135,15 @@ def _recall(x: Any, layers: Sequence[Any], training: Any, *asked: Any) -> tuple[
         for weight, a, b, scaling, bias, p, magnitude, round_norm, save in layers:
             number = type(scaling) in (float, int)
             wrong = number and not -math.inf < scaling < math.inf
-            if wrong or type(p) not in (float, int) or not 0 <= p < 1 or isinstance(weight, PackedWeight):
+            if wrong or type(p) not in (float, int) or not 0 <= p < 1:
                 return None, None
+            acts_as = None
+            if isinstance(weight, PackedWeight):
+                acts_as = weight.traits, weight.requires_grad
+                weight = first_of(weight)
             facts += (
                 facts_of(weight),
+                acts_as,
                 a if a is None else facts_of(a),
                 b if b is None else facts_of(b),
                 bias if bias is None else facts_of(bias),
@@ -191,9 +196,10 @@ def _plain_glu(activation: str, x: Any, gate: Any, up: Any, down: Any, training:
     return reference.lora_glu(x, gate, up, down, activation, training)
 
 
-def _plain_or_packed(layers: Sequence[Layer]) -> bool:
-    """Whether there is nothing that a block's kernels do: no adapters, or a base that only layers have kernels for."""
-    return not any(layer.adapted for layer in layers) or any(isinstance(layer.weight, PackedWeight) for layer in layers)
+def _as_layers(layers: Sequence[Layer]) -> bool:
+    """Whether there is nothing that a block's kernels do: no adapters, or, under compilation, a packed base."""
+    packed = is_compiling() and any(isinstance(layer.weight, PackedWeight) for layer in layers)
+    return packed or not any(layer.adapted for layer in layers)
 
 
 def _fused_group(
@@ -203,7 +209,7 @@ def _fused_group(
     from lora_fast.blocks.group import FEW, FusedGroup, why_apart
 
     alone = partial(apart.lora_group, backend=backend)
-    if _plain_or_packed(layers):
+    if _as_layers(layers):
         return alone
     if why := why_apart(x, layers, training):
         dispatch.tell("runs a group layer by layer", why)
@@ -222,7 +228,7 @@ def _fused_glu(
     from lora_fast.blocks.group import FEW
 
     alone = partial(apart.lora_glu, activation=activation, backend=backend)
-    if _plain_or_packed(layers):
+    if _as_layers(layers):
         return alone
     if why := why_apart(x, layers, training):
         dispatch.tell("runs a gated MLP layer by layer", why)

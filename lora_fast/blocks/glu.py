@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_fast.blocks import group
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.group import as_rows, given, sibling
+from lora_fast.blocks.group import Bases, as_rows, given, kept_held, sibling
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels import group as group_kernels
 from lora_fast.kernels import mlp as mlp_kernels
@@ -27,10 +27,15 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 def why_apart(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> str | None:
     """Why these gate, up and down do not run as one step, in words; None where they do."""
-    for name, layer in zip(("gate", "up", "down"), layers, strict=True):
-        if not layer.adapted:
-            return f"{name} has no adapters"
     return group.why_apart(x, layers[:2], training) or group.why_apart(x, layers[2:], training)
+
+
+def rates(layers: Sequence[Layer], training: bool) -> tuple[float, float]:
+    """Of the dropout of x, which gate and up share, and of h."""
+    if not training:
+        return 0.0, 0.0
+    inner = [layer.dropout_p for layer in layers[:2] if layer.adapted]
+    return (inner[0] if inner else 0.0), (layers[2].dropout_p if layers[2].adapted else 0.0)
 
 
 def mlp_of(lead: Size, k: int, each: Sequence[Sibling], needs_x: bool, activation: str) -> Mlp:
@@ -53,7 +58,7 @@ def _over_dz(one: Sibling) -> Sibling:
 class Call(NamedTuple):
     """What one call has beside tensors that autograd looks at."""
 
-    weights: Sequence[torch.Tensor]
+    held: Sequence[Sequence[torch.Tensor]]  # what holds each weight
     scalings: Sequence[float | torch.Tensor]
     seeds: tuple[Any, Any]  # of the dropout of x and of h
     rates: tuple[float, float]
@@ -69,7 +74,7 @@ class FusedGlu:
         needs_x = train and x.requires_grad
         each = [sibling(layer, self.kind, train) for layer in layers]
         self.mlp = mlp_of(tuple(x.shape[:-1]), x.shape[-1], each, needs_x, activation)
-        self.casts = any(t.dtype != self.kind for t in (x, *(layer.weight for layer in layers)))
+        self.bases, self.casts = Bases(layers, self.kind), x.dtype != self.kind
         self.contiguous = all(t is None or t.is_contiguous() for layer in layers for t in layer.tensors[1:])
         self.elsewhere = x.device.type == "cuda" and not one_gpu()
         self.records = needs_x or any(
@@ -84,29 +89,26 @@ class FusedGlu:
 
     def run(self, x: torch.Tensor, layers: Sequence[Layer], training: bool) -> torch.Tensor:
         """y, on the current device."""
-        weights: list[torch.Tensor] = []
         scalings: list[float | torch.Tensor] = []
         small: list[Any] = []
-        rates: list[float] = []
-        for weight, a, b, scaling, bias, p, magnitude, _, _ in layers:
-            weights.append(weight)
+        held = self.bases.held(layers)
+        for _, a, b, scaling, bias, _, magnitude, _, _ in layers:
             scalings.append(scaling)
             small += (a, b, bias, magnitude)
-            rates.append(p if training else 0.0)
         if self.casts:
-            x, weights = x.to(self.kind), [weight.to(self.kind) for weight in weights]
+            x = x.to(self.kind)
         if not self.contiguous:
             small = [contiguous(t) for t in small]
-        p, _, h_p = rates
+        p, h_p = rates(layers, training)
         seeds = draw_seed(x.device) if p > 0 else None, draw_seed(x.device) if h_p > 0 else None
-        call = Call(weights, scalings, seeds, (p, h_p), [])
+        call = Call(held, scalings, seeds, (p, h_p), [])
         y = _apply(x, self, call, *small) if self.records else self.forward(x, call, *small)[0]
         for late in call.late:
             late.run()
         return y
 
     def forward(self, x: torch.Tensor, call: Call, *small: Any) -> tuple[torch.Tensor, Made]:
-        each = [given(call.weights[i], small[4 * i : 4 * i + 4], call.scalings[i]) for i in range(3)]
+        each = [given(call.held[i], small[4 * i : 4 * i + 4], call.scalings[i]) for i in range(3)]
         y, made, late = mlp_kernels.forward(self.mlp, addressable(x), each, call.seeds, call.rates)
         if late is not None:
             call.late.append(late)
@@ -120,12 +122,11 @@ class FusedGlu:
         again = any(dots)
         saved: list[MaybeTensor] = [x if inner.needs_a or again else None, *made[:6]]
         for i, one in enumerate((*inner.each, down)):
-            by_dots = i < 2 and dots[i]
             saved += (  # as in ``Kept``
-                call.weights[i] if i == 2 or inner.needs_x or by_dots else None,
                 None if one.casts else small[4 * i + 1],
                 y if one.z_again else None,
                 made.z[i] if one.needs.m else None,
+                *kept_held(call.held[i], self.mlp.saved[i]),
             )
         return saved
 
@@ -133,7 +134,10 @@ class FusedGlu:
         self, dy: torch.Tensor, saved: Sequence[Any], scalings: Sequence[Any], rates: tuple[float, float]
     ) -> tuple[MaybeTensor, ...]:
         """dX, then dA, dB, dbias and dm of gate, up and down."""
-        x, kept = saved[0], (saved[7:11], saved[11:15], saved[15:19])
+        x, kept, at = saved[0], [], 7
+        for one in (*self.mlp.inner.each, self.mlp.down):
+            kept.append(saved[at : at + 3 + one.held])
+            at += 3 + one.held
         found = Made(*saved[1:7])
         x = None if x is None else addressable(x)
         de, dg, of_down, dms = mlp_kernels.backward(
@@ -141,7 +145,7 @@ class FusedGlu:
         )
         shared = MadeOfGroup(found.room, found.bits, ())
         dx, both = group_kernels.backward(
-            self.mlp.inner, (de, dg), (), x, shared, kept[:2], scalings[:2], rates[0], in_place=True
+            self.mlp.inner, (de, dg), x, shared, (*kept[0], *kept[1]), scalings[:2], rates[0], in_place=True
         )
         grads = [(*three, own if dm is None else dm) for (*three, own), dm in zip(both, dms, strict=True)]
         return dx, *(grad for four in (*grads, of_down) for grad in four)

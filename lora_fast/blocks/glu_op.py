@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.glu import mlp_of
+from lora_fast.blocks.glu import mlp_of, rates
 from lora_fast.blocks.group import as_rows, given
 from lora_fast.blocks.operators import (
     LAYERS,
@@ -42,7 +42,7 @@ library.define(f"""lora_glu_bwd(Tensor dy, Tensor? x, {LAYERS}, Tensor e, Tensor
 
 def lora_glu(x: torch.Tensor, gate: Layer, up: Layer, down: Layer, training: bool, *, activation: str) -> torch.Tensor:
     """y, by way of the operator."""
-    p, h_p = (gate.dropout_p, down.dropout_p) if training else (0.0, 0.0)
+    p, h_p = rates((gate, up, down), training)
     x, *rest, flags = prepared(x, (gate, up, down))
     seeds = [draw_seed(x.device) if rate > 0 else None for rate in (p, h_p)]
     return torch.ops.lora_fast.lora_glu(x, *rest, *seeds, p, h_p, flags, activation)
@@ -56,8 +56,7 @@ def _problem(
     act: str,
     needs: Sequence[bool] = NONE,
 ) -> Mlp:
-    each = [one for one in each_of(weights, small, flags, needs) if one is not None]
-    return mlp_of(tuple(lead), weights[0].shape[1], each, needs[0], act)
+    return mlp_of(tuple(lead), weights[0].shape[1], each_of(weights, small, flags, needs), needs[0], act)
 
 
 def _forward(
@@ -69,7 +68,7 @@ def _forward(
     key = "glu", *key_of(lead, weights, small, *flags, act, x.stride())
     problem = problems.get(key) or problems.keep(key, _problem(lead, weights, small, flags, act))
     with on(x.device):
-        each = [given(weights[i], small[4 * i : 4 * i + 4], scalings[i]) for i in range(3)]
+        each = [given((weights[i],), small[4 * i : 4 * i + 4], scalings[i]) for i in range(3)]
         y, made, late = kernels.forward(problem, addressable(x), each, (seed, h_seed), (p, h_p))
         if late is not None:
             late.run()
@@ -106,7 +105,9 @@ def _gradients(
         keeps = kept_of(weights, small, kept, (*mlp.inner.each, mlp.down))
         de, dg, of_down, dms = kernels.backward(mlp, as_rows(dy), x, made, keeps, scalings[2], h_p, False)
         shared = MadeOfGroup(room, bits, ())
-        dx, both = group_kernels.backward(mlp.inner, (de, dg), (), x, shared, keeps[:2], scalings[:2], p, in_place=True)
+        dx, both = group_kernels.backward(
+            mlp.inner, (de, dg), x, shared, (*keeps[0], *keeps[1]), scalings[:2], p, in_place=True
+        )
     grads = [(*three, own if dm is None else dm) for (*three, own), dm in zip(both, dms, strict=True)]
     return [t for t in (dx, *apart([*grads, of_down])) if t is not None]
 
@@ -129,7 +130,7 @@ class _Glu(torch.autograd.Function):
         bits, h_bits = (rest.pop(0) if one is not None else None for one in (seed, h_seed))
         z = [rest.pop(0) if flags[2 * i + 1] else None for i in range(3)]
         *_, down = each_of(weights, small, flags, needs)
-        if down is not None and down.z_again:
+        if down.z_again:
             z[2] = y
         reads_x = any(needs[4 * i + j] for i in range(2) for j in (1, 4))
         saved = x if reads_x else None, e, g, room, down_room, bits, h_bits

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from lora_fast.bases.packed import PackedWeight, rounds_norm, tensors_of
 from lora_fast.blocks.form import Layer
 from lora_fast.dispatch import autocast_dtype
+from lora_fast.kernels.bases import PLAIN
 from lora_fast.kernels.group import backward, forward
 from lora_fast.kernels.problem import MaybeTensor, Needs
 from lora_fast.kernels.siblings import Deferred, Given, Made, Sibling, Siblings
@@ -26,7 +27,10 @@ def why_apart(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> str |
     if len(layers) > MOST:
         return f"it has {len(layers)} layers, and at most {MOST} share their launches"
     for layer in layers:
-        if layer.weight.stride(1) != 1:
+        if isinstance(layer.weight, PackedWeight):
+            if layer.weight.E4M3_PRODUCTS and not layer.adapted:
+                return "it has a layer without adapters over a base whose products are of 8 bits"
+        elif layer.weight.stride(1) != 1:
             return "rows of a base weight are not contiguous"
     if len(rates := {layer.dropout_p for layer in layers if layer.adapted and training}) > 1:
         return f"its layers differ in their dropout ({', '.join(map(str, sorted(rates)))})"
@@ -34,33 +38,60 @@ def why_apart(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> str |
 
 
 def sibling(layer: Layer, kind: torch.dtype, train: bool) -> Sibling:
-    """What decides the launches of a layer with adapters."""
+    """What decides the launches of a layer."""
     _, a, b, bias, magnitude = layer.tensors
     needs = Needs(False, *(t is not None and train and t.requires_grad for t in (a, b, bias, magnitude)))
     # z is kept where y cannot stand for it, as in a layer by itself.
     keeps_y = layer.save == "auto" and bias is None and needs.a and needs.b
     return Sibling(
         layer.weight.shape[0],
-        len(a),
+        0 if a is None else len(a),
         kinds_of(kind, a, b, bias, magnitude),
         needs,
         dora=magnitude is not None,
         keep_z=needs.m and not keeps_y,
-        round_norm=layer.round_norm,
+        round_norm=layer.round_norm and rounds_norm(layer.weight),
+        base_name=layer.weight.BASE if isinstance(layer.weight, PackedWeight) else PLAIN.name,
     )
 
 
-def given(weight: torch.Tensor, small: Sequence[Any], scaling: float | torch.Tensor) -> Given:
-    """A layer's tensors; ``small``: A, B, bias and magnitude."""
+def given(held: Sequence[torch.Tensor], small: Sequence[Any], scaling: float | torch.Tensor) -> Given:
+    """A layer's tensors, first those that hold its weight; ``small``: A, B, bias and magnitude."""
     a, b, bias, magnitude = small
-    return Given(weight, a, b, bias, magnitude, scaling)
+    return Given(held, a, b, bias, magnitude, scaling)
+
+
+class Bases:
+    """What holds the weights of layers: they themselves, cast where they must be, or a packed one's inner tensors."""
+
+    def __init__(self, layers: Sequence[Layer], kind: torch.dtype) -> None:
+        self.kind, self.of = kind, [tensors_of(layer.weight) for layer in layers]
+        self.plain = all(of is None for of in self.of)
+        self.casts = any(of is None and one.weight.dtype != kind for of, one in zip(self.of, layers, strict=True))
+
+    def held(self, layers: Sequence[Layer]) -> list[tuple[torch.Tensor, ...]]:
+        if self.plain and not self.casts:
+            return [(layer[0],) for layer in layers]
+        return [
+            (layer.weight.to(self.kind),) if of is None else of(layer.weight)
+            for of, layer in zip(self.of, layers, strict=True)
+        ]
+
+
+def kept_held(held: Sequence[torch.Tensor], saved: slice) -> Sequence[MaybeTensor]:
+    """The tensors in their places, of which these are saved."""
+    if len(held) == 1:
+        return held if held[saved] else (None,)
+    found: list[MaybeTensor] = [None] * len(held)
+    found[saved] = held[saved]
+    return found
 
 
 class Call(NamedTuple):
     """What one call has beside tensors that autograd looks at."""
 
-    weights: Sequence[torch.Tensor]  # of all layers
-    scalings: Sequence[float | torch.Tensor]  # of those with adapters, as all below
+    held: Sequence[Sequence[torch.Tensor]]  # what holds each weight
+    scalings: Sequence[float | torch.Tensor]
     seed: torch.Tensor | int | None
     p: float
     late: list[Deferred]  # filled: launches for once what the backward reads is saved
@@ -72,15 +103,14 @@ class FusedGroup:
     def __init__(self, x: torch.Tensor, layers: Sequence[Layer]) -> None:
         dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
         self.kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
-        self.adapted = [i for i, layer in enumerate(layers) if layer.adapted]
-        self.frozen = [i for i, layer in enumerate(layers) if not layer.adapted]
-        each = tuple(sibling(layers[i], self.kind, train) for i in self.adapted)
+        each = tuple(sibling(layer, self.kind, train) for layer in layers)
         self.group = Siblings(tuple(x.shape[:-1]), x.shape[-1], each, train and x.requires_grad)
         self.records = train and any(
             t is not None and t.requires_grad for t in (x, *(t for layer in layers for t in layer.tensors))
         )
-        self.n, self.again = len(layers), any(one.z_again for one in each)
-        self.casts = any(t.dtype != self.kind for t in (x, *(layer.weight for layer in layers)))
+        self.again = any(one.z_again for one in each)
+        self.first = next(i for i, layer in enumerate(layers) if layer.adapted)  # whose dropout is that of all
+        self.bases, self.casts = Bases(layers, self.kind), x.dtype != self.kind
         self.contiguous = all(t is None or t.is_contiguous() for layer in layers for t in layer.tensors[1:])
         self.elsewhere = x.device.type == "cuda" and not one_gpu()
 
@@ -92,22 +122,18 @@ class FusedGroup:
 
     def run(self, x: torch.Tensor, layers: Sequence[Layer], training: bool) -> tuple[torch.Tensor, ...]:
         """The outputs, on the current device."""
-        weights = [layer[0] for layer in layers]
+        held = self.bases.held(layers)
         if self.casts:
-            x, weights = x.to(self.kind), [weight.to(self.kind) for weight in weights]
-        p = 0.0
+            x = x.to(self.kind)
         scalings: list[Any] = []
         small: list[Any] = []
-        for i in self.adapted:
-            _, a, b, scaling, bias, p, magnitude, _, _ = layers[i]
+        for _, a, b, scaling, bias, _, magnitude, _, _ in layers:
             scalings.append(scaling)
             small += (a, b, bias, magnitude)
-        small += [layers[i].bias for i in self.frozen]
         if not self.contiguous:
             small = [contiguous(t) for t in small]
-        if not training:
-            p = 0.0
-        call = Call(weights, scalings, draw_seed(x.device) if p > 0 else None, p, [])
+        p = layers[self.first][5] if training else 0.0
+        call = Call(held, scalings, draw_seed(x.device) if p > 0 else None, p, [])
         ys = _apply(x, self, call, *small) if self.records else self.forward(x, call, *small)[0]
         for late in call.late:
             late.run()
@@ -115,14 +141,8 @@ class FusedGroup:
 
     def forward(self, x: torch.Tensor, call: Call, *small: Any) -> tuple[list[torch.Tensor], Made]:
         """The outputs in the order of the layers, but for launches that come late."""
-        end = 4 * len(self.adapted)
-        ys: list[Any] = [None] * self.n
-        for i, bias in zip(self.frozen, small[end:], strict=True):
-            ys[i] = F.linear(x, call.weights[i], None if bias is None else bias.to(self.kind))
-        each = [given(call.weights[i], small[4 * j : 4 * j + 4], call.scalings[j]) for j, i in enumerate(self.adapted)]
-        found, made, late = forward(self.group, addressable(x), each, call.seed, call.p)
-        for i, y in zip(self.adapted, found, strict=True):
-            ys[i] = y
+        each = [given(held, small[4 * i : 4 * i + 4], call.scalings[i]) for i, held in enumerate(call.held)]
+        ys, made, late = forward(self.group, addressable(x), each, call.seed, call.p)
         if late is not None:
             call.late.append(late)
         return ys, made
@@ -130,45 +150,32 @@ class FusedGroup:
     def to_save(
         self, x: torch.Tensor, call: Call, small: Sequence[Any], ys: Sequence[torch.Tensor], made: Made
     ) -> list[MaybeTensor]:
-        """What the backward will read: x, room and bits, each layer's ``Kept``, and the weights of frozen ones."""
+        """What the backward will read: x, room and bits, and each layer's ``Kept``, its base's tensors last."""
         group = self.group
         saved: list[MaybeTensor] = [
             x if group.needs_a or self.again else None,
             made.room,
             made.bits if group.needs_ds else None,
         ]
-        for j, (i, one) in enumerate(zip(self.adapted, group.each, strict=True)):
+        for i, one in enumerate(group.each):
             saved += (  # as in ``Kept``
-                call.weights[i] if group.needs_x or one.z_again else None,
-                small[4 * j + 1] if not one.casts and (group.needs_ds or one.z_again) else None,
+                small[4 * i + 1] if not one.casts and (group.needs_ds or one.z_again) else None,
                 ys[i] if one.z_again else None,
-                made.z[j] if one.needs.m else None,
+                made.z[i] if one.needs.m else None,
+                *kept_held(call.held[i], group.saved[i]),
             )
-        return saved + [call.weights[i] if group.needs_x else None for i in self.frozen]
+        return saved
 
     def backward(
-        self, dys: Sequence[MaybeTensor], saved: Sequence[Any], scalings: Sequence[Any], p: float, needs: Sequence[bool]
+        self, dys: Sequence[MaybeTensor], saved: Sequence[Any], scalings: Sequence[Any], p: float
     ) -> tuple[MaybeTensor, ...]:
-        """dX, then dA, dB, dbias and dm of each layer with adapters, then dbias of the others; ``needs``: of these
-        last."""
-        x, room, bits, *rest = saved
-        end = 4 * len(self.adapted)
-        kept = [rest[i : i + 4] for i in range(0, end, 4)]
-        frozen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if self.frozen and self.group.needs_x:
-            pairs = zip([dys[i] for i in self.frozen], rest[end:], strict=True)
-            frozen = [(as_rows(dy), weight) for dy, weight in pairs if dy is not None]
-        own = [None if dys[i] is None else as_rows(dys[i]) for i in self.adapted]
+        """dX, then dA, dB, dbias and dm of each layer."""
+        x, room, bits, *kept = saved
+        rows = [None if dy is None else as_rows(dy) for dy in dys]
         made = Made(room, bits, ())
         x = None if x is None else addressable(x)
-        dx, grads = backward(self.group, own, frozen, x, made, kept, scalings, p)
-        if not self.frozen:
-            return dx, *(grad for four in grads for grad in four)
-        biases = [
-            dy.reshape(-1, dy.shape[-1]).sum(0) if need and dy is not None else None
-            for dy, need in zip([dys[i] for i in self.frozen], needs, strict=True)
-        ]
-        return dx, *(grad for four in grads for grad in four), *biases
+        dx, grads = backward(self.group, rows, x, made, kept, scalings, p)
+        return dx, *(grad for four in grads for grad in four)
 
 
 def as_rows(dy: Any) -> torch.Tensor:
@@ -214,8 +221,7 @@ def _backward_of(ctx: Any, *dys: Any) -> tuple[Any, ...]:
         scalings = list(scalings)
         for i in reversed(tensors):
             scalings[i] = saved.pop()
-    needs = ctx.needs_input_grad[3 + 4 * len(fused.adapted) :] if fused.frozen else ()
-    dx, *rest = fused.backward(dys, saved, scalings, p, needs)
+    dx, *rest = fused.backward(dys, saved, scalings, p)
     return dx, None, None, *rest
 
 

@@ -2,10 +2,10 @@
 ``lora_group_fwd``, whose gradients ``lora_group_bwd`` makes."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.group import as_rows, given
@@ -14,7 +14,6 @@ from lora_fast.blocks.operators import (
     NONE,
     Small,
     Tensors,
-    adapted,
     apart,
     each_of,
     fake_gradients,
@@ -47,8 +46,7 @@ def lora_group(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> tupl
 def _problem(
     lead: Sequence[int], weights: Tensors, small: Small, flags: Sequence[bool], needs: Sequence[bool] = NONE
 ) -> Siblings:
-    each = tuple(one for one in each_of(weights, small, flags, needs) if one is not None)
-    return Siblings(tuple(lead), weights[0].shape[1], each, needs[0])
+    return Siblings(tuple(lead), weights[0].shape[1], tuple(each_of(weights, small, flags, needs)), needs[0])
 
 
 def _forward(
@@ -59,20 +57,11 @@ def _forward(
     key = "group", *key_of(lead, weights, small, *flags, x.stride())
     problem = problems.get(key) or problems.keep(key, _problem(lead, weights, small, flags))
     with on(x.device):
-        each = [given(weights[i], small[4 * i : 4 * i + 4], scalings[i]) for i in adapted(small)]
-        found, made, late = kernels.forward(problem, addressable(x), each, seed, p)
+        each = [given((weight,), small[4 * i : 4 * i + 4], scalings[i]) for i, weight in enumerate(weights)]
+        ys, made, late = kernels.forward(problem, addressable(x), each, seed, p)
         if late is not None:
             late.run()
-        ys = iter(found)
-        outs = [
-            F.linear(x, weight, _cast(small[4 * i + 2], x)) if small[4 * i] is None else next(ys)
-            for i, weight in enumerate(weights)
-        ]
-    return [*outs, *(t for t in (made.room, made.bits, *made.z) if t is not None)]
-
-
-def _cast(bias: MaybeTensor, x: torch.Tensor) -> MaybeTensor:
-    return None if bias is None else bias.to(x.dtype)
+    return [*ys, *(t for t in (made.room, made.bits, *made.z) if t is not None)]
 
 
 def _forward_fake(
@@ -80,7 +69,7 @@ def _forward_fake(
 ) -> list[torch.Tensor]:
     problem = _problem(x.shape[:-1], weights, small, flags)
     found = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    z = [torch.empty_like(found[i]) for i in adapted(small) if flags[2 * i + 1]]
+    z = [torch.empty_like(y) for i, y in enumerate(found) if flags[2 * i + 1]]
     found.append(x.new_empty(problem.bytes, dtype=torch.uint8))
     if seed is not None:
         found.append(x.new_empty(problem.m, -(-problem.k // 32), dtype=torch.int32))
@@ -91,37 +80,33 @@ def _gradients(
     dys: Small, x: MaybeTensor, weights: Tensors, small: Small, scalings: Tensors, room: torch.Tensor,
     bits: MaybeTensor, kept: Small, p: float, flags: Any, needs: Any,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """The gradients that are needed and there, of x and of each layer's tensors, but for biases of frozen layers."""
+    """The gradients that are needed and there, of x and of each layer's tensors."""
     (first, *_) = (dy for dy in dys if dy is not None)
-    lead, own = first.shape[:-1], adapted(small)
+    lead = first.shape[:-1]
     key = "group_bwd", *key_of(lead, weights, small, *flags, *needs)
     problem = problems.get(key) or problems.keep(key, _problem(lead, weights, small, flags, needs))
     with on(first.device):
-        rows = [None if dy is None else as_rows(dy) for dy in dys]
-        frozen = [(dy, weights[i]) for i, dy in enumerate(rows) if i not in own and dy is not None and problem.needs_x]
         dx, grads = kernels.backward(
             problem,
-            [rows[i] for i in own],
-            frozen,
+            [None if dy is None else as_rows(dy) for dy in dys],
             None if x is None else addressable(x),
             Made(room, bits, ()),
-            kept_of(weights, small, kept, each_of(weights, small, flags, needs)),
-            [scalings[i] for i in own],
+            list(chain.from_iterable(kept_of(weights, small, kept, each_of(weights, small, flags, needs)))),
+            scalings,
             p,
         )
     return [t for t in (dx, *apart(grads)) if t is not None]
 
 
-def _wanted(dys: Small, small: Small, needs: Sequence[bool]) -> list[bool]:
-    """Which gradients ``lora_group_bwd`` gives: none of layers without adapters or without dY."""
-    there = [dys[i] is not None and small[4 * i] is not None for i in range(len(dys))]
-    return [needs[0], *(need and there[i // 4] for i, need in enumerate(needs[1:]))]
+def _wanted(dys: Small, needs: Sequence[bool]) -> list[bool]:
+    """Which gradients ``lora_group_bwd`` gives: none of layers without dY."""
+    return [needs[0], *(need and dys[i // 4] is not None for i, need in enumerate(needs[1:]))]
 
 
 def _gradients_fake(dys: Small, x: Any, weights: Tensors, small: Small, *rest: Any) -> list[torch.Tensor]:
     (first, *_) = (dy for dy in dys if dy is not None)
     shape = *first.shape[:-1], weights[0].shape[1]
-    return fake_gradients(shape, weights[0].dtype, first, small, _wanted(dys, small, rest[-1]))
+    return fake_gradients(shape, weights[0].dtype, first, small, _wanted(dys, rest[-1]))
 
 
 class _Group(torch.autograd.Function):
@@ -134,8 +119,8 @@ class _Group(torch.autograd.Function):
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
         bits, kept = rest.pop(0) if seed is not None else None, []
         for i, one in enumerate(each_of(weights, small, flags, needs)):
-            z = rest.pop(0) if one is not None and one.keep_z else None
-            kept.append(z if z is not None else ys[i] if one is not None and one.z_again else None)
+            z = rest.pop(0) if one.keep_z else None
+            kept.append(z if z is not None else ys[i] if one.z_again else None)
         reads_x = any(needs[4 * i + j] for i in range(n) for j in (1, 4))
         ctx.save_for_backward(x if reads_x else None, room, bits, *weights, *scalings, *small, *kept)
         ctx.rest = p, flags, needs
@@ -146,10 +131,7 @@ class _Group(torch.autograd.Function):
         (x, room, bits, *rest), (p, flags, needs), n = ctx.saved_tensors, ctx.rest, len(dys)
         weights, scalings, small, kept = rest[:n], rest[n : 2 * n], rest[2 * n : 6 * n], rest[6 * n :]
         grads = torch.ops.lora_fast.lora_group_bwd(dys, x, weights, small, scalings, room, bits, kept, p, flags, needs)
-        dx, *found = (grads.pop(0) if want else None for want in _wanted(dys, small, needs))
-        for i, dy in enumerate(dys):
-            if small[4 * i] is None and needs[4 * i + 3] and dy is not None:
-                found[4 * i + 2] = dy.reshape(-1, dy.shape[-1]).sum(0)
+        dx, *found = (grads.pop(0) if want else None for want in _wanted(dys, needs))
         return dx, *(None,) * 5, *found
 
 

@@ -33,7 +33,7 @@ def join(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (FastGlu, Joins)):
             continue
-        own = {name: child for name, child in module.named_children() if isinstance(child, Joins) and child.joinable}
+        own = {name: child for name, child in module.named_children() if isinstance(child, Joins)}
         if own and not _made_a_block(module, verdicts):
             _group(module, own)
 
@@ -60,7 +60,7 @@ OF_ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")  # 
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return module.joinable if isinstance(module, Joins) else type(module) is nn.Linear
+    return isinstance(module, Joins) or type(module) is nn.Linear
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:

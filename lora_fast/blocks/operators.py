@@ -14,7 +14,7 @@ from lora_fast.blocks.group import sibling
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels.memo import Memo
 from lora_fast.kernels.problem import MaybeTensor, Needs
-from lora_fast.kernels.siblings import Kept, Sibling
+from lora_fast.kernels.siblings import Sibling
 from lora_fast.ops.parts import contiguous, kinds_of
 
 LAYERS = "Tensor[] weights, Tensor?[] small, Tensor[] scalings"
@@ -38,21 +38,19 @@ def prepared(x: torch.Tensor, layers: Sequence[Layer]) -> tuple[torch.Tensor, Te
         if not isinstance(scaling, torch.Tensor):
             scaling = torch.ones((), device=x.device, dtype=torch.float32) * scaling  # torch.full would recompile
         scalings.append(scaling)
-        flags += [layer.round_norm, layer.adapted and sibling(layer, kind, train).keep_z]
+        flags += [layer.round_norm, sibling(layer, kind, train).keep_z]
     return x.to(kind), [layer.weight.to(kind) for layer in layers], small, scalings, flags
 
 
-def each_of(weights: Tensors, small: Small, flags: Sequence[bool], needs: Sequence[bool]) -> list[Sibling | None]:
-    """What decides the launches of each layer, None for those without adapters."""
-    found: list[Sibling | None] = []
+def each_of(weights: Tensors, small: Small, flags: Sequence[bool], needs: Sequence[bool]) -> list[Sibling]:
+    """What decides the launches of each layer."""
+    found: list[Sibling] = []
     for i, weight in enumerate(weights):
         a, b, bias, magnitude = small[4 * i : 4 * i + 4]
-        if a is None or b is None:
-            found.append(None)
-            continue
         kinds, wants = kinds_of(weight.dtype, a, b, bias, magnitude), Needs(False, *needs[4 * i + 1 : 4 * i + 5])
         round_norm, keep_z = flags[2 * i : 2 * i + 2]
-        found.append(Sibling(len(weight), len(a), kinds, wants, magnitude is not None, keep_z, round_norm))
+        r = 0 if a is None else len(a)
+        found.append(Sibling(len(weight), r, kinds, wants, magnitude is not None, keep_z, round_norm))
     return found
 
 
@@ -61,22 +59,18 @@ def key_of(lead: Sequence[int], weights: Tensors, small: Small, *rest: Any) -> t
     return (*lead, weights[0].device, *flat, *rest)
 
 
-def kept_of(weights: Tensors, small: Small, kept: Small, siblings: Sequence[Sibling | None]) -> list[Kept]:
-    """Of the layers with adapters; ``kept``: y or z of each layer, which its magnitude's gradient reads."""
+def kept_of(weights: Tensors, small: Small, kept: Small, siblings: Sequence[Sibling]) -> list[list[MaybeTensor]]:
+    """Of each layer what is in ``Kept``, and its weight; ``kept``: y or z of each, which its magnitude's gradient
+    reads."""
     return [
-        Kept(
-            weights[i],
+        [
             None if one.casts else small[4 * i + 1],
             kept[i] if one.z_again else None,
             kept[i] if one.needs.m and one.keep_z else None,
-        )
+            weights[i],
+        ]
         for i, one in enumerate(siblings)
-        if one is not None
     ]
-
-
-def adapted(small: Small) -> list[int]:
-    return [i for i in range(len(small) // 4) if small[4 * i] is not None]
 
 
 def apart(grads: Sequence[Sequence[MaybeTensor]]) -> list[MaybeTensor]:

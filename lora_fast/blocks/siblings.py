@@ -29,11 +29,6 @@ class Joins:
         nothing to join (adapters that are disabled, merged or not there)."""
         raise NotImplementedError
 
-    @property
-    def joinable(self) -> bool:
-        """Whether blocks of such layers are one step: not over a packed base, as things are."""
-        raise NotImplementedError
-
     def joined(self, x: torch.Tensor) -> torch.Tensor | None:
         """The output for x if it was, or is to be, made with that of its siblings."""
         siblings: Siblings | None = vars(self).get(SIBLINGS)

@@ -197,19 +197,16 @@ class LoRALinear(Joins, MergingLinear):
         weight = self.weight if self.enabled else whole(self.base_weight).to(x.device)  # kept in shards, or offloaded
         return F.linear(x, weight, self.bias)
 
-    @property
-    def joinable(self) -> bool:
-        return not isinstance(self.weight, PackedWeight)
-
     def as_layer(self, x: torch.Tensor) -> Layer | str | None:
-        if not self.enabled or self._buffers["unmerged_weight"] is not None or not self.joinable:
+        if not self.enabled or self._buffers["unmerged_weight"] is not None:
             return None
         if self.save_x != "x":
             return f"save_x is {self.save_x!r}"
         weight = self.weight
         if type(weight) is torch.Tensor:
             weight = fsdp1.as_asked(weight, self)
-        tensors = x, weight, self.lora_A, self.lora_B
+        whole = isinstance(weight, PackedWeight) and weight.WHOLE
+        tensors = x, self.lora_A, self.lora_B, *(() if whole else (weight,))
         if others := [t for t in tensors if type(t) not in PLAIN]:
             return f"one of its tensors is a {type(others[0]).__name__}"
         if x.dtype != weight.dtype and dispatch.autocast_dtype(x.device) is None:

@@ -6,7 +6,6 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 
-from lora_fast.bases.packed import PackedWeight
 from lora_fast.batch.form import Adapter
 from lora_fast.batch.functional import dora_linear_batch, lora_linear_batch
 from lora_fast.batch.names import LAST, BatchNames, Choice
@@ -103,10 +102,6 @@ class NamedLinear(Joins, MergingLinear):
         """The layer's adapters that occur there."""
         children: Any = self._modules.values()
         return [one for one in children if one.name in names]
-
-    @property
-    def joinable(self) -> bool:
-        return not isinstance(self.weight, PackedWeight)
 
     def as_layer(self, x: torch.Tensor) -> Layer | str | None:
         one = self.active

@@ -88,9 +88,11 @@ def dtype_of(t: MaybeTensor) -> torch.dtype | None:
 
 
 def kinds_of(
-    kind: torch.dtype, lora_A: torch.Tensor, lora_B: torch.Tensor, bias: MaybeTensor, magnitude: MaybeTensor
+    kind: torch.dtype, lora_A: MaybeTensor, lora_B: MaybeTensor, bias: MaybeTensor, magnitude: MaybeTensor
 ) -> Kinds:
-    return Kinds(kind, lora_A.dtype, lora_B.dtype, dtype_of(bias), dtype_of(magnitude))
+    """Of a layer whose products are made in ``kind``; that of adapters that it does not have, too."""
+    of_a, of_b = dtype_of(lora_A) or kind, dtype_of(lora_B) or kind
+    return Kinds(kind, of_a, of_b, dtype_of(bias), dtype_of(magnitude))
 
 
 def some(t: MaybeTensor, like: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from lora_fast import dispatch
 from lora_fast.bases.four_bits import NESTED_BLOCK, BlockWeight, FourBitWeight, Nf4Weight
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.bases.written import WrittenWeight, why_not_e4m3
+from lora_fast.blocks.form import Layer
 from lora_fast.blocks.gated import hooked
 from lora_fast.peft.layers import FastLinear
 from lora_fast.peft.rules import kind_of, parameter
@@ -155,9 +156,11 @@ class FastLinear4bit(FastLinear, Linear4bit):
         assert weight is not None  # ``base_weight`` was asked before
         return weight, None if bias is None else bias.to(weight.acts_as)
 
-    @property
-    def joinable(self) -> bool:
-        return False
+    def as_layer(self, x: torch.Tensor) -> Layer | str | None:
+        made = super().as_layer(x)
+        if isinstance(made, Layer) and x.dtype != made.weight.dtype and dispatch.autocast_dtype(x.device) is None:
+            return f"the input is {x.dtype}, the base computes in {made.weight.dtype}"
+        return made
 
     def _fused(self, x: torch.Tensor, parts: list[tuple[Any, ...]]) -> torch.Tensor:
         weight = self._view.weight

@@ -212,20 +212,16 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         """A weight of the base layer's as [N, K], as which a Conv1D's is not stored."""
         return weight.t() if self.fan_in_fan_out else weight
 
-    @property
-    def joinable(self) -> bool:
-        return not isinstance(self.base_layer.weight, PackedWeight) and not self.fan_in_fan_out
-
     def as_layer(self, x: torch.Tensor) -> Layer | str | None:
         if self.disable_adapters or self.merged or not (names := active(self)) or names_of(self, {}) is not None:
             return None
         parts = why_not_this_call(self, x, (), {}) or examine(self, names)
         if isinstance(parts, str):
             return parts
-        if not self.joinable:
-            return None
         if self.save_x != "x":
             return f"save_x is {self.save_x!r}"
+        if self.fan_in_fan_out:
+            return "a weight is stored as [in, out]"
         return self._layer(x, parts)
 
     def _layer(self, x: torch.Tensor, parts: list[tuple[Any, ...]]) -> Layer:

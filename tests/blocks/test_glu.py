@@ -11,7 +11,7 @@ if not TRITON:
 from blocks import a_layer, close, keep_mask, results, trained
 from torch.utils.checkpoint import checkpoint
 
-from lora_fast import Layer, SlowPathWarning, dispatch, lora_glu
+from lora_fast import SlowPathWarning, dispatch, lora_glu
 from lora_fast.blocks import functional, glu, reference
 from lora_fast.kernels import activations, mask, program
 from lora_fast.kernels import glu as glu_kernels
@@ -27,6 +27,10 @@ FORMS: dict[str, list[dict]] = {
     "ranks": [{"r": 16}, {"r": 3, "scaling": 0.7}, {"r": 40, "scaling": 8.0}],
     "dora": [{"dora": True}] * 3,
     "bias": [{"dora": True, "bias": True}, {"bias": True}, {"bias": True, "dora": True}],
+    "inner": [{}, {"dora": True}, {"r": 0, "bias": True}],
+    "outer": [{"r": 0}, {"r": 0}, {}],
+    "one": [{"r": 0, "bias": True}, {}, {"r": 0}],
+    "ends": [{"dora": True}, {"r": 0}, {"dora": True}],
     "mixed": [{"dora": True, "adapter": FLOAT}, {"adapter": FLOAT, "r": 5}, {"dora": True, "save": "z"}],
 }
 SMALL, ODD = (24, 32, 64, 48, 16), (33, 70, 45, 21, 3)  # M, K, I, N, r
@@ -210,7 +214,7 @@ def test_checkpoint_skips_the_last_product(device, monkeypatch):
 
     monkeypatch.setattr(program.Program, "run", counted)
     results(lambda x, layers: checkpoint(fused(), x, layers, use_reentrant=False), x, layers, dys)
-    assert launched.count("_gemm_kernel") == 6, "three forward, two again, dh"
+    assert launched.count("_gemm_kernel") == 2 and launched.count("_fan_kernel") == 2, "y, dh; e and g, and again"
     assert launched.count("_glu_down_kernel") == 2
     for reentrant in (False, True):
 
@@ -277,20 +281,13 @@ def test_only_what_asks_for_a_gradient_gets_one(device):
                     close(t.grad, truth[f"{name}{i}"], f"{name}{i}")
 
 
-@pytest.mark.parametrize("reason", ["no adapters", "dropout"])
-def test_comes_apart_and_says_so(device, reason, monkeypatch):
+def test_comes_apart_and_says_so(device, monkeypatch):
     monkeypatch.setattr(dispatch, "_told", set())
     monkeypatch.setattr(functional, "_calls", {})
-    x, layers, dys = drawn("lora", SMALL, FLOAT, device)
-    if reason == "dropout":
-        layers[1] = layers[1]._replace(dropout_p=0.5)
-    else:
-        layers[2] = Layer(layers[2].weight)
-    message = {"no adapters": "down has no adapters", "dropout": "differ in their dropout"}
-    with pytest.warns(SlowPathWarning, match=f"runs a gated MLP layer by layer: .*{message[reason]}"):
-        found = results(fused(), x, layers, dys)
-    if reason != "dropout":
-        close(found["dx"], results(plain(), x, layers, dys)["dx"], "dx")
+    x, layers, _ = drawn("lora", SMALL, FLOAT, device)
+    layers[1] = layers[1]._replace(dropout_p=0.5)
+    with pytest.warns(SlowPathWarning, match="runs a gated MLP layer by layer: .*differ in their dropout"):
+        fused()(x, layers)
 
 
 def test_mutants_fail(device, monkeypatch):

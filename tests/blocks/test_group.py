@@ -185,10 +185,14 @@ def test_what_is_kept(device):
     assert small <= stacked + s + copies + m * -(-k // 32) * 4 + 6 * 128
 
 
-@pytest.mark.medium
-def test_checkpoint_skips_products(device, monkeypatch):
+@pytest.mark.parametrize(
+    "dtype, product, count",
+    [(HALF, "_fan_kernel", 1), pytest.param(FLOAT, "_gemm_kernel", 3, marks=pytest.mark.medium)],
+    ids=["one", "three"],
+)
+def test_checkpoint_skips_products(device, monkeypatch, dtype, product, count):
     """Its second forward ends where all is saved."""
-    x, layers, dys = drawn("lora", SMALL, HALF, device, p=0.3)
+    x, layers, dys = drawn("lora", SMALL, dtype, device, p=0.3)
     expected = results(fused, x, layers, dys)
     launched = []
     run = program.Program.run
@@ -199,7 +203,7 @@ def test_checkpoint_skips_products(device, monkeypatch):
 
     monkeypatch.setattr(program.Program, "run", counted)
     results(lambda x, layers: checkpoint(fused, x, layers, use_reentrant=False), x, layers, dys)
-    assert launched.count("_gemm_kernel") == 3 and launched.count("_stack_kernel") == 2
+    assert launched.count(product) == count and launched.count("_stack_kernel") == 2
     for reentrant in (False, True):
 
         def again(x, layers, reentrant=reentrant):
@@ -207,6 +211,25 @@ def test_checkpoint_skips_products(device, monkeypatch):
 
         found = results(again, x, layers, dys)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("form, forward, backward", [("lora", 3, 3), ("dora", 4, 5)])
+def test_launches_of_few_rows(device, monkeypatch, form, forward, backward):
+    """One for all layers of each kind."""
+    x, layers, dys = drawn(form, SMALL, HALF, device)
+    layers = [trained(layer) for layer in layers]
+    launched = []
+    run = program.Program.run
+
+    def counted(self, bound, first=0, last=None):
+        launched.extend(launch.kernel.fn.__name__ for launch in self.launches[first:last])
+        return run(self, bound, first, last)
+
+    monkeypatch.setattr(program.Program, "run", counted)
+    ys = fused(x.requires_grad_(), layers)
+    assert len(launched) == forward, launched
+    torch.autograd.backward(ys, dys)
+    assert len(launched) == forward + backward, launched
 
 
 def test_under_autocast(device):

@@ -342,16 +342,20 @@ def test_the_tail_of_a_chain_of_adapters_without_one(ran):
 
 
 @pytest.mark.parametrize("base_dtype", ["float8_e4m3", "nf4"])
-def test_packed_bases_stay_layers(base_dtype):
-    """As yet: and nobody is told that a block came apart."""
+def test_packed_bases(base_dtype, ran):
+    torch.manual_seed(0)
     net = nn.Sequential(Mlp())
     for name, (k, n) in {"gate": (64, 128), "up": (64, 128), "down": (128, 64)}.items():
         setattr(net[0], name, nn.Linear(k, n))
-    add_lora(net, LoRAConfig(4, target_modules="all-linear", base_dtype=base_dtype))
-    assert joined_in(net) == joining.Joined({}, {}, {}, {})
-    _, joined = nets()
-    joined.mlp.gate.quantise_base("float8_e4m3")
-    joined(torch.randn(2, 8))
+    config = LoRAConfig(4, target_modules="all-linear", base_dtype=base_dtype, init_lora_weights=False)
+    apart = add_lora(net, config, blocks=False)
+    joined = copy.deepcopy(apart)
+    joining.join(joined)
+    assert list(joined_in(joined).blocks) == ["0"]
+    x = torch.randn(3, 5, 64)
+    for ours, theirs in zip(results(joined, x), results(apart, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert ran == {"group": 0, "glu": 1}
 
 
 def test_bad_blocks():

@@ -14,7 +14,7 @@ if not TRITON:
 from fused import forgetful, fused, fused_dora, masked
 
 from lora_fast import functional
-from lora_fast.kernels import decode, few_rows, layer, pair, tiles
+from lora_fast.kernels import decode, few_rows, layer, magnitudes, pair, tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -40,7 +40,7 @@ def tile(request):
 def made(monkeypatch):
     """The names of the launches for few rows that were planned."""
     found = set()
-    for module in (few_rows, pair, decode):
+    for module in (few_rows, pair, magnitudes, decode):
         honest = module.launch
 
         def seen(kernel, *args, honest=honest, **given):
