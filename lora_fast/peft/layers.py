@@ -220,8 +220,6 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
             return parts
         if self.save_x != "x":
             return f"save_x is {self.save_x!r}"
-        if self.fan_in_fan_out:
-            return "a weight is stored as [in, out]"
         return self._layer(x, parts)
 
     def _layer(self, x: torch.Tensor, parts: list[tuple[Any, ...]]) -> Layer:
