@@ -4,15 +4,13 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Embedding
-from torch import nn
 
 from lora_fast import dispatch
 from lora_fast.blocks.gated import hooked
 from lora_fast.embedding import lora_embedding
 from lora_fast.functional import FLOATS
 from lora_fast.kept import PLAIN
-from lora_fast.layers.embedding import OPTIONS
-from lora_fast.peft.rules import kind_of, parameter
+from lora_fast.peft.rules import is_scaled, parameter, why_embedding_never_fused
 from lora_fast.wrappers import fsdp1
 
 DoraEmbeddingVariant: Any
@@ -25,27 +23,6 @@ except ImportError:  # before PEFT had variants, DoRA was the only one
     DoraEmbeddingVariant = None
 
 Part = tuple[str, torch.Tensor, torch.Tensor]  # an adapter's name, A [R, V] and B [N, R]
-
-
-def why_never_fused(layer: Any) -> str | None:
-    """Why a layer of PEFT's on an embedding stays stock for good, in words; None where a FastEmbedding can stand in."""
-    base = layer.base_layer
-    if type(base) is not nn.Embedding and not is_scaled(base):
-        return f"the base layer is a {kind_of(base)}, not an nn.Embedding itself"
-    if getattr(layer, "tp_layer", None) is not None:
-        return "its embedding is split by tensor parallelism"
-    return next((f"{name} of its embedding is {getattr(base, name)}" for name in OPTIONS if _asks(base, name)), None)
-
-
-def is_scaled(base: nn.Module) -> bool:
-    """Whether it is one of transformers' embeddings that multiply their rows by ``embed_scale`` (Gemma's, BART's)."""
-    kind = type(base)
-    named = kind.__name__.endswith("ScaledWordEmbedding") and kind.__module__.startswith("transformers.models.")
-    return named and isinstance(base, nn.Embedding) and hasattr(base, "embed_scale")
-
-
-def _asks(base: Any, name: str) -> bool:
-    return getattr(base, name) != OPTIONS[name]
 
 
 def active(layer: Any) -> list[str]:
@@ -63,7 +40,7 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
     """Why the layer, in its present state and with these active adapters, runs stock PEFT's forward, in words; or, if
     it need not, what each of them is made of. ``gathered``: FSDP will have gathered the parameters."""
     base = layer.base_layer
-    if why := why_never_fused(layer):  # the base may have been exchanged
+    if why := why_embedding_never_fused(layer):  # the base may have been exchanged
         return why
     if hooked(base):
         return "the base layer has hooks or a replaced forward"
@@ -114,7 +91,7 @@ class FastEmbedding(Embedding):
 
     @classmethod
     def adopt(cls, layer: Any) -> None:
-        """Make ``layer``, of which :func:`why_never_fused` finds nothing, one of these."""
+        """Make ``layer``, of which :func:`why_embedding_never_fused` finds nothing, one of these."""
         layer.__class__ = cls
 
     def release(self) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from lora_fast.bases import KINDS
 from lora_fast.blocks.gated import hooked
 from lora_fast.kept import PLAIN
+from lora_fast.layers.embedding import OPTIONS
 from lora_fast.layers.fp8_linears import holds_fp8, why_not_held
 
 DoraLinearVariant: Any
@@ -32,9 +33,7 @@ def why_never_fused(module: Any) -> str | None:
         name = type(module.base_layer).__name__
         return None if name == "Linear4bit" else f"the base layer is a {name}, not bitsandbytes' Linear4bit"
     if type(module) is Embedding:
-        from lora_fast.peft.embedding import why_never_fused
-
-        return why_never_fused(module)
+        return why_embedding_never_fused(module)
     if type(module) is not Linear:
         if kind == "ParamWrapper":
             return "expert parameters (target_parameters)"
@@ -53,6 +52,27 @@ def why_never_fused(module: Any) -> str | None:
     if module.fan_in_fan_out:
         return f"fan_in_fan_out=True over a {kind_of(base)}, whose weight is not stored transposed"
     return None
+
+
+def why_embedding_never_fused(layer: Any) -> str | None:
+    """As :func:`why_never_fused`, of a layer of PEFT's on an embedding and a ``FastEmbedding``."""
+    base = layer.base_layer
+    if type(base) is not nn.Embedding and not is_scaled(base):
+        return f"the base layer is a {kind_of(base)}, not an nn.Embedding itself"
+    if getattr(layer, "tp_layer", None) is not None:
+        return "its embedding is split by tensor parallelism"
+    return next((f"{name} of its embedding is {getattr(base, name)}" for name in OPTIONS if _asks(base, name)), None)
+
+
+def is_scaled(base: nn.Module) -> bool:
+    """Whether it is one of transformers' embeddings that multiply their rows by ``embed_scale`` (Gemma's, BART's)."""
+    kind = type(base)
+    named = kind.__name__.endswith("ScaledWordEmbedding") and kind.__module__.startswith("transformers.models.")
+    return named and isinstance(base, nn.Embedding) and hasattr(base, "embed_scale")
+
+
+def _asks(base: Any, name: str) -> bool:
+    return getattr(base, name) != OPTIONS[name]
 
 
 def is_conv1d(module: nn.Module) -> bool:
