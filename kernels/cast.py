@@ -17,7 +17,7 @@ from lora_fast.kernels.program import Launch
 
 CAST_BLOCK = 4096
 CAST_STEPS = 4  # in the launch that makes S, whose own programs come first
-TURNED_BLOCK = 512  # of turned copies, whose elements are stored one by one: 4096 x 4 a program held S up by 15 us
+TURNED_BLOCK = 512  # of turned copies, whose elements are stored one by one: more would hold the launch up
 
 
 class Copied(NamedTuple):

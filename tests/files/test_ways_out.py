@@ -97,11 +97,13 @@ def test_starts_that_change_the_base(kind, rslora, tmp_path, capsys):
 
 
 def test_adapters_of_embeddings(tmp_path):
-    """PEFT has them, we have not: the refusal does not speak of names."""
+    """Which load_adapter takes, and lora-fast merge does not: to it every matrix is an nn.Linear's."""
     model = nn.Sequential(nn.Embedding(6, 8), nn.Linear(8, 8))
-    peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["0", "1"])).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"lora_embedding_.*ours are for nn.Linear; PEFT's own merge_and_unload"
-    ) as error:
-        load_adapter(model, tmp_path)
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["0", "1"]))
+    theirs.save_pretrained(tmp_path)
+    skeleton = nn.Sequential(nn.Linear(8, 6), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"has lora_embedding_A.*load_adapter into the model and merge_lora") as error:
+        load_adapter(skeleton, tmp_path)
     assert "transformers 5" not in str(error.value)
+    ids = torch.arange(6)
+    torch.testing.assert_close(load_adapter(model, tmp_path)(ids), theirs(ids))
