@@ -72,24 +72,39 @@ def common(tensors: Sequence[torch.Tensor]) -> torch.dtype:
 def beside(small: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """A's one below the other, [sum of R, K], and B's one after the other, [N * sum of R]."""
     n = len(small) // 2
-    return torch.cat(list(small[:n])), torch.cat([t.reshape(-1) for t in small[n:]])
+    a, b = small[:n], small[n:]
+    if len({t.shape for t in b}) > 1:
+        b = [t.reshape(-1) for t in b]
+    return torch.cat(a), torch.cat(b).view(-1)  # type: ignore[arg-type]
 
 
 def each(
+    problem: Problem,
     grads: tuple[MaybeTensor, MaybeTensor],
-    small: Sequence[tuple[Sequence[int], torch.dtype]],
+    kinds: Sequence[torch.dtype] | None,
     needs: Sequence[bool],
 ) -> list[MaybeTensor]:
-    """The gradients of all A's and all B's that lie one after the other in ``grads``, of these shapes and dtypes, where
-    they are needed."""
-    found: list[MaybeTensor] = []
+    """The gradients of all A's and all B's that lie one after the other in ``grads``, where they are needed, in these
+    dtypes (None: as they are). The host's time: a view for each, and little more."""
+    (grad_a, grad_b), ranks, n = grads, problem.ranks.of, problem.n
+    found: list[MaybeTensor] = [None] * (2 * len(ranks))
+    if grad_a is not None:
+        found[: len(ranks)] = grad_a.view(-1, problem.k).split(ranks)
+    if grad_b is not None and len(set(ranks)) == 1:
+        found[len(ranks) :] = grad_b.view(-1, ranks[0]).split(n)
+    elif grad_b is not None:
+        parts = zip(grad_b.split([n * r for r in ranks]), ranks, strict=True)
+        found[len(ranks) :] = [part.view(n, r) for part, r in parts]
+    if kinds is not None:
+        found = [t if t is None else t.to(kind) for t, kind in zip(found, kinds, strict=True)]
+    return found if all(needs) else [t if need else None for t, need in zip(found, needs, strict=True)]
+
+
+def kinds_of(small: Sequence[torch.Tensor]) -> list[torch.dtype] | None:
+    """The dtypes of all A's and B's; None where they are those that ``common`` finds for each."""
     n = len(small) // 2
-    for grad, first in zip(grads, (0, n), strict=True):
-        forms = small[first : first + n]
-        parts = [None] * n if grad is None else grad.split([shape[0] * shape[1] for shape, _ in forms])
-        for part, (shape, kind), need in zip(parts, forms, needs[first:], strict=False):
-            found.append(part.view(shape).to(kind) if need and part is not None else None)
-    return found
+    kinds = [t.dtype for t in small]
+    return None if len(set(kinds[:n])) == len(set(kinds[n:])) == 1 else kinds
 
 
 def gradients(problem: Problem, dy: torch.Tensor, saved: Saved) -> tuple[MaybeTensor, ...]:
@@ -187,7 +202,7 @@ class _Batch(torch.autograd.Function):
         ctx.save_for_backward(*to_save(problem, scales, x, made, weight))
         kinds = [kind or x.dtype for kind in problem.kinds[1:4]]
         ctx.rest = problem.k, list(problem.ranks.of), *kinds, [*needs, False]
-        ctx.small = [(t.shape, t.dtype) for t in small]
+        ctx.problem, ctx.small = problem, kinds_of(small)
         return y
 
     @staticmethod
@@ -195,7 +210,7 @@ class _Batch(torch.autograd.Function):
         found = torch.ops.lora_fast.lora_batch_bwd(dy, ctx.saved_tensors, *ctx.rest)
         needs = ctx.rest[-1]
         dx, grad_a, grad_b, grad_bias = (found.pop(0) if need else None for need in needs[:4])
-        return dx, grad_bias, *each((grad_a, grad_b), ctx.small, ctx.needs_input_grad[2:]), *(None,) * 5
+        return dx, grad_bias, *each(ctx.problem, (grad_a, grad_b), ctx.small, ctx.needs_input_grad[2:-5]), *(None,) * 5
 
 
 def _recorded(*args: Any) -> torch.Tensor:

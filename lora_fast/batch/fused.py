@@ -7,10 +7,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lora_fast.bases.packed import PackedWeight
-from lora_fast.batch.custom_op import beside, each, gradients, problem_of
+from lora_fast.batch.custom_op import beside, each, gradients, kinds_of, problem_of
 from lora_fast.batch.form import Adapter, MaybeTensor
 from lora_fast.dispatch import autocast_dtype
-from lora_fast.kernels.batch.problem import Problem
 from lora_fast.kernels.batch.ranks import numbers_of
 from lora_fast.kernels.batch.run import Call, Saved, forward, to_save
 from lora_fast.kernels.problem import Needs
@@ -41,7 +40,7 @@ class FusedBatch:
 
         needs = Needs(asks(x), asks(*a), asks(*b), asks(bias))
         self.problem = problem_of(x.shape, self.kind, a, b, bias, needs)
-        self.records = any(needs)
+        self.records, self.kinds = any(needs), kinds_of([*a, *b])
         self.casts = x.dtype != self.kind or weight.dtype != self.kind
 
     def __call__(
@@ -56,15 +55,16 @@ class FusedBatch:
         with on(x.device):
             if self.casts:
                 x, weight = x.to(self.kind), weight.to(self.kind)
-            rates = [one.dropout_p if training else 0.0 for one in adapters]
-            scalings = [one.scaling for one in adapters]
+            a, b, scalings, rates, _ = zip(*adapters, strict=True)
+            if not training:
+                rates = (0.0,) * len(rates)
             seed = draw_seed(x.device) if any(rates) else None
-            small = *(one.lora_A for one in adapters), *(one.lora_B for one in adapters)
+            small = *a, *b
             numbers = numbers_of(self.problem.ranks, scalings, rates, self.problem.lifted, x.device)
             call = Call(weight, which.contiguous(), numbers, seed)
             if not self.records:
                 return forward(self.problem, call, addressable(x), *beside(small), contiguous(bias))[0]
-            y = _apply(x, contiguous(bias), self.problem, call, *small)
+            y = _apply(x, contiguous(bias), self, call, *small)
             if call.deferred is not None:
                 program, bound = call.deferred
                 program.run(bound, -1)
@@ -76,12 +76,12 @@ class _Batch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, bias: MaybeTensor, problem: Problem, call: Call, *small: torch.Tensor
+        ctx: Any, x: torch.Tensor, bias: MaybeTensor, fused: FusedBatch, call: Call, *small: torch.Tensor
     ) -> torch.Tensor:
-        call.defers = True
+        call.defers, problem = True, fused.problem
         y, made = forward(problem, call, addressable(x), *beside(small), bias)
         ctx.save_for_backward(*to_save(problem, call.numbers.scales, x, made, call.weight))
-        ctx.rest = problem, [(t.shape, t.dtype) for t in small]
+        ctx.rest = problem, fused.kinds
         return y
 
     @staticmethod
@@ -95,9 +95,9 @@ _apply = super(torch.autograd.Function, _Batch).apply
 
 
 def _backward_of(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-    problem, small = ctx.rest
+    problem, kinds = ctx.rest
     dx, grad_a, grad_b, grad_bias = gradients(problem, dy, Saved(*ctx.saved_tensors))
-    return dx, grad_bias, None, None, *each((grad_a, grad_b), small, ctx.needs_input_grad[4:])
+    return dx, grad_bias, None, None, *each(problem, (grad_a, grad_b), kinds, ctx.needs_input_grad[4:])
 
 
 _backward_once = once_differentiable(_backward_of)
