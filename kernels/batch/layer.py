@@ -9,7 +9,7 @@ made for each adapter from its own rows (columns.py).
 
 from typing import Any, NamedTuple
 
-from lora_fast.kernels.batch.columns import Where, columns
+from lora_fast.kernels.batch.columns import LowRank, Where, columns
 from lora_fast.kernels.batch.pack import pack
 from lora_fast.kernels.batch.places import lists, places
 from lora_fast.kernels.batch.problem import Problem
@@ -19,7 +19,7 @@ from lora_fast.kernels.gemm import product
 from lora_fast.kernels.grad import ColumnPass
 from lora_fast.kernels.mask import mask
 from lora_fast.kernels.operands import Number, Operand, Scratch
-from lora_fast.kernels.passes import launches_of
+from lora_fast.kernels.passes import FUSED_RANK, launches_of
 from lora_fast.kernels.program import Launch
 
 Maybe = Any  # an operand (a seed may be a number), None where the problem has none
@@ -88,14 +88,18 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     if needs.a or needs.b:
         listed, found = lists(room.places.here, scratch)
         launches.append(listed)
-        where = Where(room.places.own, found, tables.blocks)
-    if needs.b:
-        lift = at.scales.block(1, 0, 1, ranks.total) if problem.lifted else None
-        launches += columns(dy, room.s, at.grad_b, where, ranks, ranks_first=False, scratch=scratch, lift=lift)
+        where = Where(room.places.own, found, room.places.units, tables)
+    ds: Any = None
+    low, scales = None, room.places.scales
     if needs.x or needs.a:
         ds = scratch.part((problem.m, ranks.total), problem.kind)
-        owned, scales = room.owned(tables.owner), room.places.scales
-        launches.append(down(dy, room.b.t(), ds, None, None, scales=scales, owned=owned))
+        if needs.b and max(ranks.padded) <= FUSED_RANK and problem.kind.itemsize <= 2:
+            low = LowRank(ds, room.b, scales)
+    if needs.b:
+        lift = at.scales.block(1, 0, 1, ranks.total) if problem.lifted else None
+        launches += columns(dy, room.s, at.grad_b, where, ranks, ranks_first=False, scratch=scratch, lift=lift, low=low)
+    if ds is not None and low is None:
+        launches.append(down(dy, room.b.t(), ds, None, None, scales=scales, owned=room.owned(tables.owner)))
     if needs.a:
         x = at.x.rows()
         launches += columns(x, ds, at.grad_a, where, ranks, ranks_first=True, scratch=scratch, bits=at.bits)

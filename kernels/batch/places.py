@@ -22,7 +22,7 @@ class Places(NamedTuple):
     """int32 each, but for the scales."""
 
     own: Operand  # [M], the adapter of each row
-    here: Operand  # [blocks of rows, adapters], whether that occurs there
+    here: Operand  # [blocks of rows, adapters]: 0 where none of the rows is that one's, 1 some, 2 all
     units: Operand | None  # [blocks of rows, 1 + units]: how many its rows use, then these; None where there is one
     scales: Operand  # [ranks in all] float32: those given, NaN for a rank of A or B that is not finite
 
@@ -77,7 +77,9 @@ def _places_kernel(
         tl.store(own_ptr + rows, own, mask=rows < M)
         for first in range(0, ADAPTERS, AT_ONCE):
             adapters = first + tl.arange(0, AT_ONCE)
-            tl.store(here_ptr + block * ADAPTERS + adapters, _any(own, adapters), mask=adapters < ADAPTERS)
+            mine = own[:, None] == adapters[None, :]
+            here = tl.max(mine.to(tl.int32), 0) + tl.min((mine | (rows >= M)[:, None]).to(tl.int32), 0)
+            tl.store(here_ptr + block * ADAPTERS + adapters, here, mask=adapters < ADAPTERS)
         if units_ptr is not None:
             count = block * 0
             at = units_ptr + block * (1 + UNITS)
@@ -102,14 +104,18 @@ def _places_kernel(
 def _lists_kernel(here_ptr, lists_ptr, BLOCKS, ADAPTERS, AT_ONCE: tl.constexpr, PDL: tl.constexpr):
     wait_for_stream(PDL)
     adapter = tl.program_id(0)
-    at = lists_ptr + adapter * (1 + BLOCKS)
-    count = adapter * 0
+    at = lists_ptr + adapter * (2 + BLOCKS)
+    pure, shared = adapter * 0, adapter * 0
     for first in range(0, BLOCKS, AT_ONCE):
         blocks = first + tl.arange(0, AT_ONCE)
         here = tl.load(here_ptr + blocks * ADAPTERS + adapter, mask=blocks < BLOCKS, other=0)
-        tl.store(at + 1 + count + tl.cumsum(here, 0) - here, blocks, mask=here > 0)
-        count += tl.sum(here, 0)
-    tl.store(at, count)
+        all_of, some = (here == 2).to(tl.int32), (here == 1).to(tl.int32)
+        tl.store(at + 1 + pure + tl.cumsum(all_of, 0), blocks, mask=here == 2)
+        tl.store(at + 2 + BLOCKS - shared - tl.cumsum(some, 0), blocks, mask=here == 1)
+        pure += tl.sum(all_of, 0)
+        shared += tl.sum(some, 0)
+    tl.store(at, pure)
+    tl.store(at + 1, shared)
 
 
 def places(
@@ -144,9 +150,10 @@ def places(
 
 
 def lists(here: Operand, scratch: Scratch) -> tuple[Launch, Operand]:
-    """What makes [adapters, 1 + blocks] int32, in how many blocks rows are an adapter's, then which; and that."""
+    """What makes [adapters, 2 + blocks] int32: how many blocks are an adapter's alone and how many hold rows of it
+    beside others, then which, those from the front and these from the back; and that."""
     blocks, adapters = here.shape
-    found = scratch.part((adapters, 1 + blocks), torch.int32)
+    found = scratch.part((adapters, 2 + blocks), torch.int32)
     made = launch(
         _lists_kernel,
         (adapters,),

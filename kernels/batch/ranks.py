@@ -22,11 +22,12 @@ FIELDS = 5  # numbers of a block of ranks
 
 
 class Tables(NamedTuple):
-    """What kernels look up, int32: the adapter of each rank [total]; and blocks of ranks [blocks, 5] that are one
-    adapter's, of 16 and of ``Ranks.block``: the adapter, where the block begins among all ranks and among its own, how
-    many ranks the adapter has, and how many those before it have."""
+    """What kernels look up, int32: the adapter of each rank [total], and which of its own that is; and blocks of ranks
+    [blocks, 5] that are one adapter's, of 16 and of ``Ranks.block``: the adapter, where the block begins among all
+    ranks and among its own, how many ranks the adapter has, and how many those before it have."""
 
     owner: Any
+    within: Any
     groups: Any
     blocks: Any
 
@@ -67,9 +68,10 @@ class Ranks:
 
     def tables(self, at: Operand) -> Tables:
         groups, blocks = self.lengths
-        starts = 4 * self.total, 4 * (self.total + FIELDS * groups)
+        starts = 8 * self.total, 8 * self.total + 4 * FIELDS * groups
         return Tables(
             at.part((self.total,), torch.int32),
+            at.part((self.total,), torch.int32, 4 * self.total),
             at.part((groups, FIELDS), torch.int32, starts[0]),
             at.part((blocks, FIELDS), torch.int32, starts[1]),
         )
@@ -79,6 +81,7 @@ class Ranks:
 def tables_on(ranks: Ranks, device: torch.device) -> torch.Tensor:
     """What ``Ranks.tables`` are parts of."""
     owner = [i for i, padded in enumerate(ranks.padded) for _ in range(padded)]
+    owner += [rank for padded in ranks.padded for rank in range(padded)]
     numbers = [number for size in (16, ranks.block) for block in ranks.blocks(size) for number in block]
     return _on(device, owner + numbers, torch.int32)
 
