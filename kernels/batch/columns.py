@@ -143,19 +143,25 @@ def _batch_columns_kernel(
         ds_ptr += tl.program_id(0).to(tl.int64) * M * WIDTH
     g = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
     each = tl.cdiv(pure, SPLITS)
-    for i in range(split * each * STEPS, tl.minimum((split + 1) * each, pure) * STEPS):
-        m = tl.load(blocks + i // STEPS) * ROWS + i % STEPS * BLOCK_M
+    begin, last = split * each * STEPS, tl.minimum((split + 1) * each, pure) * STEPS
+    block = tl.load(blocks + begin // STEPS, mask=begin < last, other=0)
+    for i in range(begin, last):
+        m = block * ROWS + i % STEPS * BLOCK_M
         g = _step(
             z, z_ptr, own_ptr, p_ptr, b, bits_ptr, ds_ptr, g, m, col, adapter, first, r - rank, M, N, TOTAL, WIDTH,
             stride_zm, stride_zn, stride_bits, BLOCK_M, True, TMA, ACC, PRECISION, DTYPE,
         )  # fmt: skip
+        block = tl.load(blocks + (i + 1) // STEPS, mask=i + 1 < last, other=0)
     each = tl.cdiv(shared, SPLITS)
-    for i in range(split * each * STEPS, tl.minimum((split + 1) * each, shared) * STEPS):
-        m = tl.load(blocks + BLOCKS - 1 - i // STEPS) * ROWS + i % STEPS * BLOCK_M
+    begin, last = split * each * STEPS, tl.minimum((split + 1) * each, shared) * STEPS
+    block = tl.load(blocks + BLOCKS - 1 - begin // STEPS, mask=begin < last, other=0)
+    for i in range(begin, last):
+        m = block * ROWS + i % STEPS * BLOCK_M
         g = _step(
             z, z_ptr, own_ptr, p_ptr, b, bits_ptr, ds_ptr, g, m, col, adapter, first, r - rank, M, N, TOTAL, WIDTH,
             stride_zm, stride_zn, stride_bits, BLOCK_M, False, TMA, ACC, PRECISION, DTYPE,
         )  # fmt: skip
+        block = tl.load(blocks + BLOCKS - 1 - (i + 1) // STEPS, mask=i + 1 < last, other=0)
     if lift_ptr is not None:
         g *= tl.load(lift_ptr + first)
     cols, zero = (col + tl.arange(0, BLOCK_N))[:, None], tl.full((), 0, tl.int64)
