@@ -46,6 +46,7 @@ from lora_fast.kernels.operands import Operand, T, Tiles, launch, run
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import tma_fits
 
+NO_OTHER = tl.constexpr(2**31 - 1)  # of a tile's adapters
 GROUP_M = 16  # row blocks that are walked together; 8 and 12 are no worse
 
 
@@ -67,12 +68,27 @@ def halves(tile):
 
 
 @triton.jit
-def _store(out, z_ptr, acc, row, col, gain_ptr, bias_ptr, DTYPE: tl.constexpr, TMA: tl.constexpr):
-    """The epilogue; to z goes the tile as it is before gain and bias."""
+def _least(own, above):
+    """The least of them that is above."""
+    return tl.min(tl.where(own > above, own, NO_OTHER), 0)
+
+
+@triton.jit
+def _store(out, z_ptr, acc, row, col, gain_ptr, own_ptr, bias_ptr, DTYPE: tl.constexpr, TMA: tl.constexpr):
+    """The epilogue; to z goes the tile as it is before gain and bias. With ``own`` each row has a row of gains, ones
+    where that is negative."""
     cols = col + tl.arange(0, acc.shape[1])
     if z_ptr is not None:
         store_tile(Matrix(z_ptr, out.rows, out.cols, out.cols, 1), acc, row, col, DTYPE, TMA)
-    if gain_ptr is not None:
+    if own_ptr is not None:
+        rows = row + tl.arange(0, acc.shape[0])
+        own = tl.load(own_ptr + rows, mask=rows < out.rows, other=-1)
+        one = _least(own, -1)
+        while one < NO_OTHER:  # of the tile's rows mostly the only one
+            gain = tl.load(gain_ptr + one.to(tl.int64) * out.cols + cols, mask=cols < out.cols, other=1.0)
+            acc *= tl.where((own == one)[:, None], gain.to(acc.dtype)[None, :], 1.0)
+            one = _least(own, one)
+    elif gain_ptr is not None:
         acc *= tl.load(gain_ptr + cols, mask=cols < out.cols, other=0.0).to(acc.dtype)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, mask=cols < out.cols, other=0.0).to(acc.dtype)[None, :]
@@ -217,6 +233,7 @@ def _gemm_kernel(
     x_scale_ptr,
     w_scale_ptr,
     units_ptr,
+    own_ptr,
     M,
     N,
     C,
@@ -343,8 +360,8 @@ def _gemm_kernel(
                     )
                 else:
                     left_half, right_half = halves(acc)
-                    _store(whole_out, z, left_half, row, col, gain_ptr, bias_ptr, DTYPE, TMA)
-                    _store(whole_out, z, right_half, row, col + BLOCK_N // 2, gain_ptr, bias_ptr, DTYPE, TMA)
+                    _store(whole_out, z, left_half, row, col, gain_ptr, own_ptr, bias_ptr, DTYPE, TMA)
+                    _store(whole_out, z, right_half, row, col + BLOCK_N // 2, gain_ptr, own_ptr, bias_ptr, DTYPE, TMA)
                 if LOW_FIRST:
                     acc = _low_rank(
                         late(p0),
@@ -387,6 +404,7 @@ def product(
     bias: Operand | None = None,
     bits: Operand | None = None,
     gain: Operand | None = None,
+    own: Operand | None = None,
     z: Operand | None = None,
     x_scale: Operand | None = None,
     w_scale: Operand | None = None,
@@ -395,7 +413,8 @@ def product(
     """out = gain * (x w^T + p q^T) + bias if transposed (w [N, C], q [N, R]), else x w + mask * (p q) ([C, N], [R, N]).
 
     x [M, C], w, p [M, padded R] (or columns of a wider matrix) and q in one dtype, rows of p and q contiguous; bits are
-    of a mask of out's shape (transposed has none). With z, [M, N] and contiguous, that is filled with the sum before
+    of a mask of out's shape (transposed has none). With ``own`` [M] row i has the gain gain[own[i]] of many, none where
+    that is negative. With z, [M, N] and contiguous, that is filled with the sum before
     gain and bias. With scales, [M] of x's rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and
     out in a wider dtype. With ``units`` each tile takes some of the ranks alone.
     """
@@ -434,6 +453,7 @@ def product(
         x_scale_ptr=x_scale,
         w_scale_ptr=w_scale,
         units_ptr=units and units.at,
+        own_ptr=own,
         M=m,
         N=n,
         C=c,

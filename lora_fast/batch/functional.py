@@ -120,8 +120,7 @@ def _settle(
     e4m3 = isinstance(weight, PackedWeight) and weight.E4M3_PRODUCTS
     if dispatch.choose(backend, x.device, dtype, e4m3) == "reference":
         return plain
-    from lora_fast.batch import custom_op  # needs Triton, as the next two
-    from lora_fast.batch.dora import FusedDoraBatch
+    from lora_fast.batch import custom_op  # needs Triton, as the next
     from lora_fast.batch.fused import FusedBatch, why_apart
 
     why = why_apart(weight)
@@ -132,9 +131,7 @@ def _settle(
         return plain
     if is_compiling():
         return custom_op.lora_linear_batch
-    if form == "dora":
-        return FusedDoraBatch(x, weight, adapters, bias, round_norm)
-    return FusedBatch(x, weight, adapters, bias)
+    return FusedBatch(x, weight, adapters, bias, round_norm)
 
 
 def _check(form: str, x: Any, weight: Any, adapters: Any, which: Any, bias: Any, round_norm: Any) -> torch.dtype:
