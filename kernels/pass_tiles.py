@@ -178,6 +178,16 @@ def batch_columns(r: int, *, dtype: torch.dtype, chip: Chip, tma: bool, masked: 
 
 
 @choice
+def batch_norm(total: int, *, chip: Chip, tma: bool) -> Tile:
+    """W A^T of all adapters of a batch, for DoRA's norms, in 16 bits: n rows of W and r of all ranks a program."""
+    if not tma or chip.small or chip.newer:  # what fits
+        return Tile(n=64, k=64, r=64)
+    if total <= 64:
+        return Tile(n=64, k=128, r=64, stages=4)
+    return Tile(n=128, k=64, r=rank_block(total, 256), warps=8)
+
+
+@choice
 def glu_down(m: int, r: int, *, dtype: torch.dtype, chip: Chip, tma: bool, masked: bool) -> Tile:
     """h = act(e) g and S = h A^T: m rows a program, which walks over K. What is to be hidden is arithmetic: one program
     a processor, of 64 rows and four warps, took 314 (8192 x 14336, H200), bytes alone 172. So it is several programs a

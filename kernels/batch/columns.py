@@ -202,14 +202,14 @@ def _batch_columns_kernel(
     blocks = lists_ptr + adapter * (2 + BLOCKS)
     pure, shared = tl.load(blocks), tl.load(blocks + 1)
     STEPS: tl.constexpr = ROWS // BLOCK_M
-    b, gain = 0.0, 0.0
+    b, gain = None, None
     if gain_ptr is not None:
         inside = (cols < N) & (adapter < ADAPTERS)
         gain = tl.load(gain_ptr + (zero + adapter) * N + cols, mask=inside, other=1.0)
     if b_ptr is not None:
         b = load_tile(Matrix(b_ptr, N, first + r - rank, TOTAL, 1), col, first, BLOCK_N, BLOCK_R)
         if gain_ptr is not None:
-            b = (b.to(ACC) * gain[:, None]).to(DTYPE)
+            b = (b.to(ACC) * gain[:, None]).to(DTYPE)  # type: ignore[index]
         ds_ptr += (zero + tl.program_id(0)) * M * WIDTH
     at = Rows(
         z, z_ptr, kept_ptr, own_ptr, p_ptr, bits_ptr, dz, dz_ptr, ds_ptr, M, N, stride_zm, stride_zn, TOTAL,
@@ -240,7 +240,7 @@ def _batch_columns_kernel(
         if lift_ptr is not None:
             g *= tl.load(lift_ptr + first)
         if gain_ptr is not None:
-            g *= gain[:, None]
+            g *= gain[:, None]  # type: ignore[index]
         if RANKS_FIRST:
             to = (zero + before + rank + ranks[None, :]) * N + cols[:, None]
         else:
@@ -375,8 +375,10 @@ def columns(
     if splits > 1 and dm is not None:
         dm_to = scratch.part((splits * count * n,), wide(z))
         sums.append(add_parts(Parts(0, splits, 0, 0, 0, count * n), dm_to, z, kind, g=dm))
+    added = list[Launch]()
     if low is not None:
         parts = scratch.part((grid[0], m, width), wide(z))
+        added.append(_add_ds(parts, z, where, low, ranks))
     block = [tile.m, tile.n]
     made = launch(
         _batch_columns_kernel,
@@ -423,7 +425,6 @@ def columns(
         PRECISION=exact,
         DTYPE=TL[kind],
     )
-    added = [] if low is None else [_add_ds(parts, z, where, low, ranks)]
     return [made, *added, *sums]
 
 

@@ -10,7 +10,7 @@ made for each adapter from its own rows (columns.py).
 from typing import Any, NamedTuple
 
 from lora_fast.kernels.batch.columns import Gains, LowRank, Where, columns
-from lora_fast.kernels.batch.gain import gains
+from lora_fast.kernels.batch.gain import Packed, gains
 from lora_fast.kernels.batch.pack import pack
 from lora_fast.kernels.batch.places import lists, places
 from lora_fast.kernels.batch.problem import Problem
@@ -57,10 +57,10 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     if at.seed is not None:
         launches.append(mask(at.seed, at.bits, None, at.n_words, own=room.places.own, counts=at.counts))
     own = None
-    if room.gain is not None:
+    if room.gain is not None and room.norm is not None:
         own, low = room.places.own, at.scales.block(2, 0, 1, ranks.total)
-        adapters = room.a, room.b, at.magnitudes, tables.firsts, low, room.places.scales
-        launches.append(gains(weight, *adapters, room.norm, room.gain, ranks, problem.round_norm))
+        of = Packed(room.a, room.b, low, room.places.scales, tables)
+        launches += gains(weight, of, at.magnitudes, room.norm, room.gain, ranks, problem.round_norm, scratch)
     return [
         *launches,
         down(x, room.a, room.s, None, None, bits=at.bits, scales=room.places.scales, owned=room.owned(tables.owner)),
@@ -117,7 +117,7 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     most = FUSED_RANK_DORA if problem.dora else FUSED_RANK
     fused = needs_ds and needs.b and max(ranks.padded) <= most and problem.kind.itemsize <= 2
     source, dora = dy, None
-    if problem.dora:
+    if room.gain is not None and room.norm is not None:
         z = None if at.z is None else at.z.rows()
         dora = Gains(room.gain, room.norm, z, at.grad_m, at.dz)
         source = at.dz
