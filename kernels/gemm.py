@@ -46,7 +46,6 @@ from lora_fast.kernels.operands import Operand, T, Tiles, launch, run
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import tma_fits
 
-NO_OTHER = tl.constexpr(2**31 - 1)  # of a tile's adapters
 GROUP_M = 16  # row blocks that are walked together; 8 and 12 are no worse
 
 
@@ -68,12 +67,6 @@ def halves(tile):
 
 
 @triton.jit
-def _least(own, above):
-    """The least of them that is above."""
-    return tl.min(tl.where(own > above, own, NO_OTHER), 0)
-
-
-@triton.jit
 def _store(out, z_ptr, acc, row, col, gain_ptr, own_ptr, bias_ptr, DTYPE: tl.constexpr, TMA: tl.constexpr):
     """The epilogue; to z goes the tile as it is before gain and bias. With ``own`` each row has a row of gains, ones
     where that is negative."""
@@ -83,11 +76,14 @@ def _store(out, z_ptr, acc, row, col, gain_ptr, own_ptr, bias_ptr, DTYPE: tl.con
     if own_ptr is not None:
         rows = row + tl.arange(0, acc.shape[0])
         own = tl.load(own_ptr + rows, mask=rows < out.rows, other=-1)
-        one = _least(own, -1)
-        while one < NO_OTHER:  # of the tile's rows mostly the only one
-            gain = tl.load(gain_ptr + one.to(tl.int64) * out.cols + cols, mask=cols < out.cols, other=1.0)
-            acc *= tl.where((own == one)[:, None], gain.to(acc.dtype)[None, :], 1.0)
-            one = _least(own, one)
+        one = tl.min(own, 0)
+        there = cols < out.cols
+        if one == tl.max(own, 0):
+            own_gain = tl.load(gain_ptr + one.to(tl.int64) * out.cols + cols, mask=there & (one >= 0), other=1.0)
+            acc *= own_gain.to(acc.dtype)[None, :]
+        else:  # a loop over the adapters would keep the compiler from loading ahead
+            gains = own[:, None] * out.cols + cols[None, :]  # fewer than 2^31
+            acc *= tl.load(gain_ptr + gains, mask=there[None, :] & (own >= 0)[:, None], other=1.0).to(acc.dtype)
     elif gain_ptr is not None:
         acc *= tl.load(gain_ptr + cols, mask=cols < out.cols, other=0.0).to(acc.dtype)[None, :]
     if bias_ptr is not None:
@@ -360,8 +356,22 @@ def _gemm_kernel(
                     )
                 else:
                     left_half, right_half = halves(acc)
-                    _store(whole_out, z, left_half, row, col, gain_ptr, own_ptr, bias_ptr, DTYPE, TMA)
-                    _store(whole_out, z, right_half, row, col + BLOCK_N // 2, gain_ptr, own_ptr, bias_ptr, DTYPE, TMA)
+                    if own_ptr is None:
+                        _store(whole_out, z, left_half, row, col, gain_ptr, own_ptr, bias_ptr, DTYPE, TMA)
+                        _store(
+                            whole_out, z, right_half, row, col + BLOCK_N // 2, gain_ptr, own_ptr, bias_ptr, DTYPE, TMA
+                        )
+                    else:  # by pieces: their gains pass through shared memory and take registers
+                        PIECES: tl.constexpr = 8 if BLOCK_N >= 256 else 4
+                        for i in tl.static_range(PIECES):
+                            piece = left_half if i < PIECES // 2 else right_half
+                            left_part, right_part = halves(piece)
+                            piece = left_part if i % (PIECES // 2) < PIECES // 4 else right_part
+                            if PIECES == 8:
+                                left_part, right_part = halves(piece)
+                                piece = left_part if i % 2 == 0 else right_part
+                            to = col + i * (BLOCK_N // PIECES)
+                            _store(whole_out, z, piece, row, to, gain_ptr, own_ptr, bias_ptr, DTYPE, TMA)
                 if LOW_FIRST:
                     acc = _low_rank(
                         late(p0),
@@ -433,7 +443,11 @@ def product(
     steps = triton.cdiv(r, br) if fp8 and masked else 0
     read: dict[str, Operand | Tiles | None] = {"x": x, "w": w, "p": p, "q": q, "out": out, "z": z}
     if tma:
-        stored, left, right = [bm, bn // (4 if steps else 2)], [bm, bc], [bn, bc] if w_t else [bc, bn]
+        stored, left, right = (
+            [bm, bn // (4 if steps else 2 if own is None else 8 if bn >= 256 else 4)],
+            [bm, bc],
+            [bn, bc] if w_t else [bc, bn],
+        )
         read |= {"x": Tiles(x, left), "w": Tiles(w, right), "out": Tiles(out, stored)}
         if steps:
             left, right = [bm, br], [br, bn // 4]

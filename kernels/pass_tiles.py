@@ -168,7 +168,9 @@ def batch_columns(r: int, *, dtype: torch.dtype, chip: Chip, tma: bool, masked: 
         return Tile(m=32, n=64, r=r, warps=8 if chip.capability >= 120 and not tma else 4, fill=4.0)
     if masked:
         return Tile(m=64, n=128, r=r, fill=2.0)
-    if dora:  # with 256 columns it spills
+    if dora and fused:  # with eight rows of sums it spills
+        return Tile(m=64, n=256, r=r, warps=8, sum_rows=4, stages=4)
+    if dora:
         return Tile(m=64, n=128 if r <= 32 else 64, r=r, sum_rows=4, stages=4, fill=2.0)
     if fused and r == 16:  # half the parts of dS: 44.8 -> 39.9 with these, 16 adapters, 8192 x 4096, H200
         return Tile(m=64, n=512, r=16)

@@ -109,7 +109,7 @@ def _walk(
     whole = local * at.n + cols  # where a tile's elements lie in a contiguous matrix, from its first on: 32 bits do
     # Where a step lies is looked up one ahead: looked up in it, that would take a stage of the pipeline.
     m = tl.load(blocks + first // STEPS * STRIDE, mask=first < last, other=0) * ROWS + first % STEPS * BLOCK_M
-    if at.kept_ptr is not None:
+    if at.kept_ptr is not None and PURE:
         here = (_mine(at, adapter, m, BLOCK_M, PURE) & (first < last))[:, None] & inside
         kept = tl.load(at.kept_ptr + (zero + m) * at.n + col + whole, mask=here, other=0.0)
     for i in range(first, last):
@@ -122,10 +122,13 @@ def _walk(
             z_ptrs = at.z_ptr + rows.to(tl.int64)[:, None] * at.stride_m + (zero + col + cols) * at.stride_n
             tile = tl.load(z_ptrs, mask=mine[:, None] & inside, other=0.0)
         if at.kept_ptr is not None:
+            if not PURE:
+                start = at.kept_ptr + (zero + m) * at.n + col
+                kept = tl.load(start + whole, mask=mine[:, None] & inside, other=0.0)
             dm += tl.sum(tl.reshape(tile.to(ACC) * kept.to(ACC), (BLOCK_M // DM_ROWS, DM_ROWS, BLOCK_N)), 0)
-            # The next step's, by hand: the compiler's pipeline takes the operands of products alone.
-            here = (_mine(at, adapter, later, BLOCK_M, PURE) & (i + 1 < last))[:, None] & inside
-            kept = tl.load(at.kept_ptr + (zero + later) * at.n + col + whole, mask=here, other=0.0)
+            if PURE:  # the next step's, by hand: the compiler's pipeline takes the operands of products alone
+                here = (_mine(at, adapter, later, BLOCK_M, PURE) & (i + 1 < last))[:, None] & inside
+                kept = tl.load(at.kept_ptr + (zero + later) * at.n + col + whole, mask=here, other=0.0)
         if at.dz_ptr is not None:
             dz = (tile.to(ACC) * gain[None, :]).to(DTYPE)
             if PURE:

@@ -1,10 +1,10 @@
 """DoRA's norms n_j = |V_j| of the rows of V_j = W + s_j B_j A_j, and gains g_j = m_j / n_j, of all adapters.
 
 In 16 bits, with up to 64 ranks each, from n^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b for a row w of W and b of B: one
-launch makes W A^T for all adapters at once, of which b (A w) alone is written, and each A A^T; a second adds up. Rows
-whose terms cancel are made again in it, as V itself. So are all rows elsewhere, as norm.py makes them, an adapter a
-program: that costs a read of W and a square of each of its elements for each adapter. A rank that is not finite (see
-pack.py) makes its adapter's norms NaN.
+launch makes |w|^2 and each A A^T, one W A^T for all adapters at once, of which b (A w) alone is written; a third adds
+up. Rows whose terms cancel are made again in it, as V itself. So are all rows elsewhere, as norm.py makes them, an
+adapter a program: that costs a read of W and a square of each of its elements for each adapter. A rank that is not
+finite (see pack.py) makes its adapter's norms NaN.
 """
 
 from dataclasses import replace
@@ -29,15 +29,54 @@ WEAK = tl.constexpr(2.0**-4)  # of its terms' sum: below it what cancels is made
 
 
 @triton.jit
-def _terms_kernel(
-    w,
-    a,
+def _squares_kernel(
+    w_ptr,
     a_ptr,
-    b_ptr,
     firsts_ptr,
     squares_ptr,
-    dots_ptr,
     gram_ptr,
+    N,
+    K,
+    ADAPTERS,
+    stride_wn,
+    stride_wk,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    GRAM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """|w|^2 [N], and parts of A A^T over STEPS blocks of columns each: [parts, adapters, GRAM, GRAM]."""
+    wait_for_stream(PDL)
+    block = tl.program_id(0)
+    blocks = tl.cdiv(N, BLOCK_N)
+    if block < blocks:
+        w, rows = Matrix(w_ptr, N, K, stride_wn, stride_wk), block * BLOCK_N + tl.arange(0, BLOCK_N)
+        squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        tile = load_tile(w, block * BLOCK_N, 0, BLOCK_N, BLOCK_K)
+        for k in range(0, K, BLOCK_K):
+            later = load_tile(w, block * BLOCK_N, k + BLOCK_K, BLOCK_N, BLOCK_K)  # the next step's, as in norm.py
+            squares += tile.to(tl.float32) * tile.to(tl.float32)
+            tile = later
+        tl.store(squares_ptr + rows, tl.sum(squares, 1), mask=rows < N)
+    else:
+        adapter, part = (block - blocks) % ADAPTERS, (block - blocks) // ADAPTERS
+        first, end = tl.load(firsts_ptr + adapter), tl.load(firsts_ptr + adapter + 1)
+        a = Matrix(a_ptr + first.to(tl.int64) * K, end - first, K, K, 1)
+        gram = tl.zeros([GRAM, GRAM], tl.float32)
+        for step in range(0, STEPS):
+            tile = load_tile(a, 0, (part * STEPS + step) * BLOCK_K, GRAM, BLOCK_K)
+            gram = tl.dot(tile, tile.T, gram)
+        at = tl.arange(0, GRAM)[:, None] * GRAM + tl.arange(0, GRAM)[None, :]
+        tl.store(gram_ptr + (block - blocks).to(tl.int64) * GRAM * GRAM + at, gram)
+
+
+@triton.jit
+def _dots_kernel(
+    w,
+    a,
+    b_ptr,
+    dots_ptr,
     N,
     K,
     TOTAL,
@@ -46,50 +85,29 @@ def _terms_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    GRAM: tl.constexpr,
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """|w|^2 [N], b (A w) for each group of ranks [groups, N], and A A^T for each adapter [adapters, GRAM, GRAM]."""
+    """b (A w) for each group of ranks [groups, N]."""
     wait_for_stream(PDL)
-    block, part = tl.program_id(0), tl.program_id(1)
-    row, blocks = block * BLOCK_N, tl.cdiv(N, BLOCK_N)
+    row, rank = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_R
     rows = row + tl.arange(0, BLOCK_N)
     whole_w, whole_a = Matrix(w, N, K, stride_wn, stride_wk), Matrix(a, TOTAL, K, K, 1)
-    if block >= blocks:
-        if part == 0:
-            adapter = block - blocks
-            first, end = tl.load(firsts_ptr + adapter), tl.load(firsts_ptr + adapter + 1)
-            own = Matrix(a_ptr + first.to(tl.int64) * K, end - first, K, K, 1)
-            gram = tl.zeros([GRAM, GRAM], tl.float32)
-            for k in range(0, K, BLOCK_K):
-                tile = load_tile(own, 0, k, GRAM, BLOCK_K)
-                gram = tl.dot(tile, tile.T, gram)
-            at = tl.arange(0, GRAM)[:, None] * GRAM + tl.arange(0, GRAM)[None, :]
-            tl.store(gram_ptr + adapter * GRAM * GRAM + at, gram)
-    elif part == 0:
-        squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            tile = load_tile(whole_w, row, k, BLOCK_N, BLOCK_K, TMA).to(tl.float32)
-            squares += tile * tile
-        tl.store(squares_ptr + rows, tl.sum(squares, 1), mask=rows < N)
-    else:
-        rank = (part - 1) * BLOCK_R
-        acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            tile = load_tile(whole_w, row, k, BLOCK_N, BLOCK_K, TMA)
-            acc = mma(tile, load_tile(whole_a, rank, k, BLOCK_R, BLOCK_K, TMA).T, acc, "ieee")
-        left, right = halves(acc)
-        HALF: tl.constexpr = BLOCK_R // 2
-        for i in tl.static_range(2):
-            half = left if i == 0 else right
-            half *= load_tile(Matrix(b_ptr, N, TOTAL, TOTAL, 1), row, rank, BLOCK_N, HALF).to(tl.float32)
-            dots = tl.sum(tl.reshape(half, (BLOCK_N, HALF // GROUP, GROUP)), 2)
-            groups = rank // GROUP + tl.arange(0, HALF // GROUP)
-            dots_ptrs = dots_ptr + groups[None, :] * N + rows[:, None]
-            tl.store(dots_ptrs, dots, mask=(groups * GROUP < TOTAL)[None, :] & (rows < N)[:, None])
-            rank += HALF
+    acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        tile = load_tile(whole_w, row, k, BLOCK_N, BLOCK_K, TMA)
+        acc = mma(tile, load_tile(whole_a, rank, k, BLOCK_R, BLOCK_K, TMA).T, acc, "ieee")
+    left, right = halves(acc)
+    HALF: tl.constexpr = BLOCK_R // 2
+    for i in tl.static_range(2):
+        half = left if i == 0 else right
+        half *= load_tile(Matrix(b_ptr, N, TOTAL, TOTAL, 1), row, rank, BLOCK_N, HALF).to(tl.float32)
+        dots = tl.sum(tl.reshape(half, (BLOCK_N, HALF // GROUP, GROUP)), 2)
+        groups = rank // GROUP + tl.arange(0, HALF // GROUP)
+        dots_ptrs = dots_ptr + groups[None, :] * N + rows[:, None]
+        tl.store(dots_ptrs, dots, mask=(groups * GROUP < TOTAL)[None, :] & (rows < N)[:, None])
+        rank += HALF
 
 
 @triton.jit
@@ -109,6 +127,7 @@ def _gains_kernel(
     N,
     K,
     TOTAL,
+    PARTS,
     stride_wn,
     stride_wk,
     BLOCK_N: tl.constexpr,
@@ -137,7 +156,9 @@ def _gains_kernel(
         norm = row_norm(w, a, b, b_tile, None, s, row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
     else:
         at = tl.arange(0, BLOCK_R)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-        b_wide, gram = b_tile.to(tl.float32), tl.load(gram_ptr + adapter * BLOCK_R * BLOCK_R + at)
+        b_wide, gram = b_tile.to(tl.float32), tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
+        for part in range(0, PARTS):
+            gram += tl.load(gram_ptr + (part * tl.num_programs(0) + adapter) * BLOCK_R * BLOCK_R + at)
         low = tl.sum(tl.dot(b_wide, gram, input_precision="tf32x3") * b_wide, 1) * s * s
         dots = tl.zeros([BLOCK_N], tl.float32)
         for rank in range(first, end, GROUP):
@@ -181,14 +202,15 @@ def gains(
     (rows, k), kind, most, count = w.shape, w.dtype, max(ranks.padded), len(ranks.of)
     tile = pass_tiles.norm(rows, most, dtype=kind, kind=kind, chip=Chip.of(w.device))
     launches = list[Launch]()
-    squares = dots = gram = None
+    parts, squares, dots, gram = 0, None, None, None
     if kind.itemsize == 2 and most <= 64:
         block = rank_block(most, 64)
         tile = Tile(n=64, k=64, r=block, stages=2)
         squares = scratch.part((rows,), torch.float32)
         dots = scratch.part((ranks.total // GROUP, rows), torch.float32)
-        gram = scratch.part((count, block, block), torch.float32)
-        launches.append(_terms(w, of, squares, dots, gram, ranks))
+        parts = triton.cdiv(k, 8 * 128)
+        gram = scratch.part((parts, count, block, block), torch.float32)
+        launches += [_squares(w, of, squares, gram), _dots(w, of, dots, ranks)]
     elif tile.r == 64:  # with 256 columns it spills where rows begin anywhere
         tile = replace(tile, k=128)
     launches.append(
@@ -212,6 +234,7 @@ def gains(
             N=rows,
             K=k,
             TOTAL=ranks.total,
+            PARTS=parts,
             stride_wn=w.stride(0),
             stride_wk=w.stride(1),
             **constants(tile),
@@ -225,23 +248,43 @@ def gains(
     return launches
 
 
-def _terms(w: Operand, of: Packed, squares: Operand, dots: Operand, gram: Operand, ranks: Ranks) -> Launch:
-    (rows, k), total, count = w.shape, ranks.total, len(ranks.of)
+def _squares(w: Operand, of: Packed, squares: Operand, gram: Operand) -> Launch:
+    (rows, k), (parts, count, size, _) = w.shape, gram.shape
+    return launch(
+        _squares_kernel,
+        (triton.cdiv(rows, 16) + parts * count,),
+        {"num_warps": 4},
+        w,
+        w_ptr=w,
+        a_ptr=of.a,
+        firsts_ptr=of.tables.firsts,
+        squares_ptr=squares,
+        gram_ptr=gram,
+        N=rows,
+        K=k,
+        ADAPTERS=count,
+        stride_wn=w.stride(0),
+        stride_wk=w.stride(1),
+        BLOCK_N=16,
+        BLOCK_K=128,
+        STEPS=8,
+        GRAM=size,
+    )
+
+
+def _dots(w: Operand, of: Packed, dots: Operand, ranks: Ranks) -> Launch:
+    (rows, k), total = w.shape, ranks.total
     tma = tma_fits(w, of.a)
     tile = pass_tiles.batch_norm(total, chip=Chip.of(w.device), tma=tma)
     return launch(
-        _terms_kernel,
-        (triton.cdiv(rows, tile.n) + count, 1 + triton.cdiv(total, tile.r)),
+        _dots_kernel,
+        (triton.cdiv(rows, tile.n), triton.cdiv(total, tile.r)),
         tile.options,
         w,
         w=Tiles(w, [tile.n, tile.k]) if tma else w,
         a=Tiles(of.a, [tile.r, tile.k]) if tma else of.a,
-        a_ptr=of.a,
         b_ptr=of.b,
-        firsts_ptr=of.tables.firsts,
-        squares_ptr=squares,
         dots_ptr=dots,
-        gram_ptr=gram,
         N=rows,
         K=k,
         TOTAL=total,
@@ -250,7 +293,6 @@ def _terms(w: Operand, of: Packed, squares: Operand, dots: Operand, gram: Operan
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
         BLOCK_R=tile.r,
-        GRAM=gram.shape[1],
         GROUP=GROUP,
         TMA=tma,
     )

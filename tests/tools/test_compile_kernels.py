@@ -32,6 +32,8 @@ BATCH = (
     "_lists_kernel",
     "_batch_columns_kernel",
     "_ds_kernel",
+    "_squares_kernel",
+    "_dots_kernel",
     "_gains_kernel",
     PRODUCT,
 )
