@@ -7,7 +7,7 @@ Rows are split evenly among the adapters, those of one lie together. All candida
 round, eager; with 2048 rows also in CUDA graphs. Ranks, rates and what a step does are as in bench_lora.
 
 frozen            nn.Linear whose weight asks for no gradient; frozen_again is the same once more, to show the noise
-lora_fast_one     LoRALinear: one adapter for all rows
+lora_fast_one     LoRALinear: one adapter for all rows; lora_fast_one_dora: DoRALinear
 separate          LoRALinear's function for each adapter's rows, one after the other, outputs joined
 peft              PEFT's layer with adapter_names, in inference, the one way that it has: what = fwd, without gradients
 lora_fast_lora    lora_linear_batch
@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from lora_fast import Adapter, dora_linear_batch, lora_linear_batch, set_backend, timing
-from lora_fast.functional import lora_linear
+from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.timing import Candidate
 
 FROZEN = "frozen", "frozen_again"
-IMPLS = *FROZEN, "lora_fast_one", "separate", "peft", "lora_fast_lora", "lora_fast_dora"
+IMPLS = *FROZEN, "lora_fast_one", "lora_fast_one_dora", "separate", "peft", "lora_fast_lora", "lora_fast_dora"
 COLUMNS = (
     "gpu torch triton commit dtype M K N r p adapters what impl median_us p20_us p80_us ratio_to_frozen peak_mib"
 ).split()
@@ -82,6 +82,11 @@ def steps(case: Case, impls: tuple[str, ...], device: str) -> dict[tuple[str, st
         a, b, scaling, p, _ = adapters[0]
         return lora_linear(x, weight, a, b, scaling, dropout_p=p)
 
+    def one_dora(x: Tensor) -> Tensor:
+        a, b, scaling, p, own = doras[0]
+        assert own is not None
+        return dora_linear(x, weight, a, b, own, scaling, dropout_p=p)
+
     def separate(x: Tensor) -> Tensor:
         parts = zip(x.split(rows), adapters, strict=True)
         return torch.cat([lora_linear(own, weight, a, b, s, dropout_p=p) for own, (a, b, s, p, _) in parts])
@@ -90,6 +95,7 @@ def steps(case: Case, impls: tuple[str, ...], device: str) -> dict[tuple[str, st
         "frozen": (frozen, []),
         "frozen_again": (frozen, []),
         "lora_fast_one": (one, adapters[:1]),
+        "lora_fast_one_dora": (one_dora, doras[:1]),
         "separate": (separate, adapters),
         "lora_fast_lora": (lambda x: lora_linear_batch(x, weight, adapters, which), adapters),
         "lora_fast_dora": (lambda x: dora_linear_batch(x, weight, doras, which), doras),

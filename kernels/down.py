@@ -134,6 +134,66 @@ def side_by_side(
     return tl.sum(acc, 0)
 
 
+@triton.jit
+def _make_s(
+    x,
+    a,
+    s_ptr,
+    bits_ptr,
+    gain_ptr,
+    scales_ptr,
+    own_ptr,
+    owner_ptr,
+    scaling,
+    keep_scale,
+    row,
+    rank,
+    RS,
+    stride_s,
+    stride_bits,
+    WAYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    LIFTED: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    TMA: tl.constexpr,
+    A_TMA: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The tile of S at (row, rank)."""
+    rows = row + tl.arange(0, BLOCK_M)
+    ranks = rank + tl.arange(0, BLOCK_R)
+    if WAYS:
+        acc = side_by_side(x, a, bits_ptr, row, stride_bits, WAYS, BLOCK_M, BLOCK_K, BLOCK_R, DTYPE)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
+        for k in range(0, x.cols, BLOCK_K):
+            tile = load_tile(x, row, k, BLOCK_M, BLOCK_K, TMA)  # [BLOCK_M, BLOCK_K]
+            a_tile = load_tile(a, rank, k, BLOCK_R, BLOCK_K, A_TMA)  # [BLOCK_R, BLOCK_K]
+            if gain_ptr is not None:
+                a_tile = a_tile.to(ACC) * _gain(gain_ptr, k, x.cols, BLOCK_K, ACC)
+            if bits_ptr is not None:
+                words = mask_words(bits_ptr, tl.minimum(rows, x.rows - 1), k, stride_bits, BLOCK_K)
+                tile = tl.where(unpack_words(words), tile, 0.0)
+            acc = mma(tile, a_tile.to(DTYPE).T, acc, PRECISION)
+    if scales_ptr is not None:
+        scales = tl.load(scales_ptr + ranks, mask=ranks < a.rows, other=0.0)
+        if keep_scale is not None:
+            scales *= keep_scale
+        s = acc * scales[None, :]
+    else:
+        s = acc * (low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale)
+    if own_ptr is not None:
+        own = tl.load(own_ptr + rows, mask=rows < x.rows, other=-1)
+        owner = tl.load(owner_ptr + ranks, mask=ranks < a.rows, other=-2)
+        s = tl.where(own[:, None] == owner[None, :], s, 0.0)
+    s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * stride_s + ranks[None, :]
+    tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < x.rows) & (ranks[None, :] < RS))
+
+
 @triton.jit(do_not_specialize=["M"])
 def _down_fwd_kernel(
     x,
@@ -195,11 +255,6 @@ def _down_fwd_kernel(
     else:
         quantises: tl.constexpr = False  # type: ignore[no-redef]
     row = program * BLOCK_M
-    if units_ptr is not None:
-        units = units_ptr + row // UNIT_ROWS * stride_units
-        if tl.program_id(1) >= tl.load(units):
-            return
-        rank = tl.load(units + 1 + tl.program_id(1)) * BLOCK_R
     if quantises:
         if rank == 0:
             _quantise(
@@ -215,35 +270,42 @@ def _down_fwd_kernel(
                 ACC,
             )
     elif row < M:
-        rows = row + tl.arange(0, BLOCK_M)
-        ranks = rank + tl.arange(0, BLOCK_R)
         whole_x, whole_a = Matrix(x, M, K, stride_xm, stride_xk), Matrix(a_ptr, R, K, stride_ar, stride_ak)
-        if WAYS:
-            acc = side_by_side(whole_x, whole_a, bits_ptr, row, stride_bits, WAYS, BLOCK_M, BLOCK_K, BLOCK_R, DTYPE)
-        else:
-            acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
-            for k in range(0, K, BLOCK_K):
-                tile = load_tile(whole_x, row, k, BLOCK_M, BLOCK_K, TMA)  # [BLOCK_M, BLOCK_K]
-                a = load_tile(whole_a, rank, k, BLOCK_R, BLOCK_K, A_TMA)  # [BLOCK_R, BLOCK_K]
-                if gain_ptr is not None:
-                    a = a.to(ACC) * _gain(gain_ptr, k, K, BLOCK_K, ACC)
-                if bits_ptr is not None:
-                    words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
-                    tile = tl.where(unpack_words(words), tile, 0.0)
-                acc = mma(tile, a.to(DTYPE).T, acc, PRECISION)
-        if scales_ptr is not None:
-            scales = tl.load(scales_ptr + ranks, mask=ranks < R, other=0.0)
-            if keep_scale is not None:
-                scales *= keep_scale
-            s = acc * scales[None, :]
-        else:
-            s = acc * (low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale)
-        if own_ptr is not None:
-            own = tl.load(own_ptr + rows, mask=rows < M, other=-1)
-            owner = tl.load(owner_ptr + ranks, mask=ranks < R, other=-2)
-            s = tl.where(own[:, None] == owner[None, :], s, 0.0)
-        s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * stride_s + ranks[None, :]
-        tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < RS))
+        count, units = 1, units_ptr
+        if units_ptr is not None:
+            units += row // UNIT_ROWS * stride_units
+            count = tl.load(units)
+        for unit in range(0, count):
+            if units_ptr is not None:
+                rank = tl.load(units + 1 + unit) * BLOCK_R
+            _make_s(
+                whole_x,
+                whole_a,
+                s_ptr,
+                bits_ptr,
+                gain_ptr,
+                scales_ptr,
+                own_ptr,
+                owner_ptr,
+                scaling,
+                keep_scale,
+                row,
+                rank,
+                RS,
+                stride_s,
+                stride_bits,
+                WAYS,
+                BLOCK_M,
+                BLOCK_K,
+                BLOCK_R,
+                LIFTED,
+                SCALING_PTR,
+                TMA,
+                A_TMA,
+                ACC,
+                PRECISION,
+                DTYPE,
+            )
     elif b_ptr is not None:  # the programs past the last rows, on processors that would idle
         if rank == 0:
             cast_both(
@@ -324,7 +386,7 @@ def down(
         blocks *= 1 + tile.m // tile.quant_rows
     return launch(
         _down_fwd_kernel,
-        (blocks, triton.cdiv(padded_rank(r), tile.r)),
+        (blocks, 1 if units is not None else triton.cdiv(padded_rank(r), tile.r)),
         tile.options,
         x,
         x=Tiles(x, [tile.m, tile.k]) if tma else x,

@@ -68,14 +68,28 @@ def halves(tile):
 
 
 @triton.jit
-def _store(out, z_ptr, acc, row, col, gain_ptr, bias_ptr, ADDS: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr):
-    """The epilogue; to z goes the tile as it is before gain and bias."""
+def _store(
+    out, z_ptr, acc, row, col, gain_ptr, own_ptr, bias_ptr, ADDS: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr
+):
+    """The epilogue; to z goes the tile as it is before gain and bias. With ``own`` each row has a row of gains, ones
+    where that is negative."""
     cols = col + tl.arange(0, acc.shape[1])
     if ADDS:
         acc += load_tile(out, row, col, acc.shape[0], acc.shape[1], TMA).to(acc.dtype)
     if z_ptr is not None:
         store_tile(Matrix(z_ptr, out.rows, out.cols, out.cols, 1), acc, row, col, DTYPE, TMA)
-    if gain_ptr is not None:
+    if own_ptr is not None:
+        rows = row + tl.arange(0, acc.shape[0])
+        own = tl.load(own_ptr + rows, mask=rows < out.rows, other=-1)
+        one = tl.min(own, 0)
+        there = cols < out.cols
+        if one == tl.max(own, 0):
+            own_gain = tl.load(gain_ptr + one.to(tl.int64) * out.cols + cols, mask=there & (one >= 0), other=1.0)
+            acc *= own_gain.to(acc.dtype)[None, :]
+        else:  # a loop over the adapters would keep the compiler from loading ahead
+            gains = own[:, None] * out.cols + cols[None, :]  # fewer than 2^31
+            acc *= tl.load(gain_ptr + gains, mask=there[None, :] & (own >= 0)[:, None], other=1.0).to(acc.dtype)
+    elif gain_ptr is not None:
         acc *= tl.load(gain_ptr + cols, mask=cols < out.cols, other=0.0).to(acc.dtype)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, mask=cols < out.cols, other=0.0).to(acc.dtype)[None, :]
@@ -224,6 +238,7 @@ def _gemm_kernel(
     x_scale_ptr,
     w_scale_ptr,
     units_ptr,
+    own_ptr,
     M,
     N,
     C,
@@ -352,8 +367,32 @@ def _gemm_kernel(
                     )
                 else:
                     left_half, right_half = halves(acc)
-                    _store(whole_out, z, left_half, row, col, gain_ptr, bias_ptr, ADDS, DTYPE, TMA)
-                    _store(whole_out, z, right_half, row, col + BLOCK_N // 2, gain_ptr, bias_ptr, ADDS, DTYPE, TMA)
+                    if own_ptr is None:
+                        _store(whole_out, z, left_half, row, col, gain_ptr, own_ptr, bias_ptr, ADDS, DTYPE, TMA)
+                        _store(
+                            whole_out,
+                            z,
+                            right_half,
+                            row,
+                            col + BLOCK_N // 2,
+                            gain_ptr,
+                            own_ptr,
+                            bias_ptr,
+                            ADDS,
+                            DTYPE,
+                            TMA,
+                        )
+                    else:  # by pieces: their gains pass through shared memory and take registers
+                        PIECES: tl.constexpr = 8 if BLOCK_N >= 256 else 4
+                        for i in tl.static_range(PIECES):
+                            piece = left_half if i < PIECES // 2 else right_half
+                            left_part, right_part = halves(piece)
+                            piece = left_part if i % (PIECES // 2) < PIECES // 4 else right_part
+                            if PIECES == 8:
+                                left_part, right_part = halves(piece)
+                                piece = left_part if i % 2 == 0 else right_part
+                            to = col + i * (BLOCK_N // PIECES)
+                            _store(whole_out, z, piece, row, to, gain_ptr, own_ptr, bias_ptr, ADDS, DTYPE, TMA)
                 if LOW_FIRST:
                     acc = _low_rank(
                         late(p0),
@@ -396,6 +435,7 @@ def product(
     bias: Operand | None = None,
     bits: Operand | None = None,
     gain: Operand | None = None,
+    own: Operand | None = None,
     z: Operand | None = None,
     adds: bool = False,
     x_scale: Operand | None = None,
@@ -405,11 +445,12 @@ def product(
     """out = gain * (x w^T + p q^T) + bias if transposed (w [N, C], q [N, R]), else x w + mask * (p q) ([C, N], [R, N]).
 
     x [M, C], w, p [M, padded R] (or columns of a wider matrix) and q in one dtype, rows of p and q contiguous; bits are
-    of a mask of out's shape (transposed has none). Without p and q there is no low-rank product. With z, [M, N] and
-    contiguous, that is filled with the sum before gain and bias. ``adds``: to what out holds. Where w and q are
-    ``turned``, their columns contiguous and not their rows, they are read as their transposes. With scales, [M] of x's
-    rows and [N] of w's, x and w are e4m3, w [N, C] in both cases, p and q and out in a wider dtype. With ``units`` each
-    tile takes some of the ranks alone.
+    of a mask of out's shape (transposed has none). Without p and q there is no low-rank product. With ``own`` [M] row i
+    has the gain gain[own[i]] of many, none where that is negative. With z, [M, N] and contiguous, that is filled with
+    the sum before gain and bias. ``adds``: to what out holds. Where w and q are ``turned``, their columns contiguous
+    and not their rows, they are read as their transposes. With scales, [M] of x's rows and [N] of w's, x and w are
+    e4m3, w [N, C] in both cases, p and q and out in a wider dtype. With ``units`` each tile takes some of the ranks
+    alone.
     """
     (m, c), n, r = x.shape, out.shape[1], 0 if q is None else q.shape[transposed]
     if p is None or q is None:
@@ -431,7 +472,11 @@ def product(
     steps = triton.cdiv(r, br) if fp8 and masked else 0
     read: dict[str, Operand | Tiles | None] = {"x": x, "w": w, "p": p, "q": q, "out": out, "z": z}
     if tma:
-        stored, left, right = [bm, bn // (4 if steps else 2)], [bm, bc], [bn, bc] if w_t else [bc, bn]
+        stored, left, right = (
+            [bm, bn // (4 if steps else 2 if own is None else 8 if bn >= 256 else 4)],
+            [bm, bc],
+            [bn, bc] if w_t else [bc, bn],
+        )
         read |= {"x": Tiles(x, left), "w": Tiles(w, right), "out": Tiles(out, stored)}
         if steps:
             left, right = [bm, br], [br, bn // 4]
@@ -451,6 +496,7 @@ def product(
         x_scale_ptr=x_scale,
         w_scale_ptr=w_scale,
         units_ptr=units and units.at,
+        own_ptr=own,
         M=m,
         N=n,
         C=c,

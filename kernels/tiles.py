@@ -70,6 +70,7 @@ KERNELS = (
     "experts_gate",
     "experts_columns",
     "batch_columns",
+    "batch_norm",
 )
 
 _overridden: dict[str, Tile | None] = {}

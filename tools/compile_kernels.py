@@ -249,22 +249,23 @@ BatchCase = tuple[int, int, int, tuple[int, ...], torch.dtype, float, torch.dtyp
 
 
 def batch(case: BatchCase) -> None:
-    """The launches of a layer with several adapters in one batch, forward and backward, with DoRA's gains."""
-    from lora_fast.kernels.batch import gain, run
+    """The launches of a layer with several adapters in one batch, forward and backward, of LoRA and of DoRA."""
+    from lora_fast.kernels.batch import run
     from lora_fast.kernels.batch.problem import Problem
     from lora_fast.kernels.batch.ranks import Ranks, numbers_of
     from lora_fast.kernels.problem import Kinds, Needs
 
     m, k, n, of, dtype, p, adapter = case
     x, weight, ranks = torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype), Ranks(of)
-    problem = Problem((m,), k, n, ranks, Kinds(dtype, adapter, adapter), Needs(True, True, True))
-    numbers = numbers_of(ranks, [2.0] * len(of), [p] * len(of), problem.lifted, x.device)
-    call = run.Call(weight, torch.zeros(m, dtype=torch.int64), numbers, 1 if p else None)
     a, b = torch.empty(sum(of), k, dtype=adapter), torch.empty(n * sum(of), dtype=adapter)
-    y, made = run.forward(problem, call, x, a, b, None)
-    run.backward(problem, torch.empty_like(y), run.to_save(problem, numbers.scales, x, made, weight))
-    gain.scaled(y, call.which, torch.empty(len(of), n), torch.empty(n, dtype=dtype))
-    gain.dots(y, y, call.which, len(of))
+    for magnitudes in (None, torch.empty(len(of), n, dtype=adapter)):
+        dora = magnitudes is not None
+        kinds, needs = Kinds(dtype, adapter, adapter, None, adapter), Needs(True, True, True, False, dora)
+        problem = Problem((m,), k, n, ranks, kinds, needs, dora)
+        numbers = numbers_of(ranks, [2.0] * len(of), [p] * len(of), problem.lifted, x.device)
+        call = run.Call(weight, torch.zeros(m, dtype=torch.int64), numbers, 1 if p else None)
+        y, made = run.forward(problem, call, x, a, b, None, magnitudes)
+        run.backward(problem, torch.empty_like(y), run.to_save(problem, numbers.scales, x, made, weight))
 
 
 def experts(

@@ -1,30 +1,34 @@
 """G_j = Z^T P over the rows of adapter j alone: dB from dY and S, dA^T from drop(x) and dS, for all adapters in one
-launch.
+launch; and on the way of dB, where ranks are few, dS = s dY B_j from the same tiles. With DoRA's gains dZ = g_j * dY
+takes dY's place, as in grad.py: it is written, and the sums over an adapter's rows of dY * z make dm_j.
 
-A program has some columns of Z and some ranks of one adapter, walks over the blocks of rows that hold rows of it
-(places.py), or over a part of these, and selects its rows: what others' rows hold, NaN say, does not reach it. Parts
-are added up in a fixed order (sums.py). A gradient lies where the adapter lies in A's one below the other, or B's one
-after the other; of an adapter without rows it is zero.
+A program has some columns of Z and some ranks of one adapter and walks over the blocks of rows that hold rows of it
+(places.py), or over a part of these: first those that are its own from end to end, which come tile by tile as they
+are; then those that it shares, of which it loads its own rows alone. So what others' rows hold, NaN say, does not reach
+it, and each row is read once. Parts are added up in a fixed order (sums.py, and ``_ds_kernel``). A gradient lies where
+the adapter lies in A's one below the other, or B's one after the other; of an adapter without rows it is zero.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
-from lora_fast.kernels.batch.ranks import FIELDS, ROWS, Ranks
+from lora_fast.kernels.batch.ranks import FIELDS, ROWS, UNIT, Ranks, Tables
 from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
     TL,
     Matrix,
     acc_dtype,
+    late,
     load_tile,
     mask_words,
     mma,
     precision,
+    store_tile,
     unpack_words,
     wait_for_stream,
     wide,
@@ -34,21 +38,145 @@ from lora_fast.kernels.program import Launch
 from lora_fast.kernels.sums import Parts, add_parts
 from lora_fast.kernels.tiles import tma_fits
 
+DS_ROWS = 16  # rows that a program adds up the parts of dS for
+
+
+class Rows(NamedTuple):
+    """What a program of ``_batch_columns_kernel`` walks over, as device code sees it: Z, its rows' adapters, P, and
+    what is written on the way."""
+
+    z: Any  # or a tensor descriptor
+    z_ptr: Any
+    kept_ptr: Any
+    own_ptr: Any
+    p_ptr: Any
+    bits_ptr: Any
+    dz: Any
+    dz_ptr: Any
+    ds_ptr: Any
+    m: Any
+    n: Any
+    stride_m: Any
+    stride_n: Any
+    stride_p: Any
+    stride_bits: Any
+    stride_ds: Any
+
+
+@triton.jit
+def _mine(at, adapter, m, BLOCK_M: tl.constexpr, PURE: tl.constexpr):
+    """Whether rows from m on are the adapter's [BLOCK_M]; PURE: all are that there are."""
+    rows = m + tl.arange(0, BLOCK_M)
+    if PURE:
+        mine = rows < at.m
+    else:
+        mine = tl.load(at.own_ptr + rows, mask=rows < at.m, other=-2) == adapter
+    return mine
+
+
+@triton.jit
+def _walk(
+    at,
+    blocks,
+    first,
+    last,
+    adapter,
+    col,
+    rank,
+    r,
+    b,
+    gain,
+    g,
+    dm,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    PURE: tl.constexpr,
+    TMA: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """G and dm after these steps, BLOCK_M rows each, over the blocks of rows in a list, ``STRIDE`` apart in it; rows of
+    other adapters are not read. PURE: there are none."""
+    BLOCK_N: tl.constexpr = g.shape[0]
+    BLOCK_R: tl.constexpr = g.shape[1]
+    DM_ROWS: tl.constexpr = dm.shape[0]
+    STEPS: tl.constexpr = ROWS // BLOCK_M
+    local, ranks = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_R)
+    cols, zero = tl.arange(0, BLOCK_N)[None, :], tl.full((), 0, tl.int64)
+    inside = cols < at.n - col
+    whole = local * at.n + cols  # where a tile's elements lie in a contiguous matrix, from its first on: 32 bits do
+    # Where a step lies is looked up one ahead: looked up in it, that would take a stage of the pipeline.
+    m = tl.load(blocks + first // STEPS * STRIDE, mask=first < last, other=0) * ROWS + first % STEPS * BLOCK_M
+    if at.kept_ptr is not None and PURE:
+        here = (_mine(at, adapter, m, BLOCK_M, PURE) & (first < last))[:, None] & inside
+        kept = tl.load(at.kept_ptr + (zero + m) * at.n + col + whole, mask=here, other=0.0)
+    for i in range(first, last):
+        rows, mine = m + tl.arange(0, BLOCK_M), _mine(at, adapter, m, BLOCK_M, PURE)
+        later = tl.load(blocks + (i + 1) // STEPS * STRIDE, mask=i + 1 < last, other=0)
+        later = later * ROWS + (i + 1) % STEPS * BLOCK_M
+        if PURE:
+            tile = load_tile(Matrix(at.z, at.m, at.n, at.stride_m, at.stride_n), m, col, BLOCK_M, BLOCK_N, TMA)
+        else:
+            z_ptrs = at.z_ptr + rows.to(tl.int64)[:, None] * at.stride_m + (zero + col + cols) * at.stride_n
+            tile = tl.load(z_ptrs, mask=mine[:, None] & inside, other=0.0)
+        if at.kept_ptr is not None:
+            if not PURE:
+                start = at.kept_ptr + (zero + m) * at.n + col
+                kept = tl.load(start + whole, mask=mine[:, None] & inside, other=0.0)
+            dm += tl.sum(tl.reshape(tile.to(ACC) * kept.to(ACC), (BLOCK_M // DM_ROWS, DM_ROWS, BLOCK_N)), 0)
+            if PURE:  # the next step's, by hand: the compiler's pipeline takes the operands of products alone
+                here = (_mine(at, adapter, later, BLOCK_M, PURE) & (i + 1 < last))[:, None] & inside
+                kept = tl.load(at.kept_ptr + (zero + later) * at.n + col + whole, mask=here, other=0.0)
+        if at.dz_ptr is not None:
+            dz = (tile.to(ACC) * gain[None, :]).to(DTYPE)
+            if PURE:
+                store_tile(Matrix(at.dz, at.m, at.n, at.n, 1), dz, m, col, DTYPE, TMA)
+            else:
+                tl.store(at.dz_ptr + (zero + m) * at.n + col + whole, dz, mask=mine[:, None] & inside)
+        if at.bits_ptr is not None:
+            words = mask_words(at.bits_ptr, tl.minimum(rows, at.m - 1), col, at.stride_bits, BLOCK_N)
+            tile = tl.where(unpack_words(words), tile, 0.0)
+        if at.p_ptr is not None:
+            p_ptrs = at.p_ptr + rows.to(tl.int64)[:, None] * at.stride_p + rank + ranks[None, :]
+            p = tl.load(p_ptrs, mask=mine[:, None] & (ranks < r)[None, :], other=0.0)
+            g = mma(tile.T, p, g, PRECISION)
+            if at.kept_ptr is not None or at.dz_ptr is not None:
+                g = late(g)  # Triton 3.7 loads the next tile over one that is read twice while it is multiplied
+        if at.ds_ptr is not None:
+            ds = mma(tile, b, tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC), PRECISION)
+            ds_ptrs = at.ds_ptr + rows.to(tl.int64)[:, None] * at.stride_ds + ranks[None, :]
+            tl.store(ds_ptrs, ds, mask=mine[:, None] & (ranks < at.stride_ds)[None, :])
+        m = later
+    return g, dm
+
 
 @triton.jit(do_not_specialize=["M", "BLOCKS"])
 def _batch_columns_kernel(
     z,
+    dz,
+    z_ptr,
+    dz_ptr,
+    kept_ptr,
     p_ptr,
+    b_ptr,
     own_ptr,
     lists_ptr,
     table_ptr,
     bits_ptr,
     lift_ptr,
+    gain_ptr,
+    norm_ptr,
+    ds_ptr,
+    dm_ptr,
     g_ptr,
     M,
     N,
     TOTAL,
+    WIDTH,
     BLOCKS,
+    ADAPTERS,
     SIZE,
     stride_zm,
     stride_zn,
@@ -56,6 +184,7 @@ def _batch_columns_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    DM_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     FIELDS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -71,46 +200,143 @@ def _batch_columns_kernel(
     at = table_ptr + tl.program_id(2) * FIELDS
     adapter, first, rank = tl.load(at), tl.load(at + 1), tl.load(at + 2)
     r, before = tl.load(at + 3), tl.load(at + 4)
-    ranks = tl.arange(0, BLOCK_R)
-    inside = ranks < r - rank
-    blocks = lists_ptr + adapter * (1 + BLOCKS)
+    none = adapter == ADAPTERS  # rows without an adapter
+    cols, ranks, zero = col + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), tl.full((), 0, tl.int64)
+    blocks = lists_ptr + adapter * (2 + BLOCKS)
+    pure, shared = tl.load(blocks), tl.load(blocks + 1)
     STEPS: tl.constexpr = ROWS // BLOCK_M
-    each = tl.cdiv(tl.load(blocks), SPLITS)
-    last = tl.minimum((split + 1) * each, tl.load(blocks))
-    g = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
-    for i in range(split * each * STEPS, last * STEPS):
-        m = tl.load(blocks + 1 + i // STEPS) * ROWS + i % STEPS * BLOCK_M
-        rows = m + tl.arange(0, BLOCK_M)
-        tile = load_tile(Matrix(z, M, N, stride_zm, stride_zn), m, col, BLOCK_M, BLOCK_N, TMA)
-        stays = (tl.load(own_ptr + rows, mask=rows < M, other=-1) == adapter)[:, None]
-        p_ptrs = p_ptr + rows.to(tl.int64)[:, None] * TOTAL + first + ranks[None, :]
-        p = tl.load(p_ptrs, mask=stays & inside[None, :], other=0.0)
-        if bits_ptr is not None:
-            stays = stays & unpack_words(mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, BLOCK_N))
-        g = mma(tl.where(stays, tile, 0.0).to(DTYPE).T, p, g, PRECISION)
-    if lift_ptr is not None:
-        g *= tl.load(lift_ptr + first)
-    cols, zero = (col + tl.arange(0, BLOCK_N))[:, None], tl.full((), 0, tl.int64)
-    if RANKS_FIRST:
-        to = (zero + before + rank + ranks[None, :]) * N + cols
-    else:
-        to = (zero + before) * N + (zero + cols) * r + rank + ranks[None, :]
-    g_ptrs = g_ptr + split.to(tl.int64) * SIZE + to
-    tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=(cols < N) & inside[None, :])
+    b, gain = None, None
+    if gain_ptr is not None:
+        inside = (cols < N) & (adapter < ADAPTERS)
+        gain = tl.load(gain_ptr + (zero + adapter) * N + cols, mask=inside, other=1.0)
+    if b_ptr is not None:
+        b = load_tile(Matrix(b_ptr, N, first + r - rank, TOTAL, 1), col, first, BLOCK_N, BLOCK_R)
+        if gain_ptr is not None:
+            b = (b.to(ACC) * gain[:, None]).to(DTYPE)  # type: ignore[index]
+        ds_ptr += (zero + tl.program_id(0)) * M * WIDTH
+    at = Rows(
+        z, z_ptr, kept_ptr, own_ptr, p_ptr, bits_ptr, dz, dz_ptr, ds_ptr, M, N, stride_zm, stride_zn, TOTAL,
+        stride_bits, WIDTH,
+    )  # fmt: skip
+    g, dm = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC), tl.zeros([DM_ROWS, BLOCK_N], dtype=ACC)
+    each = tl.cdiv(pure, SPLITS)
+    begin, last = split * each * STEPS, tl.minimum((split + 1) * each, pure) * STEPS
+    g, dm = _walk(
+        at, blocks + 2, begin, last, adapter, col, first, r - rank, b, gain, g, dm, 1, BLOCK_M, ROWS, True, TMA, ACC,
+        PRECISION, DTYPE,
+    )  # fmt: skip
+    each = tl.cdiv(shared, SPLITS)
+    begin, last = split * each * STEPS, tl.minimum((split + 1) * each, shared) * STEPS
+    own = tl.where(none, -1, adapter)
+    g, dm = _walk(
+        at, blocks + 1 + BLOCKS, begin, last, own, col, first, r - rank, b, gain, g, dm, -1, BLOCK_M, ROWS, False, TMA,
+        ACC, PRECISION, DTYPE,
+    )  # fmt: skip
+    if dm_ptr is not None:
+        to = (zero + adapter) * N + cols
+        inside = (cols < N) & (rank == 0) & (adapter < ADAPTERS)
+        norm = tl.load(norm_ptr + to, mask=inside, other=0.0)
+        total = tl.where(norm != 0, tl.sum(dm, 0) / tl.where(norm != 0, norm, 1.0), 0.0)
+        to += split.to(tl.int64) * ADAPTERS * N
+        tl.store(dm_ptr + to, total.to(dm_ptr.dtype.element_ty), mask=inside)
+    if g_ptr is not None:
+        if lift_ptr is not None:
+            g *= tl.load(lift_ptr + first)
+        if gain_ptr is not None:
+            g *= gain[:, None]  # type: ignore[index]
+        if RANKS_FIRST:
+            to = (zero + before + rank + ranks[None, :]) * N + cols[:, None]
+        else:
+            to = (zero + before) * N + (zero + cols)[:, None] * r + rank + ranks[None, :]
+        g_ptrs = g_ptr + split.to(tl.int64) * SIZE + to
+        tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=(cols < N)[:, None] & (ranks < r - rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def _ds_kernel(
+    parts_ptr,
+    own_ptr,
+    owner_ptr,
+    within_ptr,
+    units_ptr,
+    scales_ptr,
+    ds_ptr,
+    M,
+    PARTS,
+    TOTAL,
+    stride_units,
+    BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    ACC: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """dS of these rows, of the units of ranks that they use: its parts added up where a rank is of the row's adapter,
+    else 0."""
+    wait_for_stream(PDL)
+    row = tl.program_id(0) * BLOCK_M
+    size, i = M.to(tl.int64) * WIDTH, row.to(tl.int64) * WIDTH + tl.arange(0, BLOCK_M * WIDTH)
+    total = tl.zeros([BLOCK_M * WIDTH], dtype=ACC)
+    for first in range(0, PARTS, 4):  # four loads under way at a time
+        part = first + tl.arange(0, 4)
+        inside = (part < PARTS)[:, None] & (i < size)[None, :]
+        total += tl.sum(tl.load(parts_ptr + part[:, None] * size + i[None, :], mask=inside, other=0.0), 0)
+    total = tl.reshape(total, (BLOCK_M, WIDTH))
+    rows = row + tl.arange(0, BLOCK_M)
+    own = tl.load(own_ptr + rows, mask=rows < M, other=-1)
+    units, count = units_ptr, 1
+    if units_ptr is not None:
+        units += row // ROWS * stride_units
+        count = tl.load(units)
+    for unit in range(0, count):
+        if units_ptr is not None:
+            unit = tl.load(units + 1 + unit)
+        ranks = unit * UNIT + tl.arange(0, UNIT)
+        owner = tl.load(owner_ptr + ranks, mask=ranks < TOTAL, other=-2)
+        within = tl.load(within_ptr + ranks, mask=ranks < TOTAL, other=0)
+        scale = tl.load(scales_ptr + ranks, mask=ranks < TOTAL, other=0.0)
+        its = tl.gather(total, tl.broadcast_to(within[None, :], (BLOCK_M, UNIT)), 1)
+        ds = tl.where(own[:, None] == owner[None, :], its * scale[None, :], 0.0)
+        ds_ptrs = ds_ptr + rows.to(tl.int64)[:, None] * TOTAL + ranks[None, :]
+        tl.store(ds_ptrs, ds.to(DTYPE), mask=(rows < M)[:, None] & (ranks < TOTAL)[None, :])
 
 
 class Where(NamedTuple):
-    """Whose rows are where: own [M], the lists [adapters, 1 + blocks of rows], and blocks of ranks."""
+    """Whose rows are where: own [M], the lists [adapters, 2 + blocks of rows], units (see ``Places``), and what of
+    ranks kernels look up."""
 
     own: Operand
     lists: Operand
-    table: Operand
+    units: Operand | None
+    tables: Tables
+
+
+class LowRank(NamedTuple):
+    """dS = scales * dZ B, which is made on the way of dB: ds [M, ranks in all], b [N, ranks in all], scales [ranks in
+    all]."""
+
+    ds: Operand
+    b: Operand
+    scales: Operand
+
+
+class Gains(NamedTuple):
+    """DoRA's, with which dZ = g * dY takes the place of Z = dY: gain and norm [adapters, N]; z [M, N], contiguous, and
+    dm [adapters, N], which is filled with the sum over an adapter's rows of dY * z / n; dz [M, N] is filled."""
+
+    gain: Operand
+    norm: Operand
+    z: Operand | None
+    dm: Operand | None
+    dz: Operand | None
 
 
 def columns(
     z: Operand,
-    p: Operand,
-    g: Operand,
+    p: Operand | None,
+    g: Operand | None,
     where: Where,
     ranks: Ranks,
     *,
@@ -118,39 +344,73 @@ def columns(
     scratch: Scratch,
     bits: Operand | None = None,
     lift: Operand | None = None,
+    low: LowRank | None = None,
+    dora: Gains | None = None,
 ) -> list[Launch]:
     """g, the gradients of all adapters [sum of R * N], from z [M, N], perhaps under a mask, and p [M, ranks in all].
     ranks_first: each is [R, N], else [N, R]. A lift, one for each rank, multiplies it."""
-    (m, n), size, kind = z.shape, g.shape[0], z.dtype
-    chip, tma = Chip.of(z.device), tma_fits(z)
-    tile = pass_tiles.batch_columns(ranks.block, dtype=kind, chip=chip, tma=tma)
+    (m, n), kind, count = z.shape, z.dtype, len(ranks.of)
+    _, norm, kept, dm, dz = (None,) * 5 if dora is None else dora
+    if dm is None:
+        kept = None
+    chip, tma = Chip.of(z.device), tma_fits(z, *(() if dz is None else (dz,)))
+    tile = pass_tiles.batch_columns(
+        ranks.block,
+        dtype=kind,
+        chip=chip,
+        tma=tma,
+        masked=bits is not None,
+        fused=low is not None,
+        dora=dora is not None,
+    )
     exact = precision(kind, m)
     if kind == torch.float32 and exact == "ieee":  # as in ``down``
         tile = replace(tile, m=16)
-    grid = triton.cdiv(n, tile.n), len(ranks.blocks(ranks.block))
+    # Rows without an adapter matter to dZ alone.
+    grid = triton.cdiv(n, tile.n), len(ranks.blocks(ranks.block)) + (dz is not None)
     splits = int(chip.processors * tile.fill) // (grid[0] * grid[1])
     splits = max(1, min(splits, triton.cdiv(m, 4 * ROWS)))
-    to, sums = g, Parts(0, 0, 0, 0, 0, 0)
-    if splits > 1:
-        to = scratch.part((splits * size,), wide(z))
-        sums = Parts(0, splits, 0, 0, 0, size)
+    size, width, parts = 0 if g is None else g.shape[0], max(ranks.padded), None
+    g_to, dm_to, sums = g, dm, list[Launch]()
+    if splits > 1 and g is not None:
+        g_to = scratch.part((splits * size,), wide(z))
+        sums.append(add_parts(Parts(0, splits, 0, 0, 0, size), g_to, z, kind, g=g))
+    if splits > 1 and dm is not None:
+        dm_to = scratch.part((splits * count * n,), wide(z))
+        sums.append(add_parts(Parts(0, splits, 0, 0, 0, count * n), dm_to, z, kind, g=dm))
+    added = list[Launch]()
+    if low is not None:
+        parts = scratch.part((grid[0], m, width), wide(z))
+        added.append(_add_ds(parts, z, where, low, ranks))
+    block = [tile.m, tile.n]
     made = launch(
         _batch_columns_kernel,
         (grid[0], splits, grid[1]),
         tile.options,
         z,
-        z=Tiles(z, [tile.m, tile.n]) if tma else z,
+        z=Tiles(z, block) if tma else z,
+        dz=Tiles(dz, block) if tma and dz is not None else dz,
+        z_ptr=z,
+        dz_ptr=dz,
+        kept_ptr=kept,
         p_ptr=p,
+        b_ptr=low and low.b,
         own_ptr=where.own,
         lists_ptr=where.lists,
-        table_ptr=where.table,
+        table_ptr=where.tables.blocks,
         bits_ptr=bits,
         lift_ptr=lift,
-        g_ptr=to,
+        gain_ptr=dora and dora.gain,
+        norm_ptr=norm,
+        ds_ptr=parts,
+        dm_ptr=dm_to,
+        g_ptr=g_to,
         M=m,
         N=n,
         TOTAL=ranks.total,
-        BLOCKS=where.lists.shape[1] - 1,
+        WIDTH=width,
+        BLOCKS=where.lists.shape[1] - 2,
+        ADAPTERS=count,
         SIZE=size,
         stride_zm=z.stride(0),
         stride_zn=z.stride(1),
@@ -158,6 +418,7 @@ def columns(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_R=tile.r,
+        DM_ROWS=min(tile.sum_rows, tile.m),
         ROWS=ROWS,
         FIELDS=FIELDS,
         SPLITS=splits,
@@ -167,4 +428,31 @@ def columns(
         PRECISION=exact,
         DTYPE=TL[kind],
     )
-    return [made] if splits == 1 else [made, add_parts(sums, to, z, kind, g=g)]
+    return [made, *added, *sums]
+
+
+def _add_ds(parts: Operand, z: Operand, where: Where, low: LowRank, ranks: Ranks) -> Launch:
+    count, m, width = parts.shape
+    return launch(
+        _ds_kernel,
+        (triton.cdiv(m, DS_ROWS),),
+        {"num_warps": 4},
+        z,
+        parts_ptr=parts,
+        own_ptr=where.own,
+        owner_ptr=where.tables.owner,
+        within_ptr=where.tables.within,
+        units_ptr=where.units,
+        scales_ptr=low.scales,
+        ds_ptr=low.ds,
+        M=m,
+        PARTS=count,
+        TOTAL=ranks.total,
+        WIDTH=width,
+        stride_units=0 if where.units is None else where.units.stride(0),
+        BLOCK_M=DS_ROWS,
+        ROWS=ROWS,
+        UNIT=UNIT,
+        ACC=acc_dtype(z.dtype),
+        DTYPE=TL[z.dtype],
+    )

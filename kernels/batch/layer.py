@@ -9,7 +9,8 @@ made for each adapter from its own rows (columns.py).
 
 from typing import Any, NamedTuple
 
-from lora_fast.kernels.batch.columns import Where, columns
+from lora_fast.kernels.batch.columns import Gains, LowRank, Where, columns
+from lora_fast.kernels.batch.gain import Packed, gains
 from lora_fast.kernels.batch.pack import pack
 from lora_fast.kernels.batch.places import lists, places
 from lora_fast.kernels.batch.problem import Problem
@@ -19,7 +20,7 @@ from lora_fast.kernels.gemm import product
 from lora_fast.kernels.grad import ColumnPass
 from lora_fast.kernels.mask import mask
 from lora_fast.kernels.operands import Number, Operand, Scratch
-from lora_fast.kernels.passes import launches_of
+from lora_fast.kernels.passes import FUSED_RANK, FUSED_RANK_DORA, launches_of
 from lora_fast.kernels.program import Launch
 
 Maybe = Any  # an operand (a seed may be a number), None where the problem has none
@@ -33,7 +34,9 @@ class Forward(NamedTuple):
     a: Operand  # [sum of R, K], and [N * sum of R]: see ``pack``
     b: Operand
     bias: Maybe
+    magnitudes: Maybe  # [adapters, N]
     y: Operand
+    z: Maybe
     room: Operand
     bits: Maybe
     seed: Maybe
@@ -50,13 +53,30 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     scratch, (weight,) = Scratch(x.device), at.rest
     lift = at.scales.block(1, 0, 1, ranks.total)
     packed, bad = pack(at.a, at.b, tables.groups, lift, room.a, room.b, ranks, problem.lifted, scratch)
-    launches = [packed, places(at.which, x, tables.owner, bad, at.scales, ranks, room.places)]
+    launches = [packed, places(at.which, x, tables.firsts, bad, at.scales, ranks, room.places)]
     if at.seed is not None:
         launches.append(mask(at.seed, at.bits, None, at.n_words, own=room.places.own, counts=at.counts))
+    own = None
+    if room.gain is not None and room.norm is not None:
+        own, low = room.places.own, at.scales.block(2, 0, 1, ranks.total)
+        of = Packed(room.a, room.b, low, room.places.scales, tables)
+        launches += gains(weight, of, at.magnitudes, room.norm, room.gain, ranks, problem.round_norm, scratch)
     return [
         *launches,
         down(x, room.a, room.s, None, None, bits=at.bits, scales=room.places.scales, owned=room.owned(tables.owner)),
-        product(x, weight, room.s, room.b, at.y.rows(), transposed=True, bias=at.bias, units=room.units),
+        product(
+            x,
+            weight,
+            room.s,
+            room.b,
+            at.y.rows(),
+            transposed=True,
+            bias=at.bias,
+            gain=room.gain,
+            own=own,
+            z=None if at.z is None else at.z.rows(),
+            units=room.units,
+        ),
     ]
 
 
@@ -68,11 +88,14 @@ class Backward(NamedTuple):
     grad_a: Maybe
     grad_b: Maybe
     grad_bias: Maybe
+    grad_m: Maybe  # [adapters, N]
+    dz: Maybe
     tables: Operand
     scales: Operand
     x: Maybe
     room: Maybe
     bits: Maybe
+    z: Maybe
     rest: tuple[Maybe, ...]  # the weight
 
 
@@ -81,24 +104,43 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     scratch, launches = Scratch(dy.device), list[Launch]()
     if needs.bias:
         launches += launches_of([ColumnPass(z=dy, r=0, sums=at.grad_bias)], wide(dy), scratch)
-    if not (needs.x or needs.a or needs.b):
+    if not (needs.x or needs.a or needs.b or needs.m):
         return launches
     room, tables = problem.room(at.room), ranks.tables(at.tables)
+    scales, needs_ds = room.places.scales, needs.x or needs.a
     where: Any = None
-    if needs.a or needs.b:
+    if needs.a or needs.b or problem.dora:
         listed, found = lists(room.places.here, scratch)
         launches.append(listed)
-        where = Where(room.places.own, found, tables.blocks)
-    if needs.b:
-        lift = at.scales.block(1, 0, 1, ranks.total) if problem.lifted else None
-        launches += columns(dy, room.s, at.grad_b, where, ranks, ranks_first=False, scratch=scratch, lift=lift)
-    if needs.x or needs.a:
-        ds = scratch.part((problem.m, ranks.total), problem.kind)
-        owned, scales = room.owned(tables.owner), room.places.scales
-        launches.append(down(dy, room.b.t(), ds, None, None, scales=scales, owned=owned))
+        where = Where(room.places.own, found, room.places.units, tables)
+    ds: Any = scratch.part((problem.m, ranks.total), problem.kind) if needs_ds else None
+    most = FUSED_RANK_DORA if problem.dora else FUSED_RANK
+    fused = needs_ds and needs.b and max(ranks.padded) <= most and problem.kind.itemsize <= 2
+    source, dora = dy, None
+    if room.gain is not None and room.norm is not None:
+        z = None if at.z is None else at.z.rows()
+        dora = Gains(room.gain, room.norm, z, at.grad_m, at.dz)
+        source = at.dz
+    if needs.b or dora is not None:
+        launches += columns(
+            dy,
+            room.s if needs.b else None,
+            at.grad_b,
+            where,
+            ranks,
+            ranks_first=False,
+            scratch=scratch,
+            lift=at.scales.block(1, 0, 1, ranks.total) if problem.lifted else None,
+            low=LowRank(ds, room.b, scales) if fused else None,
+            dora=dora,
+        )
+    if needs_ds and not fused:
+        launches.append(down(source, room.b.t(), ds, None, None, scales=scales, owned=room.owned(tables.owner)))
     if needs.a:
         x = at.x.rows()
         launches += columns(x, ds, at.grad_a, where, ranks, ranks_first=True, scratch=scratch, bits=at.bits)
     if needs.x:
-        launches.append(product(dy, weight, ds, room.a, at.dx.rows(), transposed=False, bits=at.bits, units=room.units))
+        launches.append(
+            product(source, weight, ds, room.a, at.dx.rows(), transposed=False, bits=at.bits, units=room.units)
+        )
     return launches

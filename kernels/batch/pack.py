@@ -15,7 +15,7 @@ from lora_fast.kernels.common import TL, wait_for_stream
 from lora_fast.kernels.operands import Operand, Scratch, launch
 from lora_fast.kernels.program import Launch
 
-BLOCK, STEPS = 128, 8
+BLOCK = 128
 
 
 @triton.jit
@@ -90,7 +90,8 @@ def pack(
     """What fills a_all [ranks in all, K] and b_all [N, ranks in all] from A's one below the other, a [sum of R, K], and
     B's one after the other, each contiguous, b [N * sum of R]; and the marks that it leaves [parts, ranks in all]."""
     (total, k), n = a_all.shape, b_all.shape[0]
-    parts = triton.cdiv(k, BLOCK * STEPS) + triton.cdiv(n, BLOCK * STEPS)
+    steps = 2 if total <= 256 else 8  # of few ranks more programs
+    parts = triton.cdiv(k, BLOCK * steps) + triton.cdiv(n, BLOCK * steps)
     bad = scratch.part((parts, total), torch.int32)
     made = launch(
         _pack_kernel,
@@ -111,6 +112,6 @@ def pack(
         KIND=TL[a_all.dtype],
         LIFTED=lifted,
         BLOCK=BLOCK,
-        STEPS=STEPS,
+        STEPS=steps,
     )
     return made, bad

@@ -22,7 +22,7 @@ class Places(NamedTuple):
     """int32 each, but for the scales."""
 
     own: Operand  # [M], the adapter of each row
-    here: Operand  # [blocks of rows, adapters], whether that occurs there
+    here: Operand  # [blocks of rows, adapters + 1]: 0 where none of the rows is that one's, 1 some, 2 all; last none's
     units: Operand | None  # [blocks of rows, 1 + units]: how many its rows use, then these; None where there is one
     scales: Operand  # [ranks in all] float32: those given, NaN for a rank of A or B that is not finite
 
@@ -31,7 +31,7 @@ class Places(NamedTuple):
         blocks = triton.cdiv(m, ROWS)
         found = {
             "own": ((m,), torch.int32),
-            "here": ((blocks, len(ranks.of)), torch.int32),
+            "here": ((blocks, len(ranks.of) + 1), torch.int32),
             "scales": ((ranks.total,), torch.float32),
         }
         if ranks.units > 1:
@@ -39,16 +39,10 @@ class Places(NamedTuple):
         return found  # type: ignore[return-value]
 
 
-@triton.jit
-def _any(own, others):
-    """1 where one of the rows is of an adapter among the others, which may hold one several times: [others]."""
-    return tl.max((own[:, None] == others[None, :]).to(tl.int32), 0)
-
-
 @triton.jit(do_not_specialize=["M", "EACH"])
 def _places_kernel(
     which_ptr,
-    owner_ptr,
+    firsts_ptr,
     own_ptr,
     here_ptr,
     units_ptr,
@@ -73,27 +67,37 @@ def _places_kernel(
         rows = block * ROWS + tl.arange(0, ROWS)
         which = tl.load(which_ptr + rows // EACH, mask=rows < M, other=0)
         known = (rows < M) & (which >= 0) & (which < ADAPTERS)
-        own = tl.where(known, which, -1).to(tl.int32)
+        own = tl.where(known, which, -1).to(tl.int32)  # past the last, too
         tl.store(own_ptr + rows, own, mask=rows < M)
-        for first in range(0, ADAPTERS, AT_ONCE):
+        there = tl.minimum(M - block * ROWS, ROWS)
+        for first in range(0, ADAPTERS + 1, AT_ONCE):
             adapters = first + tl.arange(0, AT_ONCE)
-            tl.store(here_ptr + block * ADAPTERS + adapters, _any(own, adapters), mask=adapters < ADAPTERS)
+            mine = own[:, None] == tl.where(adapters == ADAPTERS, -1, adapters)[None, :]
+            count = tl.sum((mine & (rows < M)[:, None]).to(tl.int32), 0)
+            here = (count > 0).to(tl.int32) + (count == there).to(tl.int32)
+            tl.store(here_ptr + block * (ADAPTERS + 1) + adapters, here, mask=adapters <= ADAPTERS)
         if units_ptr is not None:
-            count = block * 0
+            # The units of a row's adapter are those from its first rank's to its last one's.
+            low = tl.load(firsts_ptr + own, mask=own >= 0, other=0) // UNIT
+            high = (tl.load(firsts_ptr + own + 1, mask=own >= 0, other=0) - 1) // UNIT
+            found = block * 0
             at = units_ptr + block * (1 + UNITS)
-            for unit in range(0, UNITS):
-                ranks = unit * UNIT + tl.arange(0, UNIT)
-                used = tl.max(_any(own, tl.load(owner_ptr + ranks, mask=ranks < TOTAL, other=-2)), 0)
-                tl.store(at + 1 + count, unit, mask=used > 0)
-                count += used
-            tl.store(at + 1, 0, mask=count == 0)
-            tl.store(at, tl.maximum(count, 1))
+            for first in range(0, UNITS, AT_ONCE):
+                units = first + tl.arange(0, AT_ONCE)
+                uses = (own >= 0)[:, None] & (low[:, None] <= units[None, :]) & (units[None, :] <= high[:, None])
+                used = tl.max(uses.to(tl.int32), 0)
+                tl.store(at + found + tl.cumsum(used, 0), units, mask=used > 0)
+                found += tl.sum(used, 0)
+            tl.store(at + 1, 0, mask=found == 0)
+            tl.store(at, tl.maximum(found, 1))
     else:
         ranks = (block - blocks) * UNIT + tl.arange(0, UNIT)
         inside = ranks < TOTAL
         bad = tl.zeros([UNIT], tl.int32)
-        for part in range(0, BAD):
-            bad += tl.load(bad_ptr + part * TOTAL + ranks, mask=inside, other=0)
+        for first in range(0, BAD, 32):
+            parts = first + tl.arange(0, 32)
+            marks = tl.load(bad_ptr + parts[:, None] * TOTAL + ranks, mask=(parts < BAD)[:, None] & inside, other=0)
+            bad += tl.sum(marks, 0)
         scale = tl.load(given_ptr + ranks, mask=inside, other=0.0)
         tl.store(scales_ptr + ranks, tl.where(bad > 0, float("nan"), scale), mask=inside)
 
@@ -102,21 +106,25 @@ def _places_kernel(
 def _lists_kernel(here_ptr, lists_ptr, BLOCKS, ADAPTERS, AT_ONCE: tl.constexpr, PDL: tl.constexpr):
     wait_for_stream(PDL)
     adapter = tl.program_id(0)
-    at = lists_ptr + adapter * (1 + BLOCKS)
-    count = adapter * 0
+    at = lists_ptr + adapter * (2 + BLOCKS)
+    pure, shared = adapter * 0, adapter * 0
     for first in range(0, BLOCKS, AT_ONCE):
         blocks = first + tl.arange(0, AT_ONCE)
         here = tl.load(here_ptr + blocks * ADAPTERS + adapter, mask=blocks < BLOCKS, other=0)
-        tl.store(at + 1 + count + tl.cumsum(here, 0) - here, blocks, mask=here > 0)
-        count += tl.sum(here, 0)
-    tl.store(at, count)
+        all_of, some = (here == 2).to(tl.int32), (here == 1).to(tl.int32)
+        tl.store(at + 1 + pure + tl.cumsum(all_of, 0), blocks, mask=here == 2)
+        tl.store(at + 2 + BLOCKS - shared - tl.cumsum(some, 0), blocks, mask=here == 1)
+        pure += tl.sum(all_of, 0)
+        shared += tl.sum(some, 0)
+    tl.store(at, pure)
+    tl.store(at + 1, shared)
 
 
 def places(
-    which: Operand, x: Operand, owner: Operand, bad: Operand, given: Operand, ranks: Ranks, found: Places
+    which: Operand, x: Operand, firsts: Operand, bad: Operand, given: Operand, ranks: Ranks, found: Places
 ) -> Launch:
-    """Fill ``found`` for the rows of x from ``which``, contiguous, an element for as many rows each; and from the marks
-    of ranks that are not finite, bad [parts, ranks in all]."""
+    """Fill ``found`` for the rows of x from ``which``, contiguous, an element for as many rows each, and from where
+    adapters begin among all ranks; and from the marks of ranks that are not finite, bad [parts, ranks in all]."""
     m = x.shape[0]
     return launch(
         _places_kernel,
@@ -124,7 +132,7 @@ def places(
         {"num_warps": 4},
         x,
         which_ptr=which,
-        owner_ptr=owner,
+        firsts_ptr=firsts,
         own_ptr=found.own,
         here_ptr=found.here,
         units_ptr=found.units,
@@ -144,9 +152,10 @@ def places(
 
 
 def lists(here: Operand, scratch: Scratch) -> tuple[Launch, Operand]:
-    """What makes [adapters, 1 + blocks] int32, in how many blocks rows are an adapter's, then which; and that."""
+    """What makes [adapters, 2 + blocks] int32: how many blocks are an adapter's alone and how many hold rows of it
+    beside others, then which, those from the front and these from the back; and that."""
     blocks, adapters = here.shape
-    found = scratch.part((adapters, 1 + blocks), torch.int32)
+    found = scratch.part((adapters, 2 + blocks), torch.int32)
     made = launch(
         _lists_kernel,
         (adapters,),

@@ -24,6 +24,8 @@ class Room(NamedTuple):
     a: Operand  # [ranks in all, K] and [N, ranks in all], see pack.py
     b: Operand
     s: Operand  # [M, ranks in all]; not written where a block of rows does not use a unit of ranks
+    norm: Operand | None  # DoRA's n and g [adapters, N]
+    gain: Operand | None
 
     def owned(self, owner: Operand) -> Owned[Operand]:
         return Owned(self.places.own, owner, self.places.units, ROWS, UNIT)
@@ -36,7 +38,7 @@ class Room(NamedTuple):
 @dataclass(eq=False)
 class Problem:
     """It serves calls whose tensors agree in dtype, shape, strides and device, and keeps the programs that were made
-    for them. ``kinds``: of adapters the dtype that all fit in; ``needs.a``: of any A, ``needs.b`` of any B."""
+    for them. ``kinds``: of adapters the dtype that all fit in; ``needs.a``: of any A, and so on."""
 
     lead: Size  # x is [*lead, K]
     k: int
@@ -44,6 +46,8 @@ class Problem:
     ranks: Ranks
     kinds: Kinds
     needs: Needs
+    dora: bool = False
+    round_norm: bool = False
     programs: dict[tuple, Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,6 +61,10 @@ class Problem:
         shapes, total = Shapes(Places.shapes(self.m, self.ranks)), self.ranks.total
         shapes |= {"a": ((total, self.k), self.kind), "b": ((self.n, total), self.kind)}
         shapes["s"] = (self.m, total), self.kind
+        if self.dora:
+            shapes |= dict.fromkeys(
+                ("norm", "gain"), ((len(self.ranks.of), self.n), torch.promote_types(self.kind, torch.float32))
+            )
         return shapes
 
     @cached_property
@@ -66,4 +74,4 @@ class Problem:
     def room(self, memory: Operand) -> Room:
         found = self.shapes.parts(memory)
         places = Places(found["own"], found["here"], found.get("units"), found["scales"])
-        return Room(places, found["a"], found["b"], found["s"])
+        return Room(places, found["a"], found["b"], found["s"], found.get("norm"), found.get("gain"))

@@ -7,6 +7,7 @@ Rows are counted in blocks of ``ROWS``, ranks in units of ``UNIT``: what tiles o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +23,14 @@ FIELDS = 5  # numbers of a block of ranks
 
 
 class Tables(NamedTuple):
-    """What kernels look up, int32: the adapter of each rank [total]; and blocks of ranks [blocks, 5] that are one
-    adapter's, of 16 and of ``Ranks.block``: the adapter, where the block begins among all ranks and among its own, how
-    many ranks the adapter has, and how many those before it have."""
+    """What kernels look up, int32: the adapter of each rank [total], and which of its own that is; where each adapter
+    begins among all ranks, and the end [adapters + 1]; and blocks of ranks [blocks, 5] that are one adapter's, of 16
+    and of ``Ranks.block``: the adapter, where the block begins among all ranks and among its own, how many ranks the
+    adapter has, and how many those before it have; last a block of no ranks for rows without an adapter."""
 
     owner: Any
+    within: Any
+    firsts: Any
     groups: Any
     blocks: Any
 
@@ -62,14 +66,17 @@ class Ranks:
 
     @cached_property
     def lengths(self) -> tuple[int, int]:
-        """How many blocks of 16 ranks there are, and of ``block``."""
-        return self.total // 16, len(self.blocks(self.block))
+        """How many blocks of 16 ranks there are, and of ``block``, with one for rows without an adapter."""
+        return self.total // 16, len(self.blocks(self.block)) + 1
 
     def tables(self, at: Operand) -> Tables:
-        groups, blocks = self.lengths
-        starts = 4 * self.total, 4 * (self.total + FIELDS * groups)
+        (groups, blocks), adapters = self.lengths, len(self.of)
+        firsts = 8 * self.total
+        starts = firsts + 4 * (adapters + 1), firsts + 4 * (adapters + 1 + FIELDS * groups)
         return Tables(
             at.part((self.total,), torch.int32),
+            at.part((self.total,), torch.int32, 4 * self.total),
+            at.part((adapters + 1,), torch.int32, firsts),
             at.part((groups, FIELDS), torch.int32, starts[0]),
             at.part((blocks, FIELDS), torch.int32, starts[1]),
         )
@@ -79,7 +86,10 @@ class Ranks:
 def tables_on(ranks: Ranks, device: torch.device) -> torch.Tensor:
     """What ``Ranks.tables`` are parts of."""
     owner = [i for i, padded in enumerate(ranks.padded) for _ in range(padded)]
+    owner += [rank for padded in ranks.padded for rank in range(padded)]
+    owner += [0, *accumulate(ranks.padded)]
     numbers = [number for size in (16, ranks.block) for block in ranks.blocks(size) for number in block]
+    numbers += [len(ranks.of), 0, 0, 0, 0]
     return _on(device, owner + numbers, torch.int32)
 
 
@@ -105,9 +115,9 @@ def _counts(rates: tuple[float, ...], device: torch.device) -> torch.Tensor | No
 class Numbers(NamedTuple):
     """What ranks and rows are multiplied by and dropped with.
 
-    scales [2, total] float32: of S and dS for each rank, and what its column of B is multiplied by (in float16 a power
-    of two of the scaling, see ``lift_of``); counts [adapters + 1] int32: ``keep_count`` of each adapter's rows, last
-    that of rows without one; None without dropout.
+    scales [3, total] float32: of S and dS for each rank; what its column of B is multiplied by (in float16 a power of
+    two of the scaling, see ``lift_of``); and the scaling, or what of it B does not carry; counts [adapters + 1] int32:
+    ``keep_count`` of each adapter's rows, last that of rows without one; None without dropout.
     """
 
     scales: torch.Tensor
@@ -140,7 +150,7 @@ def _known(
     cpu = torch.device("cpu")
     scales = _scales(_on(cpu, scalings, torch.float32), _keep_scales(rates, cpu), lifted)
     of_ranks = scales.repeat_interleave(torch.tensor(ranks.padded), 1).flatten().tolist()
-    return _on(device, of_ranks, torch.float32).view(2, ranks.total)
+    return _on(device, of_ranks, torch.float32).view(3, ranks.total)
 
 
 def _scales(scalings: torch.Tensor, keeps: torch.Tensor, lifted: bool) -> torch.Tensor:
@@ -149,4 +159,4 @@ def _scales(scalings: torch.Tensor, keeps: torch.Tensor, lifted: bool) -> torch.
     if lifted:  # the least power of two that is |scaling| or more
         mantissa, exponent = torch.frexp(scalings.abs().clamp(min=1))
         lift = torch.ldexp(lift, exponent - (mantissa == 0.5).to(exponent.dtype))
-    return torch.stack([scalings * keeps / lift, lift])
+    return torch.stack([scalings * keeps / lift, lift, scalings / lift])

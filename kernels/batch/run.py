@@ -33,6 +33,7 @@ class Made(NamedTuple):
 
     room: MaybeTensor
     bits: MaybeTensor
+    z: MaybeTensor = None
 
 
 class Saved(NamedTuple):
@@ -42,24 +43,32 @@ class Saved(NamedTuple):
     x: MaybeTensor  # [..., K]
     room: MaybeTensor
     bits: MaybeTensor
+    z: MaybeTensor  # [*lead, N]
     weight: MaybeTensor
 
 
 def forward(
-    problem: Problem, call: Call, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor
+    problem: Problem,
+    call: Call,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: MaybeTensor,
+    magnitudes: MaybeTensor = None,
 ) -> tuple[torch.Tensor, Made]:
     """y [*lead, N], and what it leaves.
 
     x [..., K], contiguous or the matrix of its rows; a [sum of R, K], A's one below the other, and b [N * sum of R],
-    B's one after the other, contiguous, in any dtype; the call's weight [N, K]; its ``which`` contiguous, with a seed
-    its numbers with counts.
+    B's one after the other, contiguous, in any dtype, and DoRA's magnitudes [adapters, N] likewise; the
+    call's weight [N, K]; its ``which`` contiguous, with a seed its numbers with counts.
     """
     y = x.new_empty(problem.y_shape)
     words = -(-problem.k // 32)
     bits = None if call.seed is None else x.new_empty(problem.m, words, dtype=torch.int32)
+    z = x.new_empty(problem.y_shape) if problem.needs.m else None
     room = x.new_empty(problem.bytes, dtype=torch.uint8)
     if problem.m == 0:
-        return y, Made(room, bits)
+        return y, Made(room, bits, z)
     counts = None if call.seed is None else call.numbers.counts
     tables = tables_on(problem.ranks, x.device)
     which = call.which.view(-1)
@@ -69,7 +78,9 @@ def forward(
         a,
         b,
         bias,
+        magnitudes,
         y,
+        z,
         room,
         bits,
         call.seed,
@@ -87,12 +98,12 @@ def forward(
         call.deferred = program, bound
     else:
         program.run(bound)
-    return y, Made(room, bits)
+    return y, Made(room, bits, z)
 
 
 def backward(problem: Problem, dy: torch.Tensor, saved: Sequence[Any]) -> tuple[MaybeTensor, ...]:
-    """(dX [*lead, K], dA's [sum of R * K], dB's [N * sum of R], dbias [N]), each None where the problem does not need
-    it, those of the adapters in the order of ``forward``'s a and b.
+    """(dX [*lead, K], dA's [sum of R * K], dB's [N * sum of R], dbias [N], dm's [adapters, N]), each None where the
+    problem does not need it, those of the adapters in the order of ``forward``'s a and b.
 
     dy [*lead, N], contiguous, or the matrix of its rows, each contiguous.
     """
@@ -101,14 +112,16 @@ def backward(problem: Problem, dy: torch.Tensor, saved: Sequence[Any]) -> tuple[
     grad_a = dy.new_empty(count * problem.k, dtype=kinds.a) if needs.a else None
     grad_b = dy.new_empty(count * problem.n, dtype=kinds.b) if needs.b else None
     grad_bias = dy.new_empty(problem.n, dtype=kinds.bias) if needs.bias else None
-    grads = dx, grad_a, grad_b, grad_bias
+    grad_m = dy.new_empty(len(problem.ranks.of), problem.n, dtype=kinds.m) if needs.m else None
+    grads = dx, grad_a, grad_b, grad_bias, grad_m
     if problem.m == 0:
         for grad in grads:
             if grad is not None:
                 grad.zero_()
         return grads
-    scales, x, room, bits, weight = saved
-    given = dy, *grads, tables_on(problem.ranks, dy.device), scales, x, room, bits, weight
+    scales, x, room, bits, z, weight = saved
+    dz = dy.new_empty(problem.m, problem.n) if problem.dora and (needs.x or needs.a) else None
+    given = dy, *grads, dz, tables_on(problem.ranks, dy.device), scales, x, room, bits, z, weight
     strides = (None if t is None else t.stride() for t in (x, weight))
     key = backward_launches, dy.stride(), *strides, bits is None, _exact(problem)
     program, bound = _bound(problem, key, Backward, given)
@@ -119,12 +132,13 @@ def backward(problem: Problem, dy: torch.Tensor, saved: Sequence[Any]) -> tuple[
 def to_save(problem: Problem, scales: torch.Tensor, x: torch.Tensor, made: Made, weight: torch.Tensor) -> Saved:
     """What ``backward`` reads, and nothing else."""
     needs = problem.needs
-    low = needs.x or needs.a or needs.b
+    low = needs.x or needs.a or needs.b or needs.m
     return Saved(
         scales,
         x if needs.a else None,
         made.room if low else None,
         made.bits if needs.x or needs.a else None,
+        made.z,
         weight if needs.x else None,
     )
 

@@ -55,10 +55,13 @@ def problem_of(
     b: Sequence[torch.Tensor],
     bias: MaybeTensor,
     needs: Needs,
+    m: Sequence[torch.Tensor] = (),
+    round_norm: bool = False,
 ) -> Problem:
     """For x of this shape, and products in this dtype."""
-    kinds, ranks = Kinds(kind, common(a), common(b), dtype_of(bias)), Ranks(tuple(t.shape[0] for t in a))
-    return Problem(tuple(shape[:-1]), shape[-1], b[0].shape[0], ranks, kinds, needs)
+    kinds = Kinds(kind, common(a), common(b), dtype_of(bias), common(m) if m else None)
+    ranks = Ranks(tuple(t.shape[0] for t in a))
+    return Problem(tuple(shape[:-1]), shape[-1], b[0].shape[0], ranks, kinds, needs, len(m) > 0, round_norm)
 
 
 def common(tensors: Sequence[torch.Tensor]) -> torch.dtype:
@@ -69,27 +72,45 @@ def common(tensors: Sequence[torch.Tensor]) -> torch.dtype:
     return found
 
 
-def beside(small: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A's one below the other, [sum of R, K], and B's one after the other, [N * sum of R]."""
-    n = len(small) // 2
-    return torch.cat(list(small[:n])), torch.cat([t.reshape(-1) for t in small[n:]])
+def beside(small: Sequence[torch.Tensor], n: int) -> tuple[torch.Tensor, torch.Tensor, MaybeTensor]:
+    """Of n adapters A's one below the other, [sum of R, K], B's one after the other, [N * sum of R], and magnitudes
+    [n, N], if there are any."""
+    a, b, m = small[:n], small[n : 2 * n], small[2 * n :]
+    if len({t.shape for t in b}) > 1:
+        b = [t.reshape(-1) for t in b]
+    magnitudes = torch.cat(m).view(n, -1) if m else None  # type: ignore[arg-type]
+    return torch.cat(a), torch.cat(b).view(-1), magnitudes  # type: ignore[arg-type]
 
 
 def each(
-    grads: tuple[MaybeTensor, MaybeTensor],
-    small: Sequence[tuple[Sequence[int], torch.dtype]],
+    problem: Problem,
+    grads: Sequence[MaybeTensor],
+    kinds: Sequence[torch.dtype] | None,
     needs: Sequence[bool],
 ) -> list[MaybeTensor]:
-    """The gradients of all A's and all B's that lie one after the other in ``grads``, of these shapes and dtypes, where
-    they are needed."""
-    found: list[MaybeTensor] = []
-    n = len(small) // 2
-    for grad, first in zip(grads, (0, n), strict=True):
-        forms = small[first : first + n]
-        parts = [None] * n if grad is None else grad.split([shape[0] * shape[1] for shape, _ in forms])
-        for part, (shape, kind), need in zip(parts, forms, needs[first:], strict=False):
-            found.append(part.view(shape).to(kind) if need and part is not None else None)
-    return found
+    """The gradients of all A's, all B's and all magnitudes that lie one after the other in ``grads``, where they are
+    needed, in these dtypes (None: as they are). The host's time: a view for each, and little more."""
+    grad_a, grad_b, *rest = grads
+    ranks, n = problem.ranks.of, problem.n
+    found: list[MaybeTensor] = [None] * (len(grads) * len(ranks))
+    if grad_a is not None:
+        found[: len(ranks)] = grad_a.view(-1, problem.k).split(ranks)
+    if grad_b is not None and len(set(ranks)) == 1:
+        found[len(ranks) : 2 * len(ranks)] = grad_b.view(-1, ranks[0]).split(n)
+    elif grad_b is not None:
+        parts = zip(grad_b.split([n * r for r in ranks]), ranks, strict=True)
+        found[len(ranks) : 2 * len(ranks)] = [part.view(n, r) for part, r in parts]
+    if rest and rest[0] is not None:
+        found[2 * len(ranks) :] = rest[0].unbind()
+    if kinds is not None:
+        found = [t if t is None else t.to(kind) for t, kind in zip(found, kinds, strict=True)]
+    return found if all(needs) else [t if need else None for t, need in zip(found, needs, strict=True)]
+
+
+def kinds_of(*groups: Sequence[torch.Tensor]) -> list[torch.dtype] | None:
+    """The dtypes of all A's, B's and so on; None where they are those that ``common`` finds for each."""
+    kinds = [[t.dtype for t in group] for group in groups]
+    return None if all(len(set(some)) <= 1 for some in kinds) else [kind for some in kinds for kind in some]
 
 
 def gradients(problem: Problem, dy: torch.Tensor, saved: Saved) -> tuple[MaybeTensor, ...]:
@@ -135,7 +156,7 @@ def _forward(*args: Any) -> list[torch.Tensor]:
     with on(x.device):
         numbers = numbers_of(problem.ranks, scalings, rates, problem.lifted, x.device)
         call = Call(weight, which.contiguous(), numbers, seed)
-        y, made = forward(problem, call, addressable(x), *beside(small), contiguous(bias))
+        y, made = forward(problem, call, addressable(x), *beside(small, len(small) // 2)[:2], contiguous(bias))
     return [t for t in (y, numbers.scales, made.room, made.bits) if t is not None]
 
 
@@ -144,7 +165,7 @@ def _forward_fake(*args: Any) -> list[torch.Tensor]:
     x, problem = given.x, given.problem()
     found = [
         x.new_empty(*x.shape[:-1], problem.n),
-        x.new_empty(2, problem.ranks.total, dtype=torch.float32),
+        x.new_empty(3, problem.ranks.total, dtype=torch.float32),
         x.new_empty(problem.bytes, dtype=torch.uint8),
     ]
     if given.seed is not None:
@@ -187,7 +208,7 @@ class _Batch(torch.autograd.Function):
         ctx.save_for_backward(*to_save(problem, scales, x, made, weight))
         kinds = [kind or x.dtype for kind in problem.kinds[1:4]]
         ctx.rest = problem.k, list(problem.ranks.of), *kinds, [*needs, False]
-        ctx.small = [(t.shape, t.dtype) for t in small]
+        ctx.problem, ctx.small = problem, kinds_of(small[:n], small[n:])
         return y
 
     @staticmethod
@@ -195,7 +216,7 @@ class _Batch(torch.autograd.Function):
         found = torch.ops.lora_fast.lora_batch_bwd(dy, ctx.saved_tensors, *ctx.rest)
         needs = ctx.rest[-1]
         dx, grad_a, grad_b, grad_bias = (found.pop(0) if need else None for need in needs[:4])
-        return dx, grad_bias, *each((grad_a, grad_b), ctx.small, ctx.needs_input_grad[2:]), *(None,) * 5
+        return dx, grad_bias, *each(ctx.problem, (grad_a, grad_b), ctx.small, ctx.needs_input_grad[2:-5]), *(None,) * 5
 
 
 def _recorded(*args: Any) -> torch.Tensor:

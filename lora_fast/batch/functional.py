@@ -4,6 +4,7 @@ torch reference."""
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from lora_fast.batch.form import Adapter
 from lora_fast.functional import Facts, check_dora, check_linear, facts_of
 
 _calls: dict[Facts, Callable[..., torch.Tensor]] = {}  # what takes them, by their facts
+NUMBERS = {float, int}
+FORM = attrgetter("dtype", "shape", "device", "requires_grad")  # with strides all of ``facts_of``
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -117,8 +120,7 @@ def _settle(
     e4m3 = isinstance(weight, PackedWeight) and weight.E4M3_PRODUCTS
     if dispatch.choose(backend, x.device, dtype, e4m3) == "reference":
         return plain
-    from lora_fast.batch import custom_op  # needs Triton, as the next two
-    from lora_fast.batch.dora import FusedDoraBatch
+    from lora_fast.batch import custom_op  # needs Triton, as the next
     from lora_fast.batch.fused import FusedBatch, why_apart
 
     why = why_apart(weight)
@@ -129,9 +131,7 @@ def _settle(
         return plain
     if is_compiling():
         return custom_op.lora_linear_batch
-    if form == "dora":
-        return FusedDoraBatch(x, weight, adapters, bias, round_norm)
-    return FusedBatch(x, weight, adapters, bias)
+    return FusedBatch(x, weight, adapters, bias, round_norm)
 
 
 def _check(form: str, x: Any, weight: Any, adapters: Any, which: Any, bias: Any, round_norm: Any) -> torch.dtype:
@@ -189,26 +189,30 @@ def _recall(
     is no tensor, which the checks will say, for packed weights, and under compilation."""
     if is_compiling() or type(training) is not bool or isinstance(weight, PackedWeight):
         return None, None
-    facts: list[Any] = []
     try:
-        for a, b, scaling, p, magnitude in adapters:
-            number = type(scaling) in (float, int)
-            wrong = number and not -math.inf < scaling < math.inf
-            if wrong or type(p) not in (float, int) or not 0 <= p < 1:
+        a, b, scalings, rates, magnitudes = zip(*adapters, strict=True)
+        if not {*map(type, rates)} <= NUMBERS or not all(0 <= p < 1 for p in rates):
+            return None, None
+        tensors = None
+        if {*map(type, scalings)} <= NUMBERS:
+            if not all(map(math.isfinite, scalings)):
                 return None, None
-            facts += (
-                facts_of(a),
-                facts_of(b),
-                None if number else (scaling.dtype, scaling.shape, scaling.device),
-                p if training else 0.0,
-                None if magnitude is None else facts_of(magnitude),
-            )
+        else:
+            tensors = tuple(None if type(one) in NUMBERS else facts_of(one) for one in scalings)
+            if not all(math.isfinite(one) for one in scalings if type(one) in NUMBERS):
+                return None, None
         found = (
             facts_of(x),
             facts_of(weight),
             (which.dtype, which.shape, which.device),
             None if bias is None else facts_of(bias),
-            *facts,
+            *map(FORM, a),
+            *map(FORM, b),
+            *map(torch.Tensor.stride, a),
+            *map(torch.Tensor.stride, b),
+            tensors,
+            rates if training else None,
+            None if {*magnitudes} == {None} else tuple(map(facts_of, magnitudes)),
             torch.is_grad_enabled(),
             dispatch.autocast_dtype(x.device) if torch._C._is_any_autocast_enabled() else None,
             dispatch.get_backend(),

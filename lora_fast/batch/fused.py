@@ -7,12 +7,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lora_fast.bases.packed import PackedWeight
-from lora_fast.batch.custom_op import beside, each, gradients, problem_of
+from lora_fast.batch.custom_op import beside, each, gradients, kinds_of, problem_of
 from lora_fast.batch.form import Adapter, MaybeTensor
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels.batch.problem import Problem
 from lora_fast.kernels.batch.ranks import numbers_of
-from lora_fast.kernels.batch.run import Call, Saved, forward, to_save
+from lora_fast.kernels.batch.run import Call, Made, Saved, forward, to_save
 from lora_fast.kernels.problem import Needs
 from lora_fast.ops.linear import draw_seed
 from lora_fast.ops.parts import addressable, contiguous, on
@@ -28,20 +28,28 @@ def why_apart(weight: torch.Tensor) -> str | None:
 
 
 class FusedBatch:
-    """The fused form of ``reference.lora_linear_batch`` for calls, checked before, that are alike (see
-    ``FusedLinear``)."""
+    """The fused form of ``reference.lora_linear_batch``, with magnitudes of ``reference.dora_linear_batch``, for calls,
+    checked before, that are alike (see ``FusedLinear``)."""
 
-    def __init__(self, x: torch.Tensor, weight: torch.Tensor, adapters: Sequence[Adapter], bias: MaybeTensor) -> None:
+    def __init__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        adapters: Sequence[Adapter],
+        bias: MaybeTensor,
+        round_norm: bool = False,
+    ) -> None:
         dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
         self.kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
         a, b = [one.lora_A for one in adapters], [one.lora_B for one in adapters]
+        m = [one.lora_magnitude_vector for one in adapters if one.lora_magnitude_vector is not None]
 
         def asks(*tensors: MaybeTensor) -> bool:
             return train and any(t is not None and t.requires_grad for t in tensors)
 
-        needs = Needs(asks(x), asks(*a), asks(*b), asks(bias))
-        self.problem = problem_of(x.shape, self.kind, a, b, bias, needs)
-        self.records = any(needs)
+        needs = Needs(asks(x), asks(*a), asks(*b), asks(bias), asks(*m))
+        self.problem = problem_of(x.shape, self.kind, a, b, bias, needs, m, round_norm)
+        self.records, self.kinds = any(needs), kinds_of(a, b, m)
         self.casts = x.dtype != self.kind or weight.dtype != self.kind
 
     def __call__(
@@ -56,19 +64,27 @@ class FusedBatch:
         with on(x.device):
             if self.casts:
                 x, weight = x.to(self.kind), weight.to(self.kind)
-            rates = [one.dropout_p if training else 0.0 for one in adapters]
-            scalings = [one.scaling for one in adapters]
+            a, b, scalings, rates, m = zip(*adapters, strict=True)
+            if not training:
+                rates = (0.0,) * len(rates)
             seed = draw_seed(x.device) if any(rates) else None
-            small = *(one.lora_A for one in adapters), *(one.lora_B for one in adapters)
+            small = (*a, *b, *m) if self.problem.dora else (*a, *b)
             numbers = numbers_of(self.problem.ranks, scalings, rates, self.problem.lifted, x.device)
             call = Call(weight, which.contiguous(), numbers, seed)
             if not self.records:
-                return forward(self.problem, call, addressable(x), *beside(small), contiguous(bias))[0]
-            y = _apply(x, contiguous(bias), self.problem, call, *small)
+                return _forward(self.problem, call, x, small, contiguous(bias))[0]
+            y = _apply(x, contiguous(bias), self, call, *small)
             if call.deferred is not None:
                 program, bound = call.deferred
                 program.run(bound, -1)
         return y
+
+
+def _forward(
+    problem: Problem, call: Call, x: torch.Tensor, small: Sequence[torch.Tensor], bias: MaybeTensor
+) -> tuple[torch.Tensor, Made]:
+    a, b, magnitudes = beside(small, len(problem.ranks.of))
+    return forward(problem, call, addressable(x), a, b, bias, magnitudes)
 
 
 class _Batch(torch.autograd.Function):
@@ -76,12 +92,13 @@ class _Batch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, bias: MaybeTensor, problem: Problem, call: Call, *small: torch.Tensor
+        ctx: Any, x: torch.Tensor, bias: MaybeTensor, fused: FusedBatch, call: Call, *small: torch.Tensor
     ) -> torch.Tensor:
-        call.defers = True
-        y, made = forward(problem, call, addressable(x), *beside(small), bias)
+        problem = fused.problem
+        call.defers = not problem.needs.m  # the gradient of a magnitude reads z
+        y, made = _forward(problem, call, x, small, bias)
         ctx.save_for_backward(*to_save(problem, call.numbers.scales, x, made, call.weight))
-        ctx.rest = problem, [(t.shape, t.dtype) for t in small]
+        ctx.rest = problem, fused.kinds
         return y
 
     @staticmethod
@@ -95,9 +112,10 @@ _apply = super(torch.autograd.Function, _Batch).apply
 
 
 def _backward_of(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-    problem, small = ctx.rest
-    dx, grad_a, grad_b, grad_bias = gradients(problem, dy, Saved(*ctx.saved_tensors))
-    return dx, grad_bias, None, None, *each((grad_a, grad_b), small, ctx.needs_input_grad[4:])
+    problem, kinds = ctx.rest
+    dx, grad_a, grad_b, grad_bias, grad_m = gradients(problem, dy, Saved(*ctx.saved_tensors))
+    grads = (grad_a, grad_b, grad_m) if problem.dora else (grad_a, grad_b)
+    return dx, grad_bias, None, None, *each(problem, grads, kinds, ctx.needs_input_grad[4:])
 
 
 _backward_once = once_differentiable(_backward_of)

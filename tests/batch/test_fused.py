@@ -100,6 +100,29 @@ def test_dora(device, dtype, bias, p):
     hold([drawn((33, 70, 45), (16, 3, 40), dtype, device, seed, p, bias, True) for seed in seeds], dtype)
 
 
+@pytest.mark.parametrize("ranks", [(8, 5), (8, 80)], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
+def test_norms_of_rows_that_cancel(device, dtype, ranks):
+    """An adapter that all but undoes some rows of the base's weight, one to the last bit. Rows of x pick elements, so
+    that what is rounded is the gain."""
+    x, weight, adapters, which, _, _ = drawn((64, 64, 48), ranks, dtype, device, dora=True)
+    x.copy_(torch.eye(64))
+    one = adapters[1]._replace(lora_A=torch.zeros_like(adapters[1].lora_A), scaling=-1.0)
+    one.lora_A[0], one.lora_B[:, 0] = weight[3], 0
+    one.lora_B[3, 0], one.lora_B[5] = 1, 0
+    weight[4], weight[5] = (weight[3].float() * 1.002).to(dtype), 0
+    one.lora_B[4, 0] = 1
+    adapters = [adapters[0], one]
+    exact = [a._replace(**{n: t.double() for n, t in a._asdict().items() if torch.is_tensor(t)}) for a in adapters]
+    truth = {"y": plain(x.double(), weight.double(), exact, which, None)}
+    compare(
+        [{"y": fused(x, weight, adapters, which, None)}],
+        [{"y": plain(x, weight, adapters, which, None)}],
+        [truth],
+        dtype,
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, HALF, FLOAT], ids=str)
 def test_dora_at_real_shapes(dtype):

@@ -26,7 +26,16 @@ PASSES = (
     "_weight_bwd_kernel",
     "_batch_columns_kernel",
 )
-BATCH = "_pack_kernel", "_places_kernel", "_lists_kernel", "_batch_columns_kernel", "_dots_kernel"
+BATCH = (
+    "_pack_kernel",
+    "_places_kernel",
+    "_lists_kernel",
+    "_batch_columns_kernel",
+    "_ds_kernel",
+    "_squares_kernel",
+    "_dots_kernel",
+    "_gains_kernel",
+)
 EXPERTS = "_place_kernel", "_experts_rows_kernel", "_experts_kernel", "_experts_columns_kernel", "_collect_kernel"
 
 SPILLS = {100: 64}  # bytes; nothing was ever run there, and a few passes keep 2 to 16 registers in memory
