@@ -115,6 +115,9 @@ def test_norms_of_rows_that_cancel(device, dtype, ranks):
     adapters = [adapters[0], one]
     exact = [a._replace(**{n: t.double() for n, t in a._asdict().items() if torch.is_tensor(t)}) for a in adapters]
     truth = {"y": plain(x.double(), weight.double(), exact, which, None)}
+    if (device, dtype) == ("cuda", FLOAT):  # products of three parts in tf32, as one adapter's norms are made
+        assert (fused(x, weight, adapters, which, None) - truth["y"]).norm() < 1e-6 * truth["y"].norm()
+        return
     compare(
         [{"y": fused(x, weight, adapters, which, None)}],
         [{"y": plain(x, weight, adapters, which, None)}],

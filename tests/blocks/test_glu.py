@@ -57,15 +57,15 @@ def fused(act="silu", seed=1):
     return fn
 
 
-def plain(act="silu", p=0.0, shape=SMALL, device="cpu"):
-    """The reference with the masks of ``fused``: the seed of x's is drawn first."""
+def plain(act="silu", p=0.0, shape=SMALL, device="cpu", form="lora"):
+    """The reference with the masks of ``fused``: x's seed is drawn first, where a layer with an adapter reads x."""
     if p == 0:
         return lambda x, layers: reference.lora_glu(x, *layers, act)
     m, k, width, *_ = shape
     keep_x, scale = keep_mask(p, m, k, device)
     torch.manual_seed(1)
     seeds = [linear.draw_seed(torch.device(device)) for _ in range(2)]
-    keep_h = mask.unpack(mask.mask_bits(seeds[1], p, m, width, torch.device(device)), width)
+    keep_h = mask.unpack(mask.mask_bits(seeds[form != "outer"], p, m, width, torch.device(device)), width)
 
     def fn(x, layers):
         layers = [layer._replace(dropout_p=1 - 1 / scale) for layer in layers]
@@ -89,6 +89,7 @@ CASES = [
     *(here(FLOAT, "lora", ODD, act, fast=True) for act in ACTS[1:]),
     here(FLOAT, "ranks", ODD, "gelu", 0.3),
     here(HALF, "dora", SMALL, p=0.3, fast=True),
+    here(FLOAT, "outer", ODD, p=0.3, fast=True),
     *(
         pytest.param(
             "cuda", dtype, form, act, shape, p, marks=CUDA.marks, id=f"cuda-{str(dtype)[6:]}-{form}-{act}-{name}-p{p}"
@@ -107,7 +108,7 @@ CASES = [
 @pytest.mark.parametrize("device, dtype, form, act, shape, p", CASES)
 def test_error_rule(device, dtype, form, act, shape, p):
     draws = [drawn(form, shape, dtype, device, seed, p) for seed in range(2 if device == "cpu" else 1)]
-    base = plain(act, p, shape, device)
+    base = plain(act, p, shape, device, form)
     ours = [results(fused(act), *draw) for draw in draws]
     eagers = [results(base, *draw) for draw in draws]
     compare(ours, eagers, [results(base, *draw, torch.float64) for draw in draws], dtype)
