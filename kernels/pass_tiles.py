@@ -165,7 +165,14 @@ def grad_splits(m: int, n: int, r: int, *, tile: Tile, chip: Chip) -> tuple[int,
 def batch_columns(r: int, *, dtype: torch.dtype, chip: Chip, tma: bool, masked: bool, fused: bool, dora: bool) -> Tile:
     """G of one adapter among several: n columns a program, m rows a step, a part of a block of rows."""
     if dtype.itemsize > 2 or chip.small or not tma:  # what fits
-        return Tile(m=32, n=64, r=r, warps=8 if chip.capability >= 120 and not tma else 4, fill=4.0)
+        many = chip.capability >= 120 and (dora or not tma)
+        return Tile(
+            m=64 if r <= 32 and dtype.itemsize <= 2 and not chip.small else 32,
+            n=64,
+            r=r,
+            warps=8 if many else 4,
+            fill=4.0,
+        )
     if masked:
         return Tile(m=64, n=128, r=r, fill=2.0)
     if dora and fused:  # with eight rows of sums it spills

@@ -205,14 +205,16 @@ def gains(
     parts, squares, dots, gram = 0, None, None, None
     if kind.itemsize == 2 and most <= 64:
         block = rank_block(most, 64)
-        tile = Tile(n=64, k=64, r=block, stages=2)
+        # What spills nowhere; 64 rows and their sums do not compile for sm_100 (Triton 3.7).
+        few = block == 64 or Chip.of(w.device).small
+        tile = Tile(n=16 if few else 32, k=64 if block == 64 else 128, r=block, stages=2)
         squares = scratch.part((rows,), torch.float32)
         dots = scratch.part((ranks.total // GROUP, rows), torch.float32)
         parts = triton.cdiv(k, 8 * 128)
         gram = scratch.part((parts, count, block, block), torch.float32)
         launches += [_squares(w, of, squares, gram), _dots(w, of, dots, ranks)]
     elif tile.r == 64:  # with 256 columns it spills where rows begin anywhere
-        tile = replace(tile, k=128)
+        tile = replace(tile, k=min(tile.k, 128 if kind.itemsize == 2 else 16))
     launches.append(
         launch(
             _gains_kernel,
