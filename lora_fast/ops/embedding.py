@@ -1,9 +1,9 @@
-"""An adapted embedding on its kernels (kernels/embedding.py) as one differentiable operator, in eager and under
-torch.compile alike."""
+"""An adapted embedding on its kernels (kernels/embedding.py): an autograd Function, under torch.compile an operator."""
 
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from lora_fast.kernels.embedding import Needs, embedding_bwd, embedding_fwd, embedding_norm
 from lora_fast.ops.parts import on, some
@@ -30,11 +30,72 @@ def embedding(
         embed_scale = torch.full((), embed_scale, device=weight.device, dtype=torch.float32)
     padding = -1 if padding_idx is None else padding_idx
     given = ids, weight, lora_A, lora_B, magnitude, 1.0 if at is not None else number, at, embed_scale
+    if not torch.compiler.is_compiling():
+        found: torch.Tensor = _Embedding.apply(*given, padding, round_norm)
+        return found
     return torch.ops.lora_fast.lora_embedding(*given, padding, round_norm)[0]
 
 
 def _flat(ids: torch.Tensor) -> torch.Tensor:
     return ids.reshape(-1).contiguous()
+
+
+def _forward(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: MaybeTensor,
+    scaling: float,
+    scaling_at: MaybeTensor,
+    embed_scale: MaybeTensor,
+    round_norm: bool,
+) -> tuple[torch.Tensor, MaybeTensor, MaybeTensor]:
+    """y [..., N]; DoRA's norm and gain [N]. The scaling is a number or ``scaling_at``."""
+    by, norm, gain = scaling if scaling_at is None else scaling_at, None, None
+    with on(weight.device):
+        if magnitude is not None:
+            norm, gain = embedding_norm(weight, lora_A, lora_B, by, magnitude.contiguous(), round_norm)
+        y = embedding_fwd(_flat(ids), weight, lora_A, lora_B, by, embed_scale, gain)
+    return y.view(*ids.shape, y.shape[1]), norm, gain
+
+
+def _gradients(
+    dy: torch.Tensor,
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    norm: MaybeTensor,
+    gain: MaybeTensor,
+    scaling: float,
+    scaling_at: MaybeTensor,
+    embed_scale: MaybeTensor,
+    padding: int,
+    needs: list[bool],
+) -> tuple[MaybeTensor, MaybeTensor, MaybeTensor]:
+    """Of lora_A, lora_B and the magnitude, each None where ``needs`` does not ask for it."""
+    by = scaling if scaling_at is None else scaling_at
+    with on(dy.device):
+        rows = dy.reshape(-1, dy.shape[-1]).contiguous()
+        return embedding_bwd(
+            rows, _flat(ids), weight, lora_A, lora_B, by, embed_scale, norm, gain, padding, Needs(*needs)
+        )
+
+
+class _Embedding(torch.autograd.Function):
+    """In eager mode, where an operator costs the host more than its launches."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Any:
+        y, norm, gain = _forward(*given[:-2], given[-1])
+        _setup_context(ctx, given, (y, norm, gain))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Any) -> Any:
+        return _backward(ctx, dy, by=_gradients)
 
 
 @torch.library.custom_op("lora_fast::lora_embedding", mutates_args=())
@@ -50,13 +111,9 @@ def _embedding_op(
     padding: int,
     round_norm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y [..., N]; DoRA's norm and gain [N], empty without a magnitude. The scaling is a number or ``scaling_at``."""
-    by, norm, gain = scaling if scaling_at is None else scaling_at, None, None
-    with on(weight.device):
-        if magnitude is not None:
-            norm, gain = embedding_norm(weight, lora_A, lora_B, by, magnitude.contiguous(), round_norm)
-        y = embedding_fwd(_flat(ids), weight, lora_A, lora_B, by, embed_scale, gain)
-    return y.view(*ids.shape, y.shape[1]), some(norm, weight), some(gain, weight)
+    """``_forward``, with empty tensors for None."""
+    y, norm, gain = _forward(ids, weight, lora_A, lora_B, magnitude, scaling, scaling_at, embed_scale, round_norm)
+    return y, some(norm, weight), some(gain, weight)
 
 
 @_embedding_op.register_fake
@@ -82,22 +139,9 @@ def _embedding_bwd_op(
     padding: int,
     needs: list[bool],
 ) -> list[torch.Tensor]:
-    """Gradients of lora_A, lora_B and the magnitude, each empty where ``needs`` does not ask for it."""
-    with on(dy.device):
-        grads = embedding_bwd(
-            dy.reshape(-1, dy.shape[-1]).contiguous(),
-            _flat(ids),
-            weight,
-            lora_A,
-            lora_B,
-            scaling if scaling_at is None else scaling_at,
-            embed_scale,
-            norm,
-            gain,
-            padding,
-            Needs(*needs),
-        )
-    return [some(t, dy) for t in grads]
+    """``_gradients``, with empty tensors for None."""
+    found = _gradients(dy, ids, weight, lora_A, lora_B, norm, gain, scaling, scaling_at, embed_scale, padding, needs)
+    return [some(t, dy) for t in found]
 
 
 @_embedding_bwd_op.register_fake
@@ -117,10 +161,10 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.kind, ctx.needs = magnitude is not None and magnitude.dtype, list(ctx.needs_input_grad[2:5])
 
 
-def _backward(ctx: Any, dy: Any, *_: Any) -> Any:
+def _backward(ctx: Any, dy: Any, *_: Any, by: Any = None) -> Any:
     *saved, scaling_at, embed_scale = ctx.saved_tensors
     rest = ctx.scaling, scaling_at, embed_scale, ctx.padding, ctx.needs
-    found = torch.ops.lora_fast.lora_embedding_bwd(dy, *saved, *rest)
+    found = (by or torch.ops.lora_fast.lora_embedding_bwd)(dy, *saved, *rest)
     da, db, dm = (grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
     return None, None, da, db, None if dm is None else dm.to(ctx.kind), *(None,) * 5
 
