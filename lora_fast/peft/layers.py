@@ -14,7 +14,6 @@ from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.bases.scaled import ScaledFp8Weight
 from lora_fast.batch.names import LAST
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.gated import hooked
 from lora_fast.blocks.siblings import SIBLINGS, Joins
 from lora_fast.functional import FLOATS, dora_linear, lora_linear
 from lora_fast.layers.fp8_linears import make_as_before
@@ -28,13 +27,15 @@ from lora_fast.peft.rules import (
     BASES,
     active,
     examine,
+    hooked,
     is_conv1d,
     is_dora,
     kind_of,
     parameter,
+    why_hooked,
     why_not_this_call,
 )
-from lora_fast.wrappers import fsdp1
+from lora_fast.wrappers import fsdp1, zero3
 from lora_fast.wrappers.gather import whole
 
 
@@ -186,7 +187,7 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         if type(base) is not nn.Linear and not is_conv1d(base):
             return f"the base layer is a {kind_of(base)}, not an nn.Linear itself"
         if hooked(base):
-            return "the base layer has hooks or a replaced forward"
+            return why_hooked(base)
         weight = parameter(base, "weight")
         if type(weight) is torch.Tensor:
             weight = fsdp1.as_asked(weight, base)
@@ -219,6 +220,8 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
     def as_layer(self, x: torch.Tensor) -> Layer | str | None:
         if self.disable_adapters or self.merged or not (names := active(self)) or names_of(self, {}) is not None:
             return None
+        if zero3.manages(self):  # before anything is read, which would be gathered
+            return zero3.APART
         parts = why_not_this_call(self, x, (), {}) or examine(self, names)
         if isinstance(parts, str):
             return parts

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+TENSOR_PARALLEL = "its weight is split by tensor parallelism"
+
 
 @contextmanager
 def at_hand(model: nn.Module, write: bool = False) -> Iterator[bool]:

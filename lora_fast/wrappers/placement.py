@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_fast.bases.packed import is_packed, packed_in
+from lora_fast.wrappers import zero3
 from lora_fast.wrappers.gather import all_in_memory, in_memory, is_sharded, put, whole
 
 AWAY = "weight: is on the meta device, without data; where accelerate brings it for a module around, merge before that"
@@ -127,8 +128,8 @@ def place_of_weight(layer: Any) -> torch.Tensor | None:
     """The tensor to write into if the weight of the ``nn.Linear`` is to change; None where a new parameter does.
 
     Raises:
-        ValueError: it cannot be written to: an fp8 base in shards, a weight that is not whole (FSDP1), on disk, or tied
-            to another one that is offloaded.
+        ValueError: it cannot be written to: an fp8 base in shards, a weight that is not whole (FSDP1, ZeRO-3), on disk,
+            or tied to another one that is offloaded.
     """
     settle(layer)
     weight = layer.weight
@@ -142,12 +143,13 @@ def place_of_weight(layer: Any) -> torch.Tensor | None:
     if (hook := offloading(layer)) is not None:
         return _offloaded(hook)
     shape = _shape_of(layer)
+    split = zero3.is_split(weight)
     if weight.shape != shape:
-        raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, expected {shape}: merge and unmerge within FSDP1's "
-            "summon_full_params(model, writeback=True)"
-        )
-    return weight if getattr(layer, "_is_fsdp_managed_module", False) and not is_packed(weight) else None
+        way = "DeepSpeed's GatheredParameters(model.parameters(), modifier_rank=0)"
+        way = way if split else "FSDP1's summon_full_params(model, writeback=True)"
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {shape}: merge and unmerge within {way}")
+    kept = split or getattr(layer, "_is_fsdp_managed_module", False)
+    return weight if kept and not is_packed(weight) else None
 
 
 def _shape_of(layer: Any) -> tuple[int, int]:
