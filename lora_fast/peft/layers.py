@@ -155,11 +155,14 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
             dispatch.tell("leaves a layer to stock PEFT", parts)
             peft_norms.drop_stale_of(self, names)
             self.kept_norm()  # with gradients it is dropped
-        elif self.disable_adapters and self.merged and getattr(self.base_layer, "_is_fsdp_managed_module", False):
-            # Stock unmerges here, which is lost in a weight that FSDP has gathered.
+        elif self.disable_adapters and self.merged and self._base_is_lent():
+            # Stock unmerges here, which is lost in a weight that FSDP or ZeRO-3 has gathered.
             weight, bias = (None if kept is None else whole(kept) for kept in self._both_kept().values())
             return F.linear(x, self._seen(weight), bias)  # type: ignore[arg-type]
         return self.stock_forward(x, *args, **kwargs)
+
+    def _base_is_lent(self) -> bool:
+        return getattr(self.base_layer, "_is_fsdp_managed_module", False) or zero3.manages(self)
 
     def named_call(self, x: torch.Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The forward of samples that name an adapter each; in training, too, unlike stock PEFT's."""

@@ -128,8 +128,8 @@ def place_of_weight(layer: Any) -> torch.Tensor | None:
     """The tensor to write into if the weight of the ``nn.Linear`` is to change; None where a new parameter does.
 
     Raises:
-        ValueError: it cannot be written to: an fp8 base in shards, a weight that is not whole (FSDP1, ZeRO-3), on disk,
-            or tied to another one that is offloaded.
+        ValueError: it cannot be written to: an fp8 base in shards, a weight that is not whole (FSDP1), on disk, or tied
+            to another one that is offloaded.
     """
     settle(layer)
     weight = layer.weight
@@ -143,11 +143,12 @@ def place_of_weight(layer: Any) -> torch.Tensor | None:
     if (hook := offloading(layer)) is not None:
         return _offloaded(hook)
     shape = _shape_of(layer)
-    split = zero3.is_split(weight)
-    if weight.shape != shape:
-        way = "DeepSpeed's GatheredParameters(model.parameters(), modifier_rank=0)"
-        way = way if split else "FSDP1's summon_full_params(model, writeback=True)"
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {shape}: merge and unmerge within {way}")
+    split = zero3.is_split(weight)  # and whole within ``zero3.written``
+    if weight.shape != shape and not split:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected {shape}: merge and unmerge within FSDP1's "
+            "summon_full_params(model, writeback=True)"
+        )
     kept = split or getattr(layer, "_is_fsdp_managed_module", False)
     return weight if kept and not is_packed(weight) else None
 

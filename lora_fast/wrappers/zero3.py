@@ -7,7 +7,8 @@ modules in it without calling them. Layers cannot share a run: the hooks of each
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ GATHERED = "gathered by DeepSpeed's ZeRO-3"
 PARTITIONED = "is partitioned by DeepSpeed's ZeRO-3"
 LEFT = f"its weight {PARTITIONED}"
 EMPTY = f"{LEFT}, and not gathered in this call (call the model by way of its engine)"
+_LENT = "_ds_z3_gathered_param_context_depth"  # how many GatheredParameters a parameter is in
 APART = "DeepSpeed's ZeRO-3 gathers each layer by itself"
 
 
@@ -38,6 +40,20 @@ def manages(module: nn.Module) -> bool:
 def any_empty(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether one of them is a parameter of ZeRO-3's that is not gathered."""
     return any(is_split(t) and t.numel() != t.ds_numel for t in tensors)  # type: ignore[union-attr]
+
+
+@contextmanager
+def written(layer: nn.Module) -> Iterator[None]:
+    """Within, the layer's parameters are whole, and what is written into them stays. All processes enter together.
+    Those that a GatheredParameters around has gathered are its own, which takes no other one for them."""
+    own = [p for p in layer.parameters() if is_split(p) and not getattr(p, _LENT, 0)]
+    if not own:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(own, modifier_rank=0):
+        yield
 
 
 def hooked_by_others(module: nn.Module) -> bool:
