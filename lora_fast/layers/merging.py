@@ -101,7 +101,7 @@ class MergingLinear(nn.Linear):
                 )
             self.weight.check_original(original)
         place = place_of_weight(self)
-        with kind_of(self.weight), written(self):
+        with kind_of(self.weight), written(self.parameters()):
             with present(self):
                 merged = self.merged_weight(original).to(self.weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
@@ -119,7 +119,7 @@ class MergingLinear(nn.Linear):
         if (base := self.unmerged_weight) is None:
             return
         place = place_of_weight(self)
-        with kind_of(self.weight), written(self):
+        with kind_of(self.weight), written(self.parameters()):
             self._put_back(base, place)
 
     def _put_back(self, base: torch.Tensor, place: torch.Tensor | None) -> None:

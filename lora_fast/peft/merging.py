@@ -86,7 +86,7 @@ class KeepingLinear(Linear):
     def _at_hand(self) -> Iterator[None]:
         """Within, the base weight is there and may change. Raises ValueError where it cannot (fp8 in shards, FSDP1)."""
         settle(self)
-        with kind_of(self.base_layer.weight), zero3.written(self), self._at_its_place():
+        with kind_of(self.base_layer.weight), zero3.written(self.parameters()), self._at_its_place():
             yield
 
     @contextmanager

@@ -43,10 +43,10 @@ def any_empty(tensors: Iterable[torch.Tensor | None]) -> bool:
 
 
 @contextmanager
-def written(layer: nn.Module) -> Iterator[None]:
-    """Within, the layer's parameters are whole, and what is written into them stays. All processes enter together.
+def written(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within, these parameters are whole, and what is written into them stays. All processes enter together.
     Those that a GatheredParameters around has gathered are its own, which takes no other one for them."""
-    own = [p for p in layer.parameters() if is_split(p) and not getattr(p, _LENT, 0)]
+    own = [p for p in parameters if is_split(p) and not getattr(p, _LENT, 0)]
     if not own:
         yield
         return

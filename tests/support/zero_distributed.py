@@ -19,7 +19,20 @@ from loops import LR, tiny_llama, token_ids, trainable, watched
 from torch import distributed as dist
 from torch import nn
 
-from lora_fast import LoRAConfig, add_lora, patch_peft, peft_report, set_backend, unpatch_peft
+from lora_fast import (
+    LoRAConfig,
+    add_lora,
+    load_adapter,
+    load_lora_state_dict,
+    lora_state_dict,
+    merge_lora,
+    patch_peft,
+    peft_report,
+    save_adapter,
+    set_backend,
+    unmerge_lora,
+    unpatch_peft,
+)
 
 
 class Mode(NamedTuple):
@@ -113,6 +126,30 @@ def afterwards(model: nn.Module, engine: Any) -> dict[str, float]:
     return found
 
 
+@torch.no_grad()
+def files(model: nn.Module, engine: Any, path: Path) -> list[float]:
+    """Losses of own layers under ZeRO-3: as they are, merged, as a file has them in a model that is whole, and with all
+    adapters halved, written into the engine's."""
+    ids = token_ids()
+
+    def loss(run: Any = engine) -> float:
+        return run(input_ids=ids, labels=ids).loss.item()
+
+    model.eval()
+    losses = [loss()]
+    merge_lora(model)
+    losses.append(loss())
+    unmerge_lora(model)
+    save_adapter(model, path)
+    other = own_layers(dora=True).eval()
+    load_adapter(other, path)
+    losses.append(loss(other))
+    half = {name: t * 0.5 for name, t in lora_state_dict(other).items()}
+    for one in (model, other):
+        load_lora_state_dict(one, half)
+    return [*losses, loss(other), loss()]
+
+
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     set_backend("triton")
@@ -122,7 +159,10 @@ def main() -> None:
     for name, mode in MODES.items():
         kind = {"use_dora": True} if mode.dora else {}
         if mode.patched == "never":
-            (expected, _), (found, _) = (run(own_layers(mode.dora), stage, mode, "never") for stage in (2, 3))
+            expected, _ = run(own_layers(mode.dora), 2, mode, "never")
+            model = own_layers(mode.dora)
+            found, engine = run(model, 3, mode, "never")
+            found["files"] = files(model, engine, folder / f"adapter of {rank}")
         else:
             expected, _ = run(tiny_llama(**kind), mode.stage, mode, "never")
             model = tiny_llama(**kind)
