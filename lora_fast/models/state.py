@@ -23,9 +23,9 @@ def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, torc
     the model or around it.
 
     Under FSDP2 and tensor parallelism the tensors are DTensors, as in ``model.state_dict()``: the ``full_tensor()`` of
-    each, called by all processes, is the whole one (:func:`lora_fast.save_adapter` calls it itself). Under FSDP1
-    and DeepSpeed's ZeRO-3 they are whole copies, made by all processes together. Of an offloaded model they are accelerate's own from the CPU, and
-    copies from disk.
+    each, called by all processes, is the whole one (:func:`lora_fast.save_adapter` calls it itself). Under FSDP1 and
+    DeepSpeed's ZeRO-3 they are whole copies, made by all processes together. Of an offloaded model they are
+    accelerate's own from the CPU, and copies from disk.
     """
     lora_layers(model, name=name)
     with at_hand(model) as lent:
