@@ -2,6 +2,7 @@
 # make check     ruff, mypy and the fast tests, in three to four minutes on two cores
 # make test      the tests but for the slow ones, in some twenty
 # make test-all  all tests, those of PEFT models and of the kernels also with other versions, in twenty
+# make test-deepspeed  those of DeepSpeed, which is installed beside the environment for them, in two minutes
 # make lint      ruff and mypy
 # make examples  every example, the longer ones shortened, in ten minutes or more; outputs in examples-out
 # make docs      the documentation as a site, in build/site
@@ -20,13 +21,14 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLD_PEFT := $(VENV)/peft/0.13.0
+DEEPSPEED := $(VENV)/deepspeed/0.19.8
 OLD_TRITON := $(VENV)/triton/3.6.0
 NEW_TRITON := $(VENV)/triton/3.9.0
 # Two workers with one thread each.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: help demo check test test-all lint examples docs clean
+.PHONY: help demo check test test-all test-deepspeed lint examples docs clean
 .DELETE_ON_ERROR:
 
 # The lines at the top of this file.
@@ -61,6 +63,15 @@ $(OLD_TRITON): $(STAMP)
 
 $(NEW_TRITON): $(STAMP)
 	$(PIP) install --no-deps --upgrade --target $@ triton==$(notdir $@)
+	@touch $@
+
+test-deepspeed: $(STAMP) $(DEEPSPEED)
+	PYTHONPATH=$(DEEPSPEED) $(TEST) tests/peft/test_deepspeed.py
+
+# Of its sources, without its own kernels; what it needs beside what is there already.
+$(DEEPSPEED): $(STAMP)
+	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation --upgrade --target $@ deepspeed==$(notdir $@) \
+		einops hjson msgpack ninja py-cpuinfo
 	@touch $@
 
 lint: $(STAMP)

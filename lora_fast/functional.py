@@ -349,7 +349,8 @@ def check_linear(
         raise ValueError("x: got a tensor without dimensions, expected [..., K]")
     k = x.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != k:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, {k}] to fit x {tuple(x.shape)}")
+        who = " (DeepSpeed's ZeRO-3 has partitioned it)" if hasattr(weight, "ds_id") else ""
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}{who}, expected [N, {k}] to fit x {tuple(x.shape)}")
     n = weight.shape[0]
     if adapted:
         if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:

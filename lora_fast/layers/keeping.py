@@ -7,6 +7,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from lora_fast.kept import Kept
+from lora_fast.wrappers import zero3
 
 KEPT_NORM = "_kept_norm"  # in a layer's __dict__
 
@@ -31,8 +32,8 @@ class KeepsNorm(nn.Module):
             return None
         own = vars(self)
         kept: Kept | None = own.get(KEPT_NORM)
-        # FSDP writes into the tensors that it gathers without counting.
-        if self.training or torch.is_grad_enabled() or "_is_fsdp_managed_module" in own:
+        # FSDP and ZeRO-3 write into the tensors that they gather without counting.
+        if self.training or torch.is_grad_enabled() or "_is_fsdp_managed_module" in own or zero3.manages(self):
             if kept is not None:
                 kept.drop()
             return None

@@ -27,7 +27,7 @@ from lora_fast.layers.rules import (
     kind_asked_for,
     why_not_lora,
 )
-from lora_fast.wrappers import fsdp1
+from lora_fast.wrappers import fsdp1, zero3
 from lora_fast.wrappers.gather import whole
 
 
@@ -200,6 +200,8 @@ class LoRALinear(Joins, MergingLinear):
     def as_layer(self, x: torch.Tensor) -> Layer | str | None:
         if not self.enabled or self._buffers["unmerged_weight"] is not None:
             return None
+        if zero3.manages(self):  # before anything is read, which would be gathered
+            return zero3.APART
         if self.save_x != "x":
             return f"save_x is {self.save_x!r}"
         weight = self.weight

@@ -14,6 +14,7 @@ from lora_fast.layers.merged_state import KEPT, add_kept, read_base
 from lora_fast.layers.packed_state import collect, pack_given, part_of, spread
 from lora_fast.wrappers.gather import is_sharded
 from lora_fast.wrappers.placement import kind_of, offloading, place_of_weight, present, write
+from lora_fast.wrappers.zero3 import written
 
 
 class Merging(nn.Module):
@@ -101,7 +102,7 @@ class Merging(nn.Module):
                 )
             self.weight.check_original(original)
         place = place_of_weight(self)
-        with kind_of(self.weight):
+        with kind_of(self.weight), written(self.parameters()):
             with present(self):
                 merged = self.merged_weight(original).to(self.weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
@@ -119,7 +120,7 @@ class Merging(nn.Module):
         if (base := self.unmerged_weight) is None:
             return
         place = place_of_weight(self)
-        with kind_of(self.weight):
+        with kind_of(self.weight), written(self.parameters()):
             self._put_back(base, place)
 
     def _put_back(self, base: torch.Tensor, place: torch.Tensor | None) -> None:

@@ -12,6 +12,7 @@ from lora_fast.layers.rules import check_hyperparameters, init_adapter
 from lora_fast.reference import lora_weight
 from lora_fast.wrappers.gather import is_sharded
 from lora_fast.wrappers.placement import kind_of, offloading
+from lora_fast.wrappers.zero3 import is_split
 
 CHILD = "lora_"  # and the parameter's name: what the module calls its adapter
 
@@ -220,6 +221,7 @@ class ParameterLoRA(nn.Module):
         """Raise ValueError where the parameter cannot be merged into."""
         weight = self.weight
         managed = any(getattr(m, "_is_fsdp_managed_module", False) for m in (self.owner, self))
+        managed = managed or is_split(weight)
         if managed or is_sharded(weight) or offloading(self.owner) is not None or weight.is_meta:
             raise ValueError(
                 f"{self.parameter}: is sharded, offloaded or without data, expected it whole and in memory; merge and "

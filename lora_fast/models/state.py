@@ -15,7 +15,7 @@ from lora_fast.wrappers.names import plain_name, prefix
 def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, torch.Tensor]:
     """The adapter's part of ``model.state_dict()``, detached but not copied: of several that of the one of this name,
     or of the active one, as if it were alone. ValueError without LoRA layers or such an adapter, and of shards that are
-    no DTensors (DeepSpeed's ZeRO-3; FSDP1's without its outermost wrapper).
+    no DTensors (FSDP1's without its outermost wrapper).
 
     Keys ``<module>.lora_A``, ``<module>.lora_B`` and, of DoRA layers, ``<module>.lora_magnitude_vector`` (of experts
     ``<experts>.lora_gate_up_proj.lora_A`` and so on), and the tensors of modules_to_save and of the biases that train;
@@ -23,9 +23,9 @@ def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, torc
     the model or around it.
 
     Under FSDP2 and tensor parallelism the tensors are DTensors, as in ``model.state_dict()``: the ``full_tensor()`` of
-    each, called by all processes, is the whole one (:func:`lora_fast.save_adapter` calls it itself). Under FSDP1 they
-    are whole copies, made by all processes together. Of an offloaded model they are accelerate's own from the CPU, and
-    copies from disk.
+    each, called by all processes, is the whole one (:func:`lora_fast.save_adapter` calls it itself). Under FSDP1 and
+    DeepSpeed's ZeRO-3 they are whole copies, made by all processes together. Of an offloaded model they are
+    accelerate's own from the CPU, and copies from disk.
     """
     lora_layers(model, name=name)
     with at_hand(model) as lent:
@@ -81,8 +81,7 @@ def _whole_tensors(model: nn.Module, name: str | None) -> dict[str, torch.Tensor
             if (found := getattr(layer, part).shape) != shape:
                 raise ValueError(
                     f"model: {place or 'itself'}: {part} has shape {tuple(found)}, expected {shape}: something shards "
-                    "it. Under FSDP1 give the outermost wrapper; under others gather first (GatheredParameters of "
-                    "DeepSpeed's)"
+                    "it. Under FSDP1 give the outermost wrapper; under others gather first"
                 )
     return adapter_tensors(model, name)
 

@@ -16,6 +16,7 @@ from lora_fast.models.all_linear import check_adapters, is_all_linear
 from lora_fast.models.config import SUFFIX, LoRAConfig
 from lora_fast.models.projections import patterns as name_patterns
 from lora_fast.models.projections import projections
+from lora_fast.wrappers import zero3
 from lora_fast.wrappers.gather import is_sharded
 from lora_fast.wrappers.names import is_compiled, unwrapped
 
@@ -115,6 +116,9 @@ def _why_not(module: nn.Module, parents: list[nn.Module]) -> str | None:
     """Why a LoRALinear, or a LoRAEmbedding, could not stand in for the module in this place, in words."""
     if getattr(module, "_is_fsdp_managed_module", False) or is_sharded(getattr(module, "weight", None)):
         return "is sharded (by FSDP or tensor parallelism): add or load the adapter first, then shard the model"
+    if zero3.splits(module):
+        way = "add or load the adapter first, then make the engine, or let PEFT add it (patch_peft)"
+        return f"{zero3.PARTITIONED}: {way}"
     if "_hf_hook" in vars(module):
         return "is dispatched by accelerate: add or load the adapter first, then dispatch or offload the model"
     if why := why_no_embedding(module) if isinstance(module, nn.Embedding) else why_not_lora(module):

@@ -49,6 +49,7 @@ def _forward(
     scaling: float,
     scaling_at: MaybeTensor,
     embed_scale: MaybeTensor,
+    *,
     round_norm: bool,
 ) -> tuple[torch.Tensor, MaybeTensor, MaybeTensor]:
     """y [..., N]; DoRA's norm and gain [N]. The scaling is a number or ``scaling_at``."""
@@ -88,7 +89,8 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Any:
-        y, norm, gain = _forward(*given[:-2], given[-1])
+        *tensors, _, round_norm = given
+        y, norm, gain = _forward(*tensors, round_norm=round_norm)
         _setup_context(ctx, given, (y, norm, gain))
         return y
 
@@ -112,7 +114,8 @@ def _embedding_op(
     round_norm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``_forward``, with empty tensors for None."""
-    y, norm, gain = _forward(ids, weight, lora_A, lora_B, magnitude, scaling, scaling_at, embed_scale, round_norm)
+    tensors = ids, weight, lora_A, lora_B, magnitude, scaling, scaling_at, embed_scale
+    y, norm, gain = _forward(*tensors, round_norm=round_norm)
     return y, some(norm, weight), some(gain, weight)
 
 

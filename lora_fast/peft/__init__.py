@@ -15,6 +15,7 @@ from lora_fast.layers.fp8_linears import dtype_beside, holds_fp8, make_plain
 from lora_fast.layers.rules import check_base_dtype, check_quantisable, kind_asked_for
 from lora_fast.models.targets import holders, matching
 from lora_fast.peft.report import PeftReport, experts_layers, lora_layers, peft_report
+from lora_fast.wrappers.zero3 import LEFT, is_split
 
 
 def patch_peft(
@@ -172,6 +173,8 @@ class Asked(NamedTuple):
 
     def check_base(self, name: str, layer: Any) -> None:
         weight = layer.base_layer.weight
+        if is_split(weight):
+            raise ValueError(f"base_dtype: {name}: {LEFT}, expected it whole")
         try:
             check_quantisable(weight, kind_asked_for(weight, self.base_dtype, self.base_compute))
         except (TypeError, ValueError) as error:

@@ -10,8 +10,8 @@ from lora_fast.blocks.gated import hooked
 from lora_fast.embedding import lora_embedding
 from lora_fast.functional import FLOATS
 from lora_fast.kept import PLAIN
-from lora_fast.peft.rules import is_scaled, parameter, why_embedding_never_fused
-from lora_fast.wrappers import fsdp1
+from lora_fast.peft.rules import is_scaled, parameter, why_embedding_never_fused, why_hooked
+from lora_fast.wrappers import fsdp1, zero3
 
 DoraEmbeddingVariant: Any
 try:
@@ -43,8 +43,10 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
     if why := why_embedding_never_fused(layer):  # the base may have been exchanged
         return why
     if hooked(base):
-        return "the base layer has hooks or a replaced forward"
+        return why_hooked(base)
     weight = base_weight(base)
+    if zero3.is_split(weight):
+        return zero3.LEFT
     if not gathered and type(weight) not in PLAIN:
         return f"the base weight is a {type(weight).__name__}"
     if weight.dtype not in FLOATS:

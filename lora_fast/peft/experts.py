@@ -14,6 +14,7 @@ from lora_fast.experts.functional import lora_experts
 from lora_fast.experts.known import DOWN, GATE_UP, Frozen, form_of, frozen_of, is_experts, why_not_now
 from lora_fast.kept import PLAIN
 from lora_fast.peft.rules import active, kind_of, parameter
+from lora_fast.wrappers import zero3
 
 
 class FastExperts(ParamWrapper):
@@ -88,8 +89,10 @@ class FastExperts(ParamWrapper):
             return None
         base: Any = wrappers[-1]._modules["base_layer"]  # nn.Module's own attribute look-up takes its time
         if any(map(hooked, wrappers[1:])) or hooked(base):
-            return "the experts have hooks or a replaced forward"
+            return zero3.LEFT if zero3.splits(base) else "the experts have hooks or a replaced forward"
         frozen = frozen_of(base)
+        if zero3.is_split(frozen.gate_up):
+            return zero3.LEFT
         return why_not_now(base, frozen, gathered) or Parts(frozen, found.get(GATE_UP), found.get(DOWN))
 
 

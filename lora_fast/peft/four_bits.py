@@ -15,7 +15,8 @@ from lora_fast.bases.written import WrittenWeight, why_not_e4m3
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.gated import hooked
 from lora_fast.peft.layers import FastLinear
-from lora_fast.peft.rules import kind_of, parameter
+from lora_fast.peft.rules import kind_of, parameter, why_hooked
+from lora_fast.wrappers import zero3
 
 try:
     from peft.tuners.lora.bnb import Linear4bit
@@ -143,7 +144,9 @@ class FastLinear4bit(FastLinear, Linear4bit):
         if (kind := type(parameter(base, "weight")).__name__) != "Params4bit":
             return f"the base weight is a {kind}, not bitsandbytes' Params4bit"
         if hooked(base):
-            return "the base layer has hooks or a replaced forward"
+            return why_hooked(base)
+        if zero3.is_split(parameter(base, "weight")):
+            return zero3.LEFT
         return self._view.of(base, self.e4m3)
 
     def label_of_base(self, packed: PackedWeight) -> str:

@@ -14,7 +14,6 @@ from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.bases.scaled import ScaledFp8Weight
 from lora_fast.batch.names import LAST
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.gated import hooked
 from lora_fast.blocks.siblings import SIBLINGS, Joins
 from lora_fast.functional import FLOATS, dora_linear, lora_linear
 from lora_fast.layers.fp8_linears import make_as_before
@@ -28,13 +27,15 @@ from lora_fast.peft.rules import (
     BASES,
     active,
     examine,
+    hooked,
     is_conv1d,
     is_dora,
     kind_of,
     parameter,
+    why_hooked,
     why_not_this_call,
 )
-from lora_fast.wrappers import fsdp1
+from lora_fast.wrappers import fsdp1, zero3
 from lora_fast.wrappers.gather import whole
 
 
@@ -154,11 +155,14 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
             dispatch.tell("leaves a layer to stock PEFT", parts)
             peft_norms.drop_stale_of(self, names)
             self.kept_norm()  # with gradients it is dropped
-        elif self.disable_adapters and self.merged and getattr(self.base_layer, "_is_fsdp_managed_module", False):
-            # Stock unmerges here, which is lost in a weight that FSDP has gathered.
+        elif self.disable_adapters and self.merged and self._base_is_lent():
+            # Stock unmerges here, which is lost in a weight that FSDP or ZeRO-3 has gathered.
             weight, bias = (None if kept is None else whole(kept) for kept in self._both_kept().values())
             return F.linear(x, self._seen(weight), bias)  # type: ignore[arg-type]
         return self.stock_forward(x, *args, **kwargs)
+
+    def _base_is_lent(self) -> bool:
+        return getattr(self.base_layer, "_is_fsdp_managed_module", False) or zero3.manages(self)
 
     def named_call(self, x: torch.Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The forward of samples that name an adapter each; in training, too, unlike stock PEFT's."""
@@ -186,7 +190,7 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         if type(base) is not nn.Linear and not is_conv1d(base):
             return f"the base layer is a {kind_of(base)}, not an nn.Linear itself"
         if hooked(base):
-            return "the base layer has hooks or a replaced forward"
+            return why_hooked(base)
         weight = parameter(base, "weight")
         if type(weight) is torch.Tensor:
             weight = fsdp1.as_asked(weight, base)
@@ -215,6 +219,8 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
     def as_layer(self, x: torch.Tensor) -> Layer | str | None:
         if self.disable_adapters or self.merged or not (names := active(self)) or names_of(self, {}) is not None:
             return None
+        if zero3.manages(self):  # before anything is read, which would be gathered
+            return zero3.APART
         parts = why_not_this_call(self, x, (), {}) or examine(self, names)
         if isinstance(parts, str):
             return parts

@@ -16,6 +16,7 @@ from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.bases.scaled import ScaledFp8Weight
 from lora_fast.layers.merged_state import KEPT, add_kept, read_base
 from lora_fast.layers.packed_state import collect, spread
+from lora_fast.wrappers import zero3
 from lora_fast.wrappers.gather import is_sharded, whole
 from lora_fast.wrappers.placement import (
     AWAY,
@@ -85,7 +86,7 @@ class KeepingLinear(Linear):
     def _at_hand(self) -> Iterator[None]:
         """Within, the base weight is there and may change. Raises ValueError where it cannot (fp8 in shards, FSDP1)."""
         settle(self)
-        with kind_of(self.base_layer.weight), self._at_its_place():
+        with kind_of(self.base_layer.weight), zero3.written(self.parameters()), self._at_its_place():
             yield
 
     @contextmanager

@@ -1,7 +1,7 @@
 """What of a PEFT model the fused kernels run, layer by layer, and why not the rest: :func:`peft_report`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from lora_fast import dispatch
 from lora_fast.bases.packed import is_packed, packed_in
 from lora_fast.blocks.joining import joined_in
 from lora_fast.tables import aligned, grouped, shared, told_once
-from lora_fast.wrappers import fsdp1
+from lora_fast.wrappers import fsdp1, zero3
+from lora_fast.wrappers.gather import TENSOR_PARALLEL
 
 NOT_PATCHED = "not patched"
 
@@ -47,7 +48,7 @@ class PeftReport:
     layers: tuple[PeftLayer, ...]
     blocks: tuple[str, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
-    joined: tuple[tuple[str, str, str], ...] = ()  # (module, "block", "group" or "no block", remark)
+    joined: tuple[tuple[str, str, str], ...] = ()  # (module, "block", "group" or "no ...", remark)
     in_blocks: int = 0  # of the layers
 
     @property
@@ -90,7 +91,7 @@ def peft_report(model: nn.Module) -> PeftReport:
         TypeError, ValueError, ImportError: as :func:`patch_peft`.
     """
     layers = lora_layers(model)
-    gathered, flat = set(_under_fsdp(model)), set(fsdp1.wrapped(model))
+    gathered, flat = set(_gathered(model)), set(fsdp1.wrapped(model))
     wrappers, found = experts_layers(layers), []
     for name, layer in layers.items():
         if name in wrappers:
@@ -103,14 +104,28 @@ def peft_report(model: nn.Module) -> PeftReport:
 def joined_report(model: nn.Module, layers: tuple[PeftLayer, ...]) -> PeftReport:
     """With what of the model runs together."""
     joined, names = joined_in(model), {layer.name for layer in layers}
-    lines, in_blocks, groups = [], 0, []
+    lines, in_blocks, blocks, groups = [], 0, [], []
+    reasons, split = {layer.name: layer.reason for layer in layers}, zero3.splits(model)
+
+    def why_apart(name: str, own: Iterable[str]) -> str:
+        """Why these children never run together, however they are called."""
+        found = {reasons.get(_under(name, child)) for child in own}
+        return zero3.APART if split else TENSOR_PARALLEL if TENSOR_PARALLEL in found else ""
+
     for name, glu in joined.blocks.items():
         own = glu.gate, glu.up, glu.down
+        if why := why_apart(name, own):
+            lines.append((name, "no block", why))
+            continue
+        blocks.append(name)
         in_blocks += sum(_under(name, child) in names for child in own)
         what = f"{', '.join(own)} in one step ({glu.activation}); the product is made again in the backward"
         lines.append((name, "block", what))
     for name, of_module in joined.groups.items():
         for own_names in of_module:
+            if why := why_apart(name, own_names):
+                lines.append((name, "no group", why))
+                continue
             full = tuple(_under(name, child) for child in own_names)
             groups.append(full)
             wasted = [
@@ -123,7 +138,7 @@ def joined_report(model: nn.Module, layers: tuple[PeftLayer, ...]) -> PeftReport
                 (name, "group", "; ".join([f"{', '.join(own_names)} share one pass over their input", *wasted]))
             )
     lines += [(name, "no block", why) for name, why in joined.refused.items()]
-    return PeftReport(layers, tuple(joined.blocks), tuple(groups), tuple(lines), in_blocks)
+    return PeftReport(layers, tuple(blocks), tuple(groups), tuple(lines), in_blocks)
 
 
 def _under(name: str, child: str) -> str:
@@ -187,6 +202,8 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[Any, ...]:
     if slow is None and packed is not None:
         slow = packed.why_not(device)
     remarks = []
+    if zero3.is_split(weight):
+        remarks.append(zero3.GATHERED)
     if packed is not None:
         products = ", 8-bit products" if packed.BASE_COMPUTE else ""
         remarks.append(f"{layer.label_of_base(packed)} base{products}")
@@ -230,9 +247,11 @@ def experts_layers(layers: dict[str, Any]) -> dict[str, Any]:
     return outermost(layers)
 
 
-def _under_fsdp(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose parameters FSDP2 gathers before they run."""
+def _gathered(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose parameters FSDP2 or ZeRO-3 gathers before they run."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, nobody uses it
     for module in model.modules():
         if fsdp is not None and isinstance(module, fsdp.FSDPModule):
             yield from module.modules()
+    if zero3.splits(model):
+        yield from model.modules()

@@ -1,17 +1,21 @@
 """Which of PEFT's layers run fused, and why the others do not, in words."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft.tuners.lora import Embedding, Linear
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
+from torch.compiler import is_compiling
 
 from lora_fast.bases import KINDS
-from lora_fast.blocks.gated import hooked
+from lora_fast.blocks import gated
 from lora_fast.kept import PLAIN
 from lora_fast.layers.embedding import OPTIONS
 from lora_fast.layers.fp8_linears import holds_fp8, why_not_held
+from lora_fast.wrappers import zero3
+from lora_fast.wrappers.gather import TENSOR_PARALLEL, is_sharded
 
 DoraLinearVariant: Any
 try:
@@ -99,12 +103,29 @@ def is_dora(layer: Any, name: str) -> bool:
     return type(layer.lora_variant.get(name)) is DoraLinearVariant
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether the module has a replaced forward, or hooks: others than those with which DeepSpeed's ZeRO-3 gathers its
+    parameters, as it does for whoever reads them, too. (Not in graphs.)"""
+    if not gated.hooked(module):
+        return False
+    return is_compiling() or not zero3.manages(module) or zero3.hooked_by_others(module)
+
+
+def why_hooked(base: Any) -> str:
+    """What is in the way of reading a base layer that has hooks, or a replaced forward, in words."""
+    if zero3.manages(base) and not zero3.hooked_by_others(base):
+        return zero3.LEFT
+    if is_sharded(base._parameters.get("weight")) and not getattr(base, "_is_fsdp_managed_module", False):
+        return TENSOR_PARALLEL
+    return "the base layer has hooks or a replaced forward"
+
+
 def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[tuple[Any, ...]]:
     """Why the layer, in its present state and with these active adapters, runs stock PEFT's forward, in words; or, if
     it need not, (name, lora_A, lora_B, dropout) of each: two tensors and a module. The host waits for this in every
     call.
 
-    ``gathered``: FSDP will have gathered the parameters when forward runs.
+    ``gathered``: FSDP or ZeRO-3 will have gathered the parameters when forward runs.
     """
     modules = layer._modules  # nn.Module's own attribute look-up takes its time
     weight = layer.base_weight(gathered)
@@ -141,7 +162,16 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
             if type(magnitude) is not DoraLinearLayer or hooked(magnitude):
                 return "the magnitude has hooks or a replaced forward"
         parts.append((name, a, b, dropout))
+    if not gathered and zero3.manages(modules["base_layer"]) and zero3.any_empty(_read(layer, names)):
+        return zero3.EMPTY
     return parts
+
+
+def _read(layer: Any, names: list[str]) -> Iterator[torch.Tensor | None]:
+    """All that a fused call reads, which has ZeRO-3 gather it where it can."""
+    adapters = [layer.lora_A, layer.lora_B, layer.lora_magnitude_vector]
+    for module in [layer.base_layer, *(each[name] for each in adapters for name in names if name in each)]:
+        yield from (parameter(module, name) for name in module._parameters)
 
 
 def rate(dropout: nn.Module) -> float:

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fast.wrappers import zero3
+
+TENSOR_PARALLEL = "its weight is split by tensor parallelism"
+
 
 @contextmanager
 def at_hand(model: nn.Module, write: bool = False) -> Iterator[bool]:
     """Within, FSDP2's parameters are the DTensors that it keeps, also where a forward has left them gathered, and
-    FSDP1's are whole: with ``write``, what is written into them stays. All processes enter together. Gives whether
-    FSDP1 takes the tensors back at the end."""
+    FSDP1's are whole, as are those of ZeRO-3's that train or are an adapter's: with ``write``, what is written into
+    them stays. All processes enter together. Gives whether FSDP1 or ZeRO-3 takes the tensors back at the end."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, nobody uses it
     modules = list(model.modules()) if fsdp is not None else []
     for module in modules:
@@ -24,7 +28,9 @@ def at_hand(model: nn.Module, write: bool = False) -> Iterator[bool]:
         with fsdp.FullyShardedDataParallel.summon_full_params(model, writeback=write):
             yield True
     else:
-        yield False
+        small = [p for name, p in model.named_parameters() if p.requires_grad or "lora_" in name]
+        with zero3.written(small):
+            yield any(map(zero3.is_split, small))
 
 
 def is_sharded(tensor: Any) -> bool:

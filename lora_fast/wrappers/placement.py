@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_fast.bases.packed import is_packed, packed_in
+from lora_fast.wrappers import zero3
 from lora_fast.wrappers.gather import all_in_memory, in_memory, is_sharded, put, whole
 
 AWAY = "weight: is on the meta device, without data; where accelerate brings it for a module around, merge before that"
@@ -142,12 +143,14 @@ def place_of_weight(layer: Any) -> torch.Tensor | None:
     if (hook := offloading(layer)) is not None:
         return _offloaded(hook)
     shape = _shape_of(layer)
-    if weight.shape != shape:
+    split = zero3.is_split(weight)  # and whole within ``zero3.written``
+    if weight.shape != shape and not split:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, expected {shape}: merge and unmerge within FSDP1's "
             "summon_full_params(model, writeback=True)"
         )
-    return weight if getattr(layer, "_is_fsdp_managed_module", False) and not is_packed(weight) else None
+    kept = split or getattr(layer, "_is_fsdp_managed_module", False)
+    return weight if kept and not is_packed(weight) else None
 
 
 def _shape_of(layer: Any) -> tuple[int, int]:

@@ -205,7 +205,7 @@ def test_the_page_in_the_docs():
     text = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| ")][2:]  # without head and rule
     there = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in ROOT.glob("tests/**/test_*.py")), re.M))
-    assert len(rows) == 17 and all(len(row) == 6 for row in rows), rows
+    assert len(rows) == 20 and all(len(row) == 6 for row in rows), rows
     named = [set(re.findall(r"`(\w+)`", row[4])) for row in rows]
     assert all(names and names <= there for names in named), named
 

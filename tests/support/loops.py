@@ -27,7 +27,7 @@ WAYS = [
 ]
 
 
-def tiny_llama(layers: int = 1, vocab: int = 32, **kwargs) -> nn.Module:
+def tiny_llama(layers: int = 1, vocab: int = 32, kv_heads: int = 1, **kwargs) -> nn.Module:
     """A Llama of random weights with LoRA (DoRA: ``use_dora=True``) on all linear layers, and none of it zero."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -36,7 +36,7 @@ def tiny_llama(layers: int = 1, vocab: int = 32, **kwargs) -> nn.Module:
         intermediate_size=32,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=64,
         initializer_range=0.1,
     )
