@@ -43,6 +43,7 @@ def test_initialisations_that_change_the_base_are_kept(init):
     same(results(ours, inputs()), results(stock, inputs()))
 
 
+@pytest.mark.versions
 @pytest.mark.medium
 @pytest.mark.parametrize("kind", ["lora", "dora", "two adapters"])
 @pytest.mark.parametrize("adapters", [torch.float32, None], ids=["float32 adapters", "16-bit adapters"])

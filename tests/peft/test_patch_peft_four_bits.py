@@ -135,6 +135,7 @@ def test_another_weight_is_seen(place):
     assert far(after, model(x)) < 2e-3
 
 
+@pytest.mark.versions
 @pytest.mark.medium
 @pytest.mark.parametrize("dora", [False, True])
 def test_compiled(place, dora):
@@ -248,6 +249,7 @@ def test_what_cannot_be_fused_says_so(place):
     model(x)
 
 
+@pytest.mark.versions
 @pytest.mark.medium
 def test_a_checkpointed_model_prepared_for_training(place):
     """prepare_model_for_kbit_training casts what is not quantised to float32."""

@@ -152,6 +152,7 @@ def test_accelerates_hooks_after_the_patch_leave_it_fused():
     assert peft_report(ours).not_fused == 0
 
 
+@pytest.mark.versions
 @pytest.mark.medium
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_draws_one_mask(path, reentrant):

@@ -452,6 +452,7 @@ def test_copies_are_independent(path, kind):
     assert scalings(ours)[0].mirrors["default"].item() == 1.5
 
 
+@pytest.mark.versions
 @pytest.mark.medium
 @pytest.mark.parametrize("kind", [*KINDS, "two adapters"])
 @pytest.mark.parametrize("region", ["model", "layers"])
@@ -481,6 +482,7 @@ def test_compiled_once_for_all(path, kind, region):
     assert counter.frame_count == (1 if region == "model" else 2)
 
 
+@pytest.mark.versions
 @pytest.mark.medium
 def test_compiled_with_dropout_and_in_eval(path):
     torch._dynamo.reset()
