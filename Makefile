@@ -1,7 +1,7 @@
 # make demo      the main job: LoRA on MNIST, every rank beside the full fine-tune
-# make check     ruff, mypy and the fast tests, in three to four minutes on two cores
-# make test      the tests but for the slow ones, in some twenty
-# make test-all  all tests, those of PEFT models and of the kernels also with other versions, in twenty
+# make check     ruff, mypy and the fast tests, in about two minutes on two cores
+# make test      the tests but for the slow ones, in about six
+# make test-all  all tests, those of PEFT models and of the kernels also with other versions, in about twelve
 # make test-deepspeed  those of DeepSpeed, which is installed beside the environment for them, in two minutes
 # make lint      ruff and mypy
 # make examples  every example, the longer ones shortened, in ten minutes or more; outputs in examples-out
@@ -26,6 +26,10 @@ OLD_TRITON := $(VENV)/triton/3.6.0
 NEW_TRITON := $(VENV)/triton/3.9.0
 # Two workers with one thread each.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+# Of them, what runs with other versions of PEFT and Triton, and where each kernel is launched.
+OTHER := -m "not slow and (versions or not medium)"
+KERNELS := tests/kernels tests/ops/test_weight.py \
+	$(addsuffix /test_fused.py,tests/batch tests/experts) $(addprefix tests/blocks/test_,group.py glu.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .PHONY: help demo check test test-all test-deepspeed lint examples docs clean
@@ -44,13 +48,13 @@ check: lint
 test: $(STAMP)
 	$(TEST) -m "not slow" $(ARGS)
 
-# The tests of PEFT models, and of what PEFT reads as patterns, once more with the oldest PEFT, and those of the kernels
-# with the oldest Triton and with the newest that is known.
+# What rests on PEFT's insides, once more with the oldest PEFT; each kernel with the oldest Triton and the newest that
+# is known. Of the tests that take seconds, those marked `versions`.
 test-all: $(STAMP) $(OLD_PEFT) $(OLD_TRITON) $(NEW_TRITON)
 	$(TEST)
-	PYTHONPATH=$(OLD_PEFT) $(TEST) tests/peft/test_patch_peft*.py tests/files/test_pattern_keys.py
-	PYTHONPATH=$(OLD_TRITON) $(TEST) -m "not medium" tests/kernels
-	PYTHONPATH=$(NEW_TRITON) $(TEST) -m "not medium" tests/kernels
+	PYTHONPATH=$(OLD_PEFT) $(TEST) $(OTHER) tests/peft/test_patch_peft*.py tests/files/test_pattern_keys.py
+	PYTHONPATH=$(OLD_TRITON) $(TEST) $(OTHER) $(KERNELS)
+	PYTHONPATH=$(NEW_TRITON) $(TEST) $(OTHER) $(KERNELS)
 
 $(OLD_PEFT): $(STAMP)
 	$(PIP) install --no-deps --upgrade --target $@ peft==$(notdir $@)

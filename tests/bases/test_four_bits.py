@@ -4,11 +4,12 @@ over one against the layer over its dense form, bit for bit."""
 import copy
 import io
 import pickle
+from itertools import product
 
 import pytest
 import torch
 from base_calls import CALLS, named, needs_triton, normal, results
-from devices import CUDA
+from devices import CPU, CUDA
 from torch import nn
 
 from lora_fast import DoRALinear, LoRALinear
@@ -144,17 +145,20 @@ def test_bad_weights():
             Nf4Weight.quantise(torch.ones(shape)).for_e4m3()
 
 
+# Interpreted, which is slow: every call over one kind, and two stand for them over the others and in e4m3.
+BIT_BY_BIT = [
+    pytest.param(*device.values, kind, e4m3, call, marks=device.marks, id=f"{device.values[0]}-{kind.__name__}-{name}")
+    for device, kind, e4m3, call in product((CPU, CUDA), EXACT, (False, True), CALLS)
+    if device is CUDA or call is CALLS[4 if (kind is BlockWeight) == e4m3 else 0] or (kind is Nf4Weight and not e4m3)
+    for name in ["e4m3-" * e4m3 + named(call)]
+]
+
+
 @needs_triton
 @pytest.mark.medium
-@pytest.mark.parametrize("call", CALLS, ids=named)
-@pytest.mark.parametrize("kind", EXACT)
-@pytest.mark.parametrize("e4m3", [False, True])
+@pytest.mark.parametrize("device, kind, e4m3, call", BIT_BY_BIT)
 @pytest.mark.usefixtures("poisoned")
 def test_a_layer_has_the_bits_of_one_over_the_dense_weight(device, kind, e4m3, call):
-    if device == "cpu" and (
-        call not in (CALLS[0], CALLS[4]) if kind is not Nf4Weight else e4m3 and call in CALLS[2::3]
-    ):
-        pytest.skip("some stand for the others there: the interpreter is slow")
     if device == "cpu":
         kinds, shapes = [torch.float16 if kind is Nf4Weight else torch.float32], [(48, 80, 20)]
     else:

@@ -64,6 +64,7 @@ SMALL = {"few": (16, 3, 12), "one": (5,), "many": (40, 16, 4, 30, 8)}
 TARGETS = [(8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096), (4096, 8192, 8192), (16384, 4096, 4096)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("shape, p", [((40, 64, 48), 0.0), ((33, 70, 45), 0.3)], ids=["even", "odd-dropout"])
 @pytest.mark.parametrize("ranks", SMALL)
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
@@ -92,9 +93,10 @@ def test_error_rule_with_rows_in_any_order(dtype):
     hold([drawn((1003, 1001, 777), (4, 40, 16, 100, 7, 16, 33, 8), dtype, "cuda", p=0.2)], dtype)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("bias", [False, True], ids=["bare", "bias"])
-@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    "dtype, bias, p", [(FLOAT, True, 0.0), (FLOAT, False, 0.3), (HALF, False, 0.0), (HALF, True, 0.3)]
+)
 def test_dora(device, dtype, bias, p):
     seeds = range(2 if device == "cpu" else 16)
     hold([drawn((33, 70, 45), (16, 3, 40), dtype, device, seed, p, bias, True) for seed in seeds], dtype)
@@ -140,6 +142,7 @@ def test_blocks_shared_at_every_offset(device, offset):
     hold([(x, weight, adapters, which, bias, dy)], FLOAT)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("ranks", [(8, 5, 16), (40, 16, 30)], ids=str)
 def test_nan_stays_in_its_row_and_its_adapter(device, ranks, dora):

@@ -34,6 +34,7 @@ def test_cases_of_small_layers():
     assert {case.M for what, case in found if what == "fwd"} == {1, 8, 64, 128}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("what", ["fwd+bwd", "fwd"])
 def test_compiled_small_layers(what, compiler):
     """They are there, LoRA and DoRA, one compiled function each, and compute what the eager ones do."""

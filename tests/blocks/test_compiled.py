@@ -49,8 +49,8 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("p", [0.0, pytest.param(0.3, marks=pytest.mark.medium)])
-@pytest.mark.parametrize("form", ["lora", "dora", "mixed"])
+@pytest.mark.medium
+@pytest.mark.parametrize("form, p", [("lora", 0.0), ("dora", 0.3), ("mixed", 0.0)])
 def test_group(device, compiled, form, p):
     forms = {**FORMS, "mixed": [{"r": 0, "bias": True}, {"bias": True, "scaling": 0.5}, {"dora": True}]}[form]
     x, layers, gen = drawn([(32, 32), (16, 32), (8, 32)], forms, device, p)
@@ -82,8 +82,8 @@ def test_output_that_the_graph_drops(device, compiled):
     same(ours, results(fn, x, layers, dys))
 
 
-@pytest.mark.parametrize("p", [0.0, pytest.param(0.3, marks=pytest.mark.medium)])
-@pytest.mark.parametrize("form", ["lora", "dora"])
+@pytest.mark.medium
+@pytest.mark.parametrize("form, p", [("lora", 0.3), ("dora", 0.0)])
 def test_glu(device, compiled, form, p):
     x, layers, gen = drawn([(48, 32), (48, 32), (40, 48)], FORMS[form], device, p)
     dys = [torch.randn(3, 8, 40, generator=gen, device=device)]
@@ -100,6 +100,7 @@ def test_glu(device, compiled, form, p):
     assert compiled.counter.frame_count == 1
 
 
+@pytest.mark.medium
 def test_without_gradients(device, compiled):
     x, layers, _ = drawn([(32, 32), (32, 32), (16, 32)], FORMS["lora"], device)
 
@@ -111,6 +112,7 @@ def test_without_gradients(device, compiled):
             close(ours, expected, "y")
 
 
+@pytest.mark.medium
 def test_scalings_hardly_recompile(device, compiled):
     x, layers, _ = drawn([(32, 32), (16, 32), (8, 32)], FORMS["lora"], device)
 
@@ -124,6 +126,7 @@ def test_scalings_hardly_recompile(device, compiled):
     assert compiled.counter.frame_count <= 3
 
 
+@pytest.mark.medium
 def test_batch_sizes_hardly_recompile(device, compiled):
     x, layers, _ = drawn([(32, 32), (32, 32), (16, 32)], FORMS["lora"], device, p=0.3)
     layers = [trained(layer) for layer in layers]

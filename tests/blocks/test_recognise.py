@@ -164,6 +164,7 @@ def built(kind, configs):
             yield kind(**{p.name: given.get(p.name, 64) for p in needed if p.kind is p.POSITIONAL_OR_KEYWORD})
 
 
+@pytest.mark.slow
 def test_the_mlps_of_transformers():
     """Every gated MLP of transformers that can be built on the meta device is one; those with clamps, multipliers or
     casts are none."""

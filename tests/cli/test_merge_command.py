@@ -386,6 +386,7 @@ def test_a_failure_leaves_the_old_one(when, files, tmp_path, capsys, monkeypatch
     assert "no space left" in refused(capsys, tmp_path, folder, adapter, out, "--force", bar=True)
 
 
+@pytest.mark.medium
 def test_a_killed_run_leaves_no_out(files):
     _, folder, adapter, out = files
     code = f"""
@@ -414,6 +415,7 @@ def test_command_line(arguments, code, words, capsys):
     assert stop.value.code == code and all(word in captured.out + captured.err for word in words)
 
 
+@pytest.mark.medium
 def test_help_without_safetensors():
     """It says how to call the command; calling it says what is missing."""
     code = """

@@ -40,6 +40,7 @@ def base():
     return common.LlamaForCausalLM(config)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", prompts.METHODS)
 def test_method(base, method, tmp_path, capsys):
     """Every part gets gradients and changes, the base does not; what is saved gives the same logits."""
@@ -104,6 +105,7 @@ def test_a_wrong_file_is_an_error(base, tmp_path, monkeypatch):
         prompts.train(base, "lora", ids, ids, arguments("--out", str(tmp_path)))
 
 
+@pytest.mark.medium
 def test_run(base, tmp_path, monkeypatch, capsys):
     tokenizer = common.ByT5Tokenizer(extra_ids=0)
     monkeypatch.setattr(smollm2, "load", lambda layers: (base, tokenizer))

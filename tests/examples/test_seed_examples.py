@@ -74,7 +74,7 @@ def test_parts_of_experts():
 
 @pytest.mark.slow
 def test_llama2_7b(capsys):
-    argv = ["--small", "--steps", "3", "--length", "256", "--lr", "1e-2", "--csv", "new/folder"]
+    argv = ["--small", "--steps", "2", "--length", "128", "--lr", "1e-2", "--csv", "new/folder"]
     said = importlib.import_module("llama2_7b").main(argv)
     assert said["counts"] == (4_194_304, 6_742_609_920)
     assert not said["keys"].unexpected_keys
@@ -90,7 +90,7 @@ def test_llama2_7b(capsys):
     peaks = [kinds["lora_fast"].peak for kinds in said["table"].values()]
     assert peaks[0] < peaks[1] < peaks[3] and peaks[0] < peaks[2] < peaks[3]
     straight, resumed = said["resume"]
-    assert len(straight) == 3 and straight[0] != straight[1]
+    assert len(straight) == 2 and straight[0] != straight[1]
     assert resumed == (pytest.approx(straight, rel=0.01) if GPU else straight)
     assert "quantised weight (torch.uint8)" in said["refusal"]
     assert Path("adapter/adapter_model.safetensors").stat().st_size < 100_000  # the adapter alone
@@ -104,7 +104,7 @@ def test_llama2_7b(capsys):
         assert (line["impl"], line["fused"], int(line["trainable"])) == (kind, row.fused, row.trainable)
         assert float(line["tokens_per_s"]) == pytest.approx(row.tokens_per_s, abs=0.1)
         assert float(line["peak_mib"]) == pytest.approx(row.peak / 2**20, abs=0.1)
-        assert line["length"] == "256" and f"{kind:16}{row}" in printed
+        assert line["length"] == "128" and f"{kind:16}{row}" in printed
 
 
 class FourBits(nn.Linear):
@@ -201,6 +201,7 @@ def test_glm4_with_one_projection_is_the_same_model():
     torch.testing.assert_close(split(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.medium
 def test_peft_models(capsys):
     seen = importlib.import_module("peft_models").main(["--steps", "8", "--batch", "4", "--lr", "1e-2"])
     assert seen["tied"] == (2_359_296, 975_825_920)

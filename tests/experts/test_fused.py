@@ -70,6 +70,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype, about", SMALL)
 def test_error_rule(dtype, about):
@@ -91,6 +92,7 @@ def test_one_target_or_none(ranks, form):
     hold([draw(9, r=ranks, form=form, bias=True)])
 
 
+@pytest.mark.medium
 @pytest.mark.interpreted
 @pytest.mark.parametrize("wanted", [(), ("dx",), ("dw",), ("dA1",), ("dB1",), ("dA2", "dB2"), NAMES[3:]], ids="+".join)
 def test_what_asks_for_a_gradient_gets_it_alone(wanted):

@@ -52,9 +52,21 @@ def evaluated(layer, x):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("base_dtype", [None, "float8_e4m3"])
-@pytest.mark.parametrize("r", [5, 16, 130])
-@pytest.mark.parametrize("dtype", [FLOAT, HALF, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "dtype, r, base_dtype",
+    [
+        (FLOAT, 5, None),
+        (FLOAT, 130, "float8_e4m3"),
+        (HALF, 16, None),
+        (HALF, 5, "float8_e4m3"),
+        (HALF, 130, None),
+        *(
+            pytest.param(torch.bfloat16, r, base_dtype, marks=pytest.mark.gpu)
+            for r in (5, 16, 130)
+            for base_dtype in (None, "float8_e4m3")
+        ),
+    ],
+)
 def test_the_norm_is_made_once(path, dtype, r, base_dtype):
     """Few rows and many, any order: adapters in float32 and in the base's dtype."""
     if path[1] == "cuda" and base_dtype and torch.cuda.get_device_capability() < (8, 9):
@@ -172,6 +184,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_it_is_made_anew(path, change):
     layer, x = made(path[1]), torch.randn(3, 64, device=path[1])

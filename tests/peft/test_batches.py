@@ -51,6 +51,7 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_training_equals_runs_of_each_adapter(path, kind):
     stock = stock_model(path[1], more=[{**one, **kind} for one in MORE], **kind)
@@ -66,6 +67,7 @@ def test_training_equals_runs_of_each_adapter(path, kind):
         close(found[name], t)
 
 
+@pytest.mark.medium
 def test_inference_equals_stocks(path):
     stock, x = stock_model(path[1], more=MORE).eval(), inputs(path, 6, 5, 16)
     ours = patched(stock, path).eval()

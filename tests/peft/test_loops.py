@@ -14,10 +14,22 @@ from lora_fast import dispatch, patch_peft, set_backend
 
 for package in ("peft", "transformers", "accelerate", "triton"):
     pytest.importorskip(package)
-from loops import LAYERS, LR, STEPS, WAYS, Seen, arguments, tiny_llama, token_ids, trainable, trained  # noqa: E402
+from loops import (  # noqa: E402
+    KINDS,
+    LAYERS,
+    LR,
+    STEPS,
+    WAYS,
+    Seen,
+    arguments,
+    by_ways,
+    tiny_llama,
+    token_ids,
+    trainable,
+    trained,
+)
 
 LIGHTNING = [name for name in ("lightning", "pytorch_lightning") if find_spec(name)]  # the same under two names
-BOTH = pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
 
 
 @pytest.fixture(params=WAYS)
@@ -71,7 +83,7 @@ def check(way, loop, model=None, tol=1e-4, forwards=STEPS):
 
 
 @pytest.mark.medium
-@BOTH
+@KINDS
 def test_plain_loop(way, kind):
     def loop(model):
         model.to(way[1])
@@ -85,7 +97,7 @@ def test_plain_loop(way, kind):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("reentrant", [None, True, False], ids=["", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("way, reentrant", by_ways({"": None, "reentrant": True, "non-reentrant": False}))
 def test_trainer(way, reentrant, tmp_path):
     from transformers import Trainer, TrainingArguments
 

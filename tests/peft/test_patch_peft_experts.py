@@ -47,6 +47,8 @@ def test_numbers_are_stocks(kind, parameters):
     same(loss_and_gradients(ours), loss_and_gradients(stock), 1e-6)
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_are_stocks_on_every_path(path, kind):
     backend, device = path

@@ -69,6 +69,8 @@ def far(a, b):
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("nested, quant_type", [(True, "nf4"), (False, "nf4"), (True, "fp4")])
 @pytest.mark.parametrize("dtype, autocast", [(torch.float16, None), (torch.float32, None), (torch.float32, "on")])
@@ -133,6 +135,8 @@ def test_another_weight_is_seen(place):
     assert far(after, model(x)) < 2e-3
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.parametrize("dora", [False, True])
 def test_compiled(place, dora):
     """Without a graph break, in a model that never ran before."""
@@ -245,13 +249,14 @@ def test_what_cannot_be_fused_says_so(place):
     model(x)
 
 
+@pytest.mark.versions
 @pytest.mark.medium
 def test_a_checkpointed_model_prepared_for_training(place):
     """prepare_model_for_kbit_training casts what is not quantised to float32."""
     transformers = pytest.importorskip("transformers")
     kind = torch.bfloat16 if place == "cuda" else torch.float16  # the interpreter's bfloat16 is no number
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 96}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 96}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     model = transformers.LlamaForCausalLM(config).to(kind)
     for parent in list(model.modules()):
@@ -280,6 +285,6 @@ def test_a_checkpointed_model_prepared_for_training(place):
     patch_peft(model)
     for autocast in (True, False):
         ours, our_grads = run(autocast)
-        assert abs(ours - loss) < 2e-3 * loss and our_grads.keys() == grads.keys() and len(grads) > 20
+        assert abs(ours - loss) < 2e-3 * loss and our_grads.keys() == grads.keys() and len(grads) == 14
         squares = [sum((our_grads[n] - (g if one else 0)).square().sum() for n, g in grads.items()) for one in (1, 0)]
         assert (squares[0] / squares[1]).sqrt() < 0.05

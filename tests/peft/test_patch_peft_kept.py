@@ -53,8 +53,15 @@ def up(ours):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("base_dtype", [None, "float8_e4m3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "dtype, base_dtype",
+    [
+        (torch.float32, None),
+        (torch.float16, "float8_e4m3"),
+        pytest.param(torch.bfloat16, None, marks=pytest.mark.gpu),
+        pytest.param(torch.bfloat16, "float8_e4m3", marks=pytest.mark.gpu),
+    ],
+)
 def test_the_norm_is_made_once(path, caching, dtype, base_dtype):
     if path[1] == "cuda" and base_dtype and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no 8-bit matrix units")
@@ -138,6 +145,8 @@ CHANGES = [
 ]
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_it_is_made_anew(path, change):
     ours, x = model(path), inputs(path)

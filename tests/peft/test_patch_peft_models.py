@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 
 def llama(**kwargs):
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **kwargs))
 
@@ -65,6 +65,7 @@ def token_ids(device):
     return torch.randint(1, 32, (2, 5), generator=torch.Generator().manual_seed(1)).to(device)
 
 
+@pytest.mark.versions
 @pytest.mark.medium
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2"])
 def test_loss_gradients_and_generation_are_stocks(path, name):
@@ -75,9 +76,9 @@ def test_loss_gradients_and_generation_are_stocks(path, name):
     for key in found:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
     tokens = [
-        m.eval().generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None) for m in (ours, stock)
+        m.eval().generate(input_ids=ids, max_new_tokens=3, do_sample=False, eos_token_id=None) for m in (ours, stock)
     ]
-    assert torch.equal(*tokens) and tokens[0].shape[1] >= 4
+    assert torch.equal(*tokens) and tokens[0].shape[1] >= 3
 
 
 @pytest.mark.interpreted
@@ -151,6 +152,7 @@ def test_accelerates_hooks_after_the_patch_leave_it_fused():
     assert peft_report(ours).not_fused == 0
 
 
+@pytest.mark.versions
 @pytest.mark.medium
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_draws_one_mask(path, reentrant):
@@ -170,6 +172,7 @@ def test_gradient_checkpointing_draws_one_mask(path, reentrant):
     assert loss_and_gradients(ours, ids)["loss"] != expected["loss"]
 
 
+@pytest.mark.versions
 @pytest.mark.medium
 def test_whole_model_compiles_to_one_graph(path):
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -179,7 +182,7 @@ def test_whole_model_compiles_to_one_graph(path):
     ours, ids = patched(stock, path), token_ids(path[1])
     counter = CompileCounterWithBackend("inductor" if path[1] == "cuda" else "aot_eager")
     compiled = torch.compile(ours, backend=counter, fullgraph=True)
-    for step in range(3):
+    for step in range(2):
         found = {key.removeprefix("_orig_mod."): t for key, t in loss_and_gradients(compiled, ids).items()}
         for key, expected in loss_and_gradients(stock, ids).items():
             torch.testing.assert_close(found[key], expected, rtol=1e-3, atol=1e-5)

@@ -11,6 +11,10 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: it is read when a kernel is defined
 TRITON = importlib.util.find_spec("triton") is not None
+if TRITON and not GPU:
+    import interpreter
+
+    interpreter.quicken()
 
 CPU = pytest.param("cpu", marks=pytest.mark.interpreted)
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)

@@ -1,5 +1,5 @@
 """Two processes over bases that are written out for their products. tests/bases/test_four_bit_shards.py starts this
-script twice: ``RANK FOLDER BACKEND DEVICE``.
+script twice: ``RANK FOLDER DEVICE BACKEND ...``.
 
 Both have the same rows, so that each mode gives the bits of a process alone; what did not goes to ``FOLDER/RANK.json``.
 """
@@ -125,12 +125,19 @@ def refused() -> list[str]:
 
 
 def main() -> None:
-    rank, folder, backend, device = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+    rank, folder, device, *backends = int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
     if device == "cuda":
         torch.cuda.set_device(rank)
-    set_backend(backend)
     name = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(name, init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    wrong = {backend: faults(backend, device) for backend in backends}
+    (folder / f"{rank}.json").write_text(json.dumps([wrong, refused() if device == "cpu" else []]))
+    dist.destroy_process_group()
+
+
+def faults(backend: str, device: str) -> dict[str, list[str]]:
+    """By choice and mode what did not come as in a process alone."""
+    set_backend(backend)
     rows = torch.randn(ROWS, 16, generator=torch.Generator().manual_seed(1)).to(device)
     seen: dict[str, Any] = {}
     interpreted = device == "cpu" and backend == "triton"
@@ -155,9 +162,7 @@ def main() -> None:
                 "loads": mode not in ("fsdp2", "fsdp2, whole bases") or loads(model),
             }
             seen[f"{choice}, {mode}"] = [name for name, well in right.items() if not well]
-    seen["refused"] = refused() if device == "cpu" else []
-    (folder / f"{rank}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
+    return seen
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two processes over an fp8 base. tests/test_fp8.py starts this script twice: ``RANK FOLDER BACKEND DEVICE``.
+"""Two processes over an fp8 base. tests/test_fp8.py starts this script twice: ``RANK FOLDER DEVICE BACKEND ...``.
 
 Each mode trains what a process alone trains with the rows of both; what came of it goes to ``FOLDER/RANK.json``.
 """
@@ -107,14 +107,21 @@ def refused() -> list[str]:
 
 
 def main() -> None:
-    rank, folder, backend, device = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+    rank, folder, device, *backends = int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
     if device == "cuda":
         torch.cuda.set_device(rank)
-    set_backend(backend)
     name = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(name, init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    seen = {backend: trainings(rank, backend, device) for backend in backends}
+    (folder / f"{rank}.json").write_text(json.dumps([seen, refused() if device == "cpu" else []]))
+    dist.destroy_process_group()
+
+
+def trainings(rank: int, backend: str, device: str) -> dict[str, list]:
+    """By kind and mode: the losses alone and found, how far the adapters are apart, whether the bases stayed."""
+    set_backend(backend)
     rows = torch.randn(2 * ROWS, 16, generator=torch.Generator().manual_seed(1)).to(device)
-    seen: dict = {}
+    seen: dict[str, list] = {}
     interpreted = device == "cpu" and backend == "triton"
     for kind in (kind for kind in KINDS if not interpreted or kind != "DoRA"):
         alone = network(kind, device)
@@ -143,9 +150,7 @@ def main() -> None:
                     torch.equal(a.columns.float(), b.columns.float()) for a, b in zip(bases(model), start, strict=True)
                 ]
             seen[f"{kind}, {mode}"] = [expected, found, apart, all(same)]
-    seen["refused"] = refused() if device == "cpu" else []
-    (folder / f"{rank}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
+    return seen
 
 
 if __name__ == "__main__":

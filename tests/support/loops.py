@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from devices import CPU, CUDA
 from torch import nn
 
 from lora_fast import PeftReport, peft_report
@@ -18,13 +19,26 @@ from lora_fast.blocks.group import FusedGroup
 from lora_fast.ops import linear as ops
 from lora_fast.peft.report import PeftLayer
 
-STEPS, LR = 5, 1e-2
+STEPS, LR = 3, 2e-2
 LAYERS = 7  # of the tiny Llama that have adapters
 WAYS = [
     pytest.param(("auto", "cpu"), id="plain"),
-    pytest.param(("triton", "cpu"), id="interpreted", marks=pytest.mark.interpreted),
-    pytest.param(("auto", "cuda"), id="gpu", marks=pytest.mark.gpu),
+    pytest.param(("triton", "cpu"), id="interpreted", marks=CPU.marks),
+    pytest.param(("auto", "cuda"), id="gpu", marks=CUDA.marks),
 ]
+
+
+def by_ways(values: dict) -> list:
+    """(way, value): all of the values on the kernels, the first one alone where the layers stay stock's."""
+    return [
+        pytest.param(*way.values, value, id=f"{way.id}-{name}", marks=way.marks)
+        for way in WAYS
+        for i, (name, value) in enumerate(values.items())
+        if i == 0 or way.id != "plain"
+    ]
+
+
+KINDS = pytest.mark.parametrize("way, kind", by_ways({"lora": {}, "dora": {"use_dora": True}}))
 
 
 def tiny_llama(layers: int = 1, vocab: int = 32, kv_heads: int = 1, **kwargs) -> nn.Module:
