@@ -275,7 +275,7 @@ _calls: dict[Facts, Callable[..., torch.Tensor]] = {}  # what takes them, by the
 
 def facts_of(t: torch.Tensor) -> Facts:
     """What of a tensor the checks and the choice of a path rest on."""
-    return t.dtype, t.shape, t.stride(), t.device, t.requires_grad
+    return type(t), t.dtype, t.shape, t.stride(), t.device, t.requires_grad
 
 
 def _recall(

@@ -18,7 +18,7 @@ from lora_fast.functional import Facts, check_dora, check_linear, facts_of
 
 _calls: dict[Facts, Callable[..., torch.Tensor]] = {}  # what takes them, by their facts
 NUMBERS = {float, int}
-FORM = attrgetter("dtype", "shape", "device", "requires_grad")  # with strides all of ``facts_of``
+FORM = attrgetter("__class__", "dtype", "shape", "device", "requires_grad")  # with strides all of ``facts_of``
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
