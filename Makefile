@@ -28,8 +28,8 @@ NEW_TRITON := $(VENV)/triton/3.9.0
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 # Of them, what runs with other versions of PEFT and Triton, and where each kernel is launched.
 OTHER := -m "not slow and (versions or not medium)"
-KERNELS := tests/kernels tests/ops/test_weight.py \
-	$(addsuffix /test_fused.py,tests/batch tests/experts) $(addprefix tests/blocks/test_,group.py glu.py)
+KERNELS := tests/kernels tests/batch/test_fused.py \
+	$(addprefix tests/ops/test_,weight.py over_four_bits.py) $(addprefix tests/blocks/test_,group.py glu.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .PHONY: help demo check test test-all test-deepspeed lint examples docs clean
@@ -48,7 +48,7 @@ check: lint
 test: $(STAMP)
 	$(TEST) -m "not slow" $(ARGS)
 
-# What rests on PEFT's insides, once more with the oldest PEFT; each kernel with the oldest Triton and the newest that
+# What rests on PEFT's insides, once more with the oldest PEFT; the kernels with the oldest Triton and the newest that
 # is known. Of the tests that take seconds, those marked `versions`.
 test-all: $(STAMP) $(OLD_PEFT) $(OLD_TRITON) $(NEW_TRITON)
 	$(TEST)

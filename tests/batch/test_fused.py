@@ -93,6 +93,7 @@ def test_error_rule_with_rows_in_any_order(dtype):
     hold([drawn((1003, 1001, 777), (4, 40, 16, 100, 7, 16, 33, 8), dtype, "cuda", p=0.2)], dtype)
 
 
+@pytest.mark.versions
 @pytest.mark.medium
 @pytest.mark.parametrize(
     "dtype, bias, p", [(FLOAT, True, 0.0), (FLOAT, False, 0.3), (HALF, False, 0.0), (HALF, True, 0.3)]
