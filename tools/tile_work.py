@@ -186,7 +186,9 @@ def work(kernel: str, way: str, shape: Shape, r: int, dtype: torch.dtype, device
         "product": gemm.product,
         "product_with_s": whole_or_apart,
         "down": down.down,
-        "pair": pair.pair,
+        "pair": lambda x, dy, ds, s, grad_a, grad_b, **bits: pair.pair(
+            x, ds, grad_a, [pair.OverDy(dy, s, grad_b)], **bits
+        ),
         "decode": decode,
     }
     outputs = {"product": ("out",), "product_with_s": ("out", "s"), "down": ("s",), "pair": ("grad_a", "grad_b")}
