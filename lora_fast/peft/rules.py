@@ -69,10 +69,12 @@ def why_embedding_never_fused(layer: Any) -> str | None:
 
 
 def is_scaled(base: nn.Module) -> bool:
-    """Whether it is one of transformers' embeddings that multiply their rows by ``embed_scale`` (Gemma's, BART's)."""
+    """Whether it is one of transformers' embeddings that multiply their rows by ``embed_scale`` (Gemma's, BART's), and
+    this PEFT multiplies the adapter's by it, too."""
     kind = type(base)
     named = kind.__name__.endswith("ScaledWordEmbedding") and kind.__module__.startswith("transformers.models.")
-    return named and isinstance(base, nn.Embedding) and hasattr(base, "embed_scale")
+    known = named and hasattr(Embedding, "_get_embed_scale")
+    return known and isinstance(base, nn.Embedding) and hasattr(base, "embed_scale")
 
 
 def _asks(base: Any, name: str) -> bool:
