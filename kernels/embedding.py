@@ -337,18 +337,23 @@ def _embedding_runs_kernel(
     mask = (at < M)[:, None] & (ranks < RS)[None, :]
     p = tl.load(p_ptr + order[:, None] * RS + ranks[None, :], mask=mask, other=0.0)
     same = (ids[:, None] == ids[None, :]).to(p.dtype)
-    total = tl.dot(same, p, input_precision="ieee", out_dtype=p.dtype)
+    bad = p - p != 0  # infinite or NaN, of which others' zeros must make nothing
+    total = tl.dot(same, tl.where(bad, 0.0, p), input_precision="ieee", out_dtype=p.dtype)
+    spoilt = tl.dot(same, bad.to(p.dtype), input_precision="ieee", out_dtype=p.dtype)
+    total = tl.where(spoilt > 0, float("nan"), total)
     last = tl.max(ids, 0)
     rest = tl.zeros([BLOCK_R], dtype=p.dtype)
     next_block = block + 1
-    goes_on = tl.load(ids_ptr + next_block * BLOCK, mask=next_block < blocks, other=-1) == last
+    later = tl.load(ids_ptr + next_block * BLOCK, mask=next_block < blocks, other=-1)
+    goes_on = (next_block < blocks) & (later == last)
     while goes_on:  # the last run goes on ahead
         ahead = next_block + tl.arange(0, AHEAD)
-        mine = tl.load(ids_ptr + ahead * BLOCK, mask=ahead < blocks, other=-1) == last
+        mine = (ahead < blocks) & (tl.load(ids_ptr + ahead * BLOCK, mask=ahead < blocks, other=-1) == last)
         leads = leads_ptr + ahead[:, None] * RS + ranks[None, :]
         rest += tl.sum(tl.load(leads, mask=mine[:, None] & (ranks < RS)[None, :], other=0.0), 0)
         next_block += AHEAD
-        goes_on = tl.load(ids_ptr + next_block * BLOCK, mask=next_block < blocks, other=-1) == last
+        later = tl.load(ids_ptr + next_block * BLOCK, mask=next_block < blocks, other=-1)
+        goes_on = (next_block < blocks) & (later == last)
     total += tl.where((ids == last)[:, None], rest[None, :], 0.0)
     begins = (at < M) & ((at == 0) | (ids != before)) & (ids >= 0) & (ids < V) & (ids != padding)
     da_ptrs = da_ptr + ranks.to(tl.int64)[None, :] * V + ids[:, None]

@@ -22,6 +22,7 @@ from lora_fast.kernels.problem import MaybeTensor
 from lora_fast.kernels.products import products
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.siblings import Deferred, Given, Made, Siblings
+from lora_fast.kernels.tiles import FEW
 
 Maybe = Any  # an operand, None where the problem has none
 
@@ -160,9 +161,10 @@ def backward(
     dys [*lead, N] contiguous, or matrices of their rows, each row contiguous; x and ``kept``, as in ``Kept``, one layer
     after the other: what the backward reads. The A's gradients are parts of one matrix. With many rows dX comes last,
     and till then its memory holds what the passes leave for their sums.
-    ``in_place``: DoRA's dZ takes dY's memory.
+    ``in_place``: DoRA's dZ takes dY's memory, but where launches for few rows may read dY after it is written.
     """
     m, room, bits, kind = group.m, made.room, made.bits, group.kind
+    in_place = in_place and m > FEW
     new, dx, stacked, ds = room.new_empty, None, None, None
     if group.needs_x:
         dx = new(*group.x_shape, dtype=kind)

@@ -127,7 +127,10 @@ def rank_block(r: int, most: int) -> int:
     return min(max(triton.next_power_of_2(r), 16), most)
 
 
-def few_rows(m: int, r: int, *, dtype: torch.dtype, chip: Chip, most: int = 2048) -> bool:
+FEW = 2048  # rows
+
+
+def few_rows(m: int, r: int, *, dtype: torch.dtype, chip: Chip, most: int = FEW) -> bool:
     """Whether the launches for few rows serve: those that leave most of the processors idle would, and those that pass
     over all rows in each program do not take too long for it."""
     return m <= most and r <= 32 and dtype.itemsize == 2 and chip.has_tma and not chip.small

@@ -152,6 +152,29 @@ def test_ids_outside_read_nothing(device):
         )
 
 
+@pytest.mark.parametrize("outside", [[-100] * 5, [-1] * 70, [-200] * 65, [-200] * 64, [9] * 70])
+def test_many_ids_outside(device, outside):
+    """Whole blocks of them, and blocks that they fill up."""
+    given, dy = draw((12, 9, 8, 2), FLOAT, device)
+    inside = results(ours("triton"), given, dy, False)
+    given["ids"] = torch.cat([given["ids"], torch.tensor(outside, device=device)])
+    found = results(ours("triton"), given, torch.cat([dy, dy.new_ones(len(outside), dy.shape[1])]), False)
+    assert found["y"][12:].isnan().all() and torch.equal(found["y"][:12], inside["y"])
+    torch.testing.assert_close(found["dA"], inside["dA"])
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_stays_with_its_id(device, value):
+    given, dy = draw((5, 20, 8, 2), FLOAT, device)
+    given["ids"] = torch.tensor([3, 7, 7, 9, 12], device=device)
+    clean = results(ours("triton"), given, dy, False)["dA"]
+    dy[0] = value
+    found = results(ours("triton"), given, dy, False)["dA"]
+    assert not found[:, 3].isfinite().any()
+    found[:, 3] = clean[:, 3]
+    torch.testing.assert_close(found, clean)
+
+
 @pytest.mark.interpreted
 def test_gradcheck():
     given, _ = draw((5, 7, 4, 2), DOUBLE, "cpu")

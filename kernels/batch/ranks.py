@@ -140,7 +140,13 @@ def numbers_of(
         together = torch.stack([one.detach().float() for one in each])
         owner = tables_on(ranks, device)[: ranks.total]
         scales = _scales(together, _keep_scales(rates, device), lifted)[:, owner]
-    return Numbers(scales, _counts(rates, device))
+    found = Numbers(scales, _counts(rates, device))
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(found)
+    return found
+
+
+_captured: list[Numbers] = []  # what CUDA graphs read
 
 
 @lru_cache(maxsize=4096)

@@ -21,6 +21,7 @@ class Call:
 
     defers = False
     deferred: tuple[Program, Bound] | None = None
+    x: torch.Tensor  # as the launches read it
 
     def __init__(
         self, weight: torch.Tensor, which: torch.Tensor, numbers: Numbers, seed: torch.Tensor | int | None

@@ -11,6 +11,7 @@ from lora_fast.bases.packed import is_opaque
 from lora_fast.dispatch import has_data
 from lora_fast.embedding import lora_embedding
 from lora_fast.functional import FLOATS
+from lora_fast.layers.magnitude import KeepsMagnitude
 from lora_fast.layers.merging import Merging
 from lora_fast.layers.replacing import cleared, tell_of_freezing
 from lora_fast.layers.rules import check_hyperparameters, check_init
@@ -36,7 +37,7 @@ def why_no_embedding(module: nn.Module) -> str | None:
     return None
 
 
-class LoRAEmbedding(Merging, nn.Embedding):
+class LoRAEmbedding(KeepsMagnitude, Merging, nn.Embedding):
     """A frozen ``nn.Embedding`` plus a trainable low-rank update of its rows: ``y = E[ids] + scaling * A^T[ids] B^T``,
     or with ``use_dora`` ``magnitude / n`` times that (:func:`lora_fast.lora_embedding` says more).
 
@@ -59,10 +60,10 @@ class LoRAEmbedding(Merging, nn.Embedding):
     """
 
     keeps_adapter = True  # see lora_fast.layers.replacing
+    NORMED = "columns"
     lora_dropout = 0.0
     lora_embedding_A: nn.Parameter
     lora_embedding_B: nn.Parameter
-    lora_magnitude_vector: nn.Parameter
 
     def __init__(
         self,
@@ -136,20 +137,16 @@ class LoRAEmbedding(Merging, nn.Embedding):
         check_init(init_lora_weights)
         nn.init.normal_(self.lora_embedding_B)
         (nn.init.normal_ if init_lora_weights is False else nn.init.zeros_)(self.lora_embedding_A)
-        if self.use_dora and has_data(self.weight):
+        if self.use_dora:
             self.reset_magnitude()
 
-    @torch.no_grad()
-    def reset_magnitude(self) -> None:
-        """Set the magnitude to the norms of the columns of ``E + scaling * (B A)^T``.
+    def _norm(self) -> torch.Tensor:
+        """Of the columns of ``E + scaling * (B A)^T``."""
+        return dora_norm(whole(self.base_weight).t(), self.lora_embedding_A, self.lora_embedding_B, self.scaling)
 
-        Raises:
-            ValueError: a norm is not finite; the magnitude is then as it was.
-        """
-        norm = dora_norm(self.base_weight.t(), self.lora_embedding_A, self.lora_embedding_B, self.scaling)
-        if not torch.isfinite(norm).all():
-            raise ValueError("weight: has columns whose norm is not finite, expected finite ones to start DoRA from")
-        self.lora_magnitude_vector.copy_(norm)
+    @property
+    def norm_parts(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(("weight", *self.adapter_names[:2])) if self.use_dora else frozenset()
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -176,6 +173,8 @@ class LoRAEmbedding(Merging, nn.Embedding):
         if not self.enabled or self.merged:
             weight = self.weight if self.enabled else whole(self.base_weight).to(ids.device)
             return F.embedding(ids, weight)
+        if self.use_dora:
+            self.need_magnitude()
         weight = self.weight
         if type(weight) is torch.Tensor:
             weight = fsdp1.as_asked(weight, self)
@@ -201,6 +200,8 @@ class LoRAEmbedding(Merging, nn.Embedding):
     def merged_weight(self, original: torch.Tensor | None = None) -> torch.Tensor:
         """``E + scaling * (B A)^T`` [num_embeddings, embedding_dim], with DoRA its columns of the magnitude's lengths,
         in float32 or better; E is the base weight, or ``original``."""
+        if not (self._magnitude_is_set or self._magnitude_came()):
+            self.reset_magnitude()
         base = self.base_weight if original is None else original
         wide = torch.promote_types(torch.promote_types(base.dtype, self.lora_embedding_A.dtype), torch.float32)
         a, b = self.lora_embedding_A.to(wide), self.lora_embedding_B.to(wide)

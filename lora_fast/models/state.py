@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lora_fast.layers.dora import DoRALinear
+from lora_fast.layers.magnitude import KeepsMagnitude
 from lora_fast.models.adapters import adapter_tensors, lora_layers
 from lora_fast.models.targets import some
 from lora_fast.wrappers.gather import at_hand, on_disk, put, stored, whole
@@ -120,5 +120,5 @@ def load_into(
     for name, tensor in own.items():
         put(tensor, whole(state_dict[name]))
     for layer in layers.values():
-        if isinstance(layer, DoRALinear) and not layer.weight.is_meta:
+        if isinstance(layer, KeepsMagnitude) and not layer.weight.is_meta:
             layer._magnitude_is_set = True  # if it was put off: the layer was on the meta device

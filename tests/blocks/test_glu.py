@@ -27,6 +27,8 @@ FORMS: dict[str, list[dict]] = {
     "ranks": [{"r": 16}, {"r": 3, "scaling": 0.7}, {"r": 40, "scaling": 8.0}],
     "dora": [{"dora": True}] * 3,
     "bias": [{"dora": True, "bias": True}, {"bias": True}, {"bias": True, "dora": True}],
+    "biased": [{"dora": True, "bias": True}, {"dora": True, "bias": True}, {}],
+    "kept": [{"r": 0}, {"dora": True, "save": "z"}, {}],
     "inner": [{}, {"dora": True}, {"r": 0, "bias": True}],
     "outer": [{"r": 0}, {"r": 0}, {}],
     "one": [{"r": 0, "bias": True}, {}, {"r": 0}],
@@ -90,6 +92,9 @@ CASES = [
     here(FLOAT, "ranks", ODD, "gelu", 0.3),
     here(HALF, "dora", SMALL, p=0.3, fast=True),
     here(FLOAT, "outer", ODD, p=0.3, fast=True),
+    here(HALF, "biased", SMALL, fast=True),
+    here(HALF, "kept", SMALL, p=0.3),
+    *(here(HALF, form, SMALL) for form in ("inner", "one", "ends")),
     *(
         pytest.param(
             "cuda", dtype, form, act, shape, p, marks=CUDA.marks, id=f"cuda-{str(dtype)[6:]}-{form}-{act}-{name}-p{p}"

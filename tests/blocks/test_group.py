@@ -30,6 +30,8 @@ FORMS: dict[str, list[dict]] = {
     "mixed": [{"dora": True, "bias": True}, {"bias": True, "scaling": 0.5}, {"r": 0, "bias": True}],
     "adapters": [{"adapter": FLOAT}, {"adapter": FLOAT, "dora": True, "r": 5}, {}],
     "frozen": [{}, {"r": 0}, {"r": 0}],
+    "biased": [{"dora": True, "bias": True}, {"dora": True, "bias": True, "r": 3}],
+    "some": [{"dora": True}, {"r": 0}, {"dora": True, "r": 3}],
     "two": [{"r": 8}, {"bias": True}],
     "four": [{"r": 12, "dora": True, "save": "z"}, {"r": 0}, {}, {"bias": True}],
 }
@@ -78,6 +80,9 @@ CASES = [
     *(here(FLOAT, form, SMALL, fast=form == "dora") for form in ("lora", "dora", "mixed", "frozen", "four")),
     *(here(HALF, form, ODD, fast=form == "mixed") for form in ("ranks", "dora", "mixed", "adapters", "two")),
     here(FLOAT, "ranks", ODD, 0.3),
+    here(HALF, "dora", SMALL, fast=True),  # which few rows' launches take, as those that follow
+    here(HALF, "lora", SMALL, 0.3),
+    *(here(HALF, form, SMALL) for form in ("frozen", "biased", "some")),
     here(HALF, "mixed", SMALL, 0.3, fast=True),
     *(
         pytest.param("cuda", dtype, form, shape, p, marks=CUDA.marks, id=f"cuda-{str(dtype)[6:]}-{form}-{name}-p{p}")

@@ -214,3 +214,25 @@ def test_peft_config_is_taken():
     peft = pytest.importorskip("peft")
     net = lora_fast.add_lora(Net(), peft.LoraConfig(r=2, target_modules=["embed"]))
     assert net.embed.r == 2
+
+
+def test_dora_starts_from_the_weights_that_come():
+    """Another base brings norms of its own, a trained magnitude stays, without data it is made when there is some."""
+    torch.manual_seed(0)
+    other, ids = nn.Embedding(11, 16), torch.arange(11)
+    layer = LoRAEmbedding.from_embedding(nn.Embedding(11, 16), r=4, use_dora=True)
+    layer.load_state_dict(other.state_dict(), strict=False)
+    torch.testing.assert_close(layer(ids), other(ids))
+    with torch.no_grad():
+        layer.lora_magnitude_vector.mul_(2)
+    layer.load_state_dict(nn.Embedding(11, 16).state_dict(), strict=False)
+    torch.testing.assert_close(layer.lora_magnitude_vector.detach(), 2 * other.weight.detach().norm(dim=0))
+    later = LoRAEmbedding(11, 16, r=4, use_dora=True, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        later.lora_embedding_A.zero_()
+        later.lora_embedding_B.zero_()
+    later.load_state_dict(other.state_dict(), strict=False)
+    torch.testing.assert_close(later(ids), other(ids))
+    bad = {**layer.state_dict(), "lora_magnitude_vector": torch.full((16,), torch.nan)}
+    with pytest.raises(RuntimeError, match="lora_magnitude_vector: has elements that are not finite"):
+        layer.load_state_dict(bad)
