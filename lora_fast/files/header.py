@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fast.dispatch import has_data
 from lora_fast.files.format import CONFIG, PREFIX, TENSORS, Settings
 from lora_fast.files.hub_names import in_memory
 from lora_fast.files.parameters import layer_of, shapes_of, targeted, wrappers_of
 from lora_fast.files.ways_out import BASE_WEIGHTS, EMBEDDING, NO_LINEAR, RENAMED, RESIZED
+from lora_fast.kept import PLAIN
 from lora_fast.wrappers.names import plain_modules, plain_name
 
 _ADAPTER = re.compile(
@@ -59,6 +61,8 @@ def check_header(
             owner = owner.removesuffix(".base_layer")
             name = f"{layers.get(owner, owner)}.{last}"
         allowed = settings.bias != "none" and last == "bias" or settings.modules_to_save
+        if not allowed and last == "weight" and _holds(own_tensors.get(name), file, key):
+            continue  # PEFT takes embeddings along where they are targets
         if not allowed or name not in own_tensors or name in sources:
             base = key.endswith(".base_layer.weight") or name in own_tensors and last == "weight"
             raise ValueError(
@@ -125,6 +129,16 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None
     }
+
+
+def _holds(own: torch.Tensor | None, file: Any, key: str) -> bool:
+    """Whether the model has the values that are in the file."""
+    if type(own) not in PLAIN or own is None or not has_data(own):
+        return False
+    if list(own.shape) != list(file.get_slice(key).get_shape()):
+        return False
+    t = file.get_tensor(key)
+    return torch.equal(own.detach().to("cpu", t.dtype), t)
 
 
 def _check_shape(file: Any, key: str, expected: list[int], floating: bool = True) -> None:

@@ -60,8 +60,12 @@ def test_embeddings_that_peft_takes_along(tmp_path, capsys):
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     with pytest.warns(UserWarning, match="resized"):
         model.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(outputs(load_adapter(resized(), tmp_path / "adapter")), outputs(model))
+    other = resized()
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(1)
     with pytest.raises(ValueError, match=r"unexpected .*save_embedding_layers=False.*resized base is best"):
-        load_adapter(resized(), tmp_path / "adapter")
+        load_adapter(other, tmp_path / "adapter")
     assert merged(tmp_path, resized()) == 1
     assert "a resized base is best saved by itself" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -201,6 +202,27 @@ def test_files_are_pefts(tmp_path, dora):
         other = base()
         other.embed = nn.Linear(8, 9)
         load_adapter(other, tmp_path / "ours")
+
+
+def test_pefts_files_with_the_base_in_them(tmp_path):
+    """PEFT writes an embedding that is a target beside its adapter: the model's own is no news, another is."""
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=11, num_key_value_heads=2, **sizes))
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[0, 0] += 1
+    with pytest.raises(ValueError, match="unexpected .*embed_tokens.*save_embedding_layers"):
+        load_adapter(other, tmp_path)
+    x = torch.arange(11)[None]
+    torch.testing.assert_close(load_adapter(model, tmp_path)(x).logits, theirs(x).logits)
 
 
 def test_doctor_names_it():
