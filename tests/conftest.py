@@ -10,6 +10,8 @@ from checkout import ROOT
 from devices import CPU, CUDA, GPU, PATHS, TRITON
 from torch import distributed
 
+from lora_fast import set_backend
+
 
 def pytest_addoption(parser):
     parser.addoption("--commit", help="the commit for the junit report, where this is not a git checkout")
@@ -62,6 +64,13 @@ def as_scripts(monkeypatch, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def own_backend():
+    """The backend that a test asks for is not the next one's."""
+    yield
+    set_backend("auto")
 
 
 @pytest.fixture(autouse=True)
