@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils.parametrize import is_parametrized
 
+from lora_fast.wrappers.gather import is_sharded
+
 # In the __dict__ of a module: how many children it had when the adapters came, and which of them got one.
 _CHILDREN = "_adapted_children"
 _EMPTY = nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict  # without children they are nothing at all
@@ -73,6 +75,8 @@ def _check(parent: nn.Module, name: str, new: nn.Module | None) -> None:
 def _check_size(name: str, layer: Any) -> None:
     """Called for a module that is assigned to its own place, as transformers' resize_token_embeddings does at its end:
     of a computed weight it has resized a copy, and let what that is computed from train."""
+    if isinstance(layer, nn.Embedding) and "lora_embedding_A" in layer._parameters:
+        _check_rows(name, layer)
     if not (isinstance(layer, (nn.Embedding, nn.Linear)) and is_parametrized(layer, "weight") and _has_adapter(layer)):
         return
     base: Any = layer.get_submodule("parametrizations.weight")
@@ -93,6 +97,22 @@ def _check_size(name: str, layer: Any) -> None:
             f"{name}.parametrizations.weight.original again)",
             stacklevel=4,
         )
+
+
+def _check_rows(name: str, layer: Any) -> None:
+    """Of an adapted embedding transformers exchanges the weight's data: rows that it added are taken away again."""
+    weight, rows = layer.weight, layer.lora_embedding_A.shape[-1]
+    if is_sharded(weight) or weight.shape[0] == rows:
+        return
+    asked, lost_rows = weight.shape[0], weight.shape[0] < rows
+    if not lost_rows:
+        weight.data = weight.data[:rows].clone()
+        layer.num_embeddings = rows
+    raise RuntimeError(
+        f"{name}: the weight has {asked} rows now, but its adapter has {rows} and cannot be resized; resize before the "
+        "adapters come, or take them out first (remove_lora)"
+        + ("; rows of the base are lost, load it anew" if lost_rows else "")
+    )
 
 
 register_module_module_registration_hook(_check)

@@ -258,3 +258,19 @@ def test_dora_starts_from_the_weights_that_come():
     bad = {**layer.state_dict(), "lora_magnitude_vector": torch.full((16,), torch.nan)}
     with pytest.raises(RuntimeError, match="lora_magnitude_vector: has elements that are not finite"):
         layer.load_state_dict(bad)
+
+
+@pytest.mark.parametrize("rows", [40, 20])
+def test_a_vocabulary_is_not_resized_under_an_adapter(rows):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes))
+    stir(add_lora(model, LoRAConfig(r=2, target_modules=["embed_tokens"])))
+    x = torch.arange(20)[None]
+    before = model.model(x).last_hidden_state
+    with pytest.raises(RuntimeError, match=f"embed_tokens: the weight has {rows} rows now.*resize before") as error:
+        model.resize_token_embeddings(rows)
+    assert ("lost" in str(error.value)) == (rows < 32)
+    if rows > 32:
+        assert model.get_input_embeddings().num_embeddings == 32
+        assert torch.equal(model.model(x).last_hidden_state, before)
