@@ -336,11 +336,12 @@ def _embedding_runs_kernel(
     order = tl.load(order_ptr + at, mask=at < M, other=0)
     mask = (at < M)[:, None] & (ranks < RS)[None, :]
     p = tl.load(p_ptr + order[:, None] * RS + ranks[None, :], mask=mask, other=0.0)
-    same = (ids[:, None] == ids[None, :]).to(p.dtype)
-    bad = p - p != 0  # infinite or NaN, of which others' zeros must make nothing
-    total = tl.dot(same, tl.where(bad, 0.0, p), input_precision="ieee", out_dtype=p.dtype)
-    spoilt = tl.dot(same, bad.to(p.dtype), input_precision="ieee", out_dtype=p.dtype)
-    total = tl.where(spoilt > 0, float("nan"), total)
+    same = ids[:, None] == ids[None, :]
+    bad = tl.max((p - p != 0).to(tl.int32), 1)  # rows with what is infinite or NaN, which others' zeros would spread
+    spoilt = tl.max(tl.where(same, bad[None, :], 0), 1)
+    p = tl.where((bad > 0)[:, None], 0.0, p)
+    total = tl.dot(same.to(p.dtype), p, input_precision="ieee", out_dtype=p.dtype)
+    total = tl.where((spoilt > 0)[:, None], float("nan"), total)
     last = tl.max(ids, 0)
     rest = tl.zeros([BLOCK_R], dtype=p.dtype)
     next_block = block + 1

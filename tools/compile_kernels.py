@@ -2,7 +2,7 @@
 
 ``python tools/compile_kernels.py 90`` prints one JSON line a compiled kernel: its name, the problem, its products and
 matrix instructions, shared memory, registers and stack bytes (spills). With ``--once`` a kernel is compiled once for
-each kind of problem (16 bits or 32, with dropout or without, over 8 bits), a sixth of all.
+each kind of problem (16 bits or 32, with dropout or without, a batch, a group and so on), a quarter of all.
 Runs in a process of its own, since it puts a driver in Triton's place that knows its target and nothing else, and
 turns launches into compilations.
 """
@@ -314,9 +314,10 @@ EXPERTS = (
 )
 
 
-def kind_of(problem: str) -> tuple[bool, bool, bool]:
-    """(whether in 32 bits, whether with dropout, whether over a base in 8 bits)."""
-    return problem.split()[2] == "float32", "p=0.1" in problem, "fp8" in problem
+def kind_of(problem: str) -> tuple[bool, bool, str]:
+    """(whether in 32 bits, whether with dropout, what products differ by)."""
+    of = next((kind for kind in ("fp8", "batch", "turned", "group", "mlp") if kind in problem), "")
+    return "float32" in problem.split()[:3], "p=0.1" in problem, of
 
 
 def compile_for(

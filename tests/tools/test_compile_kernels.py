@@ -17,7 +17,7 @@ from lora_fast.kernels.chip import SHARED_MEMORY, Chip
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 PRODUCT = "_gemm_kernel"
 FEW_ROWS = PRODUCT, "_few_rows_kernel", "_decode_kernel"
-PRODUCTS = *FEW_ROWS, "_products_kernel", "_experts_kernel"
+PRODUCTS = *FEW_ROWS, "_products_kernel", "_experts_kernel", "_fan_kernel"
 PASSES = (
     "_down_fwd_kernel",
     "_glu_down_kernel",
@@ -72,11 +72,15 @@ def test_kernels_of(chip):
     for p in ("p=0.0", "p=0.1"):
         assert {k["kernel"] for k in kernels if p in k["problem"]} >= {PRODUCT, *PASSES, "_sum_kernel"}
     assert {"_products_kernel", "_stack_kernel", "_glu_grad_kernel"} <= {k["kernel"] for k in kernels}
+    assert {"_embedding_kernel", "_embedding_columns_kernel", "_embedding_runs_kernel"} <= {
+        k["kernel"] for k in kernels
+    }
     assert {"_mask_kernel", "_norm_kernel"} <= {k["kernel"] for k in kernels}
     assert "_whole_kernel" in {k["kernel"] for k in kernels}
     assert {"_rows_kernel", "_columns_kernel"} <= {k["kernel"] for k in kernels} or chip not in (89, 90, 120)
     few = {k["kernel"] for k in kernels if "layer" in k["problem"]}
     assert {"_pair_kernel", "_dz_kernel"} <= few or chip not in (90, 100)
+    assert {"_fan_kernel", "_downs_kernel"} <= {k["kernel"] for k in kernels} or chip not in (90, 100)
     assert {*FEW_ROWS} <= few or chip != 90
     assert {*EXPERTS} <= {k["kernel"] for k in kernels if k["problem"].startswith("experts")}
     assert {*BATCH} <= {k["kernel"] for k in kernels if " batch of " in k["problem"]}
