@@ -117,7 +117,17 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         self._forget_base()
         scalings = dict(self.scaling)
         del self._scalings
-        for name in ("save", "save_x", "is_embedding", TO_COME, KEPT_NORM, "keep_in_graphs", SIBLINGS, LAST):
+        for name in (
+            "save",
+            "save_x",
+            "is_embedding",
+            "base_is_tied",
+            TO_COME,
+            KEPT_NORM,
+            "keep_in_graphs",
+            SIBLINGS,
+            LAST,
+        ):
             vars(self).pop(name, None)
         make_as_before(self.base_layer)
         weight = self.base_layer.weight
@@ -158,7 +168,9 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         elif self.disable_adapters and self.merged and self._base_is_lent():
             # Stock unmerges here, which is lost in a weight that FSDP or ZeRO-3 has gathered.
             weight, bias = (None if kept is None else whole(kept) for kept in self._both_kept().values())
-            return F.linear(x, self._seen(weight), bias)  # type: ignore[arg-type]
+            if weight is None:
+                raise ValueError("disable_adapter: the layer is merged into a base that was not kept; unmerge it first")
+            return F.linear(x, self._seen(weight), bias)
         return self.stock_forward(x, *args, **kwargs)
 
     def _base_is_lent(self) -> bool:
