@@ -30,6 +30,8 @@ from lora_fast.wrappers.placement import (
     write,
 )
 
+NOT_KEPT = "disable_adapter: got a sharded layer that is merged, its base not kept; expected it after unmerge_adapter()"
+
 
 class KeepingLinear(Linear):
     """``peft.tuners.lora.Linear`` on an ``nn.Linear``, whose base weight and bias are kept at a merge, so that
@@ -230,6 +232,11 @@ def mark_ties(model: nn.Module) -> None:
     for layer, base in bases.items():
         if isinstance(layer, KeepingLinear):
             layer.base_is_tied = any(held[id(p)] > 1 for p in base.parameters(recurse=False))
+
+
+def base_is_lent(layer: Any) -> bool:
+    """Whether FSDP or ZeRO-3 gathers the base weight for a forward: what is written to it there is lost."""
+    return getattr(layer.base_layer, "_is_fsdp_managed_module", False) or zero3.manages(layer)
 
 
 def spread_scaled(state_dict: dict[str, Any], key: str) -> None:

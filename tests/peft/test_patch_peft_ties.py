@@ -171,3 +171,26 @@ def test_a_merged_state_dict_goes_back_into_the_merged_model(build, names):
     model.load_state_dict(copy.deepcopy(model.state_dict()))
     model.unmerge_adapter()
     torch.testing.assert_close(weight(model, names[0]), before, rtol=1e-5, atol=1e-5)
+
+
+@EACH
+def test_shards(build, names, mesh):
+    """Of FSDP2's; a forward leaves the outermost ones gathered."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = build()
+    patch_peft(model)
+    before, expected = weight(model, names[0]).detach().clone(), outputs(model)
+    with torch.no_grad():
+        model.merge_adapter()
+        merged = outputs(model)
+        model.unmerge_adapter()
+    fully_shard(model, mesh=mesh)
+    for _ in range(2):
+        torch.testing.assert_close(outputs(model), expected, rtol=1e-4, atol=1e-4)
+        model.merge_adapter()
+        torch.testing.assert_close(outputs(model), merged, rtol=1e-4, atol=1e-4)
+        with model.disable_adapter(), pytest.raises(ValueError, match=r"^disable_adapter: .*after unmerge_adapter\(\)"):
+            outputs(model)
+        model.unmerge_adapter()
+        torch.testing.assert_close(weight(model, names[0]).full_tensor(), before, rtol=1e-5, atol=1e-5)
