@@ -72,11 +72,20 @@ def merge_lora(
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
-    """Put every base weight back, bit for bit; return ``model``. ValueError without LoRA layers."""
+    """Put every base weight back, bit for bit; return ``model``. ValueError without LoRA layers.
+
+    Modules that were tied to a merged weight meanwhile (transformers' ``tie_weights`` does that to a head) have the
+    base after it, too, and are tied to that.
+    """
     layers = lora_layers(model)
     with at_hand(model, write=True):
+        merged = {layer.weight: layer for layer in layers.values() if layer.merged}
         for layer in layers.values():
             layer.unmerge()
+        for module in model.modules():
+            for name, held in list(module._parameters.items()):
+                if held in merged and merged[held].weight is not held:
+                    setattr(module, name, merged[held].weight)
     return model
 
 

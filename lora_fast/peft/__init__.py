@@ -84,6 +84,7 @@ def patch_peft(
     from peft.tuners.lora import LoraModel
 
     from lora_fast.peft.layers import FastLinear, FastLoraModel
+    from lora_fast.peft.merging import mark_ties
     from lora_fast.peft.rules import why_never_fused
 
     asked = Asked(save, base_dtype, base_compute, base_dtype_exclude, bool(blocks))
@@ -103,6 +104,7 @@ def patch_peft(
         for layer in done:
             layer.release()
         raise
+    mark_ties(model)
     asked.quantise(model, eight.values())
     for name, module in model.named_modules():
         if isinstance(module, FastLinear):
@@ -129,6 +131,7 @@ class Asked(NamedTuple):
     def __call__(self, tuner: nn.Module) -> None:
         """Patch the layers that are stock yet. A weight that cannot be quantised stays as it is, with a warning."""
         from lora_fast.peft.layers import FastLinear
+        from lora_fast.peft.merging import mark_ties
         from lora_fast.peft.rules import why_never_fused
 
         layers = {self.prefix + name: layer for name, layer in lora_layers(tuner).items()}
@@ -138,6 +141,7 @@ class Asked(NamedTuple):
             adopt(layer, self.base_compute, dtype)
             if isinstance(layer, FastLinear):
                 layer.save = self.save
+        mark_ties(tuner)
         if self.blocks and new:
             join(tuner)
         adopt_experts(layers)

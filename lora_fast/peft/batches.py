@@ -5,7 +5,7 @@ PEFT hands the names to its layers by hooks, which are gone when a checkpoint re
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,16 +23,16 @@ _names = Names()
 @contextmanager
 def naming(tuner: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """``stock``, the tuner's ``_enable_peft_forward_hooks``, which also serves a model in training, whose checkpoints
-    then remember the names."""
+    then remember the names; and whose hooks are gone after an error, too."""
     names = kwargs.get("adapter_names")
     if names is None:
-        with stock(*args, **kwargs):
+        with _ended(stock(*args, **kwargs)):
             yield
         return
     with ExitStack() as stack:
         training, tuner.training = tuner.training, False  # which stock asks before it looks at the names
         try:
-            stack.enter_context(stock(*args, **kwargs))
+            stack.enter_context(_ended(stock(*args, **kwargs)))
         finally:
             tuner.training = training
         if training:
@@ -41,6 +41,16 @@ def naming(tuner: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs:
             stack.enter_context(_names.holding(held))
             stack.enter_context(_names.remembered(tuner.modules(), held, _given_to_others))
         yield
+
+
+@contextmanager
+def _ended(stock: AbstractContextManager[Any]) -> Iterator[None]:
+    """``stock`` without a word on errors within, after which it would not remove its hooks."""
+    stock.__enter__()
+    try:
+        yield
+    finally:
+        stock.__exit__(None, None, None)
 
 
 def _tell_frozen(tuner: Any, names: Sequence[str]) -> None:

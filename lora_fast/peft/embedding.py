@@ -10,8 +10,10 @@ from lora_fast.blocks.gated import hooked
 from lora_fast.embedding import lora_embedding
 from lora_fast.functional import FLOATS
 from lora_fast.kept import PLAIN
+from lora_fast.peft.merging import NOT_KEPT, base_is_lent
 from lora_fast.peft.rules import is_scaled, parameter, why_embedding_never_fused, why_hooked
 from lora_fast.wrappers import fsdp1, zero3
+from lora_fast.wrappers.placement import settle
 
 DoraEmbeddingVariant: Any
 try:
@@ -111,7 +113,19 @@ class FastEmbedding(Embedding):
             if not isinstance(parts, str):
                 return self._fused(x, parts)
             dispatch.tell("leaves a layer to stock PEFT", parts)
+        elif self.disable_adapters and self.merged and base_is_lent(self):  # stock unmerges here
+            raise ValueError(NOT_KEPT)
         return super().forward(x, *args, **kwargs)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; under FSDP2 in the shards, also where a forward has left the weight gathered."""
+        settle(self)
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        """As in PEFT, where :meth:`merge` is."""
+        settle(self)
+        super().unmerge()
 
     def _why_not_this_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if kwargs.get("adapter_names") is not None:

@@ -22,7 +22,7 @@ from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
 from lora_fast.peft import norms as peft_norms
 from lora_fast.peft.batches import named_call, names_of, naming
-from lora_fast.peft.merging import KeepingLinear, for_an_adapters_file, spread_scaled
+from lora_fast.peft.merging import NOT_KEPT, KeepingLinear, base_is_lent, for_an_adapters_file, spread_scaled
 from lora_fast.peft.rules import (
     BASES,
     active,
@@ -117,7 +117,17 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         self._forget_base()
         scalings = dict(self.scaling)
         del self._scalings
-        for name in ("save", "save_x", "is_embedding", TO_COME, KEPT_NORM, "keep_in_graphs", SIBLINGS, LAST):
+        for name in (
+            "save",
+            "save_x",
+            "is_embedding",
+            "base_is_tied",
+            TO_COME,
+            KEPT_NORM,
+            "keep_in_graphs",
+            SIBLINGS,
+            LAST,
+        ):
             vars(self).pop(name, None)
         make_as_before(self.base_layer)
         weight = self.base_layer.weight
@@ -155,14 +165,13 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
             dispatch.tell("leaves a layer to stock PEFT", parts)
             peft_norms.drop_stale_of(self, names)
             self.kept_norm()  # with gradients it is dropped
-        elif self.disable_adapters and self.merged and self._base_is_lent():
+        elif self.disable_adapters and self.merged and base_is_lent(self):
             # Stock unmerges here, which is lost in a weight that FSDP or ZeRO-3 has gathered.
             weight, bias = (None if kept is None else whole(kept) for kept in self._both_kept().values())
-            return F.linear(x, self._seen(weight), bias)  # type: ignore[arg-type]
+            if weight is None:
+                raise ValueError(NOT_KEPT)
+            return F.linear(x, self._seen(weight), bias)
         return self.stock_forward(x, *args, **kwargs)
-
-    def _base_is_lent(self) -> bool:
-        return getattr(self.base_layer, "_is_fsdp_managed_module", False) or zero3.manages(self)
 
     def named_call(self, x: torch.Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The forward of samples that name an adapter each; in training, too, unlike stock PEFT's."""

@@ -2,13 +2,14 @@
 
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from torch import nn
 
 from lora_fast.bases import LABELS
@@ -29,6 +30,8 @@ from lora_fast.wrappers.placement import (
     write,
 )
 
+NOT_KEPT = "disable_adapter: got a sharded layer that is merged, its base not kept; expected it after unmerge_adapter()"
+
 
 class KeepingLinear(Linear):
     """``peft.tuners.lora.Linear`` on an ``nn.Linear``, whose base weight and bias are kept at a merge, so that
@@ -36,9 +39,13 @@ class KeepingLinear(Linear):
 
     A state dict of a merged layer holds the merged ones, as stock PEFT's, and beside them the base as
     ``lora_unmerged_weight`` and ``lora_unmerged_offset``; loading one unmerges the layer, and gives it that base.
+
+    A base that another of PEFT's layers has, too, is not kept: that one merges into it in place, at any time between,
+    and what was kept would undo its merge, or bring it back. There all of this is as in stock PEFT, by subtraction.
     """
 
     base_layer: Any
+    base_is_tied: bool = False  # as mark_ties saw it: another of PEFT's layers has the base weight or bias, too
 
     def merge(
         self,
@@ -64,23 +71,33 @@ class KeepingLinear(Linear):
                 raise ValueError(f"original: got a tensor, expected None for {what}")
             weight.check_original(original)
         with self._at_hand():
-            if not self.merged:
+            dtypes = {name: tensor.dtype for name, tensor in self._base().items()}
+            if not self.merged and not self._is_common():
                 self._keep_base(original)
             try:
                 with gathered(self, changed=self.base_layer):
                     super().merge(safe_merge, adapter_names)
-                    for kept, tensor in self._kept():
-                        tensor.data = tensor.data.to(kept.dtype)
+                    for name, tensor in self._base().items():
+                        tensor.data = tensor.data.to(dtypes[name])
             finally:
                 if not self.merged:
                     self._put_back()
 
     def unmerge(self) -> None:
-        """As in PEFT, but bit for bit: what was there before the merge is put back."""
+        """As in PEFT, but bit for bit: what was there before the merge is put back (not into a tied base)."""
         with self._at_hand():
-            with gathered(self):
+            common = self._is_common()
+            with gathered(self, changed=self.base_layer if common else None):
                 super().unmerge()
-            self._put_back()
+            if common:
+                self._forget_base()  # from before it was tied
+            else:
+                self._put_back()
+
+    def _is_common(self) -> bool:
+        """Whether others change the base weight. One in 8 bits they cannot: a merge makes another parameter of it."""
+        weights = self.base_layer.weight, self._buffers.get("unmerged_weight")
+        return self.base_is_tied and not any(isinstance(weight, PackedWeight) for weight in weights)
 
     @contextmanager
     def _at_hand(self) -> Iterator[None]:
@@ -192,8 +209,9 @@ class KeepingLinear(Linear):
         return {"weight": self.lora_unmerged_weight, "bias": self.lora_unmerged_offset}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        live = self._base() if self.merged else {}
-        if self.merged:
+        unmerges = self.merged and not self._is_common()  # a base in common stays merged, as stock's, by all or none
+        live = self._base() if unmerges else {}
+        if unmerges:
             self.unmerge()
         base = self.base_layer
         if isinstance(base.weight, ScaledFp8Weight):
@@ -205,6 +223,20 @@ class KeepingLinear(Linear):
                 args[-1].append(str(error))
         read_base(self, base, live, state_dict, prefix, prefix + "base_layer.")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def mark_ties(model: nn.Module) -> None:
+    """Tell the layers of ours in the model which of them have a base in common with another of PEFT's layers."""
+    bases = {layer: layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+    held = Counter(id(p) for base in bases.values() for p in base.parameters(recurse=False))
+    for layer, base in bases.items():
+        if isinstance(layer, KeepingLinear):
+            layer.base_is_tied = any(held[id(p)] > 1 for p in base.parameters(recurse=False))
+
+
+def base_is_lent(layer: Any) -> bool:
+    """Whether FSDP or ZeRO-3 gathers the base weight for a forward: what is written to it there is lost."""
+    return getattr(layer.base_layer, "_is_fsdp_managed_module", False) or zero3.manages(layer)
 
 
 def spread_scaled(state_dict: dict[str, Any], key: str) -> None:

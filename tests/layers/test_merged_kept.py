@@ -88,6 +88,23 @@ def test_a_weight_that_is_assigned_to_a_merged_layer_is_refused(dora):
     torch.testing.assert_close(model(IDS).logits, expected)
 
 
+@BOTH
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["embed_tokens", "lm_head"]], ids=["plain", "adapted"])
+def test_a_head_that_is_tied_to_a_merged_embedding(targets, dora):
+    """As tie_weights does; with the unmerge it gets the base, and stays tied. It may have been merged itself then."""
+    model = llama().eval()
+    stir(add_lora(model, LoRAConfig(r=2, target_modules=targets, use_dora=dora)))
+    embed, head = model.model.embed_tokens, model.lm_head
+    expected, base = model(IDS).logits, embed.weight
+    embed.merge()
+    model.tie_weights()
+    assert head.weight is embed.weight is not base
+    merge_lora(model)
+    unmerge_lora(model)
+    assert head.weight is embed.weight is base
+    assert torch.equal(model(IDS).logits, expected)
+
+
 @KIND
 def test_merged_layers_are_moved_loaded_and_sharded(kind, mesh):
     """All that puts parameters into a layer without a word to whoever reads this."""

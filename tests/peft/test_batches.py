@@ -76,6 +76,23 @@ def test_inference_equals_stocks(path):
         close(ours(x), stock(x))
 
 
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+def test_after_an_error_the_names_are_forgotten(mode):
+    model, x = patched(stock_model(more=MORE)).train(mode), inputs(("auto", "cpu"), 6, 5, 16)
+    expected, named = model(x), model(x, adapter_names=NAMES)
+
+    def fail(*_):
+        raise ArithmeticError("in the forward")
+
+    hook = model.base_model.model.head.register_forward_pre_hook(fail)
+    with pytest.raises(ArithmeticError, match="in the forward"):
+        model(x, adapter_names=NAMES)
+    hook.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(model(x), expected) and not torch.equal(named, expected)
+    assert torch.equal(model(x, adapter_names=NAMES), named)
+
+
 class Checkpointed(torch.nn.Module):
     """A model that makes its checkpoints by itself."""
 
