@@ -328,6 +328,42 @@ def test_a_context_is_entered_again():
         pass
 
 
+def test_a_context_that_was_kept_knows_when_layers_change():
+    """Others may come and go in the same layers; in no case does it do nothing without a word."""
+    net, x = base(), inputs()
+    model = several(net, "ab")
+    kept = use_adapters(model, ["a", "b"] * 3)
+    add_lora(model, LoRAConfig(**CONFIGS["c"]), name="c")  # "a" is in all layers
+    with kept:
+        y = model(x)
+    remove_lora(model, "c")
+    with kept:
+        assert torch.equal(model(x), y)
+
+    def again():
+        remove_lora(model)
+        several_more = LoRAConfig(target_modules=ATTENTION)
+        add_lora(add_lora(model, several_more, name="a"), several_more, name="b")
+
+    def wider():
+        add_lora(model, LoRAConfig(**CONFIGS["c"]), name="c")
+
+    def narrower():
+        remove_lora(model.mlp)
+
+    def elsewhere():
+        remove_lora(model.mlp)
+        add_lora(model.mlp, LoRAConfig(**CONFIGS["c"]), name="a")
+
+    for change in (again, wider, elsewhere, narrower, again):
+        kept = use_adapters(model, ["a", "b"] * 3)
+        change()
+        with pytest.raises(ValueError, match="^names: got those of a use_adapters from before"), kept:
+            pass
+        with use_adapters(model, ["a", "b"] * 3):
+            model(x)
+
+
 def test_threads_have_names_of_their_own():
     model, x = several(base()), inputs()
     orders, meet = [NAMES, NAMES[::-1]], threading.Barrier(2)
