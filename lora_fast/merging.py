@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_fast.bases import LABELS
 from lora_fast.bases.packed import PackedWeight
+from lora_fast.layers.named import InNamedLinear
 from lora_fast.layers.parameters import ParameterLoRA
 from lora_fast.models.adapt import noting
 from lora_fast.models.adapters import lora_layers, named_linears
@@ -52,9 +53,10 @@ def merge_lora(
         After any error the layers that this call merged are unmerged again.
     """
     layers = lora_layers(model, name=name)
+    homes = {place: layer.home if isinstance(layer, InNamedLinear) else layer for place, layer in layers.items()}
     with at_hand(model, write=True):
         held, offloaded = holders(model), any(map(offloading, model.modules()))
-        for place, layer in layers.items():
+        for place, layer in homes.items():
             with noting(f"while merging {place!r}"):
                 if isinstance(layer, ParameterLoRA):
                     layer.check_place()

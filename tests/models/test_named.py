@@ -600,6 +600,48 @@ def test_merging_one(kind):
     close(model(x), alone(net, model, "a", **kind)(x))
 
 
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_merging_one_that_is_offloaded(kind, monkeypatch):
+    """Where accelerate keeps the weights, by the model and by the layer; an error leaves all as it was."""
+    accelerate = pytest.importorskip("accelerate")
+    net, x = base(), inputs()
+    model = several(net, **kind).eval()
+    with torch.no_grad():
+        expected = {name: alone(net, model, name, **kind)(x) for name in CONFIGS}
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    layers = [layer for layer in model.modules() if isinstance(layer, NamedLinear)]
+
+    def held():
+        return [layer._hf_hook.weights_map["weight"].clone() for layer in layers]
+
+    bits = held()
+    assert all(layer.weight.is_meta for layer in layers)
+    for name, y in expected.items():
+        for by_layer in (False, True):
+            set_adapter(model, name)
+            if by_layer:
+                for layer in layers:
+                    if layer.active is not None:
+                        layer.merge()
+            else:
+                merge_lora(model, name=name)
+            assert not all(map(torch.equal, held(), bits))
+            with torch.no_grad():
+                close(model(x), y)
+            unmerge_lora(model)
+            assert all(map(torch.equal, held(), bits))
+
+    def full(*args):
+        raise OSError("full")
+
+    monkeypatch.setattr("lora_fast.layers.merging.write", full)
+    with pytest.raises(OSError, match="full"):
+        model.mlp.gate_proj.merge()
+    assert not model.mlp.gate_proj.merged
+    with torch.no_grad():
+        close(model(x), y)
+
+
 def test_lora_plus_of_one():
     model = several(base(), use_dora=True)
     groups = lora_plus_groups(model, 1e-3, 16, name="b")
