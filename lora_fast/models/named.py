@@ -117,6 +117,19 @@ def set_adapter(model: nn.Module, name: str) -> None:
         choice.active = name
 
 
+@contextmanager
+def activating(model: nn.Module, name: str) -> Iterator[None]:
+    """:func:`set_adapter`, but after an error within the adapter is active that was."""
+    before = {choice: choice.active for choice in _choices(named_linears(model))}
+    set_adapter(model, name)
+    try:
+        yield
+    except BaseException:
+        for choice, active in before.items():
+            choice.active = active
+        raise
+
+
 def _one_of(names: Sequence[str]) -> str:
     return " or ".join(map(repr, names))
 

@@ -600,6 +600,16 @@ def test_merging_one(kind):
     close(model(x), alone(net, model, "a", **kind)(x))
 
 
+def test_a_merge_that_fails_leaves_the_active_one():
+    model, x = several(base()).eval(), inputs()
+    y = model(x)
+    with torch.no_grad():
+        list(lora_parameters(model, "b"))[-1].fill_(torch.inf)  # of its last layer
+    with pytest.raises(ValueError, match="^safe_merge"):
+        merge_lora(model, name="b", safe_merge=True)
+    assert torch.equal(model(x), y)
+
+
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_merging_one_that_is_offloaded(kind, monkeypatch):
     """Where accelerate keeps the weights, by the model and by the layer; an error leaves all as it was."""
