@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import itertools
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -437,6 +438,7 @@ def test_what_is_there_may_refuse_others():
 
 def test_names_that_are_wrong():
     model, x = several(base()), inputs()
+    without_b = add_lora(several(base(), "b"), LoRAConfig(**CONFIGS["c"]), name="c").mlp.gate_proj
     add_lora(model, LoRAConfig(target_modules=ATTENTION, use_dora=True), name="dora")
     for names, error, message in (
         (["a", "nobody"], ValueError, "^names: got 'nobody', expected 'a' or 'b' or 'dora' or 'c' or '__base__'"),
@@ -452,9 +454,14 @@ def test_names_that_are_wrong():
             model(wrong)
     with use_adapters(model, ["c", "dora"] * 3):
         model(x)  # no layer has both
-    for call in (set_adapter, save_adapter, lora_state_dict, remove_lora, lora_parameters):
-        with pytest.raises(ValueError, match="^name: got 'nobody', expected 'a' or"):
-            call(model, *(["folder"] if call is save_adapter else []), name="nobody")
+    before, more = state(model), {save_adapter: ["folder"], load_lora_state_dict: [{}], lora_plus_groups: [1e-3, 16]}
+    calls = set_adapter, lora_state_dict, remove_lora, lora_parameters, merge_lora, *more
+    for call, name in itertools.product(calls, ("nobody", "", "__base__")):
+        with pytest.raises(ValueError, match=f"^name: got '{name}', expected 'a' or"):
+            call(model, *more.get(call, []), name=name)
+    with pytest.raises(ValueError, match="^model: has no layer of the active adapter, 'b'; give a name: 'c'$"):
+        lora_state_dict(without_b)
+    assert unchanged(model, before)
     bare = add_lora(base(), LoRAConfig(target_modules=ATTENTION))
     for call in (set_adapter, lambda model, name: use_adapters(model, [name])):
         with pytest.raises(ValueError, match="^model: its adapter has no name"):
@@ -463,7 +470,7 @@ def test_names_that_are_wrong():
             call(base(), "a")
 
 
-def test_without_a_name_all_is_as_before_and_it_is_default_once_another_comes(tmp_path):
+def test_without_b_name_all_is_as_before_and_it_is_default_once_another_comes(tmp_path):
     net, x = base(), inputs()
     model = stir(add_lora(copy.deepcopy(net), LoRAConfig(**CONFIGS["b"])))
     assert not any(isinstance(module, NamedLinear) for module in model.modules())
