@@ -517,6 +517,21 @@ def test_files_are_pefts(tmp_path, kind):
     assert torch.equal(model(x), y)
 
 
+def test_a_file_with_an_embedding_takes_no_name(tmp_path):
+    def net():
+        return nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8))
+
+    save_adapter(add_lora(net(), LoRAConfig(target_modules=["0", "1"])), tmp_path)
+    model = net()
+    before = state(model)
+    with pytest.raises(
+        ValueError, match=r"^adapter_model.safetensors: has adapters of embeddings .*\(0\), .* with a name"
+    ):
+        load_adapter(model, tmp_path, name="x")
+    assert unchanged(model, before)
+    load_adapter(model, tmp_path)
+
+
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_checkpoint_of_all(kind, merged):
