@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_fast import (
     LoRAConfig,
+    SlowPathWarning,
     add_lora,
     disable_lora,
     dispatch,
@@ -524,9 +525,7 @@ def test_a_file_with_an_embedding_takes_no_name(tmp_path):
     save_adapter(add_lora(net(), LoRAConfig(target_modules=["0", "1"])), tmp_path)
     model = net()
     before = state(model)
-    with pytest.raises(
-        ValueError, match=r"^adapter_model.safetensors: has adapters of embeddings .*\(0\), .* with a name"
-    ):
+    with pytest.raises(ValueError, match=r"^adapter_model.safetensors: has adapters of embeddings .*\(0\), .* a name"):
         load_adapter(model, tmp_path, name="x")
     assert unchanged(model, before)
     load_adapter(model, tmp_path)
@@ -620,6 +619,25 @@ def test_merging_one(kind):
     assert all(torch.equal(t, bits[key]) for key, t in model.state_dict().items())
     set_adapter(model, "a")
     close(model(x), alone(net, model, "a", **kind)(x))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_offloaded_layers_run_by_themselves(tmp_path, named):
+    """Not in a group, since accelerate brings each one's weights for its own forward; saved and loaded from there."""
+    accelerate = pytest.importorskip("accelerate")
+    net, x = base(), inputs()
+    full = several(net)
+    model, y = full if named else alone(net, full, "b"), alone(net, full, "b")(x)
+    save_adapter(alone(net, full, "b"), tmp_path / "b")
+    if named:
+        set_adapter(model, "b")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.warns(SlowPathWarning, match="group layer by layer: q_proj: accelerate"):
+        close(model(x), y)
+    save_adapter(model, tmp_path / "offloaded")
+    load_adapter(model, tmp_path / "b")
+    close(model(x), y)
+    close(load_adapter(copy.deepcopy(net), tmp_path / "offloaded")(x), y)
 
 
 def test_a_merge_that_fails_leaves_the_active_one():
