@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import nn
 
 from lora_fast.bases import LABELS
 from lora_fast.bases.packed import PackedWeight
+from lora_fast.layers.named import InNamedLinear
 from lora_fast.layers.parameters import ParameterLoRA
 from lora_fast.models.adapt import noting
 from lora_fast.models.adapters import lora_layers, named_linears
-from lora_fast.models.named import set_adapter
+from lora_fast.models.named import activating
 from lora_fast.models.targets import holders, some
 from lora_fast.peft.report import lora_layers as peft_layers
 from lora_fast.wrappers.gather import at_hand
@@ -49,12 +51,13 @@ def merge_lora(
             has another dtype or shape, or is not what the base was made from; the model has no fp8 base, or one that
             is merged already. All weights are read and compared before the first layer changes.
         ImportError: an ``original``, without safetensors.
-        After any error the layers that this call merged are unmerged again.
+        After any error the layers that this call merged are unmerged again, and the active adapter is the one before.
     """
     layers = lora_layers(model, name=name)
+    homes = {place: layer.home if isinstance(layer, InNamedLinear) else layer for place, layer in layers.items()}
     with at_hand(model, write=True):
         held, offloaded = holders(model), any(map(offloading, model.modules()))
-        for place, layer in layers.items():
+        for place, layer in homes.items():
             with noting(f"while merging {place!r}"):
                 if isinstance(layer, ParameterLoRA):
                     layer.check_place()
@@ -65,9 +68,8 @@ def merge_lora(
                     raise ValueError(TIED)
         bases = {place: layer.base_weight for place, layer in layers.items()}
         read = _originals(original, bases, layers)
-        if name is not None and named_linears(model):
-            set_adapter(model, name)
-        _merge_all(layers, lambda place, layer: layer.merge(safe_merge, read(place)))
+        with nullcontext() if name is None or not named_linears(model) else activating(model, name):
+            _merge_all(layers, lambda place, layer: layer.merge(safe_merge, read(place)))
     return model
 
 

@@ -108,7 +108,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     them there, of the same rank, and takes lora_alpha and use_rslora over. Returns ``model``.
 
     With a ``name`` it is the adapter of this name that is loaded into, or that comes beside others, as with
-    :func:`lora_fast.add_lora`; without one, of several the active adapter.
+    :func:`lora_fast.add_lora`, which only nn.Linear layers take; without one, of several the active adapter.
 
     Wrappers in the model or around it (torch.compile, DistributedDataParallel, checkpoint_wrapper, ...) stand in no
     name. A sharded or offloaded model must have LoRA layers already, and takes the adapter as

@@ -60,6 +60,12 @@ def fit_adapter(model: nn.Module, adapter: Adapter, with_data: bool = False, nam
         return
     parameters = targeted(model, settings.target_parameters)
     experts = {layer_of(parameter) for parameter in parameters}
+    others = [place for place in ranks if place in experts or f"{place}.lora_embedding_A" in state]
+    if name is not None and others:
+        raise ValueError(
+            f"{TENSORS}: has adapters of embeddings or parameters ({some(others)}), expected of nn.Linear layers alone "
+            "with a name; load it without one, into a model without LoRA layers"
+        )
     linears = [place for place in ranks if place not in experts]
     # A name may be the last part of another.
     longest_first = sorted(((at, parameter_of(at) if at in experts else at) for at in ranks), key=_length)

@@ -29,6 +29,7 @@ from lora_fast.layers.rules import (
 )
 from lora_fast.wrappers import fsdp1, zero3
 from lora_fast.wrappers.gather import whole
+from lora_fast.wrappers.placement import offloading
 
 
 class LoRALinear(Joins, MergingLinear):
@@ -202,6 +203,8 @@ class LoRALinear(Joins, MergingLinear):
             return None
         if zero3.manages(self):  # before anything is read, which would be gathered
             return zero3.APART
+        if "_hf_hook" in vars(self) and offloading(self) is not None:
+            return "accelerate has its weights there in its own forward alone"
         if self.save_x != "x":
             return f"save_x is {self.save_x!r}"
         weight = self.weight

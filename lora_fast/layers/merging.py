@@ -111,8 +111,9 @@ class Merging(nn.Module):
                 base, self.weight = self.weight, nn.Parameter(merged, requires_grad=False)
                 self.register_buffer("unmerged_weight", base, persistent=False)
             else:
-                self.register_buffer("unmerged_weight", place.detach().clone(), persistent=False)
+                base = place.detach().clone()
                 write(place, merged)
+                self.register_buffer("unmerged_weight", base, persistent=False)
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit; nothing if not merged. Raises ValueError as :meth:`merge` does of a

@@ -51,9 +51,10 @@ def add_lora(model: nn.Module, config: Any, *, name: str | None = None, blocks: 
     all its places: it is a target if one of its names is, unless one of them is excluded. From then on
     a tool that would put another layer in the place of one of these, and so drop its adapter, gets a RuntimeError.
 
-    With a ``name`` the adapter may come beside others, each with a config of its own (but for bias, modules_to_save and
-    target_parameters, which it has not); the first is the active one (:func:`lora_fast.set_adapter`), or each sample of
-    a batch names its own (:func:`lora_fast.use_adapters`). One that came without a name is then called "default".
+    With a ``name`` the adapter may come beside others, each with a config of its own (but for bias, modules_to_save,
+    target_parameters and embeddings among its targets, which it has not); the first is the active one
+    (:func:`lora_fast.set_adapter`), or each sample of a batch names its own (:func:`lora_fast.use_adapters`). One that
+    came without a name is then called "default".
 
     With ``blocks="auto"`` gated MLPs (``down(act(gate(x)) * up(x))``) run as one step each, and layers that their
     parent calls with one input as a group (:mod:`lora_fast.blocks`); with False every layer runs by itself. Where

@@ -102,17 +102,20 @@ def lora_layers(model: nn.Module, complete: bool = True, name: str | None = None
     """{name of the layer: the layer, or a parameter's adapter} of the adapter of this name, or of the active one.
 
     Raises:
-        TypeError, ValueError: as :func:`check_adapted`; no adapter of this name.
+        TypeError, ValueError: as :func:`check_adapted`; no adapter of this name, or no layer of the active one.
     """
     check_adapted(model, complete)
     found = {}
     for place, layer in standing(model).items():
         adapters = _adapters_of(layer)
-        wanted = name or (layer.choice.active if isinstance(layer, NamedLinear) else DEFAULT)
+        active = layer.choice.active if isinstance(layer, NamedLinear) else DEFAULT
+        wanted = active if name is None else name
         if wanted in adapters:
             found[place] = adapters[wanted]
     if not found:
         names = " or ".join(map(repr, names_in(model)))
+        if name is None:
+            raise ValueError(f"model: has no layer of the active adapter, {active!r}; give a name: {names}")
         raise ValueError(f"name: got {name!r}, expected {names}")
     return found
 

@@ -39,12 +39,13 @@ def use_adapters(model: nn.Module, names: Sequence[str]) -> AbstractContextManag
 
     In a layer that an adapter was not meant for its samples have the base's output. The names hold in this thread, and
     for this model; they may be nested, and outlive the context where a checkpoint recomputes (docs/batch.md). What it
-    returns may be kept and entered again, which takes the host less time than to look for a large model's layers.
+    returns may be kept and entered again, which takes the host less time than to look for a large model's layers, until
+    an :func:`lora_fast.add_lora` or :func:`lora_fast.remove_lora` changes which layers have adapters.
 
     Raises:
         TypeError: not a module; names that are no list of strings.
         ValueError: no adapters with names, an unknown one, a merged one, DoRA beside LoRA. Within, a layer whose x has
-            another number of samples.
+            another number of samples. Entered again, layers that have changed since.
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names: got {names!r:.200}, expected a list of adapters' names, one for each sample")
@@ -55,15 +56,24 @@ class _Using(AbstractContextManager[None]):
     """What holds within, and the layers in which it does."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.model, self.changes = model, Choice.changes
         found = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
         self.layers = {place: module for place, module in found.items() if isinstance(module, NamedLinear)}
         if not self.layers:
             _named_or_raise(model)
+        self.choices = _choices(self.layers)
         self.checkpointing = [module for module in found.values() if may_checkpoint(module)]
         self.names, self.open = BatchNames(tuple(names)), threading.local()
         self._check()
 
     def _check(self) -> None:
+        if self.changes != (now := Choice.changes):
+            if {m for m in self.model.modules() if isinstance(m, NamedLinear)} != set(self.layers.values()):
+                raise ValueError(
+                    "names: got those of a use_adapters from before adapters came to other layers of the model, or "
+                    "went, expected use_adapters called after that"
+                )
+            self.changes = now
         there = dict.fromkeys(name for layer in self.layers.values() for name in layer.adapters)
         if unknown := self.names.occur - there.keys() - {BASE}:
             got = some(list(map(repr, sorted(unknown))))
@@ -81,7 +91,7 @@ class _Using(AbstractContextManager[None]):
     def __enter__(self) -> None:
         self._check()
         with ExitStack() as stack:
-            for choice in _choices(self.layers):
+            for choice in self.choices:
                 stack.enter_context(choice.holding(self.names))
                 stack.enter_context(choice.remembered(self.checkpointing, self.names))
             vars(self.open).setdefault("stacks", []).append(stack.pop_all())
@@ -105,6 +115,19 @@ def set_adapter(model: nn.Module, name: str) -> None:
         _check_unmerged(layers, "name")
     for choice in _choices(layers):
         choice.active = name
+
+
+@contextmanager
+def activating(model: nn.Module, name: str) -> Iterator[None]:
+    """:func:`set_adapter`, but after an error within the adapter is active that was."""
+    before = {choice: choice.active for choice in _choices(named_linears(model))}
+    set_adapter(model, name)
+    try:
+        yield
+    except BaseException:
+        for choice, active in before.items():
+            choice.active = active
+        raise
 
 
 def _one_of(names: Sequence[str]) -> str:
@@ -240,6 +263,7 @@ def remove_named(model: nn.Module, name: str) -> None:
 
 def swap(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
     """Put modules in the places of others, whose hooks do not come along."""
+    Choice.changes += 1
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in new:

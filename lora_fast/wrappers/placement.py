@@ -4,7 +4,7 @@ A parameter that is put in such a layer is lost: the wrapper puts its own back. 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -99,16 +99,14 @@ def gathered(layer: nn.Module, changed: nn.Module | None = None) -> Iterator[Non
 
 @contextmanager
 def present(layer: nn.Module) -> Iterator[None]:
-    """Within, the layer's parameters can be read: gathered, and where accelerate would put them for a forward."""
-    hook = offloading(layer)
-    with gathered(layer):
-        if hook is not None:
-            hook.pre_forward(layer)
-        try:
-            yield
-        finally:
-            if hook is not None:
-                hook.post_forward(layer, None)
+    """Within, the parameters of the layer and of what is in it can be read: gathered, and where accelerate would put
+    them for a forward."""
+    hooks = [(module, hook) for module in layer.modules() if (hook := offloading(module)) is not None]
+    with gathered(layer), ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(hook.post_forward, module, None)
+            hook.pre_forward(module)
+        yield
 
 
 @contextmanager

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fast import LoRAConfig, add_lora, checkpoint_adapters_only, load_adapter, lora_state_dict, remove_lora
+from lora_fast import (
+    LoRAConfig,
+    add_lora,
+    checkpoint_adapters_only,
+    load_adapter,
+    lora_parameters,
+    lora_state_dict,
+    remove_lora,
+    set_adapter,
+)
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -119,3 +128,25 @@ def test_save_pretrained_of_copies_and_refusals(tmp_path):
         checkpoint_adapters_only(base())
     with pytest.raises(TypeError, match="expected a transformers model"):
         checkpoint_adapters_only(add_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(target_modules=["0"])))
+
+
+@pytest.mark.parametrize("active", ["default", "b"])
+def test_all_adapters_with_names_come_back(tmp_path, active):
+    """In what Trainer resumes from; PEFT's files are the active one's."""
+
+    def several():
+        model = add_lora(base(), LoRAConfig(r=4, target_modules="all-linear"))
+        return add_lora(model, LoRAConfig(r=2, target_modules=["q_proj", "up_proj"], use_dora=True), name="b")
+
+    model, again = several(), several()
+    for p in lora_parameters(model):
+        nn.init.normal_(p)
+    set_adapter(model, active)
+    checkpoint_adapters_only(model)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == {key for key in model.state_dict() if "lora_" in key}
+    assert again.load_state_dict(saved, strict=False).unexpected_keys == []
+    for name in ("default", "b"):
+        same(lora_state_dict(again, name), lora_state_dict(model, name))
+    same(lora_state_dict(load_adapter(base(), tmp_path)), lora_state_dict(model, active))

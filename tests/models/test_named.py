@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import itertools
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_fast import (
     LoRAConfig,
+    SlowPathWarning,
     add_lora,
     disable_lora,
     dispatch,
@@ -328,6 +330,42 @@ def test_a_context_is_entered_again():
         pass
 
 
+def test_a_context_that_was_kept_knows_when_layers_change():
+    """Others may come and go in the same layers; in no case does it do nothing without a word."""
+    net, x = base(), inputs()
+    model = several(net, "ab")
+    kept = use_adapters(model, ["a", "b"] * 3)
+    add_lora(model, LoRAConfig(**CONFIGS["c"]), name="c")  # "a" is in all layers
+    with kept:
+        y = model(x)
+    remove_lora(model, "c")
+    with kept:
+        assert torch.equal(model(x), y)
+
+    def again():
+        remove_lora(model)
+        several_more = LoRAConfig(target_modules=ATTENTION)
+        add_lora(add_lora(model, several_more, name="a"), several_more, name="b")
+
+    def wider():
+        add_lora(model, LoRAConfig(**CONFIGS["c"]), name="c")
+
+    def narrower():
+        remove_lora(model.mlp)
+
+    def elsewhere():
+        remove_lora(model.mlp)
+        add_lora(model.mlp, LoRAConfig(**CONFIGS["c"]), name="a")
+
+    for change in (again, wider, elsewhere, narrower, again):
+        kept = use_adapters(model, ["a", "b"] * 3)
+        change()
+        with pytest.raises(ValueError, match="^names: got those of a use_adapters from before"), kept:
+            pass
+        with use_adapters(model, ["a", "b"] * 3):
+            model(x)
+
+
 def test_threads_have_names_of_their_own():
     model, x = several(base()), inputs()
     orders, meet = [NAMES, NAMES[::-1]], threading.Barrier(2)
@@ -401,6 +439,7 @@ def test_what_is_there_may_refuse_others():
 
 def test_names_that_are_wrong():
     model, x = several(base()), inputs()
+    without_b = add_lora(several(base(), "b"), LoRAConfig(**CONFIGS["c"]), name="c").mlp.gate_proj
     add_lora(model, LoRAConfig(target_modules=ATTENTION, use_dora=True), name="dora")
     for names, error, message in (
         (["a", "nobody"], ValueError, "^names: got 'nobody', expected 'a' or 'b' or 'dora' or 'c' or '__base__'"),
@@ -416,9 +455,14 @@ def test_names_that_are_wrong():
             model(wrong)
     with use_adapters(model, ["c", "dora"] * 3):
         model(x)  # no layer has both
-    for call in (set_adapter, save_adapter, lora_state_dict, remove_lora, lora_parameters):
-        with pytest.raises(ValueError, match="^name: got 'nobody', expected 'a' or"):
-            call(model, *(["folder"] if call is save_adapter else []), name="nobody")
+    before, more = state(model), {save_adapter: ["folder"], load_lora_state_dict: [{}], lora_plus_groups: [1e-3, 16]}
+    calls = set_adapter, lora_state_dict, remove_lora, lora_parameters, merge_lora, *more
+    for call, name in itertools.product(calls, ("nobody", "", "__base__")):
+        with pytest.raises(ValueError, match=f"^name: got '{name}', expected 'a' or"):
+            call(model, *more.get(call, []), name=name)
+    with pytest.raises(ValueError, match="^model: has no layer of the active adapter, 'b'; give a name: 'c'$"):
+        lora_state_dict(without_b)
+    assert unchanged(model, before)
     bare = add_lora(base(), LoRAConfig(target_modules=ATTENTION))
     for call in (set_adapter, lambda model, name: use_adapters(model, [name])):
         with pytest.raises(ValueError, match="^model: its adapter has no name"):
@@ -427,7 +471,7 @@ def test_names_that_are_wrong():
             call(base(), "a")
 
 
-def test_without_a_name_all_is_as_before_and_it_is_default_once_another_comes(tmp_path):
+def test_without_b_name_all_is_as_before_and_it_is_default_once_another_comes(tmp_path):
     net, x = base(), inputs()
     model = stir(add_lora(copy.deepcopy(net), LoRAConfig(**CONFIGS["b"])))
     assert not any(isinstance(module, NamedLinear) for module in model.modules())
@@ -472,6 +516,19 @@ def test_files_are_pefts(tmp_path, kind):
             p.zero_()
     load_adapter(model, tmp_path / "c", name="c")
     assert torch.equal(model(x), y)
+
+
+def test_a_file_with_an_embedding_takes_no_name(tmp_path):
+    def net():
+        return nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8))
+
+    save_adapter(add_lora(net(), LoRAConfig(target_modules=["0", "1"])), tmp_path)
+    model = net()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"^adapter_model.safetensors: has adapters of embeddings .*\(0\), .* a name"):
+        load_adapter(model, tmp_path, name="x")
+    assert unchanged(model, before)
+    load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
@@ -562,6 +619,77 @@ def test_merging_one(kind):
     assert all(torch.equal(t, bits[key]) for key, t in model.state_dict().items())
     set_adapter(model, "a")
     close(model(x), alone(net, model, "a", **kind)(x))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_offloaded_layers_run_by_themselves(tmp_path, named):
+    """Not in a group, since accelerate brings each one's weights for its own forward; saved and loaded from there."""
+    accelerate = pytest.importorskip("accelerate")
+    net, x = base(), inputs()
+    full = several(net)
+    model, y = full if named else alone(net, full, "b"), alone(net, full, "b")(x)
+    save_adapter(alone(net, full, "b"), tmp_path / "b")
+    if named:
+        set_adapter(model, "b")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.warns(SlowPathWarning, match="group layer by layer: q_proj: accelerate"):
+        close(model(x), y)
+    save_adapter(model, tmp_path / "offloaded")
+    load_adapter(model, tmp_path / "b")
+    close(model(x), y)
+    close(load_adapter(copy.deepcopy(net), tmp_path / "offloaded")(x), y)
+
+
+def test_a_merge_that_fails_leaves_the_active_one():
+    model, x = several(base()).eval(), inputs()
+    y = model(x)
+    with torch.no_grad():
+        list(lora_parameters(model, "b"))[-1].fill_(torch.inf)  # of its last layer
+    with pytest.raises(ValueError, match="^safe_merge"):
+        merge_lora(model, name="b", safe_merge=True)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_merging_one_that_is_offloaded(kind, monkeypatch):
+    """Where accelerate keeps the weights, by the model and by the layer; an error leaves all as it was."""
+    accelerate = pytest.importorskip("accelerate")
+    net, x = base(), inputs()
+    model = several(net, **kind).eval()
+    with torch.no_grad():
+        expected = {name: alone(net, model, name, **kind)(x) for name in CONFIGS}
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    layers = [layer for layer in model.modules() if isinstance(layer, NamedLinear)]
+
+    def held():
+        return [layer._hf_hook.weights_map["weight"].clone() for layer in layers]
+
+    bits = held()
+    assert all(layer.weight.is_meta for layer in layers)
+    for name, y in expected.items():
+        for by_layer in (False, True):
+            set_adapter(model, name)
+            if by_layer:
+                for layer in layers:
+                    if layer.active is not None:
+                        layer.merge()
+            else:
+                merge_lora(model, name=name)
+            assert not all(map(torch.equal, held(), bits))
+            with torch.no_grad():
+                close(model(x), y)
+            unmerge_lora(model)
+            assert all(map(torch.equal, held(), bits))
+
+    def full(*args):
+        raise OSError("full")
+
+    monkeypatch.setattr("lora_fast.layers.merging.write", full)
+    with pytest.raises(OSError, match="full"):
+        model.mlp.gate_proj.merge()
+    assert not model.mlp.gate_proj.merged
+    with torch.no_grad():
+        close(model(x), y)
 
 
 def test_lora_plus_of_one():
