@@ -67,8 +67,8 @@ def _check(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     raise RuntimeError(
         f"{name}: a {type(new).__name__} would take the place of a {type(old).__name__} and drop its adapter; resize, "
         "quantise or convert the model before it gets adapters, or leave the adapted layers out, or take the adapters "
-        "out first (remove_lora; of PEFT's layers unload). A layer's own to_linear() may take its place, and anything "
-        "after None was put there"
+        "out first (remove_lora; of PEFT's layers unload). A layer's own to_linear() or to_embedding() may take its "
+        "place, and anything after None was put there"
     )
 
 

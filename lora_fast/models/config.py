@@ -49,7 +49,9 @@ class LoRAConfig:
             as in PEFT, what was one in transformers 4 in the families of Mixtral and Qwen: the router's ``gate.weight``
             and experts, whose ``gate_up_proj``, once two layers, gets twice r and lora_alpha. What else projects and is
             no ``nn.Linear`` (gpt-oss' experts) gets no adapter by it, and add_lora's warning names it. A layer
-            among them that no adapter can stand in for (of an ``nn.MultiheadAttention``, say) is an error.
+            among them that no adapter can stand in for (of an ``nn.MultiheadAttention``, say) is an error. An
+            ``nn.Embedding`` that is named becomes a :class:`lora_fast.LoRAEmbedding`: without dropout, its weight in
+            no other base_dtype, and with use_dora its columns have lengths of their own.
         target_parameters: a list of names of parameters, or of their last parts ("mlp.experts.gate_up_proj"): those of
             transformers' experts, "gate_up_proj" and "down_proj", whose adapters have rank r for each expert, and
             matrices of modules that are no layers of torch's ("mlp.gate.weight", a router's). It stands beside

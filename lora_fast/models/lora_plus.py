@@ -23,7 +23,7 @@ def lora_plus_groups(
     ``create_loraplus_optimizer`` groups it.
 
     ``lr`` is the learning rate of lora_A and of matrices without an adapter; that of lora_B and of vectors (biases,
-    DoRA's magnitudes) is ``lr * ratio``; that of adapters on embeddings, which PEFT has, ``embedding_lr``. The paper's
+    DoRA's magnitudes) is ``lr * ratio``; that of adapters on embeddings ``embedding_lr``. The paper's
     ratio is about 16, with an ``lr`` that is smaller than LoRA's. Biases and the weights of norms do not decay. With a
     ``name`` it is the adapter of this name alone, of several in layers of ours.
 

@@ -50,7 +50,7 @@ FORMS = {
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("form, p", [("lora", 0.0), ("dora", 0.3), ("mixed", 0.0)])
+@pytest.mark.parametrize("form, p", [("lora", 0.3), ("dora", 0.0), ("mixed", 0.0)])
 def test_group(device, compiled, form, p):
     forms = {**FORMS, "mixed": [{"r": 0, "bias": True}, {"bias": True, "scaling": 0.5}, {"dora": True}]}[form]
     x, layers, gen = drawn([(32, 32), (16, 32), (8, 32)], forms, device, p)
@@ -83,7 +83,7 @@ def test_output_that_the_graph_drops(device, compiled):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("form, p", [("lora", 0.3), ("dora", 0.0)])
+@pytest.mark.parametrize("form, p", [("lora", 0.3), ("lora", 0.0), ("dora", 0.0)])
 def test_glu(device, compiled, form, p):
     x, layers, gen = drawn([(48, 32), (48, 32), (40, 48)], FORMS[form], device, p)
     dys = [torch.randn(3, 8, 40, generator=gen, device=device)]
