@@ -28,7 +28,7 @@ NEW_TRITON := $(VENV)/triton/3.9.0
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 # Of them, what runs with other versions of PEFT and Triton, and where each kernel is launched.
 OTHER := -m "not slow and (versions or not medium)"
-KERNELS := tests/kernels tests/batch/test_fused.py \
+KERNELS := tests/kernels $(addsuffix /test_fused.py,tests/batch tests/experts) \
 	$(addprefix tests/ops/test_,weight.py over_four_bits.py) $(addprefix tests/blocks/test_,group.py glu.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
