@@ -369,9 +369,14 @@ def _kinds(*read: Operand) -> tuple[torch.dtype, dict[str, Any]]:
     return kind, {"ACC": acc_dtype(kind), "KIND": TL[kind]}
 
 
-def _adapter(a: Operand, b: Operand, scaling: Operand | Number) -> dict[str, Any]:
-    """What kernels are told of the adapter, by name."""
+def _adapted(e: Operand, a: Operand, b: Operand, scaling: Operand | Number) -> dict[str, Any]:
+    """What kernels are told of the embedding and its adapter, by name."""
     return {
+        "e_ptr": e,
+        "V": e.shape[0],
+        "N": e.shape[1],
+        "stride_ev": e.stride(0),
+        "stride_en": e.stride(1),
         "a_ptr": a,
         "b_ptr": b,
         "scaling": scaling,
@@ -395,7 +400,7 @@ def rows_of_y(
     gain: Operand | None,
 ) -> Launch:
     """y [M, N], contiguous, from ids [M], e [V, N], a [R, V], b [N, R], any strides; factor one element, gain [N]."""
-    (m, n), v, r = y.shape, e.shape[0], a.shape[0]
+    (m, n), r = y.shape, a.shape[0]
     kind, told = _kinds(a, b)
     tile = pass_tiles.embedding(r)
     return launch(
@@ -404,22 +409,17 @@ def rows_of_y(
         tile.options,
         y,
         ids_ptr=ids,
-        e_ptr=e,
         y_ptr=y,
         gain_ptr=gain,
         factor_ptr=factor,
         M=m,
-        N=n,
-        V=v,
-        stride_ev=e.stride(0),
-        stride_en=e.stride(1),
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_R=tile.r,
         PRECISION=precision(kind, r),
         DTYPE=TL[e.dtype],
         **(told | {"ACC": acc_dtype(wide(e, a, b))}),
-        **_adapter(a, b, scaling),
+        **_adapted(e, a, b, scaling),
     )
 
 
@@ -445,19 +445,14 @@ def column_norms(
         (triton.cdiv(n, tile.n), parts.shape[0]),
         tile.options,
         e,
-        e_ptr=e,
         parts_ptr=parts,
-        N=n,
-        V=v,
         steps=steps,
-        stride_ev=e.stride(0),
-        stride_en=e.stride(1),
         BLOCK_V=tile.k,
         BLOCK_N=tile.n,
         BLOCK_R=tile.r,
         PRECISION=precision(kind, r),
         **(told | {"ACC": acc_dtype(wide(e, a, b))}),
-        **_adapter(a, b, scaling),
+        **_adapted(e, a, b, scaling),
     )
     return [made, gains(e, parts, norm, m=m, gain=gain, round_norm=round_norm)]
 
@@ -507,7 +502,7 @@ def column_sums(
     dm_parts: Operand | None,
 ) -> Launch:
     """dY^T A^T[ids] in parts [splits, N, R], and colsum(dY * z) in parts [splits, N], from dy [M, N], contiguous."""
-    (m, n), v, r = dy.shape, e.shape[0], a.shape[0]
+    (m, n), r = dy.shape, a.shape[0]
     kind, told = _kinds(dy, a, b)
     tile = pass_tiles.embedding_columns(r)
     parts: Any = dm_parts if g_parts is None else g_parts
@@ -518,23 +513,18 @@ def column_sums(
         dy,
         dy_ptr=dy,
         ids_ptr=ids,
-        e_ptr=e,
         g_parts_ptr=g_parts,
         dm_parts_ptr=dm_parts,
         factor_ptr=factor,
         M=m,
-        N=n,
-        V=v,
         rows_each=triton.cdiv(triton.cdiv(m, tile.m), parts.shape[0]) * tile.m,
-        stride_ev=e.stride(0),
-        stride_en=e.stride(1),
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_R=tile.r,
         PRECISION=precision(kind, m),
         BASE=TL[e.dtype],
         **told,
-        **_adapter(a, b, scaling),
+        **_adapted(e, a, b, scaling),
     )
 
 

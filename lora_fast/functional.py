@@ -9,7 +9,7 @@ import torch
 from torch.compiler import is_compiling
 
 from lora_fast import dispatch, reference
-from lora_fast.bases.packed import PackedWeight, is_opaque, tensors_of
+from lora_fast.bases.packed import PackedWeight, first_of, is_opaque, tensors_of
 from lora_fast.kept import Kept
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -294,9 +294,7 @@ def _recall(
         return None, None
     try:
         if isinstance(weight, PackedWeight):
-            with torch._C.DisableTorchFunctionSubclass():  # by way of PackedWeight it takes six times as long
-                base = getattr(weight, weight.INNER[0])
-                acts_as = weight.traits, weight.requires_grad
+            base, acts_as = first_of(weight), (weight.traits, weight.requires_grad)
         facts = (
             facts_of(x),
             facts_of(base),

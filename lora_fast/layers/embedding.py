@@ -14,7 +14,7 @@ from lora_fast.functional import FLOATS
 from lora_fast.layers.magnitude import KeepsMagnitude
 from lora_fast.layers.merging import Merging
 from lora_fast.layers.replacing import cleared, tell_of_freezing
-from lora_fast.layers.rules import check_hyperparameters, check_init
+from lora_fast.layers.rules import HOOKED, check_hyperparameters, check_init, has_hooks
 from lora_fast.reference import dora_gain, dora_norm
 from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.gather import whole
@@ -23,14 +23,19 @@ from lora_fast.wrappers.gather import whole
 OPTIONS = {"max_norm": None, "sparse": False, "scale_grad_by_freq": False}
 
 
+def asked_of(embedding: nn.Module) -> dict[str, Any]:
+    """Those of ``OPTIONS`` that are set, and to what."""
+    return {name: value for name, none in OPTIONS.items() if (value := getattr(embedding, name)) != none}
+
+
 def why_no_embedding(module: nn.Module) -> str | None:
     """Why a :class:`LoRAEmbedding` could not stand in for the module, in words; None where it can."""
     if type(module) is not nn.Embedding:
         return f"is a {type(module).__name__}, not a plain nn.Embedding"
-    if "forward" in vars(module) or any(value for key, value in vars(module).items() if key.endswith("_hooks")):
-        return "has hooks or a replaced forward, which would be lost (register hooks after the conversion)"
-    if asked := [f"{name}={getattr(module, name)}" for name, none in OPTIONS.items() if getattr(module, name) != none]:
-        return f"has {', '.join(asked)}"
+    if "forward" in vars(module) or has_hooks(module):
+        return HOOKED
+    if asked := asked_of(module):
+        return f"has {', '.join(f'{name}={value}' for name, value in asked.items())}"
     weight = module.weight
     if weight.dtype not in FLOATS or is_opaque(weight):
         return f"has a quantised weight ({weight.dtype}, a {type(weight).__name__})"

@@ -60,6 +60,13 @@ def arguments_of_base(weight: torch.Tensor) -> str:
     return f", base_dtype={name!r}{compute}"
 
 
+HOOKED = "has hooks or a replaced forward, which would be lost (register hooks after the conversion)"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(value for key, value in vars(module).items() if key.endswith("_hooks"))
+
+
 def why_not_lora(module: nn.Module) -> str | None:
     """Why a :class:`LoRALinear` could not stand in for the module, in words; None where it can."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -68,8 +75,8 @@ def why_not_lora(module: nn.Module) -> str | None:
     if type(module) is not nn.Linear and not fp8:
         return f"is a {type(module).__name__}, not a plain nn.Linear"
     replaced = "forward" in vars(module) and not (fp8 and hasattr(module, "quantization_scheme"))  # compressed-tensors'
-    if replaced or any(value for key, value in vars(module).items() if key.endswith("_hooks")):
-        return "has hooks or a replaced forward, which would be lost (register hooks after the conversion)"
+    if replaced or has_hooks(module):
+        return HOOKED
     if fp8:
         return why_not_held(module)
     weight: Any = module.weight

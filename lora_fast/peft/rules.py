@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from lora_fast.bases import KINDS
 from lora_fast.blocks import gated
 from lora_fast.kept import PLAIN
-from lora_fast.layers.embedding import OPTIONS
+from lora_fast.layers.embedding import asked_of
 from lora_fast.layers.fp8_linears import holds_fp8, why_not_held
 from lora_fast.wrappers import zero3
 from lora_fast.wrappers.gather import TENSOR_PARALLEL, is_sharded
@@ -65,7 +65,7 @@ def why_embedding_never_fused(layer: Any) -> str | None:
         return f"the base layer is a {kind_of(base)}, not an nn.Embedding itself"
     if getattr(layer, "tp_layer", None) is not None:
         return "its embedding is split by tensor parallelism"
-    return next((f"{name} of its embedding is {getattr(base, name)}" for name in OPTIONS if _asks(base, name)), None)
+    return next((f"{name} of its embedding is {value}" for name, value in asked_of(base).items()), None)
 
 
 def is_scaled(base: nn.Module) -> bool:
@@ -75,10 +75,6 @@ def is_scaled(base: nn.Module) -> bool:
     named = kind.__name__.endswith("ScaledWordEmbedding") and kind.__module__.startswith("transformers.models.")
     known = named and hasattr(Embedding, "_get_embed_scale")
     return known and isinstance(base, nn.Embedding) and hasattr(base, "embed_scale")
-
-
-def _asks(base: Any, name: str) -> bool:
-    return getattr(base, name) != OPTIONS[name]
 
 
 def is_conv1d(module: nn.Module) -> bool:
