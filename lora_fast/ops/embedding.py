@@ -49,10 +49,10 @@ def _forward(
     scaling: float,
     scaling_at: MaybeTensor,
     embed_scale: MaybeTensor,
-    *,
+    padding: int,
     round_norm: bool,
 ) -> tuple[torch.Tensor, MaybeTensor, MaybeTensor]:
-    """y [..., N]; DoRA's norm and gain [N]. The scaling is a number or ``scaling_at``."""
+    """y [..., N]; DoRA's norm and gain [N]. The scaling is a number or ``scaling_at``; the backward has padding."""
     by, norm, gain = scaling if scaling_at is None else scaling_at, None, None
     with on(weight.device):
         if magnitude is not None:
@@ -89,10 +89,9 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Any:
-        *tensors, _, round_norm = given
-        y, norm, gain = _forward(*tensors, round_norm=round_norm)
-        _setup_context(ctx, given, (y, norm, gain))
-        return y
+        made = _forward(*given)
+        _setup_context(ctx, given, made)
+        return made[0]
 
     @staticmethod
     @once_differentiable
@@ -100,23 +99,19 @@ class _Embedding(torch.autograd.Function):
         return _backward(ctx, dy, by=_gradients)
 
 
-@torch.library.custom_op("lora_fast::lora_embedding", mutates_args=())
-def _embedding_op(
-    ids: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    magnitude: MaybeTensor,
-    scaling: float,
-    scaling_at: MaybeTensor,
-    embed_scale: MaybeTensor,
-    padding: int,
-    round_norm: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+_ADAPTED = "Tensor ids, Tensor weight, Tensor lora_A, Tensor lora_B"
+_SCALED = "float scaling, Tensor? scaling_at, Tensor? embed_scale, int padding"
+
+
+@torch.library.custom_op(
+    "lora_fast::lora_embedding",
+    mutates_args=(),
+    schema=f"({_ADAPTED}, Tensor? magnitude, {_SCALED}, bool round_norm) -> (Tensor, Tensor, Tensor)",
+)
+def _embedding_op(*given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``_forward``, with empty tensors for None."""
-    tensors = ids, weight, lora_A, lora_B, magnitude, scaling, scaling_at, embed_scale
-    y, norm, gain = _forward(*tensors, round_norm=round_norm)
-    return y, some(norm, weight), some(gain, weight)
+    y, norm, gain = _forward(*given)
+    return y, some(norm, y), some(gain, y)
 
 
 @_embedding_op.register_fake
@@ -127,24 +122,14 @@ def _(ids: Any, weight: Any, lora_A: Any, lora_B: Any, magnitude: Any, *_: Any) 
     return weight.new_empty(*ids.shape, n), *small
 
 
-@torch.library.custom_op("lora_fast::lora_embedding_bwd", mutates_args=())
-def _embedding_bwd_op(
-    dy: torch.Tensor,
-    ids: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    norm: MaybeTensor,
-    gain: MaybeTensor,
-    scaling: float,
-    scaling_at: MaybeTensor,
-    embed_scale: MaybeTensor,
-    padding: int,
-    needs: list[bool],
-) -> list[torch.Tensor]:
+@torch.library.custom_op(
+    "lora_fast::lora_embedding_bwd",
+    mutates_args=(),
+    schema=f"(Tensor dy, {_ADAPTED}, Tensor? norm, Tensor? gain, {_SCALED}, bool[] needs) -> Tensor[]",
+)
+def _embedding_bwd_op(dy: torch.Tensor, *given: Any) -> list[torch.Tensor]:
     """``_gradients``, with empty tensors for None."""
-    found = _gradients(dy, ids, weight, lora_A, lora_B, norm, gain, scaling, scaling_at, embed_scale, padding, needs)
-    return [some(t, dy) for t in found]
+    return [some(t, dy) for t in _gradients(dy, *given)]
 
 
 @_embedding_bwd_op.register_fake
