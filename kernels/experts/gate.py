@@ -10,6 +10,7 @@ lie where da' lay. Pure elementwise: with thin products on the way both directio
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
