@@ -621,6 +621,7 @@ def embedding_bwd(
     factor: MaybeTensor = None,
     norm: MaybeTensor = None,
     gain: MaybeTensor = None,
+    *,
     padding: int = -1,
     needs: Needs = ADAPTER,
 ) -> tuple[MaybeTensor, MaybeTensor, MaybeTensor]:
