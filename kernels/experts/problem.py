@@ -69,7 +69,7 @@ class Problem:
     transposed: tuple[bool, bool]  # gate_up is [E, H, 2I], down [E, I, H]
     gate: Gate
     device: torch.device
-    programs: dict[tuple, Program] = field(default_factory=dict)
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.slots, self.kind = self.tokens * self.k, self.kinds.x
