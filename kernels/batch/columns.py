@@ -366,9 +366,9 @@ def columns(
     exact = precision(kind, m)
     if kind == torch.float32 and exact == "ieee":  # as in ``down``
         tile = replace(tile, m=16)
-    # Rows without an adapter matter to dZ alone.
-    grid = triton.cdiv(n, tile.n), len(ranks.blocks(ranks.block)) + (dz is not None)
-    splits = int(chip.processors * tile.fill) // (grid[0] * grid[1])
+    blocks = len(ranks.blocks(ranks.block))
+    grid = triton.cdiv(n, tile.n), blocks + (dz is not None)  # rows without an adapter matter to dZ alone
+    splits = int(chip.processors * tile.fill) // (grid[0] * blocks)
     splits = max(1, min(splits, triton.cdiv(m, 4 * ROWS)))
     size, width, parts = 0 if g is None else g.shape[0], max(ranks.padded), None
     g_to, dm_to, sums = g, dm, list[Launch]()

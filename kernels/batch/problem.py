@@ -73,5 +73,5 @@ class Problem:
 
     def room(self, memory: Operand) -> Room:
         found = self.shapes.parts(memory)
-        places = Places(found["own"], found["here"], found.get("units"), found["scales"])
+        places = Places(found["own"], found["whole"], found["here"], found.get("units"), found["scales"])
         return Room(places, found["a"], found["b"], found["s"], found.get("norm"), found.get("gain"))

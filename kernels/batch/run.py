@@ -16,11 +16,11 @@ from lora_fast.kernels.program import Bound, Program
 
 
 class Call:
-    """What one call has beside tensors that autograd looks at. If it ``defers``, the launch that makes y is left here,
-    to be run as ``program.run(bound, -1)`` once what the backward reads is saved."""
+    """What one call has beside tensors that autograd looks at. If it ``defers``, the launches that make y are left
+    here, to be run as ``program.run(bound, first)`` once what the backward reads is saved."""
 
     defers = False
-    deferred: tuple[Program, Bound] | None = None
+    deferred: tuple[Program, Bound, int] | None = None
     x: torch.Tensor  # as the launches read it
 
     def __init__(
@@ -95,8 +95,8 @@ def forward(
     key = forward_launches, which.dtype, which.shape, x.stride(), call.weight.stride(), seed, _exact(problem)
     program, bound = _bound(problem, key, Forward, given)
     if call.defers:
-        program.run(bound, 0, -1)
-        call.deferred = program, bound
+        program.run(bound, 0, -program.late)
+        call.deferred = program, bound, -program.late
     else:
         program.run(bound)
     return y, Made(room, bits, z)

@@ -75,8 +75,8 @@ class FusedBatch:
                 return _forward(self.problem, call, x, small, contiguous(bias))[0]
             y = _apply(x, contiguous(bias), self, call, *small)
             if call.deferred is not None:
-                program, bound = call.deferred
-                program.run(bound, -1)
+                program, bound, first = call.deferred
+                program.run(bound, first)
         return y
 
 

@@ -103,6 +103,16 @@ def test_dora(device, dtype, bias, p):
     hold([drawn((33, 70, 45), (16, 3, 40), dtype, device, seed, p, bias, True) for seed in seeds], dtype)
 
 
+@pytest.mark.parametrize("dtype, bias", [(FLOAT, True), (HALF, False)], ids=str)
+def test_dora_where_blocks_of_rows_are_one_adapters(device, dtype, bias):
+    """One adapter's, no one's, shared, another's, and a part of a block."""
+    x, weight, adapters, which, bias, dy = drawn((520, 24, 20), (8, 5), dtype, device, bias=bias, dora=True)
+    for first, own in ((0, 1), (128, -1), (384, 0), (512, 1)):
+        which[first : first + 128] = own
+    assert set(which[256:384].tolist()) == {-1, 0, 1}
+    hold([(x, weight, adapters, which, bias, dy)], dtype)
+
+
 @pytest.mark.parametrize("ranks", [(8, 5), (8, 80)], ids=str)
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 def test_norms_of_rows_that_cancel(device, dtype, ranks):
