@@ -10,10 +10,10 @@ from torch import nn
 
 from lora_fast.bases.packed import is_opaque
 from lora_fast.bases.stack import PackedStack
+from lora_fast.checks import FLOATS
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.experts.form import ExpertsForm, Gate
 from lora_fast.experts.reference import apply_gate
-from lora_fast.functional import FLOATS
 from lora_fast.kept import PLAIN
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
