@@ -80,7 +80,7 @@ def test_the_same_layers_ranks_files_and_numbers_as_pefts(tmp_path, rslora):
     same(lora_state_dict(again), lora_state_dict(ours), 0)
     same(loss_and_gradients(again), results, 0)
     read = peft.PeftModel.from_pretrained(moe_model(), tmp_path / "ours")
-    torch.testing.assert_close(read(ids()).logits, ours(ids()).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(read(ids()).logits, ours(ids()).logits, rtol=1e-5, atol=3e-5)
     merged = stock.merge_and_unload()
     torch.testing.assert_close(merge_lora(ours)(ids()).logits, merged(ids()).logits, rtol=1e-4, atol=1e-4)
 
