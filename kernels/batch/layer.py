@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from lora_fast.kernels.batch.columns import Gains, LowRank, Where, columns
 from lora_fast.kernels.batch.gain import Packed, gains
+from lora_fast.kernels.batch.magnitudes import Again
 from lora_fast.kernels.batch.mixed import gain_mixed
 from lora_fast.kernels.batch.pack import pack
 from lora_fast.kernels.batch.places import lists, places
@@ -101,7 +102,7 @@ class Backward(NamedTuple):
     x: Maybe
     room: Maybe
     bits: Maybe
-    z: Maybe
+    kept: Maybe  # z, or y
     rest: tuple[Maybe, ...]  # the weight
 
 
@@ -124,8 +125,10 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     fused = needs_ds and needs.b and max(ranks.padded) <= most and problem.kind.itemsize <= 2
     source, dora = dy, None
     if room.gain is not None and room.norm is not None:
-        z = None if at.z is None else at.z.rows()
-        dora = Gains(room.gain, room.norm, z, at.grad_m, at.dz)
+        kept, again = None if at.kept is None else at.kept.rows(), None
+        if problem.z_again:
+            again = Again(at.x.rows(), weight, room.s, room.b, tables.firsts)
+        dora = Gains(room.gain, room.norm, kept, at.grad_m, at.dz, again)
         source = at.dz
     if needs.b or dora is not None:
         launches += columns(

@@ -94,6 +94,11 @@ class PackedStack(PackedWeight):
         return (experts, k, n) if self.turned else (experts, n, k)
 
     @property
+    def base_dtype(self) -> str:
+        """What ``base_dtype`` calls it; the LABEL of one that a checkpoint alone has."""
+        return next((name for name, kind in STACKED.items() if kind is self.kind), self.LABEL)
+
+    @property
     def matrix(self) -> WrittenWeight:
         """[E N, K], in the same memory."""
         experts, n, k = self.stored_shape
