@@ -196,12 +196,6 @@ def _plain_glu(activation: str, x: Any, gate: Any, up: Any, down: Any, training:
     return reference.lora_glu(x, gate, up, down, activation, training)
 
 
-def _as_layers(layers: Sequence[Layer]) -> bool:
-    """Whether there is nothing that a block's kernels do: no adapters, or, under compilation, a packed base."""
-    packed = is_compiling() and any(isinstance(layer.weight, PackedWeight) for layer in layers)
-    return packed or not any(layer.adapted for layer in layers)
-
-
 def _fused_group(
     x: torch.Tensor, layers: Sequence[Layer], training: bool, backend: str
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -209,7 +203,7 @@ def _fused_group(
     from lora_fast.blocks.group import FEW, FusedGroup, why_apart
 
     alone = partial(apart.lora_group, backend=backend)
-    if _as_layers(layers):
+    if not any(layer.adapted for layer in layers):
         return alone
     if why := why_apart(x, layers, training):
         dispatch.tell("runs a group layer by layer", why)
@@ -228,7 +222,7 @@ def _fused_glu(
     from lora_fast.blocks.group import FEW
 
     alone = partial(apart.lora_glu, activation=activation, backend=backend)
-    if _as_layers(layers):
+    if not any(layer.adapted for layer in layers):
         return alone
     if why := why_apart(x, layers, training):
         dispatch.tell("runs a gated MLP layer by layer", why)

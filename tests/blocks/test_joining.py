@@ -356,6 +356,11 @@ def test_packed_bases(base_dtype, ran):
     for ours, theirs in zip(results(joined, x), results(apart, x), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert ran == {"group": 0, "glu": 1}
+    torch._dynamo.reset()
+    compiled = torch.compile(joined, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(results(compiled, x), results(apart, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert ran == {"group": 0, "glu": 2}
 
 
 def test_bad_blocks():
