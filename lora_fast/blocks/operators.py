@@ -1,4 +1,4 @@
-"""What the operators of blocks for torch.compile share (group_op.py, glu_op.py).
+"""What the operators of blocks for torch.compile share (group_op.py, mlp_op.py).
 
 What the layers have comes flat: ``held``, the tensors of each one's base, which ``bases`` name; four small tensors of
 each (A, B, bias, magnitude); two flags of each (``round_norm``, and whether z is kept); ``sizes``, K of x and then N of

@@ -14,8 +14,8 @@ from torch import nn
 from lora_fast import PeftReport, peft_report
 from lora_fast.blocks import gated
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.glu import FusedGlu
 from lora_fast.blocks.group import FusedGroup
+from lora_fast.blocks.mlp import FusedMlp
 from lora_fast.ops import linear as ops
 from lora_fast.peft.report import PeftLayer
 
@@ -117,7 +117,7 @@ def watched() -> Iterator[Seen]:
     from lora_fast.kernels.program import Program
 
     seen, start, probe, inside = Seen(), Program.run, gated._same_numbers, [False]
-    plain = {kind: kind.__call__ for kind in (ops.FusedLinear, FusedGroup, FusedGlu)}
+    plain = {kind: kind.__call__ for kind in (ops.FusedLinear, FusedGroup, FusedMlp)}
 
     def counting(run):
         def operator(self, x, *args, **kwargs):
