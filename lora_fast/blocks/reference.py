@@ -79,12 +79,17 @@ def lora_glu(
     return layer(h, down, training, keep_h if down.dropout_p > 0 else None)
 
 
+def halved(e: torch.Tensor, gate: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of an output's two halves that which is the gate, and the other."""
+    first, second = e.chunk(2, -1)
+    return (first, second) if gate == "first" else (second, first)
+
+
 def hidden(e: torch.Tensor, activation: str, gate: str | None = None) -> torch.Tensor:
     """h of an output e: act(e); with a ``gate`` that half of e is activated, times the other half."""
     if gate is None:
         return ACTIVATIONS[activation](e)
-    first, second = e.chunk(2, -1)
-    e, g = (first, second) if gate == "first" else (second, first)
+    e, g = halved(e, gate)
     return ACTIVATIONS[activation](e) * g
 
 
