@@ -4,8 +4,8 @@ Run from the repository root, on a machine with an NVIDIA GPU: python -m benchma
 
 mlp: down(silu(gate(x)) * up(x)), gate and up from ``hidden`` to ``other`` features, down back. gate_up: the same with
 one layer for both, in halves. fc: fc2(gelu(fc1(x))), from ``hidden`` to ``other`` features and back. qkv: three
-projections of one x from ``hidden`` features, to ``hidden`` and twice to ``other``. A step drops the gradients, then runs the block
-and its backward from given gradients of its outputs; x asks for a gradient. bf16, no bias, no autocast.
+projections of one x from ``hidden`` features, to ``hidden`` and twice to ``other``. A step drops the gradients, then
+runs the block and its backward from given gradients of its outputs; x asks for a gradient. bf16, no bias, no autocast.
 
 All candidates of a shape hold equal values. They run in random order each round, with dropout and without, beside one
 frozen block (see bench_lora).
