@@ -20,12 +20,11 @@ from lora_fast.kernels.glu import glu_down, glu_grad, glu_splits
 from lora_fast.kernels.gradients import Gradients, OneBackward
 from lora_fast.kernels.mask import keep_count, keep_scale, mask
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling
-from lora_fast.kernels.outputs import OneForward, outputs
+from lora_fast.kernels.outputs import OneForward, outputs, stacked
 from lora_fast.kernels.passes import a_pass, launches_of
 from lora_fast.kernels.problem import MaybeTensor
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.siblings import Deferred, Given, Siblings
-from lora_fast.kernels.stack import Adapter, stack
 from lora_fast.kernels.sums import Dora, Parts, add_parts
 
 Maybe = Any  # an operand, None where the problem has none
@@ -106,8 +105,8 @@ def forward_launches(at: Forward, mlp: Mlp) -> list[Launch]:
     a = s = scales = None
     ready = mlp.down.r > 0 and not mlp.down.base.e4m3  # else whoever quantises h makes S
     if ready:
-        a, s, scales, has = small.stacked, small.s, small.scales, small.each[0]
-        launches.append(stack(at.h, [Adapter(down.a, down.b, has.b, down.scaling)], a, scales, outer.lifted))
+        a, s, scales = small.stacked, small.s, small.scales
+        launches += stacked(at.h, [down], outer, small)
     launches.append(glu_down(e, g, at.h, a, s, scales, at.h_keep, act=mlp.act, bits=at.h_bits if ready else None))
     return launches + outputs(at.h, [down], of_down, outer, small, at.h_bits, at.h_keep, ready=ready)
 

@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 from lora_fast import dispatch
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.functional import lora_glu, lora_mlp
-from lora_fast.blocks.recognise import Mlp
+from lora_fast.blocks.recognise import Mlp, is_conv1d
 from lora_fast.blocks.reference import ACTIVATIONS, halved
 from lora_fast.blocks.siblings import Joins
 
@@ -75,14 +75,14 @@ def why_apart_now(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _layer_of(module: Any, x: torch.Tensor) -> Layer | str | None:
     if isinstance(module, Joins):
         return module.as_layer(x)
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear and not is_conv1d(module):
         return f"is a {type(module).__name__}"
     weight, bias = module.weight, module.bias
     if type(weight) is not nn.Parameter or weight.requires_grad or weight.numel() == 0:
         return "it has no adapter, and its weight is trained, sharded or of a type of its own"
     if x.dtype != weight.dtype and dispatch.autocast_dtype(x.device) is None:
         return f"the input is {x.dtype} and the weight {weight.dtype}, without autocast"
-    return Layer(weight, bias=bias)
+    return Layer(weight.t() if is_conv1d(module) else weight, bias=bias)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lora_fast.blocks.gated import MLP, FastMlp, fast
-from lora_fast.blocks.recognise import Mlp, activation_of, mlp_of, siblings_of
+from lora_fast.blocks.recognise import Mlp, activation_of, is_conv1d, mlp_of, siblings_of
 from lora_fast.blocks.siblings import HOOK, SIBLINGS, Joins, Siblings
 
 
@@ -60,7 +60,7 @@ OF_ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")  # 
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, Joins) or type(module) is nn.Linear
+    return isinstance(module, Joins) or type(module) is nn.Linear or is_conv1d(module)
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:

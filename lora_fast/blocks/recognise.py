@@ -97,6 +97,11 @@ class _Traced:
         child = self._child(node)
         return child is not None and self.is_linear(child)
 
+    def _width(self, node: Any) -> int:
+        """How many columns a layer's output has."""
+        child: Any = self.children[node.target]
+        return child.nf if is_conv1d(child) else child.out_features
+
     def _undropped(self, node: Any) -> tuple[Any, str | None]:
         """(what a dropout is given, its name); another node as it is. ``F.dropout`` with p = 0 does nothing."""
         name = None
@@ -164,8 +169,7 @@ class _Traced:
             return None
         of, index = node.args
         if self._is_layer(of):  # y[..., :n], y[..., n:]
-            child: Any = self.children[of.target]
-            half, odd = divmod(child.out_features, 2)
+            half, odd = divmod(self._width(of), 2)
             which = {(None, half): 0, (0, half): 0, (half, None): 1, (half, 2 * half): 1}
             last = index[-1] if isinstance(index, tuple) and len(index) == 2 and index[0] is ... else None
             at = which.get((last.start, last.stop)) if isinstance(last, slice) and last.step in (None, 1) else None
@@ -174,9 +178,8 @@ class _Traced:
         (layer, *rest), dim = of.args, of.kwargs.get("dim", of.args[2] if len(of.args) > 2 else None)
         if not self._is_layer(layer) or dim != -1 or index not in (0, 1):
             return None
-        child = self.children[layer.target]
         parts = rest[0] if rest else of.kwargs.get("chunks", of.kwargs.get("split_size_or_sections"))
-        half = child.out_features / 2
+        half = self._width(layer) / 2
         if _calls(of, torch.chunk, "chunk"):
             halves = parts == 2 and half == int(half)
         else:
@@ -218,6 +221,11 @@ def activation_of(module: nn.Module) -> str | None:
     if kind.__name__ == "GELUActivation" and getattr(module, "act", None) is F.gelu:
         return "gelu"
     return OF_TRANSFORMERS.get(kind.__name__)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D itself: a linear layer whose weight is stored as [in, out]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def siblings_of(module: nn.Module, names: Container[str]) -> list[tuple[str, ...]]:

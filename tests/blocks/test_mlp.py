@@ -14,9 +14,10 @@ from blocks import a_layer, close, results, trained
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from lora_fast import dispatch, lora_mlp
+from lora_fast import dispatch, lora_group, lora_mlp
 from lora_fast.bases.four_bits import Nf4Weight
 from lora_fast.blocks import functional, reference
+from lora_fast.blocks.mlp import FusedMlp
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.kernels import activations, mask, program
 from lora_fast.kernels import mlp as mlp_kernels
@@ -49,6 +50,11 @@ def drawn(form, gate, shape, dtype, device, seed=0, p=0.0):
         for size, what in zip(sizes, FORMS[form], strict=True)
     ]
     return x, layers, [torch.randn(m, n, generator=gen, device=device).to(dtype)]
+
+
+def turned(layers):
+    """The layers over weights that are stored as [K, N]."""
+    return [layer._replace(weight=layer.weight.t().contiguous().t()) for layer in layers]
 
 
 def fused(act, gate):
@@ -121,6 +127,45 @@ def test_error_rule(device, dtype, form, act, gate, shape, p):
     ours = [results(fused(act, gate), *draw) for draw in draws]
     eagers = [results(base, *draw) for draw in draws]
     compare(ours, eagers, [results(base, *draw, torch.float64) for draw in draws], dtype)
+
+
+TURNED = [
+    *(here(FLOAT, form, "gelu_tanh", shape=SMALL, fast=form == "bias") for form in ("bias", "dora")),
+    here(HALF, "biased", "gelu_tanh", p=0.3),
+    here(HALF, "second", "gelu_tanh", "first", SMALL),
+    *(
+        pytest.param(
+            "cuda", dtype, form, "gelu_tanh", None, shape, 0.1, marks=CUDA.marks, id=f"cuda-{dtype}-{form}-{shape[0]}"
+        )
+        for dtype in (BF16, HALF)
+        for form in ("bias", "biased", "first")
+        for shape in [(4096, 1024, 4096, 1024, 16), (1003, 1001, 333, 70, 12)]
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("device, dtype, form, act, gate, shape, p", TURNED)
+def test_turned_weights(device, dtype, form, act, gate, shape, p):
+    """As GPT-2's Conv1D stores them; nothing copies them."""
+    draws = [drawn(form, gate, shape, dtype, device, seed, p) for seed in range(2 if device == "cpu" else 1)]
+    base = plain(act, gate, p, shape, device, form)
+    ours = [results(fused(act, gate), x, turned(layers), dys) for x, layers, dys in draws]
+    assert all(isinstance(call, FusedMlp) for call in list(functional._calls.values())[-2:])
+    eagers = [results(base, *draw) for draw in draws]
+    compare(ours, eagers, [results(base, *draw, torch.float64) for draw in draws], dtype)
+
+
+def test_turned_group(device):
+    """Beside a layer whose weight is not."""
+    gen = torch.Generator(device).manual_seed(0)
+    forms = {"bias": True}, {"dora": True, "r": 3}, {"r": 0}
+    layers = [a_layer(n, 48, dtype=FLOAT, device=device, gen=gen, **{"r": 16, **form})
+              for n, form in zip((32, 16, 24), forms, strict=True)]  # fmt: skip
+    x, dys = torch.randn(20, 48, generator=gen, device=device), [torch.ones(20, n, device=device) for n in (32, 16, 24)]
+    eager = results(reference.lora_group, x, layers, dys)
+    ours = results(lambda x, layers: lora_group(x, [*turned(layers[:2]), layers[2]], backend="triton"), x, layers, dys)
+    for name, t in eager.items():
+        close(ours[name], t, name)
 
 
 def test_activations_are_torchs():
@@ -220,9 +265,12 @@ def test_packed_bases(device, base, gate):
 @pytest.mark.medium
 @pytest.mark.parametrize("form, gate, p", [("biased", None, 0.0), ("lora", "second", 0.0), ("bias", None, 0.3)])
 def test_compiled(device, form, gate, p):
+    """Over turned weights, too."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor" if device == "cuda" else "aot_eager")
     x, layers, dys = drawn(form, gate, SMALL, FLOAT, device, p=p)
+    if form != "lora":
+        layers = turned(layers)
 
     def fn(x, layers):
         return lora_mlp(x, *layers, "gelu", gate=gate, backend="triton")
