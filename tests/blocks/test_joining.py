@@ -615,3 +615,46 @@ def test_masks_drawn_in_another_order(ran):
     net = add_lora(Other(), LoRAConfig(4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False))
     net(torch.randn(2, 8))
     assert ran["glu"] == 1
+
+
+def _models():
+    """Tiny ones of transformers: {name: (class, settings, targets, an input)}."""
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    ids = {"input_ids": torch.arange(12).view(2, 6) + 3}
+    return {
+        "GPT2Model": ({"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32}, ["c_fc", "c_proj"], ids),
+        "Phi3Model": ({**small, "vocab_size": 32, "pad_token_id": 0}, ["gate_up_proj", "down_proj"], ids),
+        "ModernBertModel": ({**small, "vocab_size": 32, "pad_token_id": 0}, ["Wi", "Wo"], ids),
+        "ViTModel": (
+            {**small, "image_size": 8, "patch_size": 4}, ["fc1", "fc2"], {"pixel_values": torch.randn(2, 3, 8, 8)},
+        ),
+        "DistilBertModel": (
+            {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 32}, ["lin1"], ids,
+        ),
+        "T5EncoderModel": (
+            {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "dropout_rate": 0},
+            ["wi", "wo"], ids,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", _models())
+def test_models_of_transformers(name, ran):
+    """Each layer's MLP is a block; numbers are those of the layers."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    settings, targets, given = _models()[name]
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**settings)).eval()
+    apart = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    joined = copy.deepcopy(apart)
+    assert len(patch_peft(joined).blocks) == 2 and not patch_peft(apart, blocks=False).blocks
+    found = []
+    for one in (joined, apart):
+        y = one(**given).last_hidden_state
+        (y * torch.linspace(-1, 1, 16)).sum().backward()
+        found.append([y, *(p.grad for p in one.parameters() if p.requires_grad)])
+    assert ran["glu"] == 2
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
