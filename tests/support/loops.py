@@ -106,9 +106,8 @@ class Seen:
 
 
 def layers_in(args: tuple) -> int:
-    """Of a call of a fused operator: a gated MLP is given its layers, a group a list of them, a layer none."""
-    given = [layer for arg in args for layer in ([arg] if isinstance(arg, Layer) else arg if type(arg) is list else [])]
-    return len(given) or 1
+    """Of a call of a fused operator: a block is given its layers, a layer none."""
+    return sum(isinstance(one, Layer) for arg in args if type(arg) in (list, tuple) for one in arg) or 1
 
 
 @contextmanager
