@@ -33,13 +33,22 @@ def power_above(x):
 
 class Matrix(NamedTuple):
     """A matrix as device code sees it. What is loaded through a descriptor needs no strides, what is stored is
-    contiguous."""
+    contiguous. (Of records like this: None stays None in them, but a constant is one for whom it is handed to only if
+    the record is made in the call itself.)"""
 
     ptr: Any  # or a tensor descriptor
     rows: Any
     cols: Any
     stride_r: Any
     stride_c: Any
+
+
+class Bits(NamedTuple):
+    """A dropout mask as device code sees it: words, so many a row."""
+
+    ptr: Any
+    stride: Any
+    rows: Any
 
 
 @triton.jit

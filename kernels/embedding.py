@@ -74,28 +74,35 @@ def _factors(scaling, factor_ptr, SCALING_PTR: tl.constexpr, BASE: tl.constexpr)
     return c.to(BASE), s
 
 
+class Adapted(NamedTuple):
+    """The matrices of an adapted embedding as device code sees them, e [V, N], a [V, R] and b [N, R], and what rows of
+    e and of A^T B^T are multiplied by."""
+
+    e: Any
+    a: Any
+    b: Any
+    base_factor: Any
+    low_factor: Any
+
+
 @triton.jit
 def _z_tile(
-    e,
-    a,
-    b,
+    of,
     rows,
     col,
-    base_factor,
-    low_factor,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """z of these rows, BLOCK_N columns of it; a [V, R], b [N, R]."""
+    """z of these rows, BLOCK_N columns of it."""
+    BLOCK_M: tl.constexpr = rows.ids.shape[0]
     low = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    for rank in range(0, b.cols, BLOCK_R):
-        left = _gathered(a, rows, rank, BLOCK_R).to(KIND)
-        low = mma(left, load_tile(b, col, rank, BLOCK_N, BLOCK_R).to(KIND).T, low, PRECISION)
-    return _gathered(e, rows, col, BLOCK_N).to(ACC) * base_factor.to(ACC) + low * low_factor
+    for rank in range(0, of.b.cols, BLOCK_R):
+        left = _gathered(of.a, rows, rank, BLOCK_R).to(KIND)
+        low = mma(left, load_tile(of.b, col, rank, BLOCK_N, BLOCK_R).to(KIND).T, low, PRECISION)
+    return _gathered(of.e, rows, col, BLOCK_N).to(ACC) * of.base_factor.to(ACC) + low * of.low_factor
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -132,22 +139,11 @@ def _embedding_kernel(
     row, col = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     at, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
     rows = _rows(ids_ptr, row, M, V, BLOCK_M)
+    e, a = Matrix(e_ptr, V, N, stride_ev, stride_en), Matrix(a_ptr, V, R, stride_av, stride_ar)
+    b = Matrix(b_ptr, N, R, stride_bn, stride_br)
     base_factor, low_factor = _factors(scaling, factor_ptr, SCALING_PTR, DTYPE)
-    z = _z_tile(
-        Matrix(e_ptr, V, N, stride_ev, stride_en),
-        Matrix(a_ptr, V, R, stride_av, stride_ar),
-        Matrix(b_ptr, N, R, stride_bn, stride_br),
-        rows,
-        col,
-        base_factor,
-        low_factor,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_R,
-        ACC,
-        PRECISION,
-        KIND,
-    )
+    of = Adapted(e, a, b, base_factor, low_factor)
+    z = _z_tile(of, rows, col, BLOCK_N, BLOCK_R, ACC, PRECISION, KIND)
     if gain_ptr is not None:
         z *= tl.load(gain_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
     z = tl.where(rows.known[:, None], z, float("nan"))
@@ -286,7 +282,8 @@ def _embedding_columns_kernel(
         if g_parts_ptr is not None:
             g = mma(dy.to(KIND).T, _gathered(a, rows, rank, BLOCK_R).to(KIND), g, PRECISION)
         if dm_parts_ptr is not None and rank == 0:
-            z = _z_tile(e, a, b, rows, col, base_factor, low_factor, BLOCK_M, BLOCK_N, BLOCK_R, ACC, PRECISION, KIND)
+            of = Adapted(e, a, b, base_factor, low_factor)
+            z = _z_tile(of, rows, col, BLOCK_N, BLOCK_R, ACC, PRECISION, KIND)
             dm += tl.sum(dy.to(ACC) * z, 0)
     cols, ranks = col + tl.arange(0, BLOCK_N), rank + tl.arange(0, BLOCK_R)
     if g_parts_ptr is not None:
@@ -621,6 +618,7 @@ def embedding_bwd(
     factor: MaybeTensor = None,
     norm: MaybeTensor = None,
     gain: MaybeTensor = None,
+    *,
     padding: int = -1,
     needs: Needs = ADAPTER,
 ) -> tuple[MaybeTensor, MaybeTensor, MaybeTensor]:

@@ -87,7 +87,7 @@ class Siblings:
     k: int
     each: tuple[Sibling, ...]
     needs_x: bool
-    programs: dict[tuple, Program] = field(default_factory=dict)
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.m, self.kind = math.prod(self.lead), self.each[0].kinds.x

@@ -83,10 +83,11 @@ def _forward_fake(
 
 
 def _gradients(
-    dys: Small, x: MaybeTensor, held: Tensors, small: Small, scalings: Tensors, bases: Any, sizes: Any,
-    room: torch.Tensor, bits: MaybeTensor, kept: Small, p: float, flags: Any, needs: Any,
-) -> list[torch.Tensor]:  # fmt: skip
-    """The gradients that are needed and there, of x and of each layer's tensors."""
+    dys: Small, x: MaybeTensor, held: Tensors, small: Small, scalings: Tensors, bases: Any, sizes: Any, *rest: Any
+) -> list[torch.Tensor]:
+    """The gradients that are needed and there, of x and of each layer's tensors. ``rest``: the room, the mask's bits,
+    what each layer's magnitude reads, p, flags, and what is needed."""
+    room, bits, kept, p, flags, needs = rest
     (first, *_) = (dy for dy in dys if dy is not None)
     lead = first.shape[:-1]
     key = "group_bwd", *key_of(lead, held, small, first.dtype, *bases, *sizes, *flags, *needs)

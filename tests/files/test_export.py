@@ -14,8 +14,6 @@ from lora_fast.files.format import CONFIG, TENSORS
 @pytest.fixture(autouse=True)
 def plain():
     set_backend("reference")
-    yield
-    set_backend("auto")
 
 
 def mixtral():

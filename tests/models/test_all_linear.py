@@ -38,8 +38,6 @@ if not hasattr(conversion, "_resolve_string_target_modules"):
 @pytest.fixture(autouse=True)
 def plain():
     set_backend("reference")
-    yield
-    set_backend("auto")
 
 
 def adapted(model=None, **more):

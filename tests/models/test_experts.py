@@ -36,8 +36,6 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 @pytest.fixture(autouse=True)
 def plain():
     set_backend("reference")
-    yield
-    set_backend("auto")
 
 
 def adapted(kind="qwen3_moe", experts=4, parameters=BOTH, **more):
