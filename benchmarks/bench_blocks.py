@@ -122,9 +122,11 @@ def as_one(block: str, layers: Sequence[LoRALinear], x: Tensor) -> Sequence[Tens
     ]
     if block == "qkv":
         return lora_group(x, given)
+    *inner, down = given
     if block == "mlp":
-        return [lora_glu(x, *given, "silu")]
-    return [lora_mlp(x, *given, "gelu")] if block == "fc" else [lora_mlp(x, *given, "silu", gate="first")]
+        return [lora_glu(x, inner[0], inner[1], down, "silu")]
+    act, gate = ("gelu", None) if block == "fc" else ("silu", "first")
+    return [lora_mlp(x, inner[0], down, act, gate=gate)]
 
 
 def build(case: Case, impls: Sequence[str], device: str) -> dict[str, Candidate]:

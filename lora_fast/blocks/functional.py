@@ -245,9 +245,10 @@ def _settle(
 
 def _plain_mlp(activation: str, gate: str | None, x: Any, layers: Any, training: bool) -> torch.Tensor:
     """The reference, called as the fused form is."""
-    if len(layers) == 2:
-        return reference.lora_mlp(x, *layers, activation, training, gate)
-    return reference.lora_glu(x, *layers, activation, training)
+    *inner, down = layers
+    if len(inner) == 1:
+        return reference.lora_mlp(x, inner[0], down, activation, training, gate)
+    return reference.lora_glu(x, inner[0], inner[1], down, activation, training)
 
 
 def _fused_group(

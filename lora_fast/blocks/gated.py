@@ -30,10 +30,11 @@ class FastMlp:
         layers = why_apart_now(self, args, kwargs)
         if isinstance(layers, tuple):
             mlp: Mlp = vars(self)[MLP]
-            if len(layers) == 3:
-                y = lora_glu(args[0], *layers, mlp.activation)
+            *inner, down = layers
+            if len(inner) == 2:
+                y = lora_glu(args[0], inner[0], inner[1], down, mlp.activation)
             else:
-                y = lora_mlp(args[0], *layers, mlp.activation, gate=mlp.gate)
+                y = lora_mlp(args[0], inner[0], down, mlp.activation, gate=mlp.gate)
             return y if mlp.after is None else getattr(self, mlp.after)(y)
         if layers is not None:
             dispatch.tell("runs a block layer by layer", layers)

@@ -169,23 +169,24 @@ class _Traced:
             return None
         of, index = node.args
         if self._is_layer(of):  # y[..., :n], y[..., n:]
-            half, odd = divmod(self._width(of), 2)
-            which = {(None, half): 0, (0, half): 0, (half, None): 1, (half, 2 * half): 1}
+            cols = self._width(of)
+            half = cols // 2
+            which = {(None, half): 0, (0, half): 0, (half, None): 1, (half, cols): 1}
             last = index[-1] if isinstance(index, tuple) and len(index) == 2 and index[0] is ... else None
             at = which.get((last.start, last.stop)) if isinstance(last, slice) and last.step in (None, 1) else None
             self.known.add(node)
-            return None if odd or at is None else (of, at)
+            return None if cols % 2 or at is None else (of, at)
         (layer, *rest), dim = of.args, of.kwargs.get("dim", of.args[2] if len(of.args) > 2 else None)
         if not self._is_layer(layer) or dim != -1 or index not in (0, 1):
             return None
         parts = rest[0] if rest else of.kwargs.get("chunks", of.kwargs.get("split_size_or_sections"))
-        half = self._width(layer) / 2
+        half, odd = divmod(self._width(layer), 2)
         if _calls(of, torch.chunk, "chunk"):
-            halves = parts == 2 and half == int(half)
+            halves = parts == 2
         else:
-            halves = _calls(of, torch.split, "split") and (parts == half or parts in ([half, half], (half, half)))
+            halves = _calls(of, torch.split, "split") and parts in (half, [half, half], (half, half))
         self.known |= {of, node}
-        return (layer, index) if halves else None
+        return (layer, index) if halves and not odd else None
 
 
 def _calls(node: Any, *targets: Any) -> bool:
