@@ -41,6 +41,8 @@ class Tile:
     quant_rows: int = 0
     quant_step: int = 0
     quant_k: int = 0
+    # Of ``decode`` alone: for how many steps the cache fetches W while the launch before still runs.
+    ahead: int = 0
     # Of ``grad`` alone: rows of sums in registers, as many as warps lie along the rows: a thread adds up its own.
     sum_rows: int = 8
 
