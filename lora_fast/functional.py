@@ -28,6 +28,7 @@ def lora_linear(
     training: bool = True,
     backend: str = "auto",
     save_x: str = "x",
+    kept: Kept | None = None,
 ) -> torch.Tensor:
     """A frozen linear layer with a low-rank update: ``y = x W^T + scaling * (drop(x) A^T) B^T + bias``.
 
@@ -51,6 +52,8 @@ def lora_linear(
         save_x: what the backward of lora_A reads: "x", or "fp8": x in e4m3 with a scale for each row, as an fp8
             weight's product reads it, half a 16-bit x's memory; lora_A's gradient then has its rounding, up to 2^-4 of
             each element of x. (The reference keeps x.)
+        kept: where to keep copies of lora_A and lora_B in x's dtype, if they are of another, for the next call; if
+            neither asks for a gradient (see :class:`lora_fast.kept.Kept`).
 
     Returns:
         [..., N] with the dtype of ``F.linear(x, weight, bias)``, autocast included.
@@ -67,7 +70,7 @@ def lora_linear(
         dtype = check_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         _check_save_x(save_x)
         call = _settle(facts, dtype, backend, (x, weight, lora_A, lora_B, bias), save_x=save_x)
-    return call(x, weight, lora_A, lora_B, scaling, bias, dropout_p if training else 0.0)
+    return call(x, weight, lora_A, lora_B, scaling, bias, dropout_p if training else 0.0, None, kept)
 
 
 def dora_linear(
@@ -258,9 +261,9 @@ def _plain(
     gain = None
     if kept is not None and not (torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack()):
         held = tensors_of(weight)
-        sources = *((weight,) if held is None else held(weight)), lora_A, lora_B, magnitude
         gain = kept.get(
-            sources,
+            (weight,) if held is None else held(weight),
+            (lora_A, lora_B, magnitude),
             scaling,
             ("reference", detach_norm, round_norm),
             lambda: reference.gain_of(weight, lora_A, lora_B, magnitude, scaling, detach_norm, round_norm),

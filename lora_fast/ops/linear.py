@@ -86,7 +86,7 @@ class FusedLinear:
             with torch.cuda.device(self.elsewhere):
                 return self(x, weight, lora_A, lora_B, scaling, bias, p, magnitude, kept)
         held = (weight,) if self.tensors_of is None else self.tensors_of(weight)
-        sources = (*held, lora_A, lora_B, magnitude) if kept is not None else ()
+        sources: Any = ((), (lora_A, lora_B)) if magnitude is None else (held, (lora_A, lora_B, magnitude))
         if not self.as_given:
             if self.casts:
                 x = x.to(self.kind)
@@ -100,9 +100,9 @@ class FusedLinear:
         if not self.records:
             x = x if self.addressable else addressable(x)
             made = None
-            if kept is not None:
+            if kept is not None and self.problem.lasting:
                 made = kept.get(
-                    sources, scaling, self.how, lambda: make_kept(self.problem, call, lora_A, lora_B, magnitude)
+                    *sources, scaling, self.how, lambda: make_kept(self.problem, call, lora_A, lora_B, magnitude)
                 )
             return forward(self.problem, call, x, lora_A, lora_B, bias, magnitude, made)[0]
         apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply

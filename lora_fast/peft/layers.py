@@ -160,7 +160,7 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
             if SIBLINGS in vars(self) and (y := self.joined(x)) is not None:
                 return y
             weight, a, b, scaling, bias, p = plain
-            return lora_linear(x, weight, a, b, scaling, bias, dropout_p=p, save_x=self.save_x)
+            return lora_linear(x, weight, a, b, scaling, bias, dropout_p=p, save_x=self.save_x, kept=self.kept_copies())
         if (names := names_of(self, kwargs)) is not None and not self.disable_adapters:
             return self.named_call(x, names, *args, **kwargs)
         if SIBLINGS in vars(self) and not args and not kwargs and (y := self.joined(x)) is not None:
@@ -264,7 +264,9 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         """The forward with what :func:`examine` found to be plain."""
         weight, a, b, scaling, bias, p, magnitude, _, save = self._layer(x, parts)
         if magnitude is None:
-            return lora_linear(x, weight, a, b, scaling, bias, dropout_p=p, save_x=self.save_x)  # type: ignore[arg-type]
+            several = len(parts) > 1  # whose A and B are other tensors in each call
+            kept = None if several else self.kept_copies()
+            return lora_linear(x, weight, a, b, scaling, bias, dropout_p=p, save_x=self.save_x, kept=kept)  # type: ignore[arg-type]
         caching = peft_norms.wanted(self.lora_magnitude_vector[parts[0][0]])
         return dora_linear(
             x,
