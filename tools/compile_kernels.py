@@ -159,7 +159,9 @@ def layer(case: Case, magnitude: torch.Tensor | None, base_name: str = "plain") 
 
 def embedding(dtype: torch.dtype, r: int) -> None:
     """The launches of an adapted embedding, forward and backward, with float32 adapters."""
-    from lora_fast.kernels.embedding import Needs, embedding_bwd, embedding_fwd, embedding_norm
+    from lora_fast.kernels.embedding.grad import Needs, embedding_bwd
+    from lora_fast.kernels.embedding.norm import embedding_norm
+    from lora_fast.kernels.embedding.rows import embedding_fwd
 
     m, v, n = 8192, 32000, 2048
     ids, weight, dy = torch.zeros(m, dtype=torch.int64), torch.empty(v, n, dtype=dtype), torch.empty(m, n, dtype=dtype)

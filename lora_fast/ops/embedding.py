@@ -1,11 +1,13 @@
-"""An adapted embedding on its kernels (kernels/embedding.py): an autograd Function, under torch.compile an operator."""
+"""An adapted embedding on its kernels (kernels/embedding): an autograd Function, under torch.compile an operator."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_fast.kernels.embedding import Needs, embedding_bwd, embedding_fwd, embedding_norm
+from lora_fast.kernels.embedding.grad import Needs, embedding_bwd
+from lora_fast.kernels.embedding.norm import embedding_norm
+from lora_fast.kernels.embedding.rows import embedding_fwd
 from lora_fast.ops.parts import on, some
 
 MaybeTensor = torch.Tensor | None
