@@ -70,8 +70,9 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training"
     ]
-    children = [(name, type(child), activation_of(child)) for name, child in module.named_children()]
-    return *own, *children
+    for name, child in module.named_children():
+        own.append((name, (type(child), activation_of(child), getattr(child, "out_features", None))))
+    return tuple(own)
 
 
 def _group(module: nn.Module, own: dict[str, Any]) -> None:
