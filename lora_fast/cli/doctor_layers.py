@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from lora_fast.layers.embedding import LoRAEmbedding
 from lora_fast.layers.experts import AdaptedExperts, ExpertsLoRA
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.parameters import ParameterLoRA
-from lora_fast.layers.rules import why_not_lora
+from lora_fast.layers.rules import features, is_linear, why_not_lora
 from lora_fast.models.projections import projections
 from lora_fast.peft.report import is_wrapper, peft_report
 
@@ -63,7 +63,7 @@ def examine(model: nn.Module) -> Iterator[Layer]:
             inside.update(module.modules())
             verdict = verdicts.get(name, (False, "stock PEFT", ""))
             yield Layer(name, f"{type(module).__module__}.{type(module).__qualname__}", *verdict)
-        elif isinstance(module, nn.Linear) and module not in inside:
+        elif is_linear(module) and module not in inside:
             why = why_not_lora(module)
             yield Layer(
                 name,
@@ -99,8 +99,9 @@ def _experts(name: str, module: nn.Module) -> Iterator[Layer]:
     yield Layer(name, what, None, f"target_parameters can adapt them; frozen, {frozen}")
 
 
-def _shape(linear: nn.Linear | ParameterLoRA) -> str:
-    return f"{linear.in_features} -> {linear.out_features}, {str(linear.weight.dtype).removeprefix('torch.')}"
+def _shape(linear: Any) -> str:
+    k, n = features(linear)
+    return f"{k} -> {n}, {str(linear.weight.dtype).removeprefix('torch.')}"
 
 
 def _why_not_fused(layer: LoRALinear | LoRAEmbedding | ExpertsLoRA) -> str | None:

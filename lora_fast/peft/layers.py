@@ -20,6 +20,7 @@ from lora_fast.layers.fp8_linears import make_as_before
 from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm
 from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
+from lora_fast.layers.rules import is_conv1d
 from lora_fast.peft import norms as peft_norms
 from lora_fast.peft.batches import named_call, names_of, naming
 from lora_fast.peft.merging import NOT_KEPT, KeepingLinear, base_is_lent, for_an_adapters_file, spread_scaled
@@ -28,7 +29,6 @@ from lora_fast.peft.rules import (
     active,
     examine,
     hooked,
-    is_conv1d,
     is_dora,
     kind_of,
     parameter,
