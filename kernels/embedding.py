@@ -5,7 +5,7 @@ y is z.
 Rows are gathered where they are needed: y is one launch, which reads a row of E for each id, and nothing of A^T[ids] or
 its product is ever in memory. The backward, of P = c s (dY * g) B [M, R] in float32:
 
-    dB = c s g * (dY^T A^T[ids]), dm = colsum(dY * z) / n: parts over some of the rows each, which torch adds up;
+    dB = c s g * (dY^T A^T[ids]), dm = colsum(dY * z) / n: parts over some of the rows each, which one launch adds up;
     dA^T[v] = the sum of P's rows whose id is v: the ids are sorted, and a block of them sums each of its runs of equal
     ids by a product with ones and zeros. What a run has in the blocks that follow is there by then, a row for each
     block. So the order of every sum is fixed, and of however many rows a run, no program takes them one by one.
@@ -13,6 +13,8 @@ its product is ever in memory. The backward, of P = c s (dY * g) B [M, R] in flo
 An id outside of 0 to V reads nothing, and makes its row of y NaN.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ import triton
 import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
+from lora_fast.kernels.binding import bound_program
 from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
     TL,
@@ -34,8 +37,9 @@ from lora_fast.kernels.common import (
     wide,
 )
 from lora_fast.kernels.norm import gains
-from lora_fast.kernels.operands import Number, Operand, as_scaling, launch, run
-from lora_fast.kernels.program import Launch
+from lora_fast.kernels.operands import Number, Operand, Scratch, launch
+from lora_fast.kernels.program import Launch, Program
+from lora_fast.kernels.sums import SUM_BLOCK, sum_of
 
 MaybeTensor = torch.Tensor | None
 
@@ -296,6 +300,46 @@ def _embedding_columns_kernel(
         tl.store(dm_parts_ptr + split * N + cols, dm, mask=cols < N)
 
 
+@triton.jit(do_not_specialize=["splits"])
+def _embedding_sums_kernel(
+    g_parts_ptr,
+    dm_parts_ptr,
+    norm_ptr,
+    gain_ptr,
+    factor_ptr,
+    scaling,
+    db_ptr,
+    dm_ptr,
+    N,
+    R,
+    splits,
+    BLOCK: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    ACC: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """dB [N, R] and dm [N], contiguous, from their parts."""
+    wait_for_stream(PDL)
+    block = tl.program_id(0)
+    if db_ptr is not None:
+        size, blocks = N * R, tl.cdiv(N * R, BLOCK)
+        if block < blocks:
+            i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            _, by = _factors(scaling, factor_ptr, SCALING_PTR, tl.float32)
+            db = sum_of(g_parts_ptr, i, splits, size, BLOCK, ACC) * by
+            if gain_ptr is not None:
+                db *= tl.load(gain_ptr + i // R, mask=i < size, other=0.0)
+            tl.store(db_ptr + i, db.to(db_ptr.dtype.element_ty), mask=i < size)
+        block -= blocks
+    if dm_ptr is not None:
+        if block >= 0:
+            cols = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            norm = tl.load(norm_ptr + cols, mask=cols < N, other=0.0)
+            total = sum_of(dm_parts_ptr, cols, splits, N, BLOCK, ACC)
+            dm = tl.where(norm != 0, total / tl.where(norm != 0, norm, 1.0), 0.0)
+            tl.store(dm_ptr + cols, dm.to(dm_ptr.dtype.element_ty), mask=cols < N)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _embedding_leads_kernel(
     ids_ptr, order_ptr, p_ptr, leads_ptr, M, RS, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr
@@ -528,6 +572,43 @@ def column_sums(
     )
 
 
+def sums_of_parts(
+    dy: Operand,
+    count: int,
+    g_parts: Operand | None,
+    dm_parts: Operand | None,
+    scaling: Operand | Number,
+    factor: Operand | None,
+    norm: Operand | None,
+    gain: Operand | None,
+    db: Operand | None,
+    dm: Operand | None,
+) -> Launch:
+    """db [N, R] and dm [N], contiguous, from ``count`` parts each, as ``column_sums`` makes them."""
+    n, r = dy.shape[1], 1 if db is None else db.shape[1]
+    sizes = (0 if db is None else n * r), (0 if dm is None else n)
+    return launch(
+        _embedding_sums_kernel,
+        (sum(triton.cdiv(size, SUM_BLOCK) for size in sizes),),
+        {"num_warps": 4},
+        dy,
+        g_parts_ptr=g_parts,
+        dm_parts_ptr=dm_parts,
+        norm_ptr=norm,
+        gain_ptr=gain,
+        factor_ptr=factor,
+        scaling=scaling,
+        db_ptr=db,
+        dm_ptr=dm,
+        N=n,
+        R=r,
+        splits=count,
+        BLOCK=SUM_BLOCK,
+        SCALING_PTR=isinstance(scaling, Operand),
+        ACC=acc_dtype((g_parts or dm_parts).dtype),  # type: ignore[union-attr]
+    )
+
+
 def runs_of_ids(da: Operand, ids: Operand, order: Operand, p: Operand, leads: Operand, padding: Number) -> list[Launch]:
     """dA [R, V], contiguous and zero before, from sorted ids [M] and their order, P [M, padded R]; by way of leads
     [blocks, padded R]. The id ``padding`` gets nothing."""
@@ -554,52 +635,6 @@ def runs_of_ids(da: Operand, ids: Operand, order: Operand, p: Operand, leads: Op
     ]
 
 
-def embedding_fwd(
-    ids: torch.Tensor,
-    weight: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scaling: float | torch.Tensor,
-    factor: MaybeTensor = None,
-    gain: MaybeTensor = None,
-) -> torch.Tensor:
-    """y [M, N] in weight's dtype from ids [M] of 32 or 64 bits, weight [V, N], a [R, V], b [N, R] in any float dtypes;
-    a factor of one element, gain [N]."""
-    y = weight.new_empty(len(ids), weight.shape[1])
-    if y.numel():
-        run(rows_of_y, y=y, ids=ids, e=weight, a=a, b=b, scaling=as_scaling(scaling), factor=factor, gain=gain)
-    return y
-
-
-def embedding_norm(
-    weight: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scaling: float | torch.Tensor,
-    m: MaybeTensor = None,
-    round_norm: bool = False,
-) -> tuple[torch.Tensor, MaybeTensor]:
-    """(n, gain) [N], as ``column_norms`` makes them."""
-    (v, n), chip = weight.shape, Chip.of(weight.device)
-    tile, kind = pass_tiles.embedding_norm(len(a)), wide(weight, a, b)
-    parts = weight.new_empty(pass_tiles.splits(n, triton.cdiv(v, tile.k), tile=tile, chip=chip), n, dtype=kind)
-    norm = weight.new_empty(n, dtype=kind)
-    gain = None if m is None else torch.empty_like(norm)
-    run(
-        column_norms,
-        e=weight,
-        norm=norm,
-        a=a,
-        b=b,
-        scaling=as_scaling(scaling),
-        parts=parts,
-        m=m,
-        gain=gain,
-        round_norm=round_norm,
-    )
-    return norm, gain
-
-
 class Needs(NamedTuple):
     """Whose gradients a backward makes."""
 
@@ -611,7 +646,110 @@ class Needs(NamedTuple):
 ADAPTER = Needs()
 
 
-def embedding_bwd(
+@dataclass(eq=False)
+class Problem:
+    """Calls that are alike in the dtypes, shapes and strides of their tensors, and the programs made for them."""
+
+    round_norm: bool = False
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
+
+
+class Forward(NamedTuple):
+    """What a forward reads and fills: ids [M] of 32 or 64 bits, e [V, N], a [R, V], b [N, R] in any float dtypes and
+    strides, a factor of one element, m [N]; y [M, N] in e's dtype, norm and gain [N] of DoRA."""
+
+    e: Any
+    ids: Any
+    a: Any
+    b: Any
+    scaling: Any
+    factor: Any
+    m: Any
+    y: Any
+    norm: Any
+    gain: Any
+    rest: tuple = ()
+
+
+class Backward(NamedTuple):
+    """What a backward reads and fills: dy [M, N], contiguous, the ids and how they are sorted, the rest as a forward's;
+    da [R, V], zero before, db [N, R], dm [N], each contiguous, or None if it is not needed."""
+
+    dy: Any
+    ids: Any
+    found: Any
+    order: Any
+    e: Any
+    a: Any
+    b: Any
+    scaling: Any
+    factor: Any
+    norm: Any
+    gain: Any
+    padding: Any
+    da: Any
+    db: Any
+    dm: Any
+    rest: tuple = ()
+
+
+def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
+    e, a, b, launches = at.e, at.a, at.b, []
+    if at.m is not None:
+        (v, n), tile = e.shape, pass_tiles.embedding_norm(len(a))
+        count = pass_tiles.splits(n, triton.cdiv(v, tile.k), tile=tile, chip=Chip.of(e.device))
+        parts = Scratch(e.device).part((count, n), wide(e, a, b))
+        launches = column_norms(at.norm, e, a, b, at.scaling, parts, at.m, at.gain, problem.round_norm)
+    if len(at.ids):
+        launches.append(rows_of_y(at.y, at.ids, e, a, b, at.scaling, at.factor, at.gain))
+    return launches
+
+
+def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
+    dy, e, a, b, by, factor = at.dy, at.e, at.a, at.b, at.scaling, at.factor
+    (m, n), r, kind = dy.shape, len(a), wide(dy, a, b)
+    scratch, launches = Scratch(dy.device), []
+    if at.da is not None:
+        p = scratch.part((m, padded_rank(r)), kind)
+        leads = scratch.part((triton.cdiv(m, pass_tiles.embedding_runs(r).m), padded_rank(r)), kind)
+        launches.append(down_of_dy(p, dy, b, by, factor, at.gain))
+        launches += runs_of_ids(at.da, at.found, at.order, p, leads, at.padding)
+    if at.db is not None or at.dm is not None:
+        tile = pass_tiles.embedding_columns(r)
+        columns, steps = n if at.db is None else n * triton.cdiv(r, tile.r), triton.cdiv(m, tile.m)
+        count = pass_tiles.splits(columns, steps, tile=tile, chip=Chip.of(dy.device))
+        g_parts = None if at.db is None else scratch.part((count, n, r), kind)
+        dm_parts = None if at.dm is None else scratch.part((count, n), kind)
+        launches.append(column_sums(dy, at.ids, e, a, b, by, factor, g_parts, dm_parts))
+        launches.append(sums_of_parts(dy, count, g_parts, dm_parts, by, factor, at.norm, at.gain, at.db, at.dm))
+    return launches
+
+
+def forward(
+    problem: Problem,
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float | torch.Tensor,
+    factor: MaybeTensor = None,
+    m: MaybeTensor = None,
+) -> tuple[torch.Tensor, MaybeTensor, MaybeTensor]:
+    """(y [M, N], norm, gain), as :class:`Forward` says."""
+    y, norm, gain = weight.new_empty(ids.numel(), weight.shape[1]), None, None
+    if m is not None:
+        norm = weight.new_empty(weight.shape[1], dtype=wide(weight, a, b))
+        gain = torch.empty_like(norm)
+    if m is not None or y.numel():
+        program, bound = bound_program(
+            problem, (forward_launches,), Forward, (weight, ids, a, b, scaling, factor, m, y, norm, gain)
+        )
+        program.run(bound)
+    return y, norm, gain
+
+
+def backward(
+    problem: Problem,
     dy: torch.Tensor,
     ids: torch.Tensor,
     weight: torch.Tensor,
@@ -622,48 +760,21 @@ def embedding_bwd(
     norm: MaybeTensor = None,
     gain: MaybeTensor = None,
     padding: int = -1,
-    needs: Needs = ADAPTER,
+    needs: Sequence[bool] = ADAPTER,
 ) -> tuple[MaybeTensor, MaybeTensor, MaybeTensor]:
-    """(dA [R, V], dB [N, R], dm [N]) in the dtypes of a, b and in float32 or better, each None if not needed; dy [M,
-    N], contiguous, the rest as ``embedding_fwd`` takes it. dA is zero at the id ``padding``, as torch has it."""
-    (m, n), (r, v), chip, kind = dy.shape, a.shape, Chip.of(dy.device), wide(dy, a, b)
-    by = as_scaling(scaling)
-    da, db = a.new_zeros(r, v) if needs.a else None, b.new_zeros(n, r) if needs.b else None
-    dm = dy.new_zeros(n, dtype=kind) if needs.m else None
-    if not dy.numel():
-        return da, db, dm
-    if da is not None:
-        tile = pass_tiles.embedding_runs(r)
-        p = dy.new_empty(m, padded_rank(r), dtype=kind)
-        run(down_of_dy, dy=dy, p=p, b=b, scaling=by, factor=factor, gain=gain)
-        found, order = torch.sort(ids, stable=True)
-        leads = p.new_empty(triton.cdiv(m, tile.m), p.shape[1])
-        run(runs_of_ids, p=p, da=da, ids=found, order=order, leads=leads, padding=padding)
-    if db is not None or dm is not None:
-        tile = pass_tiles.embedding_columns(r)
-        count = pass_tiles.splits(
-            n * (triton.cdiv(r, tile.r) if needs.b else 1), triton.cdiv(m, tile.m), tile=tile, chip=chip
-        )
-        g_parts = dy.new_empty(count, n, r, dtype=kind) if needs.b else None
-        dm_parts = dy.new_empty(count, n, dtype=kind) if needs.m else None
-        run(
-            column_sums,
-            dy=dy,
-            ids=ids,
-            e=weight,
-            a=a,
-            b=b,
-            scaling=by,
-            factor=factor,
-            g_parts=g_parts,
-            dm_parts=dm_parts,
-        )
-        if g_parts is not None:
-            g = g_parts.sum(0) * scaling
-            if gain is not None:
-                g *= gain[:, None]
-            db = (g if factor is None else g * factor).to(b.dtype)
-        if dm_parts is not None:
-            assert norm is not None
-            dm = torch.where(norm != 0, dm_parts.sum(0) / norm, 0)
+    """(dA [R, V], dB [N, R], dm [N]) in the dtypes of a, b and in float32 or better, each None if not needed; dy and
+    the rest as :class:`Backward` says. dA is zero at the id ``padding``, as torch has it."""
+    of_a, of_b, of_m = needs
+    n, empty = dy.shape[1], not dy.numel()
+    da = a.new_zeros(a.shape) if of_a else None
+    db = (b.new_zeros if empty else b.new_empty)(b.shape) if of_b else None
+    kind = wide(dy, a, b) if of_m else None
+    dm = (dy.new_zeros if empty else dy.new_empty)(n, dtype=kind) if of_m else None
+    if not empty and any(needs):
+        found = order = None
+        if of_a:
+            found, order = torch.sort(ids, stable=True)
+        given = dy, ids, found, order, weight, a, b, scaling, factor, norm, gain, padding, da, db, dm
+        program, bound = bound_program(problem, (backward_launches, *needs), Backward, given)
+        program.run(bound)
     return da, db, dm
