@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_fast.functional import facts_of
 from lora_fast.kernels.embedding import Needs, Problem, backward, forward
 from lora_fast.kernels.memo import Memo
+from lora_fast.kernels.operands import kind
 from lora_fast.ops.parts import on, one_gpu, some
 
 MaybeTensor = torch.Tensor | None
@@ -135,11 +135,11 @@ def _rows(dy: torch.Tensor) -> torch.Tensor:
 _problems = Memo()
 
 
-def _problem(ids: torch.Tensor, weight: torch.Tensor, *small: Any) -> Problem:
-    """That of an operator's call; of the same form with or without a magnitude, there are others."""
-    key = *(facts_of(t) if isinstance(t, torch.Tensor) else t for t in (ids, weight, *small)), weight.device
+def _problem(*given: Any) -> Problem:
+    """That of an operator's call, of which the last is whether the norm is rounded."""
+    key = tuple(map(kind, given))
     found: Problem | None = _problems.get(key)
-    return found or _problems.keep(key, Problem(small[-1]))
+    return found or _problems.keep(key, Problem(given[-1]))
 
 
 _ADAPTED = "Tensor ids, Tensor weight, Tensor lora_A, Tensor lora_B"
