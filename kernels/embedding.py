@@ -759,6 +759,7 @@ def backward(
     factor: MaybeTensor = None,
     norm: MaybeTensor = None,
     gain: MaybeTensor = None,
+    *,
     padding: int = -1,
     needs: Sequence[bool] = ADAPTER,
 ) -> tuple[MaybeTensor, MaybeTensor, MaybeTensor]:

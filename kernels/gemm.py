@@ -47,6 +47,7 @@ from lora_fast.kernels.operands import Operand, T, Tiles, launch, run
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import tma_fits
 
+MIXED = tl.constexpr(-2)  # see ``Own``
 GROUP_M = 16  # row blocks that are walked together; 8 and 12 are no worse
 
 
@@ -69,30 +70,23 @@ def halves(tile):
 
 @triton.jit
 def _store(
-    out, z_ptr, acc, row, col, gain_ptr, own_ptr, bias_ptr, ADDS: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr
+    out, z_ptr, acc, row, col, gain_ptr, own, bias_ptr, ADDS: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr
 ):
-    """The epilogue; to z goes the tile as it is before gain and bias. With ``own`` each row has a row of gains, ones
-    where that is negative."""
+    """The epilogue; to z goes the tile as it is before gain and bias. ``own``: see ``Own``, None where there is one row
+    of gains."""
     cols = col + tl.arange(0, acc.shape[1])
+    gained, shifted = cols < out.cols, cols < out.cols
     if ADDS:
         acc += load_tile(out, row, col, acc.shape[0], acc.shape[1], TMA).to(acc.dtype)
     if z_ptr is not None:
         store_tile(Matrix(z_ptr, out.rows, out.cols, out.cols, 1), acc, row, col, DTYPE, TMA)
-    if own_ptr is not None:
-        rows = row + tl.arange(0, acc.shape[0])
-        own = tl.load(own_ptr + rows, mask=rows < out.rows, other=-1)
-        one = tl.min(own, 0)
-        there = cols < out.cols
-        if one == tl.max(own, 0):
-            own_gain = tl.load(gain_ptr + one.to(tl.int64) * out.cols + cols, mask=there & (one >= 0), other=1.0)
-            acc *= own_gain.to(acc.dtype)[None, :]
-        else:  # a loop over the adapters would keep the compiler from loading ahead
-            gains = own[:, None] * out.cols + cols[None, :]  # fewer than 2^31
-            acc *= tl.load(gain_ptr + gains, mask=there[None, :] & (own >= 0)[:, None], other=1.0).to(acc.dtype)
-    elif gain_ptr is not None:
-        acc *= tl.load(gain_ptr + cols, mask=cols < out.cols, other=0.0).to(acc.dtype)[None, :]
+    if own is not None:
+        gain_ptr += own.to(tl.int64) * out.cols
+        gained, shifted = gained & (own >= 0), shifted & (own > MIXED)
+    if gain_ptr is not None:
+        acc *= tl.load(gain_ptr + cols, mask=gained, other=1.0).to(acc.dtype)[None, :]
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + cols, mask=cols < out.cols, other=0.0).to(acc.dtype)[None, :]
+        acc += tl.load(bias_ptr + cols, mask=shifted, other=0.0).to(acc.dtype)[None, :]
     store_tile(out, acc, row, col, DTYPE, TMA)
 
 
@@ -261,6 +255,7 @@ def _gemm_kernel(
     RANK_STEPS: tl.constexpr,
     UNIT: tl.constexpr,
     UNIT_ROWS: tl.constexpr,
+    OWN_ROWS: tl.constexpr,
     W_T: tl.constexpr,
     Q_T: tl.constexpr,
     ADDS: tl.constexpr,
@@ -366,33 +361,13 @@ def _gemm_kernel(
                         TMA,
                     )
                 else:
+                    own = None
+                    if own_ptr is not None:
+                        own = tl.load(own_ptr + row // OWN_ROWS)
                     left_half, right_half = halves(acc)
-                    if own_ptr is None:
-                        _store(whole_out, z, left_half, row, col, gain_ptr, own_ptr, bias_ptr, ADDS, DTYPE, TMA)
-                        _store(
-                            whole_out,
-                            z,
-                            right_half,
-                            row,
-                            col + BLOCK_N // 2,
-                            gain_ptr,
-                            own_ptr,
-                            bias_ptr,
-                            ADDS,
-                            DTYPE,
-                            TMA,
-                        )
-                    else:  # by pieces: their gains pass through shared memory and take registers
-                        PIECES: tl.constexpr = 8 if BLOCK_N >= 256 else 4
-                        for i in tl.static_range(PIECES):
-                            piece = left_half if i < PIECES // 2 else right_half
-                            left_part, right_part = halves(piece)
-                            piece = left_part if i % (PIECES // 2) < PIECES // 4 else right_part
-                            if PIECES == 8:
-                                left_part, right_part = halves(piece)
-                                piece = left_part if i % 2 == 0 else right_part
-                            to = col + i * (BLOCK_N // PIECES)
-                            _store(whole_out, z, piece, row, to, gain_ptr, own_ptr, bias_ptr, ADDS, DTYPE, TMA)
+                    _store(whole_out, z, left_half, row, col, gain_ptr, own, bias_ptr, ADDS, DTYPE, TMA)
+                    to = col + BLOCK_N // 2
+                    _store(whole_out, z, right_half, row, to, gain_ptr, own, bias_ptr, ADDS, DTYPE, TMA)
                 if LOW_FIRST:
                     acc = _low_rank(
                         late(p0),
@@ -424,6 +399,14 @@ class Units(NamedTuple, Generic[T]):
     ranks: int
 
 
+class Own(NamedTuple, Generic[T]):
+    """The row of gains that each block of ``rows`` rows has: ``at`` [blocks] int32, -1 for none, and MIXED where its
+    rows have several, or some have none: there the sum is left as it is before gain and bias."""
+
+    at: T
+    rows: int
+
+
 def product(
     x: Operand,
     w: Operand,
@@ -435,7 +418,7 @@ def product(
     bias: Operand | None = None,
     bits: Operand | None = None,
     gain: Operand | None = None,
-    own: Operand | None = None,
+    own: Own[Operand] | None = None,
     z: Operand | None = None,
     adds: bool = False,
     x_scale: Operand | None = None,
@@ -445,8 +428,8 @@ def product(
     """out = gain * (x w^T + p q^T) + bias if transposed (w [N, C], q [N, R]), else x w + mask * (p q) ([C, N], [R, N]).
 
     x [M, C], w, p [M, padded R] (or columns of a wider matrix) and q in one dtype, rows of p and q contiguous; bits are
-    of a mask of out's shape (transposed has none). Without p and q there is no low-rank product. With ``own`` [M] row i
-    has the gain gain[own[i]] of many, none where that is negative. With z, [M, N] and contiguous, that is filled with
+    of a mask of out's shape (transposed has none). Without p and q there is no low-rank product. With ``own`` a
+    block of rows has one row of many gains [adapters, N]. With z, [M, N] and contiguous, that is filled with
     the sum before gain and bias. ``adds``: to what out holds. Where w and q are ``turned``, their columns contiguous
     and not their rows, they are read as their transposes. With scales, [M] of x's rows and [N] of w's, x and w are
     e4m3, w [N, C] in both cases, p and q and out in a wider dtype. With ``units`` each tile takes some of the ranks
@@ -473,7 +456,7 @@ def product(
     read: dict[str, Operand | Tiles | None] = {"x": x, "w": w, "p": p, "q": q, "out": out, "z": z}
     if tma:
         stored, left, right = (
-            [bm, bn // (4 if steps else 2 if own is None else 8 if bn >= 256 else 4)],
+            [bm, bn // (4 if steps else 2)],
             [bm, bc],
             [bn, bc] if w_t else [bc, bn],
         )
@@ -496,7 +479,7 @@ def product(
         x_scale_ptr=x_scale,
         w_scale_ptr=w_scale,
         units_ptr=units and units.at,
-        own_ptr=own,
+        own_ptr=own and own.at,
         M=m,
         N=n,
         C=c,
@@ -519,6 +502,7 @@ def product(
         RANK_STEPS=steps,
         UNIT=0 if units is None else units.ranks,
         UNIT_ROWS=0 if units is None else units.rows,
+        OWN_ROWS=0 if own is None else own.rows,
         W_T=w_t,
         Q_T=q_t,
         ADDS=adds,

@@ -52,9 +52,19 @@ def _add_parts(src, dst, block, parts, size, scale, cols, stride, BLOCK: tl.cons
 
 @triton.jit
 def _column_dots(
-    dy, x, gate_ptr, w, s, b, w_scale_ptr, col, BLOCK: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
+    dy,
+    x,
+    gate_ptr,
+    w,
+    s,
+    b,
+    w_scale_ptr,
+    col,
+    BLOCK: tl.constexpr,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """sum over rows of dY * (x W^T + S B^T), for BLOCK columns from col on; with a gate act(x) * gate is x."""
     total = tl.zeros([BLOCK], dtype=ACC)
     for m in range(0, dy.rows, BLOCK):

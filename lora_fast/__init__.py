@@ -26,6 +26,7 @@ from lora_fast.models.config import LoRAConfig
 from lora_fast.models.counting import print_trainable_parameters
 from lora_fast.models.lora_plus import lora_plus_groups
 from lora_fast.models.named import set_adapter, use_adapters
+from lora_fast.models.packing import pack_experts
 from lora_fast.models.state import load_lora_state_dict, lora_state_dict
 from lora_fast.peft import patch_peft, unpatch_peft
 from lora_fast.peft.report import PeftReport, peft_report
@@ -64,6 +65,7 @@ __all__ = [
     "lora_state_dict",
     "merge_lora",
     "merge_peft",
+    "pack_experts",
     "parametrize",
     "patch_peft",
     "peft_report",

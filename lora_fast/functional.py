@@ -266,7 +266,17 @@ def _plain(
             lambda: reference.gain_of(weight, lora_A, lora_B, magnitude, scaling, detach_norm, round_norm),
         )
     return reference.dora_linear(
-        x, weight, lora_A, lora_B, magnitude, scaling, bias, p, True, detach_norm, round_norm=round_norm, gain=gain
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        magnitude,
+        scaling,
+        bias,
+        p,
+        detach_norm=detach_norm,
+        round_norm=round_norm,
+        gain=gain,
     )
 
 

@@ -265,7 +265,7 @@ def batch(case: BatchCase) -> None:
         numbers = numbers_of(ranks, [2.0] * len(of), [p] * len(of), problem.lifted, x.device)
         call = run.Call(weight, torch.zeros(m, dtype=torch.int64), numbers, 1 if p else None)
         y, made = run.forward(problem, call, x, a, b, None, magnitudes)
-        run.backward(problem, torch.empty_like(y), run.to_save(problem, numbers.scales, x, made, weight))
+        run.backward(problem, torch.empty_like(y), run.to_save(problem, numbers.scales, x, made, weight, y))
 
 
 def experts(

@@ -2,7 +2,7 @@
 ``lora_glu_fwd``, whose gradients ``lora_glu_bwd`` makes. Unlike in eager nothing is written over e and g."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,52 +59,59 @@ def _problem(
     return mlp_of(tuple(lead), weights[0].shape[1], each_of(weights, small, flags, needs), needs[0], act)
 
 
-def _forward(
-    x: torch.Tensor, weights: Tensors, small: Small, scalings: Tensors, seed: Any, h_seed: Any, p: float, h_p: float,
-    flags: Any, act: str,
-) -> list[torch.Tensor]:  # fmt: skip
+class _Masked(NamedTuple):
+    """What the operators take beside tensors, in their order (``_MASKED``)."""
+
+    seed: MaybeTensor
+    h_seed: MaybeTensor
+    p: float
+    h_p: float
+    flags: Sequence[bool]
+    act: str
+
+
+def _forward(x: torch.Tensor, weights: Tensors, small: Small, scalings: Tensors, *masked: Any) -> list[torch.Tensor]:
     """y, e, g, both rooms, and what there is of the masks' bits and each z, in this order."""
-    lead = x.shape[:-1]
-    key = "glu", *key_of(lead, weights, small, *flags, act, x.stride())
-    problem = problems.get(key) or problems.keep(key, _problem(lead, weights, small, flags, act))
+    of, lead = _Masked(*masked), x.shape[:-1]
+    key = "glu", *key_of(lead, weights, small, *of.flags, of.act, x.stride())
+    problem = problems.get(key) or problems.keep(key, _problem(lead, weights, small, of.flags, of.act))
     with on(x.device):
         each = [given((weights[i],), small[4 * i : 4 * i + 4], scalings[i]) for i in range(3)]
-        y, made, late = kernels.forward(problem, addressable(x), each, (seed, h_seed), (p, h_p))
+        y, made, late = kernels.forward(problem, addressable(x), each, (of.seed, of.h_seed), (of.p, of.h_p))
         if late is not None:
             late.run()
     return [y, *(t for t in (*made[:6], *made.z) if t is not None)]
 
 
 def _forward_fake(
-    x: torch.Tensor, weights: Tensors, small: Small, scalings: Tensors, seed: Any, h_seed: Any, p: float, h_p: float,
-    flags: Any, act: str,
-) -> list[torch.Tensor]:  # fmt: skip
-    problem = _problem(x.shape[:-1], weights, small, flags, act)
+    x: torch.Tensor, weights: Tensors, small: Small, scalings: Tensors, *masked: Any
+) -> list[torch.Tensor]:
+    of = _Masked(*masked)
+    problem = _problem(x.shape[:-1], weights, small, of.flags, of.act)
     m, k, width = problem.inner.m, problem.inner.k, problem.outer.k
     y, e = x.new_empty(*x.shape[:-1], problem.down.n), x.new_empty(m, width)
     found = [y, e, torch.empty_like(e)]
     found += [x.new_empty(group.bytes, dtype=torch.uint8) for group in (problem.inner, problem.outer)]
-    for one, cols in ((seed, k), (h_seed, width)):
+    for one, cols in ((of.seed, k), (of.h_seed, width)):
         if one is not None:
             found.append(x.new_empty(m, -(-cols // 32), dtype=torch.int32))
-    return found + [torch.empty_like(out) for i, out in enumerate((e, e, y)) if flags[2 * i + 1]]
+    return found + [torch.empty_like(out) for i, out in enumerate((e, e, y)) if of.flags[2 * i + 1]]
 
 
 def _gradients(
-    dy: torch.Tensor, x: MaybeTensor, weights: Tensors, small: Small, scalings: Tensors, e: torch.Tensor,
-    g: torch.Tensor, room: torch.Tensor, down_room: torch.Tensor, bits: MaybeTensor, h_bits: MaybeTensor, kept: Small,
-    p: float, h_p: float, flags: Any, act: str, needs: Any,
-) -> list[torch.Tensor]:  # fmt: skip
-    """The gradients that are needed, of x and of each layer's tensors."""
-    lead = dy.shape[:-1]
+    dy: torch.Tensor, x: MaybeTensor, weights: Tensors, small: Small, scalings: Tensors, *rest: Any
+) -> list[torch.Tensor]:
+    """The gradients that are needed, of x and of each layer's tensors. ``rest``: what was made (``Made``), and from
+    ``kept`` on what the operator takes."""
+    lead, made = dy.shape[:-1], Made(*rest[:6])
+    kept, p, h_p, flags, act, needs = rest[6:]
     key = "glu_bwd", *key_of(lead, weights, small, *flags, act, *needs)
     mlp = problems.get(key) or problems.keep(key, _problem(lead, weights, small, flags, act, needs))
     with on(dy.device):
         x = None if x is None else addressable(x)
-        made = Made(e, g, room, down_room, bits, h_bits)
         keeps = kept_of(weights, small, kept, (*mlp.inner.each, mlp.down))
         de, dg, of_down, dms = kernels.backward(mlp, as_rows(dy), x, made, keeps, scalings[2], h_p, False)
-        shared = MadeOfGroup(room, bits, ())
+        shared = MadeOfGroup(made.room, made.bits, ())
         dx, both = group_kernels.backward(
             mlp.inner, (de, dg), x, shared, (*keeps[0], *keeps[1]), scalings[:2], p, in_place=True
         )
@@ -119,14 +126,10 @@ def _gradients_fake(dy: torch.Tensor, x: Any, weights: Tensors, small: Small, *r
 
 class _Glu(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Any, weights: Any, scalings: Any, seed: Any, h_seed: Any, rates: Any, flags: Any, act: Any,
-        *small: Any,
-    ) -> Any:  # fmt: skip
-        y, e, g, room, down_room, *rest = torch.ops.lora_fast.lora_glu_fwd(
-            x, weights, small, scalings, seed, h_seed, *rates, flags, act
-        )
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[8:]]
+    def forward(ctx: Any, x: Any, weights: Any, scalings: Any, masked: Any, *small: Any) -> Any:
+        seed, h_seed, *rates, flags, act = masked
+        y, e, g, room, down_room, *rest = torch.ops.lora_fast.lora_glu_fwd(x, weights, small, scalings, *masked)
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
         bits, h_bits = (rest.pop(0) if one is not None else None for one in (seed, h_seed))
         z = [rest.pop(0) if flags[2 * i + 1] else None for i in range(3)]
         *_, down = each_of(weights, small, flags, needs)
@@ -146,16 +149,13 @@ class _Glu(torch.autograd.Function):
         )
         grads = torch.ops.lora_fast.lora_glu_bwd(dy, *x, weights, small, scalings, *made, z, *ctx.rest)
         dx, *found = (grads.pop(0) if need else None for need in ctx.rest[-1])
-        return dx, *(None,) * 7, *found
+        return dx, *(None,) * 3, *found
 
 
-def _glu(
-    x: torch.Tensor, weights: Tensors, small: Small, scalings: Tensors, seed: Any, h_seed: Any, p: float, h_p: float,
-    flags: Any, act: str,
-) -> torch.Tensor:  # fmt: skip
+def _glu(x: torch.Tensor, weights: Tensors, small: Small, scalings: Tensors, *masked: Any) -> torch.Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *small)):
-        return _Glu.apply(x, weights, scalings, seed, h_seed, (p, h_p), flags, act, *small)
-    return torch.ops.lora_fast.lora_glu_fwd(x, weights, small, scalings, seed, h_seed, p, h_p, flags, act)[0]
+        return _Glu.apply(x, weights, scalings, masked, *small)
+    return torch.ops.lora_fast.lora_glu_fwd(x, weights, small, scalings, *masked)[0]
 
 
 def _alone(*args: Any) -> torch.Tensor:

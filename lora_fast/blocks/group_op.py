@@ -77,10 +77,18 @@ def _forward_fake(
 
 
 def _gradients(
-    dys: Small, x: MaybeTensor, weights: Tensors, small: Small, scalings: Tensors, room: torch.Tensor,
-    bits: MaybeTensor, kept: Small, p: float, flags: Any, needs: Any,
-) -> list[torch.Tensor]:  # fmt: skip
-    """The gradients that are needed and there, of x and of each layer's tensors."""
+    dys: Small,
+    x: MaybeTensor,
+    weights: Tensors,
+    small: Small,
+    scalings: Tensors,
+    room: torch.Tensor,
+    bits: MaybeTensor,
+    *rest: Any,
+) -> list[torch.Tensor]:
+    """The gradients that are needed and there, of x and of each layer's tensors. ``rest``: what each layer's magnitude
+    reads, p, flags, and what is needed."""
+    kept, p, flags, needs = rest
     (first, *_) = (dy for dy in dys if dy is not None)
     lead = first.shape[:-1]
     key = "group_bwd", *key_of(lead, weights, small, *flags, *needs)

@@ -30,7 +30,7 @@ def layer(x: torch.Tensor, one: Layer, training: bool = True, keep: MaybeTensor 
         return F.linear(x, one.weight, one.bias)
     given = one.weight, one.lora_A, one.lora_B
     if one.lora_magnitude_vector is None:
-        return reference.lora_linear(x, *given, scaling, one.bias, one.dropout_p, training, keep)
+        return reference.lora_linear(x, *given, scaling, one.bias, one.dropout_p, training, keep=keep)
     return reference.dora_linear(
         x,
         *given,

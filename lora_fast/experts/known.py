@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fast.bases.packed import is_opaque
+from lora_fast.bases.stack import PackedStack
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.experts.form import ExpertsForm, Gate
 from lora_fast.experts.reference import apply_gate
@@ -49,6 +50,11 @@ class Frozen(NamedTuple):
     down: Any
     gate_up_bias: Any
     down_bias: Any
+
+    @property
+    def packed(self) -> bool:
+        """Whether a weight is in 8 or 4 bits."""
+        return isinstance(self.gate_up, PackedStack) or isinstance(self.down, PackedStack)
 
     def why_not_input(self, x: torch.Tensor) -> str | None:
         """Why these experts and an input need someone else's forward, in words."""
@@ -147,7 +153,7 @@ def why_not_now(module: Any, frozen: Frozen, gathered: bool = False) -> str | No
     if why := _parallel(module, frozen.gate_up):
         return f"expert parallelism: {why}"
     for name, t in zip(_WITH_BIAS, frozen, strict=True):
-        if t is None:
+        if t is None or isinstance(t, PackedStack):
             continue
         if type(t) not in PLAIN and not gathered:
             return f"{name} is a {type(t).__name__}"

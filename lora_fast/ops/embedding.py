@@ -119,8 +119,8 @@ def _backward_of(ctx: Any, dy: Any) -> Any:
         factor,
         norm,
         gain,
-        fused.padding,
-        fused.needs,
+        padding=fused.padding,
+        needs=fused.needs,
     )
     return da, db, None if dm is None else dm.to(fused.kind), *(None,) * 5
 
@@ -176,24 +176,13 @@ def _(ids: Any, weight: Any, lora_A: Any, lora_B: Any, magnitude: Any, *_: Any) 
     mutates_args=(),
     schema=f"(Tensor dy, {_ADAPTED}, Tensor? norm, Tensor? gain, {_SCALED}, bool[] needs) -> Tensor[]",
 )
-def _embedding_bwd_op(
-    dy: Any,
-    ids: Any,
-    weight: Any,
-    lora_A: Any,
-    lora_B: Any,
-    norm: Any,
-    gain: Any,
-    scaling: Any,
-    factor: Any,
-    padding: int,
-    round_norm: bool,
-    needs: list[bool],
-) -> list[torch.Tensor]:
+def _embedding_bwd_op(dy: torch.Tensor, ids: torch.Tensor, *given: Any) -> list[torch.Tensor]:
     """The gradients of lora_A, lora_B and the magnitude, or empty tensors."""
-    given = ids.reshape(-1).contiguous(), weight, lora_A, lora_B, scaling, factor
+    weight, lora_A, lora_B, norm, gain, scaling, factor, padding, round_norm, needs = given
+    read = ids.reshape(-1).contiguous(), weight, lora_A, lora_B, scaling, factor
     with on(dy.device):
-        found = backward(_problem(*given, norm, round_norm), _rows(dy), *given, norm, gain, padding, needs)
+        problem = _problem(*read, norm, round_norm)
+        found = backward(problem, _rows(dy), *read, norm, gain, padding=padding, needs=needs)
     return [some(t, dy) for t in found]
 
 
