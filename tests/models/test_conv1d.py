@@ -11,6 +11,7 @@ from lora_fast import (
     DoRALinear,
     LoRAConfig,
     LoRALinear,
+    add_bottleneck,
     add_lora,
     disable_lora,
     load_adapter,
@@ -209,6 +210,13 @@ def test_the_merge_command_refuses_what_it_cannot_tell(tmp_path, capsys):
     base = as_on_disk(plain, tmp_path / "base")
     assert main(["merge", str(base), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 1
     assert "may be stored either way" in capsys.readouterr().err and not (tmp_path / "merged").exists()
+
+
+def test_bottlenecks_stand_behind_them():
+    model = add_bottleneck(gpt2(), ["attn.c_proj", "mlp.c_proj"], r=4)
+    torch.testing.assert_close(model(IDS).logits, gpt2()(IDS).logits)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_training_step_lowers_the_loss():
