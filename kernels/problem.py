@@ -107,7 +107,7 @@ class Problem:
     keep_z: bool = False  # and z, which the forward keeps for it
     round_norm: bool = False
     alone: bool = False  # no backward will come, so nothing need be left for it
-    programs: dict[tuple, Program] = field(default_factory=dict)
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.m, self.kind = math.prod(self.lead), self.kinds.x

@@ -10,7 +10,8 @@ from torch.compiler import is_compiling
 
 from lora_fast import dispatch, reference
 from lora_fast.bases.packed import PackedWeight, is_opaque
-from lora_fast.functional import FLOATS, Facts, facts_of
+from lora_fast.checks import FLOATS
+from lora_fast.paths import Facts, facts_of
 
 
 def lora_embedding(

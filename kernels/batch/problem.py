@@ -4,7 +4,7 @@ its backward. Nothing here depends on which row names which adapter: programs, a
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,7 +49,7 @@ class Problem:
     dora: bool = False
     round_norm: bool = False
     keep_z: bool = False  # for the gradients of magnitudes, which else read y
-    programs: dict[tuple, Program] = field(default_factory=dict)
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.m, self.kind = math.prod(self.lead), self.kinds.x

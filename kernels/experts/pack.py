@@ -135,7 +135,8 @@ def _collect_kernel(
         parts = ()
         for j in tl.static_range(AT_ONCE):
             at = ((first + i + j).to(tl.int64)[:, None, None] * C + c[None, :, None]) * RANKS + ranks[None, None, :]
-            parts = parts + (tl.load(parts_ptr + at, mask=inside & (i + j < chunks)[:, None, None], other=0.0),)
+            inside_chunk = inside & (i + j < chunks)[:, None, None]
+            parts = parts + (tl.load(parts_ptr + at, mask=inside_chunk, other=0.0),)  # type: ignore[assignment]
         for j in tl.static_range(AT_ONCE):
             total += parts[j]
     grad = Ranked(grad_ptr, grad_expert, grad_rank, grad_c)

@@ -72,7 +72,7 @@ class Problem:
     gate: Gate
     device: torch.device
     base_names: tuple[str, str] = (PLAIN.name, PLAIN.name)  # rows of ``BASES`` that gate_up and down are
-    programs: dict[tuple, Program] = field(default_factory=dict)
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.slots, self.kind = self.tokens * self.k, self.kinds.x

@@ -11,9 +11,10 @@ from torch.compiler import is_compiling
 from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight, first_of, is_opaque
 from lora_fast.bases.stack import PackedStack
+from lora_fast.checks import check_tensors
 from lora_fast.experts import reference
 from lora_fast.experts.form import Adapter, ExpertsForm
-from lora_fast.functional import Facts, check_tensors, facts_of
+from lora_fast.paths import Facts, facts_of
 
 INTEGERS = (torch.int32, torch.int64)
 

@@ -10,7 +10,8 @@ from lora_fast import dispatch
 from lora_fast.bases import COMPUTE, PACKED, is_kept_as, kind_of_base
 from lora_fast.bases.packed import PackedWeight, is_opaque, packed_in
 from lora_fast.bases.written import WrittenWeight, check_for_e4m3
-from lora_fast.functional import FLOATS
+from lora_fast.blocks.recognise import is_conv1d
+from lora_fast.checks import FLOATS
 from lora_fast.layers.fp8_linears import holds_fp8, why_not_held
 
 
@@ -70,11 +71,6 @@ HOOKED = "has hooks or a replaced forward, which would be lost (register hooks a
 
 def has_hooks(module: nn.Module) -> bool:
     return any(value for key, value in vars(module).items() if key.endswith("_hooks"))
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D itself: a linear layer whose weight is stored as [in, out]."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def is_linear(module: Any) -> bool:

@@ -1,11 +1,11 @@
-"""An adapted embedding on its kernels (kernels/embedding.py): an autograd Function, under torch.compile an operator."""
+"""An adapted embedding on its kernels (kernels/embedding): an autograd Function, under torch.compile an operator."""
 
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_fast.kernels.embedding import Needs, Problem, backward, forward
+from lora_fast.kernels.embedding.step import Needs, Problem, backward, forward
 from lora_fast.kernels.memo import Memo
 from lora_fast.kernels.operands import kind
 from lora_fast.ops.parts import on, one_gpu, some

@@ -14,13 +14,14 @@ from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.bases.scaled import ScaledFp8Weight
 from lora_fast.batch.names import LAST
 from lora_fast.blocks.form import Layer
+from lora_fast.blocks.recognise import is_conv1d
 from lora_fast.blocks.siblings import SIBLINGS, Joins
-from lora_fast.functional import FLOATS, dora_linear, lora_linear
+from lora_fast.checks import FLOATS
+from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.layers.fp8_linears import make_as_before
 from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm
 from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
-from lora_fast.layers.rules import is_conv1d
 from lora_fast.peft import norms as peft_norms
 from lora_fast.peft.batches import named_call, names_of, naming
 from lora_fast.peft.merging import NOT_KEPT, KeepingLinear, base_is_lent, for_an_adapters_file, spread_scaled

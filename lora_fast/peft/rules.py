@@ -11,10 +11,10 @@ from torch.compiler import is_compiling
 
 from lora_fast.bases import KINDS
 from lora_fast.blocks import gated
+from lora_fast.blocks.recognise import is_conv1d
 from lora_fast.kept import PLAIN
 from lora_fast.layers.embedding import asked_of
 from lora_fast.layers.fp8_linears import holds_fp8, why_not_held
-from lora_fast.layers.rules import is_conv1d
 from lora_fast.wrappers import zero3
 from lora_fast.wrappers.gather import TENSOR_PARALLEL, is_sharded
 

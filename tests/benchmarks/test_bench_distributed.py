@@ -24,8 +24,6 @@ NONE = not torch.cuda.is_available()
 @pytest.fixture(autouse=True)
 def as_shell(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1" if NONE else "0")  # --check sets it
-    yield
-    set_backend("auto")
 
 
 def test_all_cases():
