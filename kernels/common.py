@@ -115,14 +115,14 @@ def load_tile(t, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.const
 
 @triton.jit
 def store_tile(t, tile, row, col, DTYPE: tl.constexpr, TMA: tl.constexpr = False):
-    """Put a tile to (row, col) of a contiguous matrix, what is inside of it."""
+    """Put a tile to (row, col) of a matrix with contiguous rows, what is inside of it."""
     if TMA:
         t.ptr.store([row, col], tile.to(DTYPE))
     else:
         rows, cols = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
         zero = tl.full((), 0, tl.int64)
-        first = t.ptr + (zero + row) * t.cols + col
-        tl.store(first + (rows * t.cols + cols), tile.to(DTYPE), mask=(rows < t.rows - row) & (cols < t.cols - col))
+        first = t.ptr + (zero + row) * t.stride_r + col
+        tl.store(first + (rows * t.stride_r + cols), tile.to(DTYPE), mask=(rows < t.rows - row) & (cols < t.cols - col))
 
 
 @triton.jit

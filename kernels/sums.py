@@ -72,14 +72,16 @@ class Again(NamedTuple):
 
 @triton.jit
 def _column_dots(dy, of, col, BLOCK: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """sum over rows of dY * (x W^T + S B^T), for BLOCK columns from col on."""
+    """sum over rows of dY * (x W^T + S B^T), for BLOCK columns from col on; with ACT x is act(x), or act(x) * gate."""
     x, total = of.x, tl.zeros([BLOCK], dtype=ACC)
     for m in range(0, dy.rows, BLOCK):
         z = tl.zeros([BLOCK, BLOCK], dtype=ACC)
         for k in range(0, x.cols, 16):
             x_tile, w_tile = load_tile(x, m, k, BLOCK, 16), load_tile(of.w, col, k, BLOCK, 16)
-            if of.gate_ptr is not None:
-                gate = load_tile(Matrix(of.gate_ptr, x.rows, x.cols, x.stride_r, x.stride_c), m, k, BLOCK, 16)
+            if ACT is not None:
+                gate = None
+                if of.gate_ptr is not None:
+                    gate = load_tile(Matrix(of.gate_ptr, x.rows, x.cols, x.stride_r, x.stride_c), m, k, BLOCK, 16)
                 x_tile = gated(x_tile, gate, ACT, ACC, x_tile.dtype)
             if of.w_scale_ptr is not None:  # x as it is: y was too small to carry z, whose own rounding is no matter
                 cols = col + tl.arange(0, BLOCK)

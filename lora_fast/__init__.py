@@ -5,7 +5,7 @@ from lora_fast import functional, parametrize, reference
 from lora_fast.batch.form import Adapter
 from lora_fast.batch.functional import dora_linear_batch, lora_linear_batch
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.functional import lora_glu, lora_group
+from lora_fast.blocks.functional import lora_glu, lora_group, lora_mlp
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
 from lora_fast.embedding import lora_embedding
 from lora_fast.experts.functional import lora_experts
@@ -60,6 +60,7 @@ __all__ = [
     "lora_glu",
     "lora_group",
     "lora_linear_batch",
+    "lora_mlp",
     "lora_parameters",
     "lora_plus_groups",
     "lora_state_dict",

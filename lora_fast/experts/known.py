@@ -70,6 +70,16 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, flag) for flag in _FLAGS) and hasattr(module, "_apply_gate")
 
 
+def holds_fp8(module: nn.Module) -> bool:
+    """Whether it is transformers' FP8Experts, which stand for a model's own where its checkpoint is in fp8."""
+    kind = _fp8_experts()
+    return kind is not None and isinstance(module, kind)
+
+
+def _fp8_experts() -> Any:
+    return getattr(sys.modules.get("transformers.integrations.finegrained_fp8"), "FP8Experts", None)
+
+
 def form_of(module: nn.Module) -> ExpertsForm | str:
     """How the module computes, or why it is none that we know, in words.
 
@@ -118,6 +128,13 @@ def _gate_of(module: Any) -> Gate | str:
     silu = act in (None, F.silu) or (type(act).__name__ in ("SiLU", "SiLUActivation") and "forward" not in vars(act))
     if function is getattr(sys.modules["transformers.integrations.moe"], "_default_apply_gate", None):
         return Gate() if act is not None and silu else f"the activation of {name} is {type(act).__name__}, not SiLU"
+    if function is getattr(_fp8_experts(), "_apply_gate", None):
+        alpha, limit = getattr(module, "swiglu_alpha", None), getattr(module, "limit", None)
+        if alpha is not None:
+            return Gate("gpt_oss", float(alpha), float(module.swiglu_limit))
+        if not silu:
+            return f"the activation of {name} is {type(act).__name__}, not SiLU"
+        return Gate() if limit is None else Gate("clamped", limit=float(limit))
     for own in _OWN_GATES:
         file = sys.modules.get(f"transformers.models.{own.model}.modeling_{own.model}")
         if function is getattr(getattr(file, own.name, None), "_apply_gate", None):

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fast.bases import scaled
+from lora_fast.bases.fp8 import E4M3
 from lora_fast.bases.stack import STACKED, PackedStack, check_stackable
 from lora_fast.experts.form import ExpertsForm
 from lora_fast.experts.functional import lora_experts
-from lora_fast.experts.known import DOWN, GATE_UP, form_of, frozen_of, is_experts, why_not_now
+from lora_fast.experts.known import DOWN, GATE_UP, form_of, frozen_of, holds_fp8, is_experts, why_not_now
 from lora_fast.experts.reference import merged_weight
 from lora_fast.layers.packed_state import Stack, collect, pack_given, spread
 from lora_fast.layers.parameters import AdaptedModule, ParameterLoRA, adapted, why_no_matrix
@@ -31,7 +33,7 @@ class AdaptedExperts(AdaptedModule):
         plain = all(one.enabled and one.merged for one in adapters) or not any(
             one.enabled or one.merged for one in adapters
         )
-        if plain and not weights.packed:
+        if plain and not weights.packed and not holds_fp8(self):  # which has no products in 16 bits
             return super().forward(hidden_states, top_k_index, top_k_weights)
         loras = {}
         for one in adapters:
@@ -54,7 +56,7 @@ class AdaptedExperts(AdaptedModule):
         )
 
     def is_adapted(self) -> bool:
-        return super().is_adapted() or frozen_of(self).packed
+        return super().is_adapted() or frozen_of(self).packed or holds_fp8(self)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -100,6 +102,38 @@ def pack(module: nn.Module, parameter: str, base_dtype: str) -> None:
     freeze(module)
     if not isinstance(module, AdaptedModule):
         module.__class__ = adapted(type(module), AdaptedExperts)
+
+
+def take_fp8(module: Any, dtype: torch.dtype) -> None:
+    """Have transformers' FP8Experts, of which :func:`why_not_taken` finds nothing, act as ``dtype`` over the same
+    bytes."""
+    for key in (GATE_UP, DOWN):
+        weight, scale = (module._parameters.pop(name) for name in (key, key + scaled.BY_BLOCKS))
+        experts, n, k = weight.shape
+        tensors = {"": weight.flatten(0, 1), scaled.BY_BLOCKS: scale.flatten(0, 1)}
+        matrix = scaled.ScaledFp8Weight.from_tensors(tensors, (experts * n, k), dtype, key)
+        module.register_parameter(key, nn.Parameter(PackedStack.of(matrix, experts, False), requires_grad=False))
+    freeze(module)
+    module.__class__ = adapted(type(module), AdaptedExperts)
+
+
+def why_not_taken(module: Any) -> str | None:
+    """Why :func:`take_fp8` does not take transformers' FP8Experts, in words; None where it does."""
+    if isinstance(form := form_of(module), str):
+        return form
+    assert not form.transposed
+    for key in (GATE_UP, DOWN):
+        weight, scale = (module._parameters.get(name) for name in (key, key + scaled.BY_BLOCKS))
+        if weight is None or scale is None or weight.dtype != E4M3 or weight.dim() != 3:
+            return f"{key} is {None if weight is None else weight.dtype}, expected {E4M3} [E, N, K] beside its scales"
+        experts, n, k = weight.shape
+        expected = (experts, n // scaled.BLOCK, -(-k // scaled.BLOCK))
+        if n % scaled.BLOCK or tuple(scale.shape) != expected or tuple(module.block_size or ()) != (scaled.BLOCK,) * 2:
+            got = f"scales of shape {tuple(scale.shape)} for blocks of {module.block_size}"
+            return f"{key} has {got}, expected one for each 128 x 128 of an expert: {scaled.REMEDY}"
+        if getattr(module, f"{key}_activation_scale", None) is not None:
+            return f"{key} quantises its input over a fixed scale (a static activation scheme): {scaled.REMEDY}"
+    return None
 
 
 def freeze(module: nn.Module) -> None:
@@ -194,7 +228,8 @@ def why_not_adapted(module: nn.Module, parameter: str) -> str | None:
     """Why this parameter of the module can have no adapter, in words; None where it can."""
     held = module._parameters.get(parameter)
     if held is not None and held.dtype.itemsize < 2 and held.dim() > 2:
-        return f"it is quantised ({held.dtype}); expected experts in 16 or 32 bits"
+        way = 'pack_experts(model, "float8_e4m3") first' if holds_fp8(module) else "experts in 16 or 32 bits"
+        return f"it is quantised ({held.dtype}); expected {way}"
     if is_experts(module) or (held is not None and held.dim() == 3):
         return why_no_experts(module, parameter)
     return why_no_matrix(module, parameter)

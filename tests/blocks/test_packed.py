@@ -143,7 +143,7 @@ def test_products_of_8_bits(device, dtype, base, form, p, shape, block):
 
     def alone(x, layers):
         if block == "glu":
-            return apart.lora_glu(x, *layers, True, activation="silu", backend="triton")
+            return apart.lora_mlp(x, layers, True, activation="silu", gate=None, backend="triton")
         return apart.lora_group(x, layers, True, backend="triton")
 
     ours, other = results(fused(block), x, layers, dys), results(alone, x, layers, dys)

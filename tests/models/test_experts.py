@@ -208,12 +208,6 @@ def test_quantised_experts_are_refused_and_said_to_stay():
         add_lora(model, LoRAConfig(target_modules="all-linear"))
 
 
-def test_base_dtype_says_that_experts_stay():
-    with pytest.warns(UserWarning, match="base_dtype='nf4' is for nn.Linear layers; these stay .*Experts.gate_up_proj"):
-        model = add_lora(moe_model(), LoRAConfig(r=2, target_modules="all-linear", base_dtype="nf4"))
-    assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.float32
-
-
 def edited(folder, config=None, tensors=None):
     path = folder / CONFIG
     held = json.loads(path.read_text()) | (config or {})

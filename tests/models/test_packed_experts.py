@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from allocations import allocated
-from expert_nets import BOTH, ids, loss_and_gradients, moe_model
+from expert_nets import BOTH, ids, loss_and_gradients, moe_model, transformers
 from peft_nets import peft, same, stir
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
@@ -280,3 +280,62 @@ def test_packing_and_a_step_never_hold_a_second_model(base_dtype):
 
     step()
     assert allocated(step).peak < stack, "dense weights of some experts of 16"
+
+
+def fp8_model(**settings):
+    """As transformers loads a checkpoint in fp8, and a model of ours whose experts hold the same bytes."""
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 1}
+    ours = pack_experts(moe_model(**sizes).to(torch.bfloat16), "float8_e4m3")
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"]
+    config = transformers.FineGrainedFP8Config(**settings)
+    model = replace_with_fp8_linear(moe_model(**sizes).to(torch.bfloat16), attention, config)
+    experts, state = model.model.layers[0].mlp.experts, ours.state_dict()
+    experts.to_empty(device="cpu")
+    for name, p in experts.named_parameters():
+        if f"model.layers.0.mlp.experts.{name}" in state:
+            p.data = state[f"model.layers.0.mlp.experts.{name}"].clone()
+    return model, ours
+
+
+def test_fp8_experts_of_transformers_keep_their_bytes(tmp_path):
+    model, ours = fp8_model()
+    experts = model.model.layers[0].mlp.experts
+    with pytest.raises(ValueError, match=r'gate_up_proj: it is quantised .*pack_experts\(model, "float8_e4m3"\) first'):
+        add_lora(model, LoRAConfig(r=2, target_parameters=BOTH))
+    with pytest.raises(ValueError, match="experts: holds fp8, expected base_dtype='float8_e4m3', got 'nf4'"):
+        pack_experts(model, "nf4")
+    place = experts.gate_up_proj.data_ptr()
+    assert pack_experts(pack_experts(model, "float8_e4m3"), "float8_e4m3") is model
+    assert experts.gate_up_proj.stored.data_ptr() == place and experts.gate_up_proj.dtype == torch.bfloat16
+    assert torch.equal(model(ids()).logits, ours(ids()).logits)
+    assert model.state_dict().keys() == ours.state_dict().keys()
+    stirred(add_lora(model, LoRAConfig(r=2, target_parameters=BOTH)))
+    grads = loss_and_gradients(model)
+    assert len(grads) == 5 and all(g.any() for g in grads.values())
+    before = model(ids()).logits
+    remove_lora(merge_lora(model))
+    assert not stacks(model) and (model(ids()).logits - before).abs().max() < 0.2
+
+
+def test_fp8_experts_of_another_form_are_refused():
+    for settings, said in (
+        ({"weight_block_size": (64, 64)}, "scales of shape"),
+        ({"activation_scheme": "static"}, "static activation scheme"),
+    ):
+        model, _ = fp8_model(**settings)
+        with pytest.raises(ValueError, match=f"cannot pack model.layers.0.mlp.experts: gate_up_proj .*{said}"):
+            pack_experts(model, "float8_e4m3")
+
+
+def test_gpt_oss_checkpoint_without_a_model_in_16_bits():
+    """Its own tensors into a model without data."""
+    stored = pack_experts(moe_model("gpt_oss", **SIZES), "mxfp4")
+    with torch.device("meta"):
+        model = type(stored)(stored.config)
+    pack_experts(model, "mxfp4")
+    assert not model.load_state_dict(stored.state_dict(), assign=True).missing_keys
+    for name, p in stacks(model).items():
+        assert torch.equal(p.dequantise(), stacks(stored)[name].dequantise())
+    assert all(not p.is_meta for p in model.parameters())
