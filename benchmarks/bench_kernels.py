@@ -198,10 +198,11 @@ def fills(ws: Tensor) -> tuple[list[Kernel], dict[str, Callable[[int], Tensor]]]
 
             kernels.append(Kernel(f"{name}_{what}", 0, write, f"fill_{16 if what == 'whole' else 8}", BOUNDS[what]))
 
-    def fill(bits: int) -> Callable[[int], Tensor]:
-        return lambda i: room[i % FILLED, : n * k * bits // 8].view(torch.int32).fill_(7)
-
-    return kernels, {f"fill_{bits}": fill(bits) for bits in (16, 8)}
+    bytes_of_it = room[:, : n * k]  # torch fills no e4m3
+    return kernels, {
+        "fill_16": lambda i: outs["whole"][i % FILLED].fill_(7),
+        "fill_8": lambda i: bytes_of_it[i % FILLED].fill_(7),
+    }
 
 
 def n_copies(case: Case) -> int:

@@ -38,9 +38,8 @@ def _value_of(byte, UNITS: tl.constexpr):
     else:
         bits = byte.to(tl.int32)
         size = bits & 0x7F
-        value = (size << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+        value = ((size << 20) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
         value = tl.where(size == 0x7F, float("nan"), value)
-        value = tl.where(bits >= 0x80, -value, value)
     return value
 
 
@@ -138,6 +137,7 @@ def _written(
         (triton.cdiv(k, columns), triton.cdiv(n, rows)),
         {"num_warps": 4},
         out,
+        short=True,
         stored_ptr=w.stored,
         scale_ptr=w.scale,
         over_ptr=over,

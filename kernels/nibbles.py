@@ -210,13 +210,6 @@ def of_neighbour(t, at: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def fetch(ptr):
-    """Brings what lies there into the card's cache. Nothing is read, so that it may be before ``wait_for_stream``."""
-    ASSEMBLY: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-    tl.inline_asm_elementwise(ASSEMBLY, "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def store_four(out_ptr, at, a, b, c, d, inside):
     """Four 32-bit pieces that follow each other, by one thread at once."""
     four = tl.reshape(tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 2, 1)), (a.shape[0], 4))
