@@ -10,7 +10,7 @@ from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, mma, prec
 from lora_fast.kernels.embedding.gather import Adapted, factors, gathered, kinds_of, rows_of, told_of, z_tile
 from lora_fast.kernels.operands import Number, Operand, launch
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.sums import SUM_BLOCK, sum_of
+from lora_fast.kernels.sums import SUM_BLOCK, Summed, sum_of
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -136,7 +136,7 @@ def _embedding_sums_kernel(
         if block < blocks:
             i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             _, by = factors(scaling, factor_ptr, SCALING_PTR, tl.float32)
-            db = sum_of(g_parts_ptr, i, splits, size, BLOCK, ACC) * by
+            db = sum_of(Summed(g_parts_ptr, splits, size), i, BLOCK, ACC) * by
             if gain_ptr is not None:
                 db *= tl.load(gain_ptr + i // R, mask=i < size, other=0.0)
             tl.store(db_ptr + i, db.to(db_ptr.dtype.element_ty), mask=i < size)
@@ -145,7 +145,7 @@ def _embedding_sums_kernel(
         if block >= 0:
             cols = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             norm = tl.load(norm_ptr + cols, mask=cols < N, other=0.0)
-            total = sum_of(dm_parts_ptr, cols, splits, N, BLOCK, ACC)
+            total = sum_of(Summed(dm_parts_ptr, splits, N), cols, BLOCK, ACC)
             dm = tl.where(norm != 0, total / tl.where(norm != 0, norm, 1.0), 0.0)
             tl.store(dm_ptr + cols, dm.to(dm_ptr.dtype.element_ty), mask=cols < N)
 

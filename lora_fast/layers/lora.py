@@ -11,6 +11,7 @@ from lora_fast import dispatch
 from lora_fast.bases import packed_as
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.blocks.form import Layer
+from lora_fast.blocks.recognise import is_conv1d
 from lora_fast.blocks.siblings import SIBLINGS, Joins
 from lora_fast.checks import FLOATS
 from lora_fast.functional import lora_linear
@@ -26,7 +27,6 @@ from lora_fast.layers.rules import (
     check_quantisable,
     features,
     init_adapter,
-    is_conv1d,
     kind_asked_for,
     why_not_lora,
 )

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fast.blocks.recognise import is_conv1d
 from lora_fast.checks import FLOATS
 from lora_fast.layers.bottleneck import BottleneckAdapter
-from lora_fast.layers.rules import features, is_conv1d
+from lora_fast.layers.rules import features
 from lora_fast.models.targets import matching, some
 
 _NAME = "bottleneck"  # of the adapter in the module whose output passes through it

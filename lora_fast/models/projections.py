@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
+from lora_fast.blocks.recognise import is_conv1d
 from lora_fast.layers.parameters import CHILD, is_torchs
-from lora_fast.layers.rules import is_conv1d
 from lora_fast.wrappers.names import plain_modules
 
 Patterns = str | Collection[str] | None
