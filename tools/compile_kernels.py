@@ -166,7 +166,7 @@ def embedding(dtype: torch.dtype, r: int) -> None:
     a, b, factor = torch.empty(r, v), torch.empty(n, r), torch.empty(1)
     problem = Problem()
     _, norm, gain = forward(problem, ids, weight, a, b, 2.0, factor, torch.empty(n))
-    backward(problem, dy, ids, weight, a, b, 2.0, factor, norm, gain, needs=Needs(True, True, True))
+    backward(problem, dy, ids, weight, a, b, 2.0, factor, norm=norm, gain=gain, needs=Needs(True, True, True))
 
 
 # M, K, the columns of each output, r, the dtype of x, p, the dtype of the adapters, whether there are magnitudes

@@ -295,6 +295,7 @@ def sums_of_parts(
     factor: Operand | None,
     norm: Operand | None,
     gain: Operand | None,
+    *,
     db: Operand | None,
     dm: Operand | None,
 ) -> Launch:

@@ -105,7 +105,7 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
         g_parts = None if at.db is None else scratch.part((count, n, r), kind)
         dm_parts = None if at.dm is None else scratch.part((count, n), kind)
         launches.append(column_sums(dy, at.ids, e, a, b, by, factor, g_parts, dm_parts))
-        launches.append(sums_of_parts(dy, count, g_parts, dm_parts, by, factor, at.norm, at.gain, at.db, at.dm))
+        launches.append(sums_of_parts(dy, count, g_parts, dm_parts, by, factor, at.norm, at.gain, db=at.db, dm=at.dm))
     return launches
 
 
@@ -141,9 +141,9 @@ def backward(
     b: torch.Tensor,
     scaling: float | torch.Tensor,
     factor: MaybeTensor = None,
+    *,
     norm: MaybeTensor = None,
     gain: MaybeTensor = None,
-    *,
     padding: int = -1,
     needs: Sequence[bool] = ADAPTER,
 ) -> tuple[MaybeTensor, MaybeTensor, MaybeTensor]:

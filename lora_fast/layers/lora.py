@@ -16,7 +16,8 @@ from lora_fast.blocks.siblings import SIBLINGS, Joins
 from lora_fast.checks import FLOATS
 from lora_fast.functional import lora_linear
 from lora_fast.kept import PLAIN
-from lora_fast.layers.fp8_linears import holds_fp8, plain_linear
+from lora_fast.layers.held_linears import is_held, plain_linear
+from lora_fast.layers.keeping import KeepsNorm
 from lora_fast.layers.merging import MergingLinear
 from lora_fast.layers.replacing import cleared, tell_of_freezing
 from lora_fast.layers.rules import (
@@ -35,7 +36,7 @@ from lora_fast.wrappers.gather import whole
 from lora_fast.wrappers.placement import offloading
 
 
-class LoRALinear(Joins, MergingLinear):
+class LoRALinear(KeepsNorm, Joins, MergingLinear):
     """A frozen ``nn.Linear``, or transformers' Conv1D, plus a trainable low-rank update:
     ``y = x W^T + bias + scaling * (drop(x) A^T) B^T``.
 
@@ -56,6 +57,7 @@ class LoRALinear(Joins, MergingLinear):
             [in, out], as it was.
         lora_A [r, in], lora_B [out, r]: trainable; float32 on a 16-bit base, else the base's dtype.
         merged, enabled: the layer's state.
+        keep_in_graphs: True lets evaluation keep the adapter's copies (:class:`lora_fast.layers.keeping.KeepsNorm`).
         save_x: "x" or "fp8", what the backward of lora_A reads (see :func:`lora_fast.functional.lora_linear`).
 
     Raises:
@@ -124,7 +126,7 @@ class LoRALinear(Joins, MergingLinear):
         check_base_dtype(base_dtype, base_compute)
         if why := why_not_lora(linear):
             raise TypeError(f"linear: expected a plain nn.Linear, got one that {why}")
-        if holds_fp8(linear):
+        if is_held(linear):
             linear = plain_linear(linear)
         kind, fan_in_fan_out = None, is_conv1d(linear)
         if base_dtype is not None or base_compute is not None:
@@ -245,6 +247,7 @@ class LoRALinear(Joins, MergingLinear):
             dropout_p=self.lora_dropout,
             training=self.training,
             save_x=self.save_x,
+            kept=self.kept_copies(),
         )
 
     def enable(self) -> None:

@@ -117,8 +117,8 @@ def _backward_of(ctx: Any, dy: Any) -> Any:
         lora_B,
         scaling,
         factor,
-        norm,
-        gain,
+        norm=norm,
+        gain=gain,
         padding=fused.padding,
         needs=fused.needs,
     )
@@ -182,7 +182,7 @@ def _embedding_bwd_op(dy: torch.Tensor, ids: torch.Tensor, *given: Any) -> list[
     read = ids.reshape(-1).contiguous(), weight, lora_A, lora_B, scaling, factor
     with on(dy.device):
         problem = _problem(*read, norm, round_norm)
-        found = backward(problem, _rows(dy), *read, norm, gain, padding=padding, needs=needs)
+        found = backward(problem, _rows(dy), *read, norm=norm, gain=gain, padding=padding, needs=needs)
     return [some(t, dy) for t in found]
 
 
