@@ -166,9 +166,9 @@ class Problem:
 
     @cached_property
     def lasting(self) -> Shapes:
-        """Of those small things that a layer may keep: they do not follow from x. Decoding alone reads the copies."""
-        decodes = self.kind.itemsize == 2 and not self.quantises and not self.turned
-        names = ("a", "b", "norm", "gain") if decodes else ("norm", "gain")
+        """Of those small things that a layer may keep: they do not follow from x. Copies that are worth it alone."""
+        plain = self.kind.itemsize == 2 and not self.quantises and not self.turned
+        names = ("a", "b", "norm", "gain") if plain else ("norm", "gain")
         return Shapes({name: self.shapes[name] for name in names if name in self.shapes})
 
     @cached_property
