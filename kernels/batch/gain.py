@@ -153,13 +153,13 @@ def _gains_kernel(
     TOTAL,
     DOTS,
     SQUARES,
+    GRAMS,
     stride_wn,
     stride_wk,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     FEW: tl.constexpr,
-    GRAMS: tl.constexpr,
     SUMS: tl.constexpr,
     ONE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -187,7 +187,7 @@ def _gains_kernel(
     else:
         at = tl.arange(0, BLOCK_R)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
         b_wide, gram = b_tile.to(tl.float32), tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
-        for part in tl.static_range(GRAMS):
+        for part in tl.range(0, GRAMS, loop_unroll_factor=8 if BLOCK_R < 64 else 1):
             gram += tl.load(gram_ptr + (part * tl.num_programs(0) + adapter) * BLOCK_R * BLOCK_R + at)
         low = tl.sum(tl.dot(b_wide, gram, input_precision="tf32x3") * b_wide, 1) * s * s
         dots = tl.zeros([BLOCK_N], tl.float32)
@@ -265,11 +265,11 @@ def gains(
             TOTAL=ranks.total,
             DOTS=terms.dots.shape[0] if terms.dots else 0,
             SQUARES=terms.squares.shape[0] if terms.squares else 0,
+            GRAMS=GRAMS,
             stride_wn=w.stride(0),
             stride_wk=w.stride(1),
             **constants(tile),
             FEW=16,
-            GRAMS=GRAMS,
             ONE=most <= tile.r,
             GROUP=GROUP,
             ROUND=TL[kind] if round_norm else None,
