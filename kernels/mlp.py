@@ -19,6 +19,7 @@ from lora_fast.kernels.common import precision, wide
 from lora_fast.kernels.glu import glu_down, glu_grad, glu_splits
 from lora_fast.kernels.gradients import Gradients, OneBackward
 from lora_fast.kernels.mask import keep_count, keep_scale, mask
+from lora_fast.kernels.memory import allocator
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling
 from lora_fast.kernels.outputs import OneForward, outputs
 from lora_fast.kernels.passes import a_pass, launches_of
@@ -195,7 +196,7 @@ def forward(
     """y [*lead, N], what it leaves for the backward, and the product of y if this does not read it, to be run once that
     is saved. x [..., K], contiguous or the matrix of its rows; ``each``: gate, up and down; seeds and rates of the
     dropout of x, which gate and up share, and of h."""
-    inner, outer, new = mlp.inner, mlp.outer, x.new_empty
+    inner, outer, new = mlp.inner, mlp.outer, allocator(x)
     m, width = inner.m, outer.k
     y, e, g, h = new(*inner.lead, mlp.down.n), new(m, width), new(m, width), new(m, width)
     room, down_room = new(inner.bytes, dtype=torch.uint8), new(outer.bytes, dtype=torch.uint8)
@@ -248,7 +249,7 @@ def backward(
     """de and dg [M, I] (where ``scaled`` with DoRA's gain), (dA, dB, dbias, dm) of down, and dm of gate and of up where
     ``Mlp.dots`` says so. ``kept``, each as in ``Kept``, is of gate, up and down; scaling and p are down's.
     ``in_place``: de and dg take the memory of e and g."""
-    inner, outer, down, e, g, new = mlp.inner, mlp.outer, mlp.down, made.e, made.g, dy.new_empty
+    inner, outer, down, e, g, new = mlp.inner, mlp.outer, mlp.down, made.e, made.g, allocator(dy)
     m, width = inner.m, mlp.outer.k
     de, dg = (e, g) if in_place else (torch.empty_like(e), torch.empty_like(g))
     needs, kinds = down.needs, down.kinds

@@ -86,7 +86,7 @@ class FusedLinear:
             with torch.cuda.device(self.elsewhere):
                 return self(x, weight, lora_A, lora_B, scaling, bias, p, magnitude, kept)
         held = (weight,) if self.tensors_of is None else self.tensors_of(weight)
-        sources: Any = ((), (lora_A, lora_B)) if magnitude is None else (held, (lora_A, lora_B, magnitude))
+        of_base, adapter = ((), (lora_A, lora_B)) if magnitude is None else (held, (lora_A, lora_B, magnitude))
         if not self.as_given:
             if self.casts:
                 x = x.to(self.kind)
@@ -102,7 +102,11 @@ class FusedLinear:
             made = None
             if kept is not None and self.problem.lasting:
                 made = kept.get(
-                    *sources, scaling, self.how, lambda: make_kept(self.problem, call, lora_A, lora_B, magnitude)
+                    of_base,
+                    adapter,
+                    scaling,
+                    self.how,
+                    lambda: make_kept(self.problem, call, lora_A, lora_B, magnitude),
                 )
             return forward(self.problem, call, x, lora_A, lora_B, bias, magnitude, made)[0]
         apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply
