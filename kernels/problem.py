@@ -108,7 +108,7 @@ class Problem:
     keep_z: bool = False  # and z, which the forward keeps for it
     round_norm: bool = False
     alone: bool = False  # no backward will come, so nothing need be left for it
-    programs: dict[tuple, Program] = field(default_factory=dict)
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.m, self.kind = math.prod(self.lead), self.kinds.x
@@ -136,7 +136,7 @@ class Problem:
         return self.base.read_by(y=self.z_again, dx=self.needs.x)
 
     @cached_property
-    def save(self) -> Callable[[tuple], tuple]:
+    def save(self) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
         """What the backward will read, as in ``Saved`` and the base's tensors behind, of (None, x, A, B, y, *made,
         *held); nothing else, but in the room, where all is small."""
         need_x, need_a, need_b, _, need_m = self.needs

@@ -12,7 +12,8 @@ from lora_fast.bases import packed_as
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.siblings import SIBLINGS, Joins
-from lora_fast.functional import FLOATS, lora_linear
+from lora_fast.checks import FLOATS
+from lora_fast.functional import lora_linear
 from lora_fast.kept import PLAIN
 from lora_fast.layers.fp8_linears import holds_fp8, plain_linear
 from lora_fast.layers.keeping import KeepsNorm

@@ -13,7 +13,7 @@ from lora_fast.kernels import launchers
 from lora_fast.kernels.lora import forward, make_kept
 from lora_fast.kernels.problem import Call, MaybeTensor, Needs, Problem
 from lora_fast.ops import custom_op
-from lora_fast.ops.parts import addressable, base_of, contiguous, gradients, kinds_of, one_gpu, to_save
+from lora_fast.ops.parts import addressable, base_of, contiguous, gradients, kinds_of, one_gpu, saved_by, to_save
 
 if (_why := launchers.why_not_direct()) is not None:
     tell("starts its kernels slowly", _why)
@@ -163,16 +163,7 @@ _apply = super(torch.autograd.Function, _LoRALinear).apply
 
 
 def _backward_of(ctx: Any, dy: Any) -> Any:
-    try:
-        saved = ctx.saved_tensors
-    except RuntimeError as error:
-        if "inplace operation" not in str(error):
-            raise
-        raise RuntimeError(
-            f'{error}\nDoRA without a bias keeps its output for the gradient of the magnitude. With save="z" (an '
-            "argument of dora_linear, an attribute of DoRALinear and of patched PEFT layers) it keeps a tensor of its "
-            "own, and the output may be changed in place."
-        ) from error
+    saved = saved_by(ctx)
     problem, scaling, p = ctx.rest
     if scaling is None:
         *saved, scaling = saved

@@ -135,5 +135,5 @@ def named_call(layer: Any, x: torch.Tensor, names: Sequence[str]) -> torch.Tenso
     which = numbers_on(tuple(place.get(name, -1) for name in names), x.device)
     weight, bias = layer.frozen()
     if kinds[there[0]]:
-        return dora_linear_batch(x, weight, adapters, which, bias, round_norm=True)
+        return dora_linear_batch(x, weight, adapters, which, bias, round_norm=True, save=layer.save)
     return lora_linear_batch(x, weight, adapters, which, bias)

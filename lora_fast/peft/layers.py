@@ -15,8 +15,10 @@ from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.bases.scaled import ScaledFp8Weight
 from lora_fast.batch.names import LAST
 from lora_fast.blocks.form import Layer
+from lora_fast.blocks.recognise import is_conv1d
 from lora_fast.blocks.siblings import SIBLINGS, Joins
-from lora_fast.functional import FLOATS, dora_linear, lora_linear
+from lora_fast.checks import FLOATS
+from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.layers.fp8_linears import make_as_before
 from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm
 from lora_fast.layers.merged_state import TO_COME
@@ -29,7 +31,6 @@ from lora_fast.peft.rules import (
     active,
     examine,
     hooked,
-    is_conv1d,
     is_dora,
     kind_of,
     parameter,

@@ -11,7 +11,8 @@ from torch.compiler import is_compiling
 
 from lora_fast.bases import KINDS
 from lora_fast.blocks import gated
-from lora_fast.functional import FLOATS
+from lora_fast.blocks.recognise import is_conv1d
+from lora_fast.checks import FLOATS
 from lora_fast.kept import PLAIN
 from lora_fast.layers.embedding import asked_of
 from lora_fast.layers.fp8_linears import holds_fp8, why_not_held
@@ -76,11 +77,6 @@ def is_scaled(base: nn.Module) -> bool:
     named = kind.__name__.endswith("ScaledWordEmbedding") and kind.__module__.startswith("transformers.models.")
     known = named and hasattr(Embedding, "_get_embed_scale")
     return known and isinstance(base, nn.Embedding) and hasattr(base, "embed_scale")
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D itself: a linear layer whose weight is stored as [in, out]."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def kind_of(module: nn.Module) -> str:
