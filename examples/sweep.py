@@ -150,6 +150,10 @@ def train(
         results.seconds.append(time.perf_counter() - start)
         for found, value in zip(results.losses.values(), values, strict=True):
             found.steps.append(value)
+        step = len(results.seconds)
+        if step in (1, args.steps):  # the first compiles kernels
+            shown = " ".join(f"{value:.4f}" for value in values)
+            print(f"  step {step} of {args.steps}: loss {shown} in {results.seconds[-1]:.3f} s", flush=True)
     model.eval()
     with torch.no_grad(), named(len(held_out)):
         ends = losses_of(model, held_out.repeat(len(trials), 1), len(trials))
@@ -168,6 +172,7 @@ def in_one_run(model: Any, trials: Sequence[Trial], data: Any, args: argparse.Na
     def named(rows: int) -> Any:
         return use_adapters(model, [trial.name for trial in trials for _ in range(rows)])
 
+    print("in one run:", flush=True)
     results = train(model, trials, optimizers, data, named, args)
     best = min(results.losses, key=lambda name: results.losses[name].held_out)
     set_adapter(model, best)
@@ -181,6 +186,7 @@ def one_by_one(model: Any, trials: Sequence[Trial], data: Any, args: argparse.Na
     """The same trials, each with a run of its own."""
     results = Results({}, [0.0] * args.steps)
     for trial in trials:
+        print(f"{trial.name} in a run of its own:", flush=True)
         trial.add_to(model)
         own = train(model, [trial], [trial.optimizer(model)], data, lambda rows: nullcontext(), args)
         remove_lora(model)

@@ -33,13 +33,22 @@ def power_above(x):
 
 class Matrix(NamedTuple):
     """A matrix as device code sees it. What is loaded through a descriptor needs no strides, what is stored is
-    contiguous."""
+    contiguous. (Of records like this: None stays None in them, but a constant is one for whom it is handed to only if
+    the record is made in the call itself.)"""
 
     ptr: Any  # or a tensor descriptor
     rows: Any
     cols: Any
     stride_r: Any
     stride_c: Any
+
+
+class Bits(NamedTuple):
+    """A dropout mask as device code sees it: words, so many a row."""
+
+    ptr: Any
+    stride: Any
+    rows: Any
 
 
 @triton.jit
@@ -68,6 +77,19 @@ def low_scale(scaling, POINTER: tl.constexpr, LIFTED: tl.constexpr):
 
 
 @triton.jit
+def one_of(each, widths, block, BLOCK: tl.constexpr):
+    """What is given of one among up to four matrices, whose columns lie side by side in blocks of BLOCK: (what is given
+    of the one that this block is of, its first block). What is given of one that is not there begins with None."""
+    one, first, start = each[0], 0, 0
+    for i in tl.static_range(1, 4):
+        if each[i][0] is not None:
+            start += tl.cdiv(widths[i - 1], BLOCK)
+            if block >= start:
+                one, first = each[i], start
+    return one, first
+
+
+@triton.jit
 def late(t):
     """t, and no use of it before this: the compiler puts what first becomes of a loaded tile right behind the load, and
     so waits there."""
@@ -93,14 +115,14 @@ def load_tile(t, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.const
 
 @triton.jit
 def store_tile(t, tile, row, col, DTYPE: tl.constexpr, TMA: tl.constexpr = False):
-    """Put a tile to (row, col) of a contiguous matrix, what is inside of it."""
+    """Put a tile to (row, col) of a matrix with contiguous rows, what is inside of it."""
     if TMA:
         t.ptr.store([row, col], tile.to(DTYPE))
     else:
         rows, cols = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
         zero = tl.full((), 0, tl.int64)
-        first = t.ptr + (zero + row) * t.cols + col
-        tl.store(first + (rows * t.cols + cols), tile.to(DTYPE), mask=(rows < t.rows - row) & (cols < t.cols - col))
+        first = t.ptr + (zero + row) * t.stride_r + col
+        tl.store(first + (rows * t.stride_r + cols), tile.to(DTYPE), mask=(rows < t.rows - row) & (cols < t.cols - col))
 
 
 @triton.jit

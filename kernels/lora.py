@@ -90,8 +90,8 @@ def forward(
     return y, made
 
 
-def make_kept(problem: Problem, call: Call, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """What a forward makes of the weights alone: DoRA's gain, and the copies of the adapters that decoding reads."""
+def make_kept(problem: Problem, call: Call, a: torch.Tensor, b: torch.Tensor, magnitude: MaybeTensor) -> torch.Tensor:
+    """What a forward makes of the weights alone: DoRA's gain, and the copies of the adapters that products read."""
     kept = a.new_empty(problem.lasting.bytes, dtype=torch.uint8)
     scaling = as_scaling(call.scaling)
     given = a, b, magnitude, kept, scaling, *call.held[problem.for_y]

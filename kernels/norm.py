@@ -9,7 +9,7 @@ cancel; here none do.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
 from lora_fast.kernels.chip import Chip
-from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, low_scale, wait_for_stream, wide
+from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, low_scale, one_of, wait_for_stream, wide
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling, launch, run
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import Tile
@@ -26,20 +26,27 @@ MOST = 4  # layers that share a launch
 SUMS = 64  # of squares a row, at most: what lies side by side in a row of a product's registers
 
 
+class LowRank(NamedTuple):
+    """Some rows of s B A as device code sees them: A, B, B's first tile of these rows, in whose dtype the product is
+    made, and s."""
+
+    a: Any
+    b: Any
+    first: Any
+    s: Any
+
+
 @triton.jit
-def low_rank_tile(
-    a, b, b_tile, row, k, BLOCK_K: tl.constexpr, ONE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
-):
-    """The tile of B A at (row, k), BLOCK_K columns of it, from B's first tile of these rows, in whose dtype the product
-    is made; ONE: all ranks are in that."""
-    BLOCK_N: tl.constexpr = b_tile.shape[0]
-    BLOCK_R: tl.constexpr = b_tile.shape[1]
-    a_tile = load_tile(a, 0, k, BLOCK_R, BLOCK_K).to(b_tile.dtype)
-    v = tl.dot(b_tile, a_tile, input_precision=PRECISION, out_dtype=ACC)
+def low_rank_tile(of, row, k, BLOCK_K: tl.constexpr, ONE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """The tile of B A at (row, k), BLOCK_K columns of it; ONE: all ranks are in B's first tile."""
+    BLOCK_N: tl.constexpr = of.first.shape[0]
+    BLOCK_R: tl.constexpr = of.first.shape[1]
+    a_tile = load_tile(of.a, 0, k, BLOCK_R, BLOCK_K).to(of.first.dtype)
+    v = tl.dot(of.first, a_tile, input_precision=PRECISION, out_dtype=ACC)
     if not ONE:
-        for rank in range(BLOCK_R, a.rows, BLOCK_R):
-            later = load_tile(b, row, rank, BLOCK_N, BLOCK_R).to(b_tile.dtype)
-            a_tile = load_tile(a, rank, k, BLOCK_R, BLOCK_K).to(b_tile.dtype)
+        for rank in range(BLOCK_R, of.a.rows, BLOCK_R):
+            later = load_tile(of.b, row, rank, BLOCK_N, BLOCK_R).to(of.first.dtype)
+            a_tile = load_tile(of.a, rank, k, BLOCK_R, BLOCK_K).to(of.first.dtype)
             v = tl.dot(later, a_tile, v, input_precision=PRECISION, out_dtype=ACC)
     return v
 
@@ -47,11 +54,8 @@ def low_rank_tile(
 @triton.jit
 def row_norm(
     w,
-    a,
-    b,
-    b_tile,
     w_scale,
-    s,
+    of,
     row,
     BLOCK_K: tl.constexpr,
     SUMS: tl.constexpr,
@@ -59,19 +63,18 @@ def row_norm(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The norms [BLOCK_N] of V's rows from ``row`` on; b_tile as in ``low_rank_tile``. With a w_scale [BLOCK_N] W's
-    rows are multiplied by it."""
-    BLOCK_N: tl.constexpr = b_tile.shape[0]
+    """The norms [BLOCK_N] of V's rows from ``row`` on. With a w_scale [BLOCK_N] W's rows are multiplied by it."""
+    BLOCK_N: tl.constexpr = of.first.shape[0]
     squares = tl.zeros([BLOCK_N, SUMS], dtype=ACC)
     tile = load_tile(w, row, 0, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
     for k in range(0, w.cols, BLOCK_K):
         # The next step's, by hand: the compiler's pipeline takes the operands of products alone.
         later = load_tile(w, row, k + BLOCK_K, BLOCK_N, BLOCK_K)
-        update = low_rank_tile(a, b, b_tile, row, k, BLOCK_K, ONE, ACC, PRECISION)
+        update = low_rank_tile(of, row, k, BLOCK_K, ONE, ACC, PRECISION)
         base = tile.to(ACC)
         if w_scale is not None:
             base *= w_scale[:, None]
-        v = base + s * update
+        v = base + of.s * update
         squares += tl.sum(tl.reshape(v * v, (BLOCK_N, BLOCK_K // SUMS, SUMS)), 1)
         tile = later
     return tl.sqrt(tl.sum(squares, 1))
@@ -174,27 +177,21 @@ def _norm_kernel(
 ):
     wait_for_stream(PDL)
     block = tl.program_id(0)
-    w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr = w0, a0, b0, m0, n0, g0, w_scale0
-    N, R, stride_wn, stride_ar, stride_bn, stride_br = N0, R0, stride_wn0, stride_ar0, stride_bn0, stride_br0
-    s, first = low_scale(scaling0, PTR0, LIFTED), 0
+    s0, s1, s2, s3 = low_scale(scaling0, PTR0, LIFTED), None, None, None
     if w1 is not None:
-        first1 = tl.cdiv(N0, BLOCK_N)
-        if block >= first1:
-            w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr = w1, a1, b1, m1, n1, g1, w_scale1
-            N, R, stride_wn, stride_ar, stride_bn, stride_br = N1, R1, stride_wn1, stride_ar1, stride_bn1, stride_br1
-            s, first = low_scale(scaling1, PTR1, LIFTED), first1
+        s1 = low_scale(scaling1, PTR1, LIFTED)
     if w2 is not None:
-        first2 = first1 + tl.cdiv(N1, BLOCK_N)
-        if block >= first2:
-            w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr = w2, a2, b2, m2, n2, g2, w_scale2
-            N, R, stride_wn, stride_ar, stride_bn, stride_br = N2, R2, stride_wn2, stride_ar2, stride_bn2, stride_br2
-            s, first = low_scale(scaling2, PTR2, LIFTED), first2
+        s2 = low_scale(scaling2, PTR2, LIFTED)
     if w3 is not None:
-        first3 = first2 + tl.cdiv(N2, BLOCK_N)
-        if block >= first3:
-            w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr = w3, a3, b3, m3, n3, g3, w_scale3
-            N, R, stride_wn, stride_ar, stride_bn, stride_br = N3, R3, stride_wn3, stride_ar3, stride_bn3, stride_br3
-            s, first = low_scale(scaling3, PTR3, LIFTED), first3
+        s3 = low_scale(scaling3, PTR3, LIFTED)
+    each = (
+        (w0, a0, b0, m0, n0, g0, w_scale0, N0, R0, stride_wn0, stride_ar0, stride_bn0, stride_br0, s0),
+        (w1, a1, b1, m1, n1, g1, w_scale1, N1, R1, stride_wn1, stride_ar1, stride_bn1, stride_br1, s1),
+        (w2, a2, b2, m2, n2, g2, w_scale2, N2, R2, stride_wn2, stride_ar2, stride_bn2, stride_br2, s2),
+        (w3, a3, b3, m3, n3, g3, w_scale3, N3, R3, stride_wn3, stride_ar3, stride_bn3, stride_br3, s3),
+    )
+    one, first = one_of(each, (N0, N1, N2), block, BLOCK_N)
+    w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr, N, R, stride_wn, stride_ar, stride_bn, stride_br, s = one
     w, a = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(a_ptr, R, K, stride_ar, stride_ak)
     b = Matrix(b_ptr, N, R, stride_bn, stride_br)
     row = (block - first) * BLOCK_N
@@ -203,7 +200,7 @@ def _norm_kernel(
     if w_scale_ptr is not None:
         w_scale = tl.load(w_scale_ptr + rows, mask=rows < N, other=0.0).to(ACC)
     b_tile = load_tile(b, row, 0, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
-    norm = row_norm(w, a, b, b_tile, w_scale, s, row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
+    norm = row_norm(w, w_scale, LowRank(a, b, b_tile, s), row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
     _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, ROUND, ACC)
 
 

@@ -107,7 +107,7 @@ class Problem:
     keep_z: bool = False  # and z, which the forward keeps for it
     round_norm: bool = False
     alone: bool = False  # no backward will come, so nothing need be left for it
-    programs: dict[tuple, Program] = field(default_factory=dict)
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.m, self.kind = math.prod(self.lead), self.kinds.x
@@ -166,9 +166,9 @@ class Problem:
 
     @cached_property
     def lasting(self) -> Shapes:
-        """Of those small things that a layer may keep: they do not follow from x. Decoding alone reads the copies."""
-        decodes = self.kind.itemsize == 2 and not self.quantises and not self.turned
-        names = ("a", "b", "norm", "gain") if decodes else ("norm", "gain")
+        """Of those small things that a layer may keep: they do not follow from x. Copies that are worth it alone."""
+        plain = self.kind.itemsize == 2 and not self.quantises and not self.turned
+        names = ("a", "b", "norm", "gain") if plain else ("norm", "gain")
         return Shapes({name: self.shapes[name] for name in names if name in self.shapes})
 
     @cached_property

@@ -7,7 +7,7 @@ import torch
 
 from lora_fast import dispatch, reference
 from lora_fast.bases.packed import PackedWeight, is_opaque
-from lora_fast.functional import FLOATS
+from lora_fast.checks import FLOATS
 
 
 def lora_embedding(

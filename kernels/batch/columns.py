@@ -1,6 +1,6 @@
 """G_j = Z^T P over the rows of adapter j alone: dB from dY and S, dA^T from drop(x) and dS, for all adapters in one
 launch; and on the way of dB, where ranks are few, dS = s dY B_j from the same tiles. With DoRA's gains dZ = g_j * dY
-takes dY's place, as in grad.py: it is written, and the sums over an adapter's rows of dY * z make dm_j.
+takes dY's place, as in grad.py: it is written, and sums over an adapter's rows of dY * z make dm_j (magnitudes.py).
 
 A program has some columns of Z and some ranks of one adapter and walks over the blocks of rows that hold rows of it
 (places.py), or over a part of these: first those that are its own from end to end, which come tile by tile as they
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
+from lora_fast.kernels.batch.magnitudes import Again, magnitudes
 from lora_fast.kernels.batch.ranks import FIELDS, ROWS, UNIT, Ranks, Tables
 from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
@@ -167,7 +168,6 @@ def _batch_columns_kernel(
     bits_ptr,
     lift_ptr,
     gain_ptr,
-    norm_ptr,
     ds_ptr,
     dm_ptr,
     g_ptr,
@@ -234,11 +234,8 @@ def _batch_columns_kernel(
     )  # fmt: skip
     if dm_ptr is not None:
         to = (zero + adapter) * N + cols
-        inside = (cols < N) & (rank == 0) & (adapter < ADAPTERS)
-        norm = tl.load(norm_ptr + to, mask=inside, other=0.0)
-        total = tl.where(norm != 0, tl.sum(dm, 0) / tl.where(norm != 0, norm, 1.0), 0.0)
         to += split.to(tl.int64) * ADAPTERS * N
-        tl.store(dm_ptr + to, total.to(dm_ptr.dtype.element_ty), mask=inside)
+        tl.store(dm_ptr + to, tl.sum(dm, 0), mask=(cols < N) & (rank == 0) & (adapter < ADAPTERS))
     if g_ptr is not None:
         if lift_ptr is not None:
             g *= tl.load(lift_ptr + first)
@@ -323,14 +320,15 @@ class LowRank(NamedTuple):
 
 
 class Gains(NamedTuple):
-    """DoRA's, with which dZ = g * dY takes the place of Z = dY: gain and norm [adapters, N]; z [M, N], contiguous, and
-    dm [adapters, N], which is filled with the sum over an adapter's rows of dY * z / n; dz [M, N] is filled."""
+    """DoRA's, with which dZ = g * dY takes the place of Z = dY: gain and norm [adapters, N]; dz [M, N] is filled, and
+    dm [adapters, N], from kept [M, N], contiguous: z, or y where z can be made ``again`` (magnitudes.py)."""
 
     gain: Operand
     norm: Operand
-    z: Operand | None
+    kept: Operand | None
     dm: Operand | None
     dz: Operand | None
+    again: Again | None
 
 
 def columns(
@@ -350,9 +348,10 @@ def columns(
     """g, the gradients of all adapters [sum of R * N], from z [M, N], perhaps under a mask, and p [M, ranks in all].
     ranks_first: each is [R, N], else [N, R]. A lift, one for each rank, multiplies it."""
     (m, n), kind, count = z.shape, z.dtype, len(ranks.of)
-    _, norm, kept, dm, dz = (None,) * 5 if dora is None else dora
-    if dm is None:
-        kept = None
+    kept = dm = dz = sums_to = None
+    if dora is not None:
+        dz, dm = dora.dz, dora.dm
+        kept = None if dm is None else dora.kept
     chip, tma = Chip.of(z.device), tma_fits(z, *(() if dz is None else (dz,)))
     tile = pass_tiles.batch_columns(
         ranks.block,
@@ -366,18 +365,18 @@ def columns(
     exact = precision(kind, m)
     if kind == torch.float32 and exact == "ieee":  # as in ``down``
         tile = replace(tile, m=16)
-    # Rows without an adapter matter to dZ alone.
-    grid = triton.cdiv(n, tile.n), len(ranks.blocks(ranks.block)) + (dz is not None)
-    splits = int(chip.processors * tile.fill) // (grid[0] * grid[1])
+    blocks = len(ranks.blocks(ranks.block))
+    grid = triton.cdiv(n, tile.n), blocks + (dz is not None)  # rows without an adapter matter to dZ alone
+    splits = int(chip.processors * tile.fill) // (grid[0] * blocks)
     splits = max(1, min(splits, triton.cdiv(m, 4 * ROWS)))
     size, width, parts = 0 if g is None else g.shape[0], max(ranks.padded), None
-    g_to, dm_to, sums = g, dm, list[Launch]()
+    g_to, sums = g, list[Launch]()
     if splits > 1 and g is not None:
         g_to = scratch.part((splits * size,), wide(z))
         sums.append(add_parts(Parts(0, splits, 0, 0, 0, size), g_to, z, kind, g=g))
-    if splits > 1 and dm is not None:
-        dm_to = scratch.part((splits * count * n,), wide(z))
-        sums.append(add_parts(Parts(0, splits, 0, 0, 0, count * n), dm_to, z, kind, g=dm))
+    if dora is not None and dm is not None:
+        sums_to = scratch.part((splits, count, n), wide(z))
+        sums.append(magnitudes(sums_to, dora.norm, dora.gain, dm, z, where.own, dora.again))
     added = list[Launch]()
     if low is not None:
         parts = scratch.part((grid[0], m, width), wide(z))
@@ -401,9 +400,8 @@ def columns(
         bits_ptr=bits,
         lift_ptr=lift,
         gain_ptr=dora and dora.gain,
-        norm_ptr=norm,
         ds_ptr=parts,
-        dm_ptr=dm_to,
+        dm_ptr=sums_to,
         g_ptr=g_to,
         M=m,
         N=n,

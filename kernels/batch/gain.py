@@ -19,7 +19,7 @@ from lora_fast.kernels.batch.ranks import Ranks, Tables
 from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, mma, wait_for_stream
 from lora_fast.kernels.gemm import halves
-from lora_fast.kernels.norm import constants, gain_of, row_norm
+from lora_fast.kernels.norm import LowRank, constants, gain_of, row_norm
 from lora_fast.kernels.operands import Operand, Scratch, Tiles, launch
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import Tile, rank_block, tma_fits
@@ -153,7 +153,7 @@ def _gains_kernel(
     a, b = Matrix(a_ptr + (zero + first) * K, end - first, K, K, 1), Matrix(b_ptr + first, N, end - first, TOTAL, 1)
     b_tile = load_tile(b, row, 0, BLOCK_N, BLOCK_R)
     if dots_ptr is None:
-        norm = row_norm(w, a, b, b_tile, None, s, row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
+        norm = row_norm(w, None, LowRank(a, b, b_tile, s), row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
     else:
         at = tl.arange(0, BLOCK_R)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
         b_wide, gram = b_tile.to(tl.float32), tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
@@ -168,7 +168,7 @@ def _gains_kernel(
         weak = square < (base + low) * WEAK
         norm = tl.sqrt(tl.where(square < 0, 0.0, square))
         if tl.max(weak.to(tl.int32), 0) > 0:
-            again = row_norm(w, a, b, b_tile, None, s, row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
+            again = row_norm(w, None, LowRank(a, b, b_tile, s), row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
             norm = tl.where(weak, again, norm)
     if ROUND is not None:
         norm = norm.to(ROUND).to(ACC)

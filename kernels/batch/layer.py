@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 
 from lora_fast.kernels.batch.columns import Gains, LowRank, Where, columns
 from lora_fast.kernels.batch.gain import Packed, gains
+from lora_fast.kernels.batch.magnitudes import Again
+from lora_fast.kernels.batch.mixed import gain_mixed
 from lora_fast.kernels.batch.pack import pack
 from lora_fast.kernels.batch.places import lists, places
 from lora_fast.kernels.batch.problem import Problem
+from lora_fast.kernels.batch.ranks import ROWS
 from lora_fast.kernels.common import wide
 from lora_fast.kernels.down import down
-from lora_fast.kernels.gemm import product
+from lora_fast.kernels.gemm import Own, product
 from lora_fast.kernels.grad import ColumnPass
 from lora_fast.kernels.mask import mask
 from lora_fast.kernels.operands import Number, Operand, Scratch
@@ -48,7 +51,6 @@ class Forward(NamedTuple):
 
 
 def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
-    """What makes y last is one launch."""
     x, ranks, room, tables = at.x.rows(), problem.ranks, problem.room(at.room), problem.ranks.tables(at.tables)
     scratch, (weight,) = Scratch(x.device), at.rest
     lift = at.scales.block(1, 0, 1, ranks.total)
@@ -56,28 +58,33 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     launches = [packed, places(at.which, x, tables.firsts, bad, at.scales, ranks, room.places)]
     if at.seed is not None:
         launches.append(mask(at.seed, at.bits, None, at.n_words, own=room.places.own, counts=at.counts))
-    own = None
+    own, y, last = None, at.y.rows(), list[Launch]()
     if room.gain is not None and room.norm is not None:
-        own, low = room.places.own, at.scales.block(2, 0, 1, ranks.total)
+        own, low = Own(room.places.whole, ROWS), at.scales.block(2, 0, 1, ranks.total)
         of = Packed(room.a, room.b, low, room.places.scales, tables)
         launches += gains(weight, of, at.magnitudes, room.norm, room.gain, ranks, problem.round_norm, scratch)
-    return [
-        *launches,
-        down(x, room.a, room.s, None, None, bits=at.bits, scales=room.places.scales, owned=room.owned(tables.owner)),
-        product(
-            x,
-            weight,
-            room.s,
-            room.b,
-            at.y.rows(),
-            transposed=True,
-            bias=at.bias,
-            gain=room.gain,
-            own=own,
-            z=None if at.z is None else at.z.rows(),
-            units=room.units,
-        ),
-    ]
+        last.append(gain_mixed(y, room.gain, at.bias, room.places.own, room.places.whole))
+    launches.append(
+        down(x, room.a, room.s, None, None, bits=at.bits, scales=room.places.scales, owned=room.owned(tables.owner))
+    )
+    z = None if at.z is None else at.z.rows()
+    made = product(
+        x,
+        weight,
+        room.s,
+        room.b,
+        y,
+        transposed=True,
+        bias=at.bias,
+        gain=room.gain,
+        own=own,
+        z=z,
+        units=room.units,
+    )
+    last.insert(0, made)
+    for launch in last:
+        launch.late = not problem.needs.m
+    return [*launches, *last]
 
 
 class Backward(NamedTuple):
@@ -95,7 +102,7 @@ class Backward(NamedTuple):
     x: Maybe
     room: Maybe
     bits: Maybe
-    z: Maybe
+    kept: Maybe  # z, or y
     rest: tuple[Maybe, ...]  # the weight
 
 
@@ -118,8 +125,10 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     fused = needs_ds and needs.b and max(ranks.padded) <= most and problem.kind.itemsize <= 2
     source, dora = dy, None
     if room.gain is not None and room.norm is not None:
-        z = None if at.z is None else at.z.rows()
-        dora = Gains(room.gain, room.norm, z, at.grad_m, at.dz)
+        kept, again = None if at.kept is None else at.kept.rows(), None
+        if problem.z_again:
+            again = Again(at.x.rows(), weight, room.s, room.b, tables.firsts)
+        dora = Gains(room.gain, room.norm, kept, at.grad_m, at.dz, again)
         source = at.dz
     if needs.b or dora is not None:
         launches += columns(

@@ -1,7 +1,7 @@
 """Which rows are whose: tables that are made on the device, so that ``which`` may change from step to step.
 
-For each row its adapter (-1: none); for each block of ROWS rows the units of ranks that its rows use, at least one; for
-each adapter the blocks that hold rows of it.
+For each row its adapter (-1: none); for each block of ROWS rows the one that all of them have, and the units of ranks
+that its rows use, at least one; for each adapter the blocks that hold rows of it.
 """
 
 from typing import NamedTuple
@@ -12,6 +12,7 @@ import triton.language as tl
 
 from lora_fast.kernels.batch.ranks import ROWS, UNIT, Ranks
 from lora_fast.kernels.common import wait_for_stream
+from lora_fast.kernels.gemm import MIXED
 from lora_fast.kernels.operands import Operand, Scratch, launch
 from lora_fast.kernels.program import Launch
 
@@ -22,6 +23,7 @@ class Places(NamedTuple):
     """int32 each, but for the scales."""
 
     own: Operand  # [M], the adapter of each row
+    whole: Operand  # [blocks of rows], that of all rows of a block; MIXED where they differ
     here: Operand  # [blocks of rows, adapters + 1]: 0 where none of the rows is that one's, 1 some, 2 all; last none's
     units: Operand | None  # [blocks of rows, 1 + units]: how many its rows use, then these; None where there is one
     scales: Operand  # [ranks in all] float32: those given, NaN for a rank of A or B that is not finite
@@ -31,12 +33,13 @@ class Places(NamedTuple):
         blocks = triton.cdiv(m, ROWS)
         found = {
             "own": ((m,), torch.int32),
+            "whole": ((blocks,), torch.int32),
             "here": ((blocks, len(ranks.of) + 1), torch.int32),
             "scales": ((ranks.total,), torch.float32),
         }
         if ranks.units > 1:
             found["units"] = (blocks, 1 + ranks.units), torch.int32
-        return found  # type: ignore[return-value]
+        return found
 
 
 @triton.jit(do_not_specialize=["M", "EACH"])
@@ -44,6 +47,7 @@ def _places_kernel(
     which_ptr,
     firsts_ptr,
     own_ptr,
+    whole_ptr,
     here_ptr,
     units_ptr,
     bad_ptr,
@@ -69,6 +73,8 @@ def _places_kernel(
         known = (rows < M) & (which >= 0) & (which < ADAPTERS)
         own = tl.where(known, which, -1).to(tl.int32)  # past the last, too
         tl.store(own_ptr + rows, own, mask=rows < M)
+        least = tl.min(tl.where(rows < M, own, ADAPTERS), 0)
+        tl.store(whole_ptr + block, tl.where(least == tl.max(tl.where(rows < M, own, -1), 0), least, MIXED))
         there = tl.minimum(M - block * ROWS, ROWS)
         for first in range(0, ADAPTERS + 1, AT_ONCE):
             adapters = first + tl.arange(0, AT_ONCE)
@@ -134,6 +140,7 @@ def places(
         which_ptr=which,
         firsts_ptr=firsts,
         own_ptr=found.own,
+        whole_ptr=found.whole,
         here_ptr=found.here,
         units_ptr=found.units,
         bad_ptr=bad,

@@ -4,7 +4,7 @@ its backward. Nothing here depends on which row names which adapter: programs, a
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,11 +48,13 @@ class Problem:
     needs: Needs
     dora: bool = False
     round_norm: bool = False
-    programs: dict[tuple, Program] = field(default_factory=dict)
+    keep_z: bool = False  # for the gradients of magnitudes, which else read y
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.m, self.kind = math.prod(self.lead), self.kinds.x
         self.x_shape, self.y_shape = (*self.lead, self.k), (*self.lead, self.n)
+        self.z_again = self.needs.m and not self.keep_z
         self.is_float32, self.lifted = self.kind == torch.float32, self.kind == torch.float16
 
     @cached_property
@@ -73,5 +75,5 @@ class Problem:
 
     def room(self, memory: Operand) -> Room:
         found = self.shapes.parts(memory)
-        places = Places(found["own"], found["here"], found.get("units"), found["scales"])
+        places = Places(found["own"], found["whole"], found["here"], found.get("units"), found["scales"])
         return Room(places, found["a"], found["b"], found["s"], found.get("norm"), found.get("gain"))

@@ -16,11 +16,11 @@ from lora_fast.kernels.program import Bound, Program
 
 
 class Call:
-    """What one call has beside tensors that autograd looks at. If it ``defers``, the launch that makes y is left here,
-    to be run as ``program.run(bound, -1)`` once what the backward reads is saved."""
+    """What one call has beside tensors that autograd looks at. If it ``defers``, the launches that make y are left
+    here, to be run as ``program.run(bound, first)`` once what the backward reads is saved."""
 
     defers = False
-    deferred: tuple[Program, Bound] | None = None
+    deferred: tuple[Program, Bound, int] | None = None
     x: torch.Tensor  # as the launches read it
 
     def __init__(
@@ -44,7 +44,7 @@ class Saved(NamedTuple):
     x: MaybeTensor  # [..., K]
     room: MaybeTensor
     bits: MaybeTensor
-    z: MaybeTensor  # [*lead, N]
+    kept: MaybeTensor  # z or y [*lead, N]
     weight: MaybeTensor
 
 
@@ -66,7 +66,7 @@ def forward(
     y = x.new_empty(problem.y_shape)
     words = -(-problem.k // 32)
     bits = None if call.seed is None else x.new_empty(problem.m, words, dtype=torch.int32)
-    z = x.new_empty(problem.y_shape) if problem.needs.m else None
+    z = x.new_empty(problem.y_shape) if problem.keep_z else None
     room = x.new_empty(problem.bytes, dtype=torch.uint8)
     if problem.m == 0:
         return y, Made(room, bits, z)
@@ -95,8 +95,8 @@ def forward(
     key = forward_launches, which.dtype, which.shape, x.stride(), call.weight.stride(), seed, _exact(problem)
     program, bound = _bound(problem, key, Forward, given)
     if call.defers:
-        program.run(bound, 0, -1)
-        call.deferred = program, bound
+        program.run(bound, 0, -program.late)
+        call.deferred = program, bound, -program.late
     else:
         program.run(bound)
     return y, Made(room, bits, z)
@@ -120,9 +120,9 @@ def backward(problem: Problem, dy: torch.Tensor, saved: Sequence[Any]) -> tuple[
             if grad is not None:
                 grad.zero_()
         return grads
-    scales, x, room, bits, z, weight = saved
+    scales, x, room, bits, kept, weight = saved
     dz = dy.new_empty(problem.m, problem.n) if problem.dora and (needs.x or needs.a) else None
-    given = dy, *grads, dz, tables_on(problem.ranks, dy.device), scales, x, room, bits, z, weight
+    given = dy, *grads, dz, tables_on(problem.ranks, dy.device), scales, x, room, bits, kept, weight
     strides = (None if t is None else t.stride() for t in (x, weight))
     key = backward_launches, dy.stride(), *strides, bits is None, _exact(problem)
     program, bound = _bound(problem, key, Backward, given)
@@ -130,17 +130,19 @@ def backward(problem: Problem, dy: torch.Tensor, saved: Sequence[Any]) -> tuple[
     return grads
 
 
-def to_save(problem: Problem, scales: torch.Tensor, x: torch.Tensor, made: Made, weight: torch.Tensor) -> Saved:
+def to_save(
+    problem: Problem, scales: torch.Tensor, x: torch.Tensor, made: Made, weight: torch.Tensor, y: torch.Tensor
+) -> Saved:
     """What ``backward`` reads, and nothing else."""
     needs = problem.needs
     low = needs.x or needs.a or needs.b or needs.m
     return Saved(
         scales,
-        x if needs.a else None,
+        x if needs.a or problem.z_again else None,
         made.room if low else None,
         made.bits if needs.x or needs.a else None,
-        made.z,
-        weight if needs.x else None,
+        y if problem.z_again else made.z,
+        weight if needs.x or problem.z_again else None,
     )
 
 
@@ -149,7 +151,7 @@ def _exact(problem: Problem) -> str | bool:
     return problem.is_float32 and precision(problem.kind, 256)
 
 
-def _bound(problem: Problem, key: tuple, args: Any, given: tuple) -> tuple[Program, Bound]:
+def _bound(problem: Problem, key: tuple[Any, ...], args: Any, given: tuple[Any, ...]) -> tuple[Program, Bound]:
     program = problem.programs.get(key)
     if program is None or program.stale or (bound := program.bind(*given)) is None:
         return bound_program(problem, key, args, given)

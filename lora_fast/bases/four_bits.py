@@ -60,8 +60,12 @@ class Nf4Weight(FourBitWeight):
 
     @classmethod
     def store(cls, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        packed, absmax, table = BlockWeight.store(weight)
-        code2, offset = dynamic_map().to(weight.device, copy=True), absmax.mean()
+        return cls.nested(*BlockWeight.store(weight))
+
+    @staticmethod
+    def nested(packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The inner tensors of a weight whose scales absmax are float32."""
+        code2, offset = dynamic_map().to(packed.device, copy=True), absmax.mean()
         rest = absmax - offset
         codes, absmax2 = nearest(F.pad(rest, (0, -len(rest) % NESTED_BLOCK)).view(-1, NESTED_BLOCK), code2)
         return packed, codes.view(-1)[: len(rest)].clone(), table, code2, absmax2, offset.view(1)

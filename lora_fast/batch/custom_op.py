@@ -57,11 +57,14 @@ def problem_of(
     needs: Needs,
     m: Sequence[torch.Tensor] = (),
     round_norm: bool = False,
+    save: str = "auto",
 ) -> Problem:
     """For x of this shape, and products in this dtype."""
     kinds = Kinds(kind, common(a), common(b), dtype_of(bias), common(m) if m else None)
     ranks = Ranks(tuple(t.shape[0] for t in a))
-    return Problem(tuple(shape[:-1]), shape[-1], b[0].shape[0], ranks, kinds, needs, len(m) > 0, round_norm)
+    # As for one adapter (ops/linear.py): y lacks what a bias drowns, and z again takes all that A's and B's keep.
+    keep_z = needs.m and not (save == "auto" and bias is None and needs.a and needs.b)
+    return Problem(tuple(shape[:-1]), shape[-1], b[0].shape[0], ranks, kinds, needs, len(m) > 0, round_norm, keep_z)
 
 
 def common(tensors: Sequence[torch.Tensor]) -> torch.dtype:
@@ -205,7 +208,7 @@ class _Batch(torch.autograd.Function):
         problem = given.problem(*needs)
         y, scales, room, *bits = torch.ops.lora_fast.lora_batch_fwd(*given)
         made = Made(room, bits[0] if bits else None)
-        ctx.save_for_backward(*to_save(problem, scales, x, made, weight))
+        ctx.save_for_backward(*to_save(problem, scales, x, made, weight, y))
         kinds = [kind or x.dtype for kind in problem.kinds[1:4]]
         ctx.rest = problem.k, list(problem.ranks.of), *kinds, [*needs, False]
         ctx.problem, ctx.small = problem, kinds_of(small[:n], small[n:])

@@ -14,7 +14,8 @@ from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.batch import reference
 from lora_fast.batch.form import Adapter
-from lora_fast.functional import Facts, check_dora, check_linear, facts_of
+from lora_fast.checks import check_dora, check_linear
+from lora_fast.paths import Facts, facts_of
 
 _calls: dict[Facts, Callable[..., torch.Tensor]] = {}  # what takes them, by their facts
 NUMBERS = {float, int}
@@ -69,14 +70,17 @@ def dora_linear_batch(
     training: bool = True,
     backend: str = "auto",
     round_norm: bool = False,
+    save: str = "auto",
 ) -> torch.Tensor:
     """:func:`lora_linear_batch` for adapters with magnitudes, each as
-    :func:`lora_fast.functional.dora_linear` has it; a row without an adapter has the base's output.
+    :func:`lora_fast.functional.dora_linear` has it, and ``round_norm`` and ``save``; a row without an adapter has the
+    base's output.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as ``lora_linear_batch``; an adapter without a magnitude.
+        TypeError, ValueError, RuntimeError: as ``lora_linear_batch``; an adapter without a magnitude; ``save`` neither
+            "auto" nor "z".
     """
-    return _call("dora", x, weight, adapters, which, bias, training, backend, round_norm)
+    return _call("dora", x, weight, adapters, which, bias, training, backend, round_norm, save)
 
 
 def _call(
@@ -88,12 +92,13 @@ def _call(
     bias: Any,
     training: Any,
     backend: str,
-    round_norm: bool = False,
+    *options: Any,
 ) -> torch.Tensor:
-    facts, call = _recall(x, weight, adapters, which, bias, training, backend, form, round_norm)
+    """``options``: DoRA's round_norm and save."""
+    facts, call = _recall(x, weight, adapters, which, bias, training, backend, form, *options)
     if call is None:
-        dtype = _check(form, x, weight, adapters, which, bias, round_norm)
-        call = _settle(form, (x, weight, which, bias), adapters, training, backend, dtype, round_norm)
+        dtype = _check(form, x, weight, adapters, which, bias, *options)
+        call = _settle(form, (x, weight, which, bias), adapters, training, backend, dtype, *options)
         if facts is not None:
             if len(_calls) >= 4096:  # batch sizes that never repeat
                 _calls.clear()
@@ -110,13 +115,13 @@ def _settle(
     training: bool,
     backend: str,
     dtype: torch.dtype,
-    round_norm: bool,
+    *options: Any,
 ) -> Callable[..., torch.Tensor]:
     """What takes this call, which passed the checks, and from now on those with the same facts."""
     x, weight, which, bias = tensors
     plain: Callable[..., torch.Tensor] = reference.lora_linear_batch
     if form == "dora":
-        plain = partial(reference.dora_linear_batch, round_norm=round_norm)
+        plain = partial(reference.dora_linear_batch, round_norm=options[0])
     e4m3 = isinstance(weight, PackedWeight) and weight.E4M3_PRODUCTS
     if dispatch.choose(backend, x.device, dtype, e4m3) == "reference":
         return plain
@@ -131,10 +136,10 @@ def _settle(
         return plain
     if is_compiling():
         return custom_op.lora_linear_batch
-    return FusedBatch(x, weight, adapters, bias, round_norm)
+    return FusedBatch(x, weight, adapters, bias, *options)
 
 
-def _check(form: str, x: Any, weight: Any, adapters: Any, which: Any, bias: Any, round_norm: Any) -> torch.dtype:
+def _check(form: str, x: Any, weight: Any, adapters: Any, which: Any, bias: Any, *options: Any) -> torch.dtype:
     """Raise where an argument does not fit; return the dtype that the products are made in."""
     if not isinstance(adapters, (list, tuple)) or isinstance(adapters, Adapter):
         raise TypeError(f"adapters: got {type(adapters).__name__}, expected a list of lora_fast.Adapter")
@@ -152,10 +157,10 @@ def _check(form: str, x: Any, weight: Any, adapters: Any, which: Any, bias: Any,
         try:
             dtype = check_linear(x, weight, one.lora_A, one.lora_B, one.scaling, bias, one.dropout_p)
             if wanted:
-                check_dora(magnitude, weight, True, round_norm, "auto")
+                check_dora(magnitude, weight, True, *options)
         except (TypeError, ValueError) as error:
             message = str(error).replace("magnitude: ", "lora_magnitude_vector: ")
-            shared = message.startswith(("x: ", "weight: ", "bias: ", "round_norm: "))
+            shared = message.startswith(("x: ", "weight: ", "bias: ", "round_norm: ", "save: "))
             raise type(error)(message if shared else f"{name}.{message}") from None
     _check_which(x, which)
     assert dtype is not None

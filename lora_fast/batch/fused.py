@@ -15,7 +15,7 @@ from lora_fast.kernels.batch.ranks import numbers_of
 from lora_fast.kernels.batch.run import Call, Made, Saved, forward, to_save
 from lora_fast.kernels.problem import Needs
 from lora_fast.ops.linear import draw_seed
-from lora_fast.ops.parts import addressable, contiguous, on
+from lora_fast.ops.parts import addressable, contiguous, on, saved_by
 
 
 def why_apart(weight: torch.Tensor) -> str | None:
@@ -38,6 +38,7 @@ class FusedBatch:
         adapters: Sequence[Adapter],
         bias: MaybeTensor,
         round_norm: bool = False,
+        save: str = "auto",
     ) -> None:
         dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
         self.kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
@@ -48,7 +49,7 @@ class FusedBatch:
             return train and any(t is not None and t.requires_grad for t in tensors)
 
         needs = Needs(asks(x), asks(*a), asks(*b), asks(bias), asks(*m))
-        self.problem = problem_of(x.shape, self.kind, a, b, bias, needs, m, round_norm)
+        self.problem = problem_of(x.shape, self.kind, a, b, bias, needs, m, round_norm, save)
         self.records, self.kinds = any(needs), kinds_of(a, b, m)
         self.casts = x.dtype != self.kind or weight.dtype != self.kind
 
@@ -75,8 +76,8 @@ class FusedBatch:
                 return _forward(self.problem, call, x, small, contiguous(bias))[0]
             y = _apply(x, contiguous(bias), self, call, *small)
             if call.deferred is not None:
-                program, bound = call.deferred
-                program.run(bound, -1)
+                program, bound, first = call.deferred
+                program.run(bound, first)
         return y
 
 
@@ -98,7 +99,7 @@ class _Batch(torch.autograd.Function):
         problem = fused.problem
         call.defers = not problem.needs.m  # the gradient of a magnitude reads z
         y, made = _forward(problem, call, x, small, bias)
-        ctx.save_for_backward(*to_save(problem, call.numbers.scales, x, made, call.weight))
+        ctx.save_for_backward(*to_save(problem, call.numbers.scales, x, made, call.weight, y))
         ctx.rest = problem, fused.kinds
         return y
 
@@ -114,7 +115,7 @@ _apply = super(torch.autograd.Function, _Batch).apply
 
 def _backward_of(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
     problem, kinds = ctx.rest
-    dx, grad_a, grad_b, grad_bias, grad_m = gradients(problem, dy, Saved(*ctx.saved_tensors))
+    dx, grad_a, grad_b, grad_bias, grad_m = gradients(problem, dy, Saved(*saved_by(ctx)))
     grads = (grad_a, grad_b, grad_m) if problem.dora else (grad_a, grad_b)
     return dx, grad_bias, None, None, *each(problem, grads, kinds, ctx.needs_input_grad[4:])
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lora_fast import dispatch
+from lora_fast.bases.stack import PackedStack
 from lora_fast.experts.known import form_of, is_experts
 from lora_fast.experts.registry import NAME
 from lora_fast.files.parameters import parameter_of
@@ -39,7 +40,9 @@ def examine(model: nn.Module) -> Iterator[Layer]:
         start, name = f"{name}." if name else "", name or "(itself)"
         if isinstance(module, ExpertsLoRA):
             why = _why_not_fused(module)
-            what = f"ExpertsLoRA {module.experts} x {_shape(module)}, r={module.r}"
+            base = module.base_weight
+            kept = f" in {base.base_dtype}" if isinstance(base, PackedStack) else ""
+            what = f"ExpertsLoRA {module.experts} x {_shape(module)}{kept}, r={module.r}"
             yield Layer(parameter_of(name), what, why is None, why or "")
         elif isinstance(module, ParameterLoRA):
             what = f"ParameterLoRA {_shape(module)}, r={module.r}"
@@ -71,7 +74,7 @@ def examine(model: nn.Module) -> Iterator[Layer]:
                 None,
                 f"cannot be converted: it {why}" if why else "add_lora can convert it",
             )
-        elif is_experts(module) and not isinstance(module, AdaptedExperts) and module not in inside:
+        elif is_experts(module) and not _has_adapters(module) and module not in inside:
             yield from _experts(name, module)
         elif module not in inside:
             for key, parameter in module._parameters.items():
@@ -87,12 +90,22 @@ def _is_router(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
     return parameter.dim() == 2 and (last in ("gate", "router") or "router" in type(module).__name__.lower())
 
 
+def _has_adapters(module: nn.Module) -> bool:
+    return isinstance(module, AdaptedExperts) and bool(module.adapters())
+
+
 def _experts(name: str, module: nn.Module) -> Iterator[Layer]:
     """A module of transformers' experts without an adapter: what there is for it."""
-    form, shapes = form_of(module), [f"{key} {list(p.shape)}" for key, p in module.named_parameters() if p.dim() == 3]
+    form, stacks = form_of(module), [(key, p) for key, p in module.named_parameters() if p.dim() == 3]
+    packed = [p.base_dtype for _, p in stacks if isinstance(p, PackedStack)]
+    shapes = [f"{key} {list(p.shape)}" for key, p in stacks]
     what = f"{type(module).__name__}: {', '.join(shapes)}"
     if isinstance(form, str):
         yield Layer(name, what, None, f"LoRA cannot reach these experts: {form}")
+        return
+    if packed:
+        why = "target_parameters can adapt them; frozen, run through lora_fast"
+        yield Layer(name, f"{what} in {packed[0]}", None, why)
         return
     chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
     frozen = "run through lora_fast" if chosen == NAME else 'register_experts and "lora_fast" make them faster'

@@ -7,7 +7,6 @@ from torch import nn
 
 from lora_fast.blocks.form import Layer
 from lora_fast.functional import dora_linear, dora_norm
-from lora_fast.layers.keeping import KeepsNorm
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.magnitude import KeepsMagnitude
 from lora_fast.reference import dora_gain
@@ -15,7 +14,7 @@ from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.gather import whole
 
 
-class DoRALinear(KeepsNorm, KeepsMagnitude, LoRALinear):
+class DoRALinear(KeepsMagnitude, LoRALinear):
     """:class:`LoRALinear` whose output rows have a length of their own: ``y = (m / n) * z + bias`` with
     ``z = x W^T + scaling * (drop(x) A^T) B^T`` and ``n = |W + scaling * B A|`` per row, a constant in the backward
     and kept in evaluation (:class:`lora_fast.layers.keeping.KeepsNorm`).

@@ -12,9 +12,11 @@ from lora_fast.bases import packed_as
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.siblings import SIBLINGS, Joins
-from lora_fast.functional import FLOATS, lora_linear
+from lora_fast.checks import FLOATS
+from lora_fast.functional import lora_linear
 from lora_fast.kept import PLAIN
 from lora_fast.layers.held_linears import is_held, plain_linear
+from lora_fast.layers.keeping import KeepsNorm
 from lora_fast.layers.merging import MergingLinear
 from lora_fast.layers.replacing import cleared, tell_of_freezing
 from lora_fast.layers.rules import (
@@ -32,7 +34,7 @@ from lora_fast.wrappers.gather import whole
 from lora_fast.wrappers.placement import offloading
 
 
-class LoRALinear(Joins, MergingLinear):
+class LoRALinear(KeepsNorm, Joins, MergingLinear):
     """A frozen ``nn.Linear`` plus a trainable low-rank update: ``y = x W^T + bias + scaling * (drop(x) A^T) B^T``.
 
     Hu et al. 2021 (arXiv 2106.09685); ``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``
@@ -51,6 +53,7 @@ class LoRALinear(Joins, MergingLinear):
         weight [out, in], bias [out] or None: the frozen base.
         lora_A [r, in], lora_B [out, r]: trainable; float32 on a 16-bit base, else the base's dtype.
         merged, enabled: the layer's state.
+        keep_in_graphs: True lets evaluation keep the adapter's copies (:class:`lora_fast.layers.keeping.KeepsNorm`).
         save_x: "x" or "fp8", what the backward of lora_A reads (see :func:`lora_fast.functional.lora_linear`).
 
     Raises:
@@ -237,6 +240,7 @@ class LoRALinear(Joins, MergingLinear):
             dropout_p=self.lora_dropout,
             training=self.training,
             save_x=self.save_x,
+            kept=self.kept_copies(),
         )
 
     def enable(self) -> None:

@@ -92,11 +92,13 @@ class NamedLinear(Joins, MergingLinear):
         if not there:
             return self._plain(x)
         which = names.which(tuple(one.name for one in there), x.device)
-        call = dora_linear_batch if isinstance(there[0], DoRALinear) else lora_linear_batch
         weight = self.weight
         if type(weight) is torch.Tensor:
             weight = fsdp1.as_asked(weight, self)
-        return call(x, weight, [one.as_adapter() for one in there], which, self.bias, self.training)
+        given = x, weight, [one.as_adapter() for one in there], which, self.bias, self.training
+        if isinstance(there[0], DoRALinear):
+            return dora_linear_batch(*given, save="z" if any(one.save == "z" for one in there) else "auto")
+        return lora_linear_batch(*given)
 
     def named_in(self, names: Container[str]) -> list[Any]:
         """The layer's adapters that occur there."""

@@ -10,7 +10,7 @@ from lora_fast import dispatch
 from lora_fast.bases import COMPUTE, PACKED, is_kept_as, kind_of_base
 from lora_fast.bases.packed import PackedWeight, is_opaque, packed_in
 from lora_fast.bases.written import WrittenWeight, check_for_e4m3
-from lora_fast.functional import FLOATS
+from lora_fast.checks import FLOATS
 from lora_fast.layers.held_linears import is_held, why_not_held
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from lora_fast.bases.stack import PackedStack
 from lora_fast.bases.written import WrittenWeight
 from lora_fast.blocks.joining import join, part
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.embedding import LoRAEmbedding
-from lora_fast.layers.experts import adapter_of
+from lora_fast.layers.experts import AdaptedExperts, ExpertsLoRA, adapter_of, check_packable
 from lora_fast.layers.held_linears import dtype_beside, is_held, plain_linear
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.named import NamedLinear
@@ -95,11 +96,12 @@ def add_lora(model: nn.Module, config: Any, *, name: str | None = None, blocks: 
         with taken_out(model) as before:
             _convert(model, config, named=True)
         under_name(model, name, before)
-    beside = [f"{type(layer.owner).ADAPTED.__name__}.{layer.parameter}" for layer in _beside(model)]
+    matrices = [layer for layer in _beside(model) if not isinstance(layer, ExpertsLoRA)]
+    beside = [f"{type(layer.owner).ADAPTED.__name__}.{layer.parameter}" for layer in matrices]
     beside += [type(module).__name__ for module in model.modules() if isinstance(module, LoRAEmbedding)]
     if config.base_dtype is not None and beside:
         warnings.warn(
-            f"add_lora: base_dtype={config.base_dtype!r} is for nn.Linear layers; these stay as they are: "
+            f"add_lora: base_dtype={config.base_dtype!r} is for nn.Linear layers and experts; these stay as they are: "
             f"{some(list(dict.fromkeys(beside)))}",
             stacklevel=2,
         )
@@ -123,8 +125,8 @@ def _convert(model: nn.Module, config: LoRAConfig, named: bool = False) -> None:
         layer.quantise_base(config.base_dtype, config.base_compute)
 
 
-def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALinear]:
-    """The layers that are to get bases of another kind, each of which can."""
+def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[Any]:
+    """The layers that are to get bases of another kind, each of which can, and experts."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in plain_modules(model, remove_duplicate=False):
         if name:
@@ -149,7 +151,9 @@ def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALi
     if tied := [names[m][0] for m in targets if m.weight in to_train]:
         raise ValueError(f"modules_to_save: would train the base weight of {some(tied)}, which is tied to it")
 
-    kept = matching("base_dtype_exclude", config.base_dtype_exclude, {m: names[m] for m in targets})
+    excludable: dict[Any, list[str]] = {m: names[m] for m in targets}
+    excludable |= {target: full + names[target.module] for target, full in parameters.items()}
+    kept = matching("base_dtype_exclude", config.base_dtype_exclude, excludable)
     owners = holders(model)
     dtype = dtype_beside(model) if any(map(is_held, targets)) else None
     own: dict[Any, Any] = {m: plain_linear(m, dtype) if is_held(m) else m for m in targets}
@@ -164,6 +168,7 @@ def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALi
     before = {m: {n: p.requires_grad for n, p in m._parameters.items() if p is not None} for m in model.modules()}
     layers: dict[nn.Module, Any] = {}
     beside: list[ParameterLoRA] = []
+    stacks: list[ExpertsLoRA] = []  # those to be packed
     kind = DoRALinear if config.use_dora else LoRALinear
     try:
         for linear, stand_in in own.items():
@@ -188,6 +193,9 @@ def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALi
             with noting(f"while converting {full[0]!r}"):
                 one = adapter_of(target.module)(*target, *hyper, init_lora_weights=config.init_lora_weights)
                 beside.append(one)
+                if target not in kept and isinstance(one, ExpertsLoRA) and owners[id(one.weight)] == 1:
+                    if _packs(one, full[0], config):
+                        stacks.append(one)
         for parameter in model.parameters():
             parameter.requires_grad = parameter in to_train and parameter.is_floating_point()
     except BaseException:
@@ -205,7 +213,20 @@ def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALi
         note = {SAVED: True} if module in saved and trained[module] else {}
         flags = vars(module).get(BEFORE, flags)  # of the first of several adapters
         vars(layers.get(module, module)).update({BEFORE: flags, TRAINED: trained[module], **note})
-    return [layers[linear] for linear in eight]
+    return [*(layers[linear] for linear in eight), *stacks]
+
+
+def _packs(experts: ExpertsLoRA, name: str, config: LoRAConfig) -> bool:
+    """Whether the config has the experts of this name packed, which then can be."""
+    if config.base_compute is not None and (config.base_dtype is not None or isinstance(experts.weight, PackedStack)):
+        raise ValueError(
+            f"base_compute: got {config.base_compute!r}, expected None for experts, whose products are of 16 bits: "
+            f"base_dtype_exclude=[{name!r}] leaves them as they are"
+        )
+    if config.base_dtype is None:
+        return False
+    check_packable(experts.weight, config.base_dtype, experts.form.transposed)
+    return True
 
 
 def _beside(model: nn.Module) -> list[ParameterLoRA]:
@@ -280,7 +301,7 @@ def _trained_names(module: nn.Module, bias: str, is_target: bool, is_saved: bool
 def _set_flags(module: nn.Module, flags: dict[str, bool]) -> None:
     for name, flag in flags.items():
         if (parameter := module._parameters.get(name)) is not None:
-            parameter.requires_grad = flag
+            parameter.requires_grad = flag and not isinstance(module, AdaptedExperts)  # packed ones stay frozen
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast.functional import FLOATS
+from lora_fast.checks import FLOATS
 from lora_fast.layers.bottleneck import BottleneckAdapter
 from lora_fast.models.targets import matching, some
 

@@ -37,10 +37,12 @@ class LoRAConfig:
     Args:
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in :class:`lora_fast.LoRALinear`.
         base_dtype: None, "float8_e4m3", "nf4" or "mxfp4": the frozen weights of the converted layers are kept so (an
-            :class:`lora_fast.fp8.Fp8Weight`, or 4 bits), one after the other, the original freed; one that is tied to
-            another parameter stays as it is. remove_lora leaves them so.
+            :class:`lora_fast.fp8.Fp8Weight`, or 4 bits; of experts a :class:`lora_fast.bases.PackedStack`), one after
+            the other, the original freed; one that is tied to another parameter stays as it is. remove_lora leaves
+            them so.
         base_compute: None, or "float8_e4m3": the products over a base of 4 bits are made from 8-bit operands; without a
-            base_dtype those over weights that are in 4 bits already, or as an fp8 checkpoint holds them.
+            base_dtype those over weights that are in 4 bits already, or as an fp8 checkpoint holds them. Experts have
+            none.
         base_dtype_exclude: a list or a regex, as exclude_modules: converted layers that keep their weight as it is.
             None: all are quantised ("all-linear" leaves the output head out by itself).
         use_dora: convert to :class:`lora_fast.DoRALinear`, which also trains the lengths of the weight's rows.

@@ -133,20 +133,18 @@ def _why_not(module: nn.Module, parents: list[nn.Module]) -> str | None:
     return None
 
 
-def matching(
-    argument: str, patterns: str | Collection[str] | None, names: dict[nn.Module, list[str]]
-) -> set[nn.Module]:
-    """The modules that a regex (a string) or full names or suffixes (a list) stand for; each entry must match."""
-    found = set()
+def matching(argument: str, patterns: str | Collection[str] | None, names: Mapping[Target, list[str]]) -> set[Target]:
+    """The targets that a regex (a string) or full names or suffixes (a list) stand for; each entry must match."""
+    found: set[Target] = set()
     for entry in [patterns] if isinstance(patterns, str) else patterns or []:
         hits = {
-            module
-            for module, own in names.items()
+            target
+            for target, own in names.items()
             for name in own
             if (re.fullmatch(entry, name) if isinstance(patterns, str) else f".{name}".endswith(f".{entry}"))
         }
         if not hits:
-            known = [own[0] for module, own in names.items() if isinstance(module, nn.Linear)]
+            known = [own[0] for target, own in names.items() if isinstance(target, nn.Linear)]
             raise ValueError(f"{argument}: {entry!r} matches nothing (nn.Linear layers: {some(known) or 'none'})")
         found |= hits
     return found

@@ -1,11 +1,13 @@
-"""An adapted embedding on its kernels (kernels/embedding.py): an autograd Function, under torch.compile an operator."""
+"""An adapted embedding on its kernels (kernels/embedding): an autograd Function, under torch.compile an operator."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_fast.kernels.embedding import Needs, embedding_bwd, embedding_fwd, embedding_norm
+from lora_fast.kernels.embedding.grad import Needs, embedding_bwd
+from lora_fast.kernels.embedding.norm import embedding_norm
+from lora_fast.kernels.embedding.rows import embedding_fwd
 from lora_fast.ops.parts import on, some
 
 MaybeTensor = torch.Tensor | None
@@ -40,24 +42,35 @@ def _flat(ids: torch.Tensor) -> torch.Tensor:
     return ids.reshape(-1).contiguous()
 
 
+class _Scaled(NamedTuple):
+    """Numbers of a call, in the operators' order: the scaling is the first or, where there is a tensor, that."""
+
+    number: float
+    at: MaybeTensor
+    embed_scale: MaybeTensor
+    padding: int  # whose row of dA is zero
+
+    @property
+    def scaling(self) -> float | torch.Tensor:
+        return self.number if self.at is None else self.at
+
+
 def _forward(
     ids: torch.Tensor,
     weight: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: MaybeTensor,
-    scaling: float,
-    scaling_at: MaybeTensor,
-    embed_scale: MaybeTensor,
-    padding: int,
-    round_norm: bool,
+    *rest: Any,
 ) -> tuple[torch.Tensor, MaybeTensor, MaybeTensor]:
-    """y [..., N]; DoRA's norm and gain [N]. The scaling is a number or ``scaling_at``; the backward has padding."""
-    by, norm, gain = scaling if scaling_at is None else scaling_at, None, None
+    """y [..., N]; DoRA's norm and gain [N]. ``rest``: ``_Scaled``, and whether the norm is rounded."""
+    *scaled, round_norm = rest
+    of = _Scaled(*scaled)
+    by, norm, gain = of.scaling, None, None
     with on(weight.device):
         if magnitude is not None:
             norm, gain = embedding_norm(weight, lora_A, lora_B, by, magnitude.contiguous(), round_norm)
-        y = embedding_fwd(_flat(ids), weight, lora_A, lora_B, by, embed_scale, gain)
+        y = embedding_fwd(_flat(ids), weight, lora_A, lora_B, by, of.embed_scale, gain)
     return y.view(*ids.shape, y.shape[1]), norm, gain
 
 
@@ -69,18 +82,25 @@ def _gradients(
     lora_B: torch.Tensor,
     norm: MaybeTensor,
     gain: MaybeTensor,
-    scaling: float,
-    scaling_at: MaybeTensor,
-    embed_scale: MaybeTensor,
-    padding: int,
-    needs: list[bool],
+    *rest: Any,
 ) -> tuple[MaybeTensor, MaybeTensor, MaybeTensor]:
-    """Of lora_A, lora_B and the magnitude, each None where ``needs`` does not ask for it."""
-    by = scaling if scaling_at is None else scaling_at
+    """Of lora_A, lora_B and the magnitude, each None where it is not needed. ``rest``: ``_Scaled``, and which are."""
+    *scaled, needs = rest
+    of = _Scaled(*scaled)
     with on(dy.device):
         rows = dy.reshape(-1, dy.shape[-1]).contiguous()
         return embedding_bwd(
-            rows, _flat(ids), weight, lora_A, lora_B, by, embed_scale, norm, gain, padding, Needs(*needs)
+            rows,
+            _flat(ids),
+            weight,
+            lora_A,
+            lora_B,
+            of.scaling,
+            of.embed_scale,
+            norm,
+            gain,
+            padding=of.padding,
+            needs=Needs(*needs),
         )
 
 

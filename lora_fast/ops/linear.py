@@ -1,6 +1,7 @@
 """The fused kernels as one differentiable operator: an autograd Function in eager, a custom op (custom_op.py) under
 torch.compile."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lora_fast.kernels import launchers
 from lora_fast.kernels.lora import forward, make_kept
 from lora_fast.kernels.problem import Call, MaybeTensor, Needs, Problem
 from lora_fast.ops import custom_op
-from lora_fast.ops.parts import addressable, base_of, contiguous, gradients, kinds_of, one_gpu, to_save
+from lora_fast.ops.parts import addressable, base_of, contiguous, gradients, kinds_of, one_gpu, saved_by, to_save
 
 if (_why := launchers.why_not_direct()) is not None:
     tell("starts its kernels slowly", _why)
@@ -86,7 +87,8 @@ class FusedLinear:
             with torch.cuda.device(self.elsewhere):
                 return self(x, weight, lora_A, lora_B, scaling, bias, p, magnitude, kept)
         held = (weight,) if self.tensors_of is None else self.tensors_of(weight)
-        sources = (*held, lora_A, lora_B, magnitude) if kept is not None else ()
+        # what is kept is made of these: LoRA's copies of the adapter alone, DoRA's norm of the base, too
+        of_base, adapter = ((), (lora_A, lora_B)) if magnitude is None else (held, (lora_A, lora_B, magnitude))
         if not self.as_given:
             if self.casts:
                 x = x.to(self.kind)
@@ -100,10 +102,9 @@ class FusedLinear:
         if not self.records:
             x = x if self.addressable else addressable(x)
             made = None
-            if kept is not None:
-                made = kept.get(
-                    sources, scaling, self.how, lambda: make_kept(self.problem, call, lora_A, lora_B, magnitude)
-                )
+            if kept is not None and self.problem.lasting:
+                make = partial(make_kept, self.problem, call, lora_A, lora_B, magnitude)
+                made = kept.get(of_base, adapter, scaling, self.how, make)
             return forward(self.problem, call, x, lora_A, lora_B, bias, magnitude, made)[0]
         apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply
         y = apply(x, lora_A, lora_B, bias, magnitude, self, call)
@@ -159,16 +160,7 @@ _apply = super(torch.autograd.Function, _LoRALinear).apply
 
 
 def _backward_of(ctx: Any, dy: Any) -> Any:
-    try:
-        saved = ctx.saved_tensors
-    except RuntimeError as error:
-        if "inplace operation" not in str(error):
-            raise
-        raise RuntimeError(
-            f'{error}\nDoRA without a bias keeps its output for the gradient of the magnitude. With save="z" (an '
-            "argument of dora_linear, an attribute of DoRALinear and of patched PEFT layers) it keeps a tensor of its "
-            "own, and the output may be changed in place."
-        ) from error
+    saved = saved_by(ctx)
     problem, scaling, p = ctx.rest
     if scaling is None:
         *saved, scaling = saved

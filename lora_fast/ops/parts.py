@@ -56,6 +56,20 @@ def gradients(
     return backward(problem, dy, saved, scaling, p)
 
 
+def saved_by(ctx: Any) -> Any:
+    """``ctx.saved_tensors``; what autograd says of an output that was changed in place names the way out."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f'{error}\nDoRA without a bias keeps its output for the gradient of the magnitude. With save="z" (an '
+            "argument of dora_linear and dora_linear_batch, an attribute of DoRALinear and of patched PEFT layers) it "
+            "keeps a tensor of its own, and the output may be changed in place."
+        ) from error
+
+
 def to_save(
     problem: Problem,
     made: Made,

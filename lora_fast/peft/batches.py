@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_fast.batch.form import Adapter
 from lora_fast.batch.functional import dora_linear_batch, lora_linear_batch
-from lora_fast.batch.names import BASE, Names, numbers_on
+from lora_fast.batch.names import BASE, LAST, Names, numbers_on
 from lora_fast.peft.rules import examine, is_dora, rate, why_not_this_call
 
 _names = Names()
@@ -94,6 +94,11 @@ def names_of(layer: Any, kwargs: dict[str, Any]) -> Sequence[str] | None:
     return names
 
 
+def unnamed(layer: Any) -> bool:
+    """Whether it is plain that a call that is given no names has none."""
+    return _names.here.names is None and LAST not in layer.__dict__
+
+
 def named_call(layer: Any, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor | str:
     """y of a layer whose samples x [samples, ..., K] have these adapters; or why that is stock PEFT's, in words.
 
@@ -130,5 +135,5 @@ def named_call(layer: Any, x: torch.Tensor, names: Sequence[str]) -> torch.Tenso
     which = numbers_on(tuple(place.get(name, -1) for name in names), x.device)
     weight, bias = layer.frozen()
     if kinds[there[0]]:
-        return dora_linear_batch(x, weight, adapters, which, bias, round_norm=True)
+        return dora_linear_batch(x, weight, adapters, which, bias, round_norm=True, save=layer.save)
     return lora_linear_batch(x, weight, adapters, which, bias)

@@ -41,7 +41,7 @@ class PeftReport:
 
     Attributes:
         layers: all of them.
-        blocks: names of gated MLPs whose three layers run as one step, where nothing in a call speaks against it.
+        blocks: names of MLPs whose layers run as one step, where nothing in a call speaks against it.
         groups: of layers that run together where they are given one input, their names.
     """
 
@@ -112,14 +112,15 @@ def joined_report(model: nn.Module, layers: tuple[PeftLayer, ...]) -> PeftReport
         found = {reasons.get(_under(name, child)) for child in own}
         return zero3.APART if split else TENSOR_PARALLEL if TENSOR_PARALLEL in found else ""
 
-    for name, glu in joined.blocks.items():
-        own = glu.gate, glu.up, glu.down
+    for name, mlp in joined.blocks.items():
+        own = mlp.layers
         if why := why_apart(name, own):
             lines.append((name, "no block", why))
             continue
         blocks.append(name)
         in_blocks += sum(_under(name, child) in names for child in own)
-        what = f"{', '.join(own)} in one step ({glu.activation}); the product is made again in the backward"
+        again = "product" if len(own) > 2 or mlp.gate else "activation"
+        what = f"{', '.join(own)} in one step ({mlp.activation}); the {again} is made again in the backward"
         lines.append((name, "block", what))
     for name, of_module in joined.groups.items():
         for own_names in of_module:

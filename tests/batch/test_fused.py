@@ -103,6 +103,48 @@ def test_dora(device, dtype, bias, p):
     hold([drawn((33, 70, 45), (16, 3, 40), dtype, device, seed, p, bias, True) for seed in seeds], dtype)
 
 
+@pytest.mark.parametrize("dtype, bias", [(FLOAT, True), (HALF, False)], ids=str)
+def test_dora_where_blocks_of_rows_are_one_adapters(device, dtype, bias):
+    """One adapter's, no one's, shared, another's, and a part of a block."""
+    x, weight, adapters, which, bias, dy = drawn((520, 24, 20), (8, 5), dtype, device, bias=bias, dora=True)
+    for first, own in ((0, 1), (128, -1), (384, 0), (512, 1)):
+        which[first : first + 128] = own
+    assert set(which[256:384].tolist()) == {-1, 0, 1}
+    hold([(x, weight, adapters, which, bias, dy)], dtype)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
+def test_magnitudes_that_are_zero_or_tiny(device, dtype):
+    """What the forward keeps, y, carries no z where gains are that small: their z is made again, of the adapter's own
+    rows. A NaN in rows of others does not reach it."""
+    x, weight, adapters, which, _, dy = drawn((150, 40, 48), (16, 3, 40), dtype, device, bias=False, dora=True)
+    for one, columns in zip(adapters, (slice(0, 48), slice(5, 6), slice(0, 0)), strict=True):
+        one.lora_magnitude_vector[columns] = torch.tensor([0.0, 1e-35 if dtype == FLOAT else 1e-6], device=device)[
+            torch.arange(48, device=device)[columns] % 2
+        ].to(dtype)
+    hold([(x, weight, adapters, which, None, dy)], dtype)
+    found = results(fused, x, weight, adapters, which, None, dy)
+    x[which == 2], dy[which == -1] = torch.nan, torch.inf
+    again = results(fused, x, weight, adapters, which, None, dy)
+    assert all(torch.equal(t, again[name]) for name, t in found.items() if name.endswith(("0", "1")))
+
+
+@pytest.mark.parametrize("save", ["auto", "z"])
+def test_the_output_may_be_changed_in_place_where_z_is_saved(device, save):
+    x, weight, adapters, which, _, dy = drawn((24, 32, 24), (8, 5), FLOAT, device, bias=False, dora=True)
+    leaves = [one._replace(lora_magnitude_vector=one.lora_magnitude_vector.requires_grad_()) for one in adapters]
+    for one in leaves:
+        one.lora_A.requires_grad_(), one.lora_B.requires_grad_()
+    y = dora_linear_batch(x, weight, leaves, which, backend="triton", save=save).mul_(2.0)
+    if save == "auto":
+        with pytest.raises(RuntimeError, match='(?s)inplace operation.*save="z"'):
+            y.backward(dy)
+        return
+    y.backward(dy)
+    expected = results(fused, x, weight, adapters, which, None, 2 * dy)
+    assert all(torch.equal(one.lora_B.grad, expected[f"dlora_B{i}"]) for i, one in enumerate(leaves))
+
+
 @pytest.mark.parametrize("ranks", [(8, 5), (8, 80)], ids=str)
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 def test_norms_of_rows_that_cancel(device, dtype, ranks):

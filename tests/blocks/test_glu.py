@@ -12,7 +12,7 @@ from blocks import a_layer, close, keep_mask, results, trained
 from torch.utils.checkpoint import checkpoint
 
 from lora_fast import SlowPathWarning, dispatch, lora_glu
-from lora_fast.blocks import functional, glu, reference
+from lora_fast.blocks import functional, mlp, reference
 from lora_fast.kernels import activations, mask, program
 from lora_fast.kernels import glu as glu_kernels
 from lora_fast.kernels import mlp as mlp_kernels
@@ -137,7 +137,7 @@ def test_graph_that_is_kept(device, form):
 def test_without_knowing_whether_it_is_kept(device, monkeypatch):
     x, layers, dys = drawn("dora", SMALL, HALF, device)
     expected = results(fused(), x, layers, dys)
-    monkeypatch.setattr(glu, "_keeps_graph", lambda: True)
+    monkeypatch.setattr(mlp, "_keeps_graph", lambda: True)
     found = results(fused(), x, layers, dys)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 

@@ -237,11 +237,8 @@ def test_require_fused(package, quick, capsys):
     package("def build():\n    return nn.Sequential(lora_fast.LoRALinear(8, 8))\n")
     assert main(["doctor", "my_model:build", "--require-fused"]) == 1
     lora_fast.set_backend("triton")
-    try:
-        assert main(["doctor", "my_model:build", "--require-fused"]) == 0
-        assert "0  1  fused  LoRALinear" in capsys.readouterr().out
-    finally:
-        lora_fast.set_backend("auto")
+    assert main(["doctor", "my_model:build", "--require-fused"]) == 0
+    assert "0  1  fused  LoRALinear" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, word", [("merge", "merged"), ("disable", "disabled")])
@@ -254,10 +251,7 @@ def test_layers_that_are_switched_off(change, word, package, quick, capsys):
 def test_the_whole_model_is_a_layer(package, quick, capsys):
     package("def build():\n    return lora_fast.LoRALinear(8, 8)\n")
     lora_fast.set_backend("reference")
-    try:
-        assert main(["doctor", "my_model:build"]) == 0
-    finally:
-        lora_fast.set_backend("auto")
+    assert main(["doctor", "my_model:build"]) == 0
     assert (
         '(itself)  1  not fused  LoRALinear 8 -> 8, float32, r=8: set_backend("reference") is on'
         in capsys.readouterr().out
@@ -377,10 +371,7 @@ def build():
     return model
 """)
     lora_fast.set_backend("triton")
-    try:
-        assert main(["doctor", "my_model:build", "--require-fused"]) == 0
-    finally:
-        lora_fast.set_backend("auto")
+    assert main(["doctor", "my_model:build", "--require-fused"]) == 0
     assert "  1 fused, 0 not fused, 1 without an adapter\n" in capsys.readouterr().out
 
 

@@ -1,17 +1,4 @@
-"""LoRA and DoRA on an embedding E [V, N]: y = g * z with z = c E[ids] + c s A^T[ids] B^T, A [R, V], B [N, R], a factor
-c of the embedding's own (Gemma's) and DoRA's gain g = m / n, n the norms of the columns of E + s (B A)^T; without DoRA
-y is z.
-
-Rows are gathered where they are needed: y is one launch, which reads a row of E for each id, and nothing of A^T[ids] or
-its product is ever in memory. The backward, of P = c s (dY * g) B [M, R] in float32:
-
-    dB = c s g * (dY^T A^T[ids]), dm = colsum(dY * z) / n: parts over some of the rows each, which torch adds up;
-    dA^T[v] = the sum of P's rows whose id is v: the ids are sorted, and a block of them sums each of its runs of equal
-    ids by a product with ones and zeros. What a run has in the blocks that follow is there by then, a row for each
-    block. So the order of every sum is fixed, and of however many rows a run, no program takes them one by one.
-
-An id outside of 0 to V reads nothing, and makes its row of y NaN.
-"""
+"""The gradients of an embedding's adapter (see rows.py for the equations)."""
 
 from typing import Any, NamedTuple
 
@@ -21,183 +8,11 @@ import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
 from lora_fast.kernels.chip import Chip
-from lora_fast.kernels.common import (
-    TL,
-    Matrix,
-    acc_dtype,
-    load_tile,
-    mma,
-    padded_rank,
-    precision,
-    scalar,
-    wait_for_stream,
-    wide,
-)
-from lora_fast.kernels.norm import gains
+from lora_fast.kernels.common import TL, Matrix, load_tile, mma, padded_rank, precision, wait_for_stream, wide
+from lora_fast.kernels.embedding.gather import Adapted, factors, gathered, kinds_of, rows_of, told_of, z_tile
 from lora_fast.kernels.operands import Number, Operand, as_scaling, launch, run
+from lora_fast.kernels.problem import MaybeTensor
 from lora_fast.kernels.program import Launch
-
-MaybeTensor = torch.Tensor | None
-
-
-class Rows(NamedTuple):
-    """Which rows of a matrix [V, ...] a tile is gathered from, as device code sees it."""
-
-    ids: Any  # int64
-    known: Any  # whether they are ids of the matrix
-
-
-@triton.jit
-def _rows(ids_ptr, row, M, V, BLOCK: tl.constexpr):
-    """Those of BLOCK ids from ``row`` on."""
-    at = row + tl.arange(0, BLOCK)
-    ids = tl.load(ids_ptr + at, mask=at < M, other=-1).to(tl.int64)
-    return Rows(ids, (ids >= 0) & (ids < V))
-
-
-@triton.jit
-def _gathered(t, rows, col, COLS: tl.constexpr):
-    """COLS columns from ``col`` on of these rows of a matrix, zero where there is no such row or column."""
-    cols = col + tl.arange(0, COLS)
-    ptrs = t.ptr + rows.ids[:, None] * t.stride_r + cols[None, :].to(tl.int64) * t.stride_c
-    return tl.load(ptrs, mask=rows.known[:, None] & (cols[None, :] < t.cols), other=0.0)
-
-
-@triton.jit
-def _factors(scaling, factor_ptr, SCALING_PTR: tl.constexpr, BASE: tl.constexpr):
-    """(c of the rows of E, rounded to their dtype as the embedding does, c s)."""
-    s = scalar(scaling, SCALING_PTR)
-    c = tl.full((), 1, tl.float32)
-    if factor_ptr is not None:
-        c = tl.load(factor_ptr).to(tl.float32)
-        s *= c
-    return c.to(BASE), s
-
-
-@triton.jit
-def _z_tile(
-    e,
-    a,
-    b,
-    rows,
-    col,
-    base_factor,
-    low_factor,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-):
-    """z of these rows, BLOCK_N columns of it; a [V, R], b [N, R]."""
-    low = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    for rank in range(0, b.cols, BLOCK_R):
-        left = _gathered(a, rows, rank, BLOCK_R).to(KIND)
-        low = mma(left, load_tile(b, col, rank, BLOCK_N, BLOCK_R).to(KIND).T, low, PRECISION)
-    return _gathered(e, rows, col, BLOCK_N).to(ACC) * base_factor.to(ACC) + low * low_factor
-
-
-@triton.jit(do_not_specialize=["M"])
-def _embedding_kernel(
-    ids_ptr,
-    e_ptr,
-    a_ptr,
-    b_ptr,
-    y_ptr,
-    gain_ptr,
-    factor_ptr,
-    scaling,
-    M,
-    N,
-    V,
-    R,
-    stride_ev,
-    stride_en,
-    stride_ar,
-    stride_av,
-    stride_bn,
-    stride_br,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    SCALING_PTR: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_stream(PDL)
-    row, col = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
-    at, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-    rows = _rows(ids_ptr, row, M, V, BLOCK_M)
-    base_factor, low_factor = _factors(scaling, factor_ptr, SCALING_PTR, DTYPE)
-    z = _z_tile(
-        Matrix(e_ptr, V, N, stride_ev, stride_en),
-        Matrix(a_ptr, V, R, stride_av, stride_ar),
-        Matrix(b_ptr, N, R, stride_bn, stride_br),
-        rows,
-        col,
-        base_factor,
-        low_factor,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_R,
-        ACC,
-        PRECISION,
-        KIND,
-    )
-    if gain_ptr is not None:
-        z *= tl.load(gain_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
-    z = tl.where(rows.known[:, None], z, float("nan"))
-    tl.store(
-        y_ptr + at.to(tl.int64)[:, None] * N + cols[None, :], z.to(DTYPE), mask=(at < M)[:, None] & (cols < N)[None, :]
-    )
-
-
-@triton.jit
-def _embedding_norm_kernel(
-    e_ptr,
-    a_ptr,
-    b_ptr,
-    parts_ptr,
-    scaling,
-    N,
-    V,
-    R,
-    steps,
-    stride_ev,
-    stride_en,
-    stride_ar,
-    stride_av,
-    stride_bn,
-    stride_br,
-    BLOCK_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    SCALING_PTR: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Sums of squares of the columns of E + s (B A)^T over ``steps`` blocks of rows a program: parts [splits, N]."""
-    wait_for_stream(PDL)
-    col, first = tl.program_id(0) * BLOCK_N, tl.program_id(1) * steps
-    e, a = Matrix(e_ptr, V, N, stride_ev, stride_en), Matrix(a_ptr, V, R, stride_av, stride_ar)
-    b = Matrix(b_ptr, N, R, stride_bn, stride_br)
-    s = scalar(scaling, SCALING_PTR)
-    squares = tl.zeros([BLOCK_N], dtype=ACC)
-    for step in range(first, tl.minimum(first + steps, tl.cdiv(V, BLOCK_V))):
-        low = tl.zeros([BLOCK_V, BLOCK_N], dtype=ACC)
-        for rank in range(0, R, BLOCK_R):
-            left = load_tile(a, step * BLOCK_V, rank, BLOCK_V, BLOCK_R).to(KIND)
-            low = mma(left, load_tile(b, col, rank, BLOCK_N, BLOCK_R).to(KIND).T, low, PRECISION)
-        v = load_tile(e, step * BLOCK_V, col, BLOCK_V, BLOCK_N).to(ACC) + s * low
-        squares += tl.sum(v * v, 0)
-    cols = col + tl.arange(0, BLOCK_N)
-    tl.store(parts_ptr + tl.program_id(1) * N + cols, squares, mask=cols < N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -226,7 +41,7 @@ def _embedding_down_kernel(
     """P [M, padded R]."""
     wait_for_stream(PDL)
     row, rank = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_R
-    _, by = _factors(scaling, factor_ptr, SCALING_PTR, tl.float32)
+    _, by = factors(scaling, factor_ptr, SCALING_PTR, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
     for col in range(0, N, BLOCK_N):
         b = load_tile(Matrix(b_ptr, N, R, stride_bn, stride_br), col, rank, BLOCK_N, BLOCK_R)
@@ -277,16 +92,17 @@ def _embedding_columns_kernel(
     col, split, rank = tl.program_id(0) * BLOCK_N, tl.program_id(1), tl.program_id(2) * BLOCK_R
     e, a = Matrix(e_ptr, V, N, stride_ev, stride_en), Matrix(a_ptr, V, R, stride_av, stride_ar)
     b = Matrix(b_ptr, N, R, stride_bn, stride_br)
-    base_factor, low_factor = _factors(scaling, factor_ptr, SCALING_PTR, BASE)
+    base_factor, low_factor = factors(scaling, factor_ptr, SCALING_PTR, BASE)
     g = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
     dm = tl.zeros([BLOCK_N], dtype=ACC)
     for row in range(split * rows_each, tl.minimum(split * rows_each + rows_each, M), BLOCK_M):
-        rows = _rows(ids_ptr, row, M, V, BLOCK_M)
+        rows = rows_of(ids_ptr, row, M, V, BLOCK_M)
         dy = load_tile(Matrix(dy_ptr, M, N, N, 1), row, col, BLOCK_M, BLOCK_N)
         if g_parts_ptr is not None:
-            g = mma(dy.to(KIND).T, _gathered(a, rows, rank, BLOCK_R).to(KIND), g, PRECISION)
+            g = mma(dy.to(KIND).T, gathered(a, rows, rank, BLOCK_R).to(KIND), g, PRECISION)
         if dm_parts_ptr is not None and rank == 0:
-            z = _z_tile(e, a, b, rows, col, base_factor, low_factor, BLOCK_M, BLOCK_N, BLOCK_R, ACC, PRECISION, KIND)
+            of = Adapted(e, a, b, base_factor, low_factor)
+            z = z_tile(of, rows, col, BLOCK_N, BLOCK_R, ACC, PRECISION, KIND)
             dm += tl.sum(dy.to(ACC) * z, 0)
     cols, ranks = col + tl.arange(0, BLOCK_N), rank + tl.arange(0, BLOCK_R)
     if g_parts_ptr is not None:
@@ -361,108 +177,12 @@ def _embedding_runs_kernel(
     tl.store(da_ptrs, total.to(da_ptr.dtype.element_ty), mask=begins[:, None] & (ranks < R)[None, :])
 
 
-def _kinds(*read: Operand) -> tuple[torch.dtype, dict[str, Any]]:
-    """The dtype in which products of these are made, and what a kernel is told of it."""
-    kind = read[0].dtype
-    for t in read[1:]:
-        kind = torch.promote_types(kind, t.dtype)
-    return kind, {"ACC": acc_dtype(kind), "KIND": TL[kind]}
-
-
-def _adapted(e: Operand, a: Operand, b: Operand, scaling: Operand | Number) -> dict[str, Any]:
-    """What kernels are told of the embedding and its adapter, by name."""
-    return {
-        "e_ptr": e,
-        "V": e.shape[0],
-        "N": e.shape[1],
-        "stride_ev": e.stride(0),
-        "stride_en": e.stride(1),
-        "a_ptr": a,
-        "b_ptr": b,
-        "scaling": scaling,
-        "R": a.shape[0],
-        "stride_ar": a.stride(0),
-        "stride_av": a.stride(1),
-        "stride_bn": b.stride(0),
-        "stride_br": b.stride(1),
-        "SCALING_PTR": isinstance(scaling, Operand),
-    }
-
-
-def rows_of_y(
-    y: Operand,
-    ids: Operand,
-    e: Operand,
-    a: Operand,
-    b: Operand,
-    scaling: Operand | Number,
-    factor: Operand | None,
-    gain: Operand | None,
-) -> Launch:
-    """y [M, N], contiguous, from ids [M], e [V, N], a [R, V], b [N, R], any strides; factor one element, gain [N]."""
-    (m, n), r = y.shape, a.shape[0]
-    kind, told = _kinds(a, b)
-    tile = pass_tiles.embedding(r)
-    return launch(
-        _embedding_kernel,
-        (triton.cdiv(m, tile.m), triton.cdiv(n, tile.n)),
-        tile.options,
-        y,
-        ids_ptr=ids,
-        y_ptr=y,
-        gain_ptr=gain,
-        factor_ptr=factor,
-        M=m,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_R=tile.r,
-        PRECISION=precision(kind, r),
-        DTYPE=TL[e.dtype],
-        **(told | {"ACC": acc_dtype(wide(e, a, b))}),
-        **_adapted(e, a, b, scaling),
-    )
-
-
-def column_norms(
-    norm: Operand,
-    e: Operand,
-    a: Operand,
-    b: Operand,
-    scaling: Operand | Number,
-    parts: Operand,
-    m: Operand | None = None,
-    gain: Operand | None = None,
-    round_norm: bool = False,
-) -> list[Launch]:
-    """The norms [N] of the columns of e [V, N] + scaling * (b a)^T, rounded to e's dtype on request, and with m [N] the
-    gain [N]; by way of parts [splits, N]."""
-    (v, n), r = e.shape, a.shape[0]
-    kind, told = _kinds(a, b)
-    tile = pass_tiles.embedding_norm(r)
-    steps = triton.cdiv(triton.cdiv(v, tile.k), parts.shape[0])
-    made = launch(
-        _embedding_norm_kernel,
-        (triton.cdiv(n, tile.n), parts.shape[0]),
-        tile.options,
-        e,
-        parts_ptr=parts,
-        steps=steps,
-        BLOCK_V=tile.k,
-        BLOCK_N=tile.n,
-        BLOCK_R=tile.r,
-        PRECISION=precision(kind, r),
-        **(told | {"ACC": acc_dtype(wide(e, a, b))}),
-        **_adapted(e, a, b, scaling),
-    )
-    return [made, gains(e, parts, norm, m=m, gain=gain, round_norm=round_norm)]
-
-
 def down_of_dy(
     p: Operand, dy: Operand, b: Operand, scaling: Operand | Number, factor: Operand | None, gain: Operand | None
 ) -> Launch:
     """P [M, padded R] in float32 or better from dy [M, N], contiguous, and b [N, R]."""
     (m, n), r = dy.shape, b.shape[1]
-    kind, told = _kinds(dy, b)
+    kind, told = kinds_of(dy, b)
     tile = pass_tiles.embedding_down(r)
     return launch(
         _embedding_down_kernel,
@@ -503,7 +223,7 @@ def column_sums(
 ) -> Launch:
     """dY^T A^T[ids] in parts [splits, N, R], and colsum(dY * z) in parts [splits, N], from dy [M, N], contiguous."""
     (m, n), r = dy.shape, a.shape[0]
-    kind, told = _kinds(dy, a, b)
+    kind, told = kinds_of(dy, a, b)
     tile = pass_tiles.embedding_columns(r)
     parts: Any = dm_parts if g_parts is None else g_parts
     return launch(
@@ -524,7 +244,7 @@ def column_sums(
         PRECISION=precision(kind, m),
         BASE=TL[e.dtype],
         **told,
-        **_adapted(e, a, b, scaling),
+        **told_of(e, a, b, scaling),
     )
 
 
@@ -554,52 +274,6 @@ def runs_of_ids(da: Operand, ids: Operand, order: Operand, p: Operand, leads: Op
     ]
 
 
-def embedding_fwd(
-    ids: torch.Tensor,
-    weight: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scaling: float | torch.Tensor,
-    factor: MaybeTensor = None,
-    gain: MaybeTensor = None,
-) -> torch.Tensor:
-    """y [M, N] in weight's dtype from ids [M] of 32 or 64 bits, weight [V, N], a [R, V], b [N, R] in any float dtypes;
-    a factor of one element, gain [N]."""
-    y = weight.new_empty(len(ids), weight.shape[1])
-    if y.numel():
-        run(rows_of_y, y=y, ids=ids, e=weight, a=a, b=b, scaling=as_scaling(scaling), factor=factor, gain=gain)
-    return y
-
-
-def embedding_norm(
-    weight: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scaling: float | torch.Tensor,
-    m: MaybeTensor = None,
-    round_norm: bool = False,
-) -> tuple[torch.Tensor, MaybeTensor]:
-    """(n, gain) [N], as ``column_norms`` makes them."""
-    (v, n), chip = weight.shape, Chip.of(weight.device)
-    tile, kind = pass_tiles.embedding_norm(len(a)), wide(weight, a, b)
-    parts = weight.new_empty(pass_tiles.splits(n, triton.cdiv(v, tile.k), tile=tile, chip=chip), n, dtype=kind)
-    norm = weight.new_empty(n, dtype=kind)
-    gain = None if m is None else torch.empty_like(norm)
-    run(
-        column_norms,
-        e=weight,
-        norm=norm,
-        a=a,
-        b=b,
-        scaling=as_scaling(scaling),
-        parts=parts,
-        m=m,
-        gain=gain,
-        round_norm=round_norm,
-    )
-    return norm, gain
-
-
 class Needs(NamedTuple):
     """Whose gradients a backward makes."""
 
@@ -621,6 +295,7 @@ def embedding_bwd(
     factor: MaybeTensor = None,
     norm: MaybeTensor = None,
     gain: MaybeTensor = None,
+    *,
     padding: int = -1,
     needs: Needs = ADAPTER,
 ) -> tuple[MaybeTensor, MaybeTensor, MaybeTensor]:
