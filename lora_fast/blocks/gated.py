@@ -47,9 +47,9 @@ class FastMlp:
 def why_apart_now(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Layer, ...] | str | None:
     """The layers as ``lora_glu`` or ``lora_mlp`` takes them in this call; or why they are not joined in it, in words,
     or None where that is nobody's loss."""
-    mlp: Mlp = vars(module)[MLP]
-    if not (module.training or torch.is_grad_enabled()):
-        return None  # evaluation keeps more of a layer than a block does
+    mlp: Mlp | None = vars(module).get(MLP)
+    if mlp is None or not (module.training or torch.is_grad_enabled()):
+        return None  # made of another one, as a part of an nn.Sequential; evaluation keeps more of a layer than a block
     if len(args) != 1 or kwargs:
         return "it was called with more than x"
     x, modules = args[0], module._modules

@@ -65,13 +65,14 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
     """What a trace may depend on beside the class: the instance's numbers, words, configuration and children."""
-    own = [
+    own: list[tuple[str, Any]] = [
         (name, value if isinstance(value, (bool, int, float, str, type(None))) else id(value))
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training"
     ]
-    children = [(name, type(child), activation_of(child)) for name, child in module.named_children()]
-    return *own, *children
+    for name, child in module.named_children():
+        own.append((name, (type(child), activation_of(child), getattr(child, "out_features", None))))
+    return tuple(own)
 
 
 def _group(module: nn.Module, own: dict[str, Any]) -> None:

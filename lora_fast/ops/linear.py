@@ -1,6 +1,7 @@
 """The fused kernels as one differentiable operator: an autograd Function in eager, a custom op (custom_op.py) under
 torch.compile."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ class FusedLinear:
             with torch.cuda.device(self.elsewhere):
                 return self(x, weight, lora_A, lora_B, scaling, bias, p, magnitude, kept)
         held = (weight,) if self.tensors_of is None else self.tensors_of(weight)
+        # what is kept is made of these: LoRA's copies of the adapter alone, DoRA's norm of the base, too
         of_base, adapter = ((), (lora_A, lora_B)) if magnitude is None else (held, (lora_A, lora_B, magnitude))
         if not self.as_given:
             if self.casts:
@@ -101,13 +103,8 @@ class FusedLinear:
             x = x if self.addressable else addressable(x)
             made = None
             if kept is not None and self.problem.lasting:
-                made = kept.get(
-                    of_base,
-                    adapter,
-                    scaling,
-                    self.how,
-                    lambda: make_kept(self.problem, call, lora_A, lora_B, magnitude),
-                )
+                make = partial(make_kept, self.problem, call, lora_A, lora_B, magnitude)
+                made = kept.get(of_base, adapter, scaling, self.how, make)
             return forward(self.problem, call, x, lora_A, lora_B, bias, magnitude, made)[0]
         apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply
         y = apply(x, lora_A, lora_B, bias, magnitude, self, call)

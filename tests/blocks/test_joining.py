@@ -604,6 +604,22 @@ def test_only_one_of_two_layers_adapted(ran):
     assert ran["glu"] == 1
 
 
+def test_a_sequential(ran):
+    """And parts of it, which are made by its class."""
+    torch.manual_seed(0)
+    parts = nn.Linear(8, 12), nn.ReLU(), nn.Dropout(0.0), nn.Linear(12, 8), nn.Dropout(0.5)
+    config = LoRAConfig(4, target_modules="all-linear", init_lora_weights=False)
+    net = add_lora(nn.Sequential(nn.Sequential(*parts)), config).eval()
+    apart = copy.deepcopy(net)
+    joining.part(apart)
+    assert type(apart[0]) is nn.Sequential and isinstance(net[0], gated.FastMlp)
+    x = torch.randn(3, 8)
+    for ours, theirs in zip(results(net, x), results(apart, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert ran["glu"] == 1
+    torch.testing.assert_close(net[0][:2](x), apart[0][:2](x))
+
+
 def test_masks_drawn_in_another_order(ran):
     """A forward that calls up ahead of gate, with dropout."""
 
