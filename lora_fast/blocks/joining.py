@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from lora_fast.blocks.gated import MLP, FastMlp, fast
-from lora_fast.blocks.recognise import Mlp, activation_of, is_conv1d, mlp_of, siblings_of
+from lora_fast.blocks.predict import siblings_of
+from lora_fast.blocks.recognise import Mlp, activation_of, is_conv1d, mlp_of
 from lora_fast.blocks.siblings import HOOK, SIBLINGS, Joins, Siblings
 
 
@@ -65,7 +66,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
     """What a trace may depend on beside the class: the instance's numbers, words, configuration and children."""
-    own = [
+    own: list[Any] = [
         (name, value if isinstance(value, (bool, int, float, str, type(None))) else id(value))
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training"
