@@ -22,6 +22,7 @@ def lora_linear(
     training: bool = True,
     backend: str = "auto",
     save_x: str = "x",
+    kept: Kept | None = None,
 ) -> torch.Tensor:
     """A frozen linear layer with a low-rank update: ``y = x W^T + scaling * (drop(x) A^T) B^T + bias``.
 
@@ -45,6 +46,8 @@ def lora_linear(
         save_x: what the backward of lora_A reads: "x", or "fp8": x in e4m3 with a scale for each row, as an fp8
             weight's product reads it, half a 16-bit x's memory; lora_A's gradient then has its rounding, up to 2^-4 of
             each element of x. (The reference keeps x.)
+        kept: where to keep copies of lora_A and lora_B in x's dtype, if they are of another, for the next call; if
+            neither asks for a gradient (see :class:`lora_fast.kept.Kept`).
 
     Returns:
         [..., N] with the dtype of ``F.linear(x, weight, bias)``, autocast included.
@@ -61,7 +64,7 @@ def lora_linear(
         dtype = check_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         check_save_x(save_x)
         call = settle(facts, dtype, backend, (x, weight, lora_A, lora_B, bias), save_x=save_x)
-    return call(x, weight, lora_A, lora_B, scaling, bias, dropout_p if training else 0.0)
+    return call(x, weight, lora_A, lora_B, scaling, bias, dropout_p if training else 0.0, None, kept)
 
 
 def dora_linear(

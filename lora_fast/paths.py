@@ -107,9 +107,9 @@ def _plain(
     gain = None
     if kept is not None and not (torch.is_grad_enabled() or is_compiling() or torch._C._len_torch_dispatch_stack()):
         held = tensors_of(weight)
-        sources = *((weight,) if held is None else held(weight)), lora_A, lora_B, magnitude
         gain = kept.get(
-            sources,
+            (weight,) if held is None else held(weight),
+            (lora_A, lora_B, magnitude),
             scaling,
             ("reference", detach_norm, round_norm),
             lambda: reference.gain_of(weight, lora_A, lora_B, magnitude, scaling, detach_norm, round_norm),

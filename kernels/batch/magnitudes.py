@@ -11,7 +11,7 @@ import triton.language as tl
 from lora_fast.kernels.common import Matrix, acc_dtype, load_tile, mma, precision, wait_for_stream
 from lora_fast.kernels.operands import Operand, launch
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.sums import sum_of, weak_gain
+from lora_fast.kernels.sums import Summed, sum_of, weak_gain
 
 STEP = 16  # of what is contracted where z is made again
 
@@ -80,7 +80,7 @@ def _magnitudes_kernel(
     col, adapter, zero = tl.program_id(0) * BLOCK, tl.program_id(1), tl.full((), 0, tl.int64)
     cols = col + tl.arange(0, BLOCK)
     at = (zero + adapter) * N + cols
-    total = sum_of(parts_ptr, at, PARTS, (zero + ADAPTERS) * N, BLOCK, ACC)
+    total = sum_of(Summed(parts_ptr, PARTS, (zero + ADAPTERS) * N), at, BLOCK, ACC)
     norm = tl.load(norm_ptr + at, mask=cols < N, other=0.0)
     if WEAK is not None:
         gain = tl.load(gain_ptr + at, mask=cols < N, other=1.0)
@@ -120,7 +120,7 @@ def magnitudes(
     return launch(
         _magnitudes_kernel,
         (triton.cdiv(n, block), count),
-        {"num_warps": 1 if kind.itemsize <= 2 else 4},
+        {"num_warps": 2},
         dy,
         parts_ptr=parts,
         norm_ptr=norm,

@@ -162,7 +162,7 @@ def _words(t: Operand | None, gate: Gate) -> Operand | None:
 def gate_forward(h: Operand, a: Operand, route: Route, gate: Gate) -> Launch:
     """a [S, I] from h [S, 2I]."""
     s, i = a.shape
-    tile = tiles.experts_gate(i, backward=False)
+    tile = tiles.experts_gate(i, backward=False, interleaved=gate.interleaved)
     return launch(
         _gate_kernel,
         (triton.cdiv(s, tile.m), triton.cdiv(i, tile.n)),
@@ -179,9 +179,9 @@ def gate_forward(h: Operand, a: Operand, route: Route, gate: Gate) -> Launch:
     )
 
 
-def dw_parts(i: int) -> int:
+def dw_parts(i: int, gate: Gate) -> int:
     """Parts that ``gate_backward`` leaves of each row's dw."""
-    return triton.cdiv(i, tiles.experts_gate(i, backward=True).n)
+    return triton.cdiv(i, tiles.experts_gate(i, backward=True, interleaved=gate.interleaved).n)
 
 
 def gate_backward(
@@ -197,7 +197,7 @@ def gate_backward(
     """dh [S, 2I] and parts of dw [parts, S], float32, from da [S, I], and wa [S, I], which may be da; each where it is
     given."""
     s, i = h.shape[0], h.shape[1] // 2
-    tile = tiles.experts_gate(i, backward=True)
+    tile = tiles.experts_gate(i, backward=True, interleaved=gate.interleaved)
     return launch(
         _gate_grad_kernel,
         (triton.cdiv(s, tile.m), triton.cdiv(i, tile.n)),

@@ -140,7 +140,7 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     q1, q2 = _stack_of_b(problem, room.b1, 0), _stack_of_b(problem, room.b2, 1)
     dp1: Maybe = scratch.part((s, padded_ranks(problem.r1)), kind) if problem.needs_dp1 else None
     dp2: Maybe = scratch.part((s, padded_ranks(problem.r2)), kind) if problem.needs_dp2 else None
-    dw = scratch.part((dw_parts(i), s), torch.float32) if needs.weights else None
+    dw = scratch.part((dw_parts(i, problem.gate), s), torch.float32) if needs.weights else None
     dots = scratch.part((s,), torch.float32) if needs.weights and bias2 is not None else None
     at_hand = _Memory(problem, scratch, route)
     written = problem.memory(scratch, *[0] * needs.x, *[1] * problem.needs_da)

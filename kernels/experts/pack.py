@@ -120,7 +120,6 @@ def _collect_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_stream(PDL)
@@ -131,14 +130,9 @@ def _collect_kernel(
     chunks = tl.load(chunks_ptr + 3 * length + experts + 1, mask=experts < E, other=0) - first
     inside = (experts < E)[:, None, None] & (c < C)[None, :, None] & (ranks < R)[None, None, :]
     total = tl.zeros([BLOCK_E, BLOCK_C, BLOCK_R], tl.float32)
-    for i in range(0, tl.max(chunks, 0), AT_ONCE):
-        parts = ()
-        for j in tl.static_range(AT_ONCE):
-            at = ((first + i + j).to(tl.int64)[:, None, None] * C + c[None, :, None]) * RANKS + ranks[None, None, :]
-            inside_chunk = inside & (i + j < chunks)[:, None, None]
-            parts = parts + (tl.load(parts_ptr + at, mask=inside_chunk, other=0.0),)  # type: ignore[assignment]
-        for j in tl.static_range(AT_ONCE):
-            total += parts[j]
+    for i in range(0, tl.max(chunks, 0)):
+        at = ((first + i).to(tl.int64)[:, None, None] * C + c[None, :, None]) * RANKS + ranks[None, None, :]
+        total += tl.load(parts_ptr + at, mask=inside & (i < chunks)[:, None, None], other=0.0)
     grad = Ranked(grad_ptr, grad_expert, grad_rank, grad_c)
     tl.store(_places(grad, experts, ranks, c), total.to(grad_ptr.dtype.element_ty), mask=inside)
 
@@ -188,7 +182,6 @@ def collect(parts: Operand, chunks: Any, grad: Stack, experts: int, r: int) -> L
         grad_expert=grad.expert,
         grad_rank=grad.rank,
         grad_c=grad.c,
-        AT_ONCE=4 if block["BLOCK_E"] == 1 else 2,  # loads under way, as many as registers hold
         **block,
     )
 

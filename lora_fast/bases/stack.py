@@ -1,6 +1,7 @@
 """The frozen weights of a module of experts, in 8 or 4 bits: one packed matrix, expert below expert."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, Self
 
 import torch
@@ -97,6 +98,11 @@ class PackedStack(PackedWeight):
     def base_dtype(self) -> str:
         """What ``base_dtype`` calls it; the LABEL of one that a checkpoint alone has."""
         return next((name for name, kind in STACKED.items() if kind is self.kind), self.LABEL)
+
+    # What torch's distributed checkpoints ask for by the keys of four_bit_files.
+    quant_map = property(attrgetter("table"))
+    nested_absmax, nested_quant_map = property(attrgetter("absmax2")), property(attrgetter("code2"))
+    quant_state = property(attrgetter("matrix.quant_state"))
 
     @property
     def matrix(self) -> WrittenWeight:

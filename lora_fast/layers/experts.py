@@ -12,7 +12,7 @@ from lora_fast.experts.form import ExpertsForm
 from lora_fast.experts.functional import lora_experts
 from lora_fast.experts.known import DOWN, GATE_UP, form_of, frozen_of, holds_fp8, is_experts, why_not_now
 from lora_fast.experts.reference import merged_weight
-from lora_fast.layers.packed_state import Stack, collect, pack_given, spread
+from lora_fast.layers.packed_state import STACKED_NAMES, Stack, collect, pack_given, part_of, spread
 from lora_fast.layers.parameters import AdaptedModule, ParameterLoRA, adapted, why_no_matrix
 
 
@@ -73,6 +73,11 @@ class AdaptedExperts(AdaptedModule):
             args[-1].append(str(error))
             return
         super()._load_from_state_dict(own, prefix, *args)
+
+
+for _name in STACKED_NAMES:  # by which torch's distributed checkpoints ask for parts
+    for _key in (GATE_UP, DOWN):
+        setattr(AdaptedExperts, _key + _name, part_of(_key, _name))
 
 
 def _form_of(module: nn.Module) -> ExpertsForm:
@@ -217,6 +222,10 @@ class ExpertsLoRA(ParameterLoRA):
         base = self.base_weight
         kept = f", base_dtype={base.base_dtype!r}" if isinstance(base, PackedStack) else ""
         return f"experts={self.experts}, {super().extra_repr()}{kept}"
+
+
+for _name in STACKED_NAMES:
+    setattr(ExpertsLoRA, f"unmerged_weight{_name}", part_of("unmerged_weight", _name))
 
 
 def adapter_of(module: nn.Module) -> type[ParameterLoRA]:

@@ -9,6 +9,7 @@ from allocations import allocated
 from expert_nets import BOTH, ids, loss_and_gradients, moe_model, transformers
 from peft_nets import peft, same, stir
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.utils.checkpoint import checkpoint
 
 from lora_fast import (
@@ -339,3 +340,14 @@ def test_gpt_oss_checkpoint_without_a_model_in_16_bits():
     for name, p in stacks(model).items():
         assert torch.equal(p.dequantise(), stacks(stored)[name].dequantise())
     assert all(not p.is_meta for p in model.parameters())
+
+
+@DTYPES
+def test_torchs_distributed_state_dicts(base_dtype):
+    model = adapted("gpt_oss", base_dtype)
+    for _ in range(2):
+        logits, state = model(ids()).logits, get_model_state_dict(model)
+        assert all(type(t) is torch.Tensor for t in state.values()) and state.keys() == model.state_dict().keys()
+        set_model_state_dict(model, state)
+        assert torch.equal(model(ids()).logits, logits)
+        merge_lora(model)
