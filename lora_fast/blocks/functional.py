@@ -1,21 +1,14 @@
-"""Blocks as functions: checked inputs, one choice of path, then the fused kernels or the plain torch reference."""
+"""Blocks as functions: checked inputs, then what takes such calls (paths.py)."""
 
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
 
-from lora_fast import dispatch
-from lora_fast.bases.packed import PackedWeight, first_of
-from lora_fast.blocks import apart, reference
+from lora_fast.blocks import reference
 from lora_fast.blocks.form import Layer
+from lora_fast.blocks.paths import recall, settle
 from lora_fast.checks import check_dora, check_linear
-from lora_fast.paths import Facts, facts_of
-
-_calls: dict[Facts, Callable[..., Any]] = {}  # what takes them, by their facts
 
 
 def lora_group(
@@ -41,10 +34,10 @@ def lora_group(
         TypeError, ValueError, RuntimeError: as ``lora_linear``; the message begins with the layer's place, as in
             ``layers[1].lora_A``.
     """
-    facts, call = _recall(x, layers, training, backend, "group")
+    facts, call = recall(x, layers, training, backend, "group")
     if call is None:
         dtype = _check(x, [(f"layers[{i}]", layer) for i, layer in enumerate(_listed(layers))])
-        call = _settle(facts, backend, x, dtype, layers, training, "group")
+        call = settle(facts, backend, x, dtype, layers, training, "group")
     return call(x, layers, training)
 
 
@@ -79,14 +72,14 @@ def lora_glu(
             ``gate.lora_A``. ValueError: another activation.
     """
     layers = gate, up, down
-    facts, call = _recall(x, layers, training, backend, _checked(activation))
+    facts, call = recall(x, layers, training, backend, _checked(activation))
     if call is None:
         dtype = _check(x, [("gate", gate), ("up", up)])
         if gate.weight.shape != up.weight.shape:
             got, wanted = tuple(up.weight.shape), tuple(gate.weight.shape)
             raise ValueError(f"up.weight: got shape {got}, expected {wanted}, as gate.weight")
         _check(x.detach().new_empty(0, len(gate.weight)), [("down", down)])
-        call = _settle(facts, backend, x, dtype, layers, training, activation)
+        call = settle(facts, backend, x, dtype, layers, training, activation)
     return call(x, layers, training)
 
 
@@ -126,13 +119,13 @@ def lora_mlp(
     if gate not in (None, "first", "second"):
         raise ValueError(f'gate: got {gate!r}, expected "first", "second" or None')
     layers = fc1, fc2
-    facts, call = _recall(x, layers, training, backend, _checked(activation), gate)
+    facts, call = recall(x, layers, training, backend, _checked(activation), gate)
     if call is None:
         dtype, parts = _check(x, [("fc1", fc1)]), 1 if gate is None else 2
         if len(fc1.weight) % parts:
             raise ValueError(f"fc1.weight: got {len(fc1.weight)} rows, expected two halves of them, gate={gate!r}")
         _check(x.detach().new_empty(0, len(fc1.weight) // parts), [("fc2", fc2)])
-        call = _settle(facts, backend, x, dtype, layers, training, activation, gate)
+        call = settle(facts, backend, x, dtype, layers, training, activation, gate)
     return call(x, layers, training)
 
 
@@ -174,116 +167,3 @@ def _check(x: Any, named: Sequence[tuple[str, Any]]) -> torch.dtype:
             raise type(error)(message if message.startswith("x: ") else f"{name}.{message}") from None
     assert dtype is not None
     return dtype
-
-
-def _recall(x: Any, layers: Sequence[Any], training: Any, *asked: Any) -> tuple[Facts | None, Any]:
-    """(facts, what takes calls with these facts), as for a single layer; no facts where numbers are wrong or something
-    is no tensor, which the checks will say, and under compilation."""
-    if is_compiling() or type(training) is not bool:
-        return None, None
-    facts: list[Any] = []
-    try:
-        for weight, a, b, scaling, bias, p, magnitude, round_norm, save in layers:
-            number = type(scaling) in (float, int)
-            wrong = number and not -math.inf < scaling < math.inf
-            if wrong or type(p) not in (float, int) or not 0 <= p < 1:
-                return None, None
-            acts_as = None
-            if isinstance(weight, PackedWeight):
-                acts_as = weight.traits, weight.requires_grad
-                weight = first_of(weight)
-            facts += (
-                facts_of(weight),
-                acts_as,
-                a if a is None else facts_of(a),
-                b if b is None else facts_of(b),
-                bias if bias is None else facts_of(bias),
-                magnitude if magnitude is None else facts_of(magnitude),
-                None if number else (scaling.dtype, scaling.shape, scaling.device),
-                p if training else 0.0,
-                round_norm,
-                save,
-            )
-        found = (
-            facts_of(x),
-            *facts,
-            torch.is_grad_enabled(),
-            dispatch.autocast_dtype(x.device) if torch._C._is_any_autocast_enabled() else None,
-            dispatch.get_backend(),
-            *asked,
-        )
-        return found, _calls.get(found)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return None, None
-
-
-def _settle(
-    facts: Facts | None,
-    backend: str,
-    x: torch.Tensor,
-    dtype: torch.dtype,
-    layers: Sequence[Layer],
-    training: bool,
-    asked: str,
-    gate: str | None = None,
-) -> Callable[..., Any]:
-    """What takes this call, which passed the checks, and from now on those with the same facts."""
-    e4m3 = any(isinstance(layer.weight, PackedWeight) and layer.weight.E4M3_PRODUCTS for layer in layers)
-    call: Callable[..., Any]
-    if dispatch.choose(backend, x.device, dtype, e4m3) == "reference":
-        call = reference.lora_group if asked == "group" else partial(_plain_mlp, asked, gate)
-    elif asked == "group":
-        call = _fused_group(x, layers, training, backend)
-    else:
-        call = _fused_mlp(x, layers, training, backend, asked, gate)
-    if facts is not None:
-        if len(_calls) >= 4096:  # batch sizes that never repeat
-            _calls.clear()
-        _calls[facts] = call
-    return call
-
-
-def _plain_mlp(activation: str, gate: str | None, x: Any, layers: Any, training: bool) -> torch.Tensor:
-    """The reference, called as the fused form is."""
-    *inner, down = layers
-    if len(inner) == 1:
-        return reference.lora_mlp(x, inner[0], down, activation, training, gate)
-    return reference.lora_glu(x, inner[0], inner[1], down, activation, training)
-
-
-def _fused_group(
-    x: torch.Tensor, layers: Sequence[Layer], training: bool, backend: str
-) -> Callable[..., tuple[torch.Tensor, ...]]:
-    from lora_fast.blocks import group_op  # needs Triton, as the next
-    from lora_fast.blocks.group import FEW, FusedGroup, why_apart
-
-    alone = partial(apart.lora_group, backend=backend)
-    if not any(layer.adapted for layer in layers):
-        return alone
-    if why := why_apart(x, layers, training):
-        dispatch.tell("runs a group layer by layer", why)
-        return alone
-    if is_compiling():
-        return group_op.lora_group
-    fused, dropping = FusedGroup(x, layers), training and any(layer.dropout_p > 0 for layer in layers)
-    return alone if not fused.records and fused.group.m <= FEW and not dropping else fused
-
-
-def _fused_mlp(
-    x: torch.Tensor, layers: Sequence[Layer], training: bool, backend: str, activation: str, gate: str | None
-) -> Callable[..., torch.Tensor]:
-    from lora_fast.blocks import mlp_op  # needs Triton, as the next
-    from lora_fast.blocks.group import FEW
-    from lora_fast.blocks.mlp import FusedMlp, why_apart
-
-    alone = partial(apart.lora_mlp, activation=activation, gate=gate, backend=backend)
-    if not any(layer.adapted for layer in layers):
-        return alone
-    if why := why_apart(x, layers, training):
-        dispatch.tell(f"runs {'a gated MLP' if len(layers) > 2 or gate else 'an MLP'} layer by layer", why)
-        return alone
-    if is_compiling():
-        return partial(mlp_op.lora_mlp, activation=activation, gate=gate)
-    fused = FusedMlp(x, layers, activation, gate)
-    dropping = training and any(layer.dropout_p > 0 for layer in layers)
-    return alone if not fused.records and fused.mlp.inner.m <= FEW and not dropping else fused

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from lora_fast.blocks.gated import MLP, FastMlp, fast
-from lora_fast.blocks.recognise import Mlp, activation_of, is_conv1d, mlp_of, siblings_of
+from lora_fast.blocks.predict import siblings_of
+from lora_fast.blocks.recognise import Mlp, activation_of, is_conv1d, mlp_of
 from lora_fast.blocks.siblings import HOOK, SIBLINGS, Joins, Siblings
 
 

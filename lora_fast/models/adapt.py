@@ -57,7 +57,7 @@ def add_lora(model: nn.Module, config: Any, *, name: str | None = None, blocks: 
     (:func:`lora_fast.set_adapter`), or each sample of a batch names its own (:func:`lora_fast.use_adapters`). One that
     came without a name is then called "default".
 
-    With ``blocks="auto"`` gated MLPs (``down(act(gate(x)) * up(x))``) run as one step each, and layers that their
+    With ``blocks="auto"`` MLPs run as one step each, and layers that their
     parent calls with one input as a group (:mod:`lora_fast.blocks`); with False every layer runs by itself. Where
     several adapters come the last call decides.
 

@@ -54,7 +54,7 @@ def patch_peft(
         base_compute: None, or "float8_e4m3": products over a base of 4 bits, bitsandbytes' too, or as an fp8 checkpoint
             holds it, are made from 8-bit operands.
         base_dtype_exclude: a list of names or last parts, or a regex: more layers whose base stays as it is.
-        blocks: "auto": gated MLPs (``down(act(gate(x)) * up(x))``) run as one step each, and layers that their parent
+        blocks: "auto": MLPs run as one step each, and layers that their parent
             calls with one input as a group (:mod:`lora_fast.blocks`): faster, and with fewer activations kept. The
             report names them. False: every layer by itself.
 

@@ -14,7 +14,7 @@ from blocks import a_layer, close, keep_mask, results, trained
 from torch.utils.checkpoint import checkpoint
 
 from lora_fast import Layer, SlowPathWarning, dispatch, lora_group
-from lora_fast.blocks import functional, reference
+from lora_fast.blocks import paths, reference
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.functional import lora_linear
 from lora_fast.kernels import group as group_kernels
@@ -261,7 +261,7 @@ def test_under_autocast(device):
 @pytest.mark.parametrize("reason", ["dropout", "five", "strided"])
 def test_comes_apart_and_says_so_once(device, reason, monkeypatch):
     monkeypatch.setattr(dispatch, "_told", set())
-    monkeypatch.setattr(functional, "_calls", {})
+    monkeypatch.setattr(paths, "calls", {})
     x, layers, dys = drawn("lora", SMALL, FLOAT, device)
     if reason == "dropout":
         layers[1] = layers[1]._replace(dropout_p=0.5)
@@ -310,6 +310,6 @@ def test_mutants_fail(device, monkeypatch):
         return launch
 
     monkeypatch.setattr(group_kernels, "products", without_ranks)
-    monkeypatch.setattr(functional, "_calls", {})
+    monkeypatch.setattr(paths, "calls", {})
     with pytest.raises(AssertionError, match="dx"):
         compare([results(fused, x, layers, dys)], [eager], [truth], FLOAT)

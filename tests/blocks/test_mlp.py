@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_fast import dispatch, lora_group, lora_mlp
 from lora_fast.bases.four_bits import Nf4Weight
-from lora_fast.blocks import functional, reference
+from lora_fast.blocks import paths, reference
 from lora_fast.blocks.mlp import FusedMlp
 from lora_fast.fp8 import Fp8Weight
 from lora_fast.kernels import activations, mask, program
@@ -150,7 +150,7 @@ def test_turned_weights(device, dtype, form, act, gate, shape, p):
     draws = [drawn(form, gate, shape, dtype, device, seed, p) for seed in range(2 if device == "cpu" else 1)]
     base = plain(act, gate, p, shape, device, form)
     ours = [results(fused(act, gate), x, turned(layers), dys) for x, layers, dys in draws]
-    assert all(isinstance(call, FusedMlp) for call in list(functional._calls.values())[-2:])
+    assert all(isinstance(call, FusedMlp) for call in list(paths.calls.values())[-2:])
     eagers = [results(base, *draw) for draw in draws]
     compare(ours, eagers, [results(base, *draw, torch.float64) for draw in draws], dtype)
 
@@ -255,7 +255,7 @@ def test_packed_bases(device, base, gate):
         return run
 
     ours = results(over(fused("gelu", gate)), x, layers, dys)
-    other = results(over(lambda x, layers: functional.apart.lora_mlp(
+    other = results(over(lambda x, layers: paths.apart.lora_mlp(
         x, layers, True, activation="gelu", gate=gate, backend="triton")), x, layers, dys)  # fmt: skip
     for name, t in other.items():
         error = (ours[name] - t).norm() / t.norm()
@@ -336,7 +336,7 @@ def test_mutants_fail(device, monkeypatch):
     def exchanged(*args, parts, **others):
         return make(*args, parts=parts[::-1], **others)
 
-    monkeypatch.setattr(functional, "_calls", {})
+    monkeypatch.setattr(paths, "calls", {})
     monkeypatch.setattr(mlp_kernels, "glu_grad", exchanged)
     with pytest.raises(AssertionError, match="m0: "):
         compare([results(fused("silu", "first"), x, layers, dys)], [eager], [truth], FLOAT)
@@ -344,7 +344,7 @@ def test_mutants_fail(device, monkeypatch):
 
 def test_comes_apart_and_says_so(device, monkeypatch):
     monkeypatch.setattr(dispatch, "_told", set())
-    monkeypatch.setattr(functional, "_calls", {})
+    monkeypatch.setattr(paths, "calls", {})
     x, layers, dys = drawn("bias", None, SMALL, FLOAT, device)
     layers[0] = layers[0]._replace(weight=layers[0].weight[:, ::2].repeat(1, 2)[:, ::2].contiguous())
     x = x[:, :16]

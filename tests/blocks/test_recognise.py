@@ -14,8 +14,9 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from lora_fast.blocks.predict import siblings_of
 from lora_fast.blocks.recognise import Mlp as Found
-from lora_fast.blocks.recognise import mlp_of, siblings_of
+from lora_fast.blocks.recognise import mlp_of
 from lora_fast.blocks.reference import ACTIVATIONS
 
 
