@@ -16,7 +16,6 @@ from lora_fast.kernels.nibbles import (
     NAMES,
     Stored,
     columns_assembly,
-    fetch,
     four_of_column,
     four_of_row,
     look_up,
@@ -113,15 +112,10 @@ def _rows_kernel(
     ASSEMBLY: tl.constexpr,
     THREADS: tl.constexpr,
     ROWS: tl.constexpr,
-    FETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """With a gain only the rows for which it is below WEAK."""
     row, lane = tl.program_id(1) * ROWS, tl.program_id(0) * THREADS + tl.arange(0, THREADS)
-    if FETCH:
-        line = tl.program_id(0) * THREADS + tl.arange(0, THREADS) % (THREADS // ROWS) * ROWS
-        its = tl.minimum(row + tl.arange(0, THREADS) // (THREADS // ROWS), N - 1).to(tl.int64)
-        fetch(packed_ptr + its * K16 + tl.minimum(line, K16 - 1))
     wait_for_stream(PDL)
     w = Stored(packed_ptr, absmax_ptr, table_ptr, code2_ptr, absmax2_ptr, offset_ptr)
     words, scales, factors, places, wanted = (), (), (), (), ()
@@ -173,7 +167,6 @@ def _columns_kernel(
     ASSEMBLY: tl.constexpr,
     THREADS: tl.constexpr,
     SHARED: tl.constexpr,
-    FETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A thread has 64 bits of each of sixteen rows, and so sixteen bytes of each of sixteen of the result's: nothing
@@ -181,9 +174,6 @@ def _columns_kernel(
     hand: with two dimensions the compiler would turn them. SHARED threads of a warp, eight apart, have elements of the
     same blocks; they find the scales of some rows each, and hand them round."""
     lane = tl.arange(0, THREADS)
-    if FETCH:  # of 128 rows a line each
-        line = tl.minimum(tl.program_id(1) * 128 + lane, N - 1).to(tl.int64)
-        fetch(packed_ptr + line * K16 + tl.program_id(0) * (THREADS // 8))
     wait_for_stream(PDL)
     w = Stored(packed_ptr, absmax_ptr, table_ptr, code2_ptr, absmax2_ptr, offset_ptr)
     sixteen = tl.program_id(1) * 8 + lane % 8
@@ -238,6 +228,7 @@ def whole(w: Stored, out: Operand, *, low_first: bool) -> Launch:
         (triton.cdiv(words, THREADS * WORDS),),
         {"num_warps": THREADS // 32},
         out,
+        short=True,
         **_read(w, torch.int32),
         out_ptr=out.seen_as((words * 4,), torch.int32) if half else out,
         WORDS_IN_ALL=words,
@@ -260,6 +251,7 @@ def by_rows(
         (triton.cdiv(k // 16, THREADS), triton.cdiv(n, ROWS)),
         {"num_warps": THREADS // 32},
         out,
+        short=True,
         **_read(w, torch.int64),
         scale_ptr=scale,
         gain_ptr=gain,
@@ -271,7 +263,6 @@ def by_rows(
         ASSEMBLY=rows_assembly(low_first, NAMES[kind]) if COMPILED.value else None,
         THREADS=THREADS,
         ROWS=ROWS,
-        FETCH=COMPILED.value,
         **_blocks(w, low_first),
     )
 
@@ -286,6 +277,7 @@ def by_columns(w: Stored, out: Operand, scale: Operand, *, low_first: bool, kind
         (triton.cdiv(k // 16, THREADS // 8), triton.cdiv(n, 128)),
         {"num_warps": THREADS // 32},
         out,
+        short=True,
         **_read(w, torch.int64),
         scale_ptr=scale,
         out_ptr=out.seen_as((n * k // 4,), torch.int32),
@@ -295,7 +287,6 @@ def by_columns(w: Stored, out: Operand, scale: Operand, *, low_first: bool, kind
         ASSEMBLY=columns_assembly(NAMES[kind]) if COMPILED.value else None,
         THREADS=THREADS,
         SHARED=min(block // 16, 4) if COMPILED.value and k % block == 0 else 1,
-        FETCH=COMPILED.value,
         **blocks,
     )
 

@@ -53,16 +53,26 @@ def _element(v: str, word: str, shift: int, scale: str) -> list[str]:
     return [found, f"mul.rn.f32 {v}, {v}, {scale};"]
 
 
-def _to_e4m3(out: str, first: str, second: str, factor: str, kind: str) -> list[str]:
-    """Two floats, rounded to ``kind``, times a power of two, in e4m3."""
-    lines = [f"mul.rn.f32 {v}, {v}, {factor};" for v in (first, second)]
+def _to_e4m3(out: str, first: str, second: str, factors: tuple[str, str], kind: str) -> list[str]:
+    """Two floats, rounded to ``kind``, times powers of two, in e4m3."""
+    lines = [f"mul.rn.f32 {v}, {v}, {factor};" for v, factor in zip((first, second), factors, strict=True)]
     if kind == "bf16":  # which has float32's exponents, so that both at once are multiplied in it
-        lines = [f"cvt.rn.bf16x2.f32 p, {second}, {first}; cvt.rn.bf16x2.f32 q, {factor}, {factor};"]
+        lines = [f"cvt.rn.bf16x2.f32 p, {second}, {first}; cvt.rn.bf16x2.f32 q, {factors[1]}, {factors[0]};"]
         lines += ["mov.b32 t, 0x80008000; fma.rn.bf16x2 p, p, q, t;"]
         lines += [f"shl.b32 t, p, 16; mov.b32 {first}, t; and.b32 t, p, 0xffff0000; mov.b32 {second}, t;"]
     if kind == "f16":
         lines = [f"cvt.rn.f16.f32 h7, {v}; cvt.f32.f16 {v}, h7;" for v in (first, second)] + lines
     return [*lines, f"cvt.rn.satfinite.e4m3x2.f32 {out}, {second}, {first};"]
+
+
+@cache
+def e4m3_assembly(kind: str) -> str:
+    """$0: four floats $1..$4, rounded to ``kind``, times powers of two $5..$8, in e4m3."""
+    lines = [f"mov.f32 v{i}, ${1 + i};" for i in range(4)]
+    for pair in range(2):
+        factors = f"${5 + 2 * pair}", f"${6 + 2 * pair}"
+        lines += _to_e4m3(f"h{pair}", f"v{2 * pair}", f"v{2 * pair + 1}", factors, kind)
+    return "\n".join([_REGISTERS, *lines, "mov.b32 $0, {h0, h1}; }"])
 
 
 @cache
@@ -82,7 +92,7 @@ def rows_assembly(low_first: bool, kind: str) -> str:
         for i in range(8):
             lines += _element(f"v{i}", word, shift_of(i, low_first), "$5")
         for j in range(4):
-            lines += _to_e4m3(f"h{j}", f"v{2 * j}", f"v{2 * j + 1}", "$6", kind)
+            lines += _to_e4m3(f"h{j}", f"v{2 * j}", f"v{2 * j + 1}", ("$6", "$6"), kind)
         lines += [f"mov.b32 ${2 * half + j}, {{h{2 * j}, h{2 * j + 1}}};" for j in range(2)]
     return _assembly(7, lines)
 
@@ -95,7 +105,7 @@ def columns_assembly(kind: str) -> str:
     for row in range(4):
         lines += _element(f"v{row}", f"${1 + row}", 0, f"${5 + row}")
     for pair in range(2):
-        lines += _to_e4m3(f"h{pair}", f"v{2 * pair}", f"v{2 * pair + 1}", "$9", kind)
+        lines += _to_e4m3(f"h{pair}", f"v{2 * pair}", f"v{2 * pair + 1}", ("$9", "$9"), kind)
     return "\n".join([_REGISTERS, *lines, "mov.b32 $0, {h0, h1}; }"])
 
 
@@ -197,13 +207,6 @@ def of_neighbour(t, at: tl.constexpr, GROUP: tl.constexpr):
     GIVEN: tl.constexpr = f"mov.u32 t, %laneid; and.b32 t, t, {31 - 8 * (GROUP - 1)}; or.b32 t, t, {8 * at};"
     ASSEMBLY: tl.constexpr = "{ .reg .b32 t; " + GIVEN + " shfl.sync.idx.b32 $0, $1, t, 31, 0xffffffff; }"
     return tl.inline_asm_elementwise(ASSEMBLY, "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def fetch(ptr):
-    """Brings what lies there into the card's cache. Nothing is read, so that it may be before ``wait_for_stream``."""
-    ASSEMBLY: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-    tl.inline_asm_elementwise(ASSEMBLY, "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -192,8 +192,8 @@ def _gains_kernel(
         low = tl.sum(tl.dot(b_wide, gram, input_precision="tf32x3") * b_wide, 1) * s * s
         dots = tl.zeros([BLOCK_N], tl.float32)
         for rank in range(first, end, GROUP):
-            parts = Summed(dots_ptr, DOTS, (zero + TOTAL // GROUP) * N)
-            dots += sum_of(parts, (zero + rank // GROUP) * N + rows, BLOCK_N, tl.float32)
+            of_rank = (zero + rank // GROUP) * N + rows
+            dots += sum_of(Summed(dots_ptr, DOTS, (zero + TOTAL // GROUP) * N), of_rank, BLOCK_N, tl.float32)
         base = sum_of(Summed(squares_ptr, SQUARES, zero + N), zero + rows, BLOCK_N, tl.float32)
         square = base + 2 * s * dots + low
         weak = ((square < (base + low) * WEAK) & (rows < N)).to(tl.int32)

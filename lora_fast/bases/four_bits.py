@@ -96,13 +96,14 @@ class Mxfp4Weight(FourBitWeight):
         blocks = weight.float().view(-1, cls.BLOCK)
         exponents = (blocks.abs().amax(1).view(torch.int32) >> 23).clamp_min(
             3
-        ) - 2  # of the peak, plus 127, less e2m1's
-        # To nearest, of two that are as near that with an even code.
+        ) - 2  # of the peak, less e2m1's, plus 127
         scaled = torch.ldexp(blocks, 127 - exponents[:, None])
-        middles = middles_of(table[:8])
-        codes = torch.bucketize(scaled.abs(), middles)
-        codes += torch.isin(scaled.abs(), middles) & (codes % 2 == 1)
-        codes = (codes | (torch.signbit(scaled).long() << 3)).to(torch.uint8).view(-1, 2)
+        # To nearest, of two that are as near that with an even code.
+        below, above = (
+            torch.bucketize(scaled.abs(), middles_of(table[:8]), out_int32=True, right=right) for right in (False, True)
+        )
+        codes = torch.where(below % 2 == 0, below, above)
+        codes = (codes | (torch.signbit(scaled).int() << 3)).to(torch.uint8).view(-1, 2)
         return codes[:, 1] << 4 | codes[:, 0], exponents.to(torch.uint8), table
 
     def scales(self) -> torch.Tensor:

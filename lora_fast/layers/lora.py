@@ -16,7 +16,7 @@ from lora_fast.blocks.siblings import SIBLINGS, Joins
 from lora_fast.checks import FLOATS
 from lora_fast.functional import lora_linear
 from lora_fast.kept import PLAIN
-from lora_fast.layers.fp8_linears import holds_fp8, plain_linear
+from lora_fast.layers.held_linears import is_held, plain_linear
 from lora_fast.layers.keeping import KeepsNorm
 from lora_fast.layers.merging import MergingLinear
 from lora_fast.layers.replacing import cleared, tell_of_freezing
@@ -126,7 +126,7 @@ class LoRALinear(KeepsNorm, Joins, MergingLinear):
         check_base_dtype(base_dtype, base_compute)
         if why := why_not_lora(linear):
             raise TypeError(f"linear: expected a plain nn.Linear, got one that {why}")
-        if holds_fp8(linear):
+        if is_held(linear):
             linear = plain_linear(linear)
         kind, fan_in_fan_out = None, is_conv1d(linear)
         if base_dtype is not None or base_compute is not None:

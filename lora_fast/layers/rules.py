@@ -12,7 +12,7 @@ from lora_fast.bases.packed import PackedWeight, is_opaque, packed_in
 from lora_fast.bases.written import WrittenWeight, check_for_e4m3
 from lora_fast.blocks.recognise import is_conv1d
 from lora_fast.checks import FLOATS
-from lora_fast.layers.fp8_linears import holds_fp8, why_not_held
+from lora_fast.layers.held_linears import is_held, why_not_held
 
 
 def check_base_dtype(base_dtype: Any, base_compute: Any = None) -> None:
@@ -87,7 +87,7 @@ def why_not_lora(module: nn.Module) -> str | None:
     """Why a :class:`LoRALinear` could not stand in for the module, in words; None where it can."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "is the output projection of nn.MultiheadAttention, which reads its weight and would skip the adapter"
-    fp8 = holds_fp8(module)
+    fp8 = is_held(module)
     if type(module) is not nn.Linear and not fp8 and not is_conv1d(module):
         return f"is a {type(module).__name__}, not a plain nn.Linear"
     replaced = "forward" in vars(module) and not (fp8 and hasattr(module, "quantization_scheme"))  # compressed-tensors'

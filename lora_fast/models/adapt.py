@@ -14,7 +14,7 @@ from lora_fast.blocks.joining import join, part
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.embedding import LoRAEmbedding
 from lora_fast.layers.experts import AdaptedExperts, ExpertsLoRA, adapter_of, check_packable
-from lora_fast.layers.fp8_linears import dtype_beside, holds_fp8, plain_linear
+from lora_fast.layers.held_linears import dtype_beside, is_held, plain_linear
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.named import NamedLinear
 from lora_fast.layers.parameters import ParameterLoRA
@@ -158,8 +158,8 @@ def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[Any]:
     excludable |= {target: full + names[target.module] for target, full in parameters.items()}
     kept = matching("base_dtype_exclude", config.base_dtype_exclude, excludable)
     owners = holders(model)
-    dtype = dtype_beside(model) if any(map(holds_fp8, targets)) else None
-    own: dict[Any, Any] = {m: plain_linear(m, dtype) if holds_fp8(m) else m for m in targets}
+    dtype = dtype_beside(model) if any(map(is_held, targets)) else None
+    own: dict[Any, Any] = {m: plain_linear(m, dtype) if is_held(m) else m for m in targets}
     eight = _to_quantise(
         config,
         {

@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_fast.experts.known import DOWN, GATE_UP, form_of, holds_fp8, is_experts
 from lora_fast.layers.experts import AdaptedExperts, check_packable, pack, take_fp8, why_no_experts, why_not_taken
-from lora_fast.layers.fp8_linears import dtype_beside
+from lora_fast.layers.held_linears import dtype_beside
 from lora_fast.models.targets import holders, some
 from lora_fast.wrappers.names import plain_modules
 

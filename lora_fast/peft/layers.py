@@ -19,7 +19,7 @@ from lora_fast.blocks.recognise import is_conv1d
 from lora_fast.blocks.siblings import SIBLINGS, Joins
 from lora_fast.checks import FLOATS
 from lora_fast.functional import dora_linear, lora_linear
-from lora_fast.layers.fp8_linears import make_as_before
+from lora_fast.layers.held_linears import make_as_before
 from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm
 from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing

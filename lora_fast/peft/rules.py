@@ -15,7 +15,7 @@ from lora_fast.blocks.recognise import is_conv1d
 from lora_fast.checks import FLOATS
 from lora_fast.kept import PLAIN
 from lora_fast.layers.embedding import asked_of
-from lora_fast.layers.fp8_linears import holds_fp8, why_not_held
+from lora_fast.layers.held_linears import is_held, why_not_held
 from lora_fast.wrappers import zero3
 from lora_fast.wrappers.gather import TENSOR_PARALLEL, is_sharded
 
@@ -48,7 +48,7 @@ def why_never_fused(module: Any) -> str | None:
         hint = " (if FSDP made it: patch before fully_shard)" if isinstance(module, Linear) else ""
         return f"PEFT's {kind if kind != 'Linear' else kind_of(module)}, not its LoRA Linear{hint}"
     base = module.base_layer
-    if holds_fp8(base):
+    if is_held(base):
         why = why_not_held(base)
         return why and f"the base layer {why}"
     if is_conv1d(base) and module.fan_in_fan_out:
