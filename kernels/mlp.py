@@ -169,8 +169,10 @@ def _middle(at: Backward, mlp: Mlp, scratch: Scratch) -> list[Launch]:
     inner, count = mlp.inner, len(mlp.again)
     outs, d_outs = (at.out, at.up)[:count], (at.d_out, at.d_up)[:count]
     kind, splits, small = inner.kind, glu_splits(inner.m), inner.small(at.room)
-    parts = [scratch.part((splits, one.n), wide(at.dy)) if dots else None
-             for one, dots in zip(inner.each, mlp.dots, strict=True)]  # fmt: skip
+    parts = [
+        scratch.part((splits, one.n), wide(at.dy)) if dots else None
+        for one, dots in zip(inner.each, mlp.dots, strict=True)
+    ]
     gains = [has.gain.rows() if one.scaled else None for one, has in zip(inner.each, small.each, strict=True)]
     (e, g), (de, dg) = mlp.halves(outs), mlp.halves(d_outs)
     of_both = {"gains": mlp.halves(gains), "parts": mlp.halves(parts)}

@@ -45,17 +45,29 @@ def lora_group(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> tupl
 
 
 def _problem(
-    lead: Sequence[int], kind: torch.dtype, small: Small, bases: Sequence[str], sizes: Sequence[int], flags: Any,
+    lead: Sequence[int],
+    kind: torch.dtype,
+    small: Small,
+    bases: Sequence[str],
+    sizes: Sequence[int],
+    flags: Any,
     needs: Sequence[bool] = NONE,
-) -> Siblings:  # fmt: skip
+) -> Siblings:
     each = each_of(kind, small, bases, sizes, flags, needs)
     return Siblings(tuple(lead), sizes[0], tuple(each), needs[0])
 
 
 def _forward(
-    x: torch.Tensor, held: Tensors, small: Small, scalings: Tensors, bases: Any, sizes: Any, seed: MaybeTensor,
-    p: float, flags: Any,
-) -> list[torch.Tensor]:  # fmt: skip
+    x: torch.Tensor,
+    held: Tensors,
+    small: Small,
+    scalings: Tensors,
+    bases: Any,
+    sizes: Any,
+    seed: MaybeTensor,
+    p: float,
+    flags: Any,
+) -> list[torch.Tensor]:
     """Each y, the room, and what there is of the mask's bits and each z, in this order."""
     lead = x.shape[:-1]
     key = "group", *key_of(lead, held, small, x.dtype, *bases, *sizes, *flags, x.stride())
@@ -70,9 +82,16 @@ def _forward(
 
 
 def _forward_fake(
-    x: torch.Tensor, held: Tensors, small: Small, scalings: Tensors, bases: Any, sizes: Any, seed: MaybeTensor,
-    p: float, flags: Any,
-) -> list[torch.Tensor]:  # fmt: skip
+    x: torch.Tensor,
+    held: Tensors,
+    small: Small,
+    scalings: Tensors,
+    bases: Any,
+    sizes: Any,
+    seed: MaybeTensor,
+    p: float,
+    flags: Any,
+) -> list[torch.Tensor]:
     problem = _problem(x.shape[:-1], x.dtype, small, bases, sizes, flags)
     found = [x.new_empty(*x.shape[:-1], n) for n in sizes[1:]]
     z = [torch.empty_like(y) for i, y in enumerate(found) if flags[2 * i + 1]]

@@ -50,9 +50,16 @@ def lora_mlp(
 
 
 def _problem(
-    lead: Sequence[int], kind: torch.dtype, small: Small, bases: Sequence[str], sizes: Sequence[int], flags: Any,
-    act: str, gate: str | None, needs: Sequence[bool] = NONE,
-) -> Mlp:  # fmt: skip
+    lead: Sequence[int],
+    kind: torch.dtype,
+    small: Small,
+    bases: Sequence[str],
+    sizes: Sequence[int],
+    flags: Any,
+    act: str,
+    gate: str | None,
+    needs: Sequence[bool] = NONE,
+) -> Mlp:
     return mlp_of(tuple(lead), sizes[0], each_of(kind, small, bases, sizes, flags, needs), needs[0], act, gate)
 
 

@@ -1,4 +1,5 @@
-"""What mypy's strictness leaves out of kernels/, half of which is in Triton's language: annotated host functions."""
+"""What neither mypy nor ruff holds kernels/ to, half of which is in Triton's language: annotated host functions, and at
+most nine arguments by position, but for a kernel itself, whose launch gives all by name."""
 
 import ast
 
@@ -25,3 +26,13 @@ def test_host_functions_are_annotated():
         if not is_compiled(function) and None in (*asked, function.returns):
             bare.append(name)
     assert len(FUNCTIONS) > 300 and not bare
+
+
+def test_at_most_nine_arguments():
+    many = [
+        name
+        for name, function in FUNCTIONS
+        if len(function.args.posonlyargs + function.args.args) > 9
+        and not (is_compiled(function) and function.name.endswith("_kernel"))
+    ]
+    assert not many
