@@ -1,6 +1,6 @@
 """Every example, one after the other, each in a process and a folder of its own: what `make examples` runs.
 
-Ten minutes or more on two cores without a GPU. What an example prints goes to output.txt in its folder, its
+About ten minutes on two idle cores without a GPU. What an example prints goes to output.txt in its folder, its
 progress and warnings to errors.txt; one that fails (an extra that is not installed, say) is shown, the rest still run,
 and the exit status is 1.
 """
