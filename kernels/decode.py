@@ -18,7 +18,7 @@ from lora_fast.kernels.operands import Number, Operand, Scratch, Tiles, launch
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import decodes, tma_fits
 
-ADD_BLOCK = 32  # columns of y whose parts a program adds up
+ADDED = 4096  # numbers that a program adds up, all of which it loads at once
 
 
 @triton.jit
@@ -120,15 +120,16 @@ def _add_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_stream(PDL)
     rows, cols = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
-        parts_ptrs = parts_ptr + (split * N + cols.to(tl.int64)[:, None]) * BLOCK_M + rows[None, :]
-        acc += tl.load(parts_ptrs, mask=cols[:, None] < N, other=0.0)
-    _finish(acc, y_ptr, gain_ptr, bias_ptr, cols, rows, M, N)
+    splits = tl.arange(0, PARTS)[:, None, None]
+    columns = splits.to(tl.int64) * N + cols[None, :, None]
+    inside = (splits < SPLITS) & (cols[None, :, None] < N)
+    parts = tl.load(parts_ptr + columns * BLOCK_M + rows[None, None, :], mask=inside, other=0.0)
+    _finish(tl.sum(parts, 0), y_ptr, gain_ptr, bias_ptr, cols, rows, M, N)
 
 
 def takes_decode(x: Operand, w: Operand, a: Operand) -> bool:
@@ -186,7 +187,16 @@ def decode(
     )
     if parts is None:
         return [made]
+    padded = triton.next_power_of_2(splits)
+    cols = max(4, min(16, ADDED // (padded * tile.m)))
     added = launch(
-        _add_kernel, (triton.cdiv(n, ADD_BLOCK),), {"num_warps": 4}, x, parts_ptr=parts, BLOCK_N=ADD_BLOCK, **epilogue
+        _add_kernel,
+        (triton.cdiv(n, cols),),
+        {"num_warps": max(1, min(4, cols * tile.m // 128))},  # each thread has the parts of a number
+        x,
+        parts_ptr=parts,
+        BLOCK_N=cols,
+        PARTS=padded,
+        **epilogue,
     )
     return [made, added]

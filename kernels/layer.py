@@ -99,24 +99,13 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     else:
         first += cast_and_down(x, cast, small.s, at.scaling, at.keep, bits=at.bits, quantised=quantised, lifted=lifted)
     x, x_scale = (at.x8, small.x_scale) if problem.base.e4m3 else (x, None)
-    return [
-        *first,
-        *w.launches,
-        *gains,
-        product(
-            x,
-            w.matrix,
-            small.s,
-            b,
-            y,
-            transposed=True,
-            bias=at.bias,
-            gain=gain,
-            z=z,
-            x_scale=x_scale,
-            w_scale=w.scale,
-        ),
-    ]
+    last = product(
+        x, w.matrix, small.s, b, y, transposed=True, bias=at.bias, gain=gain, z=z, x_scale=x_scale, w_scale=w.scale
+    )
+    last.late = True
+    for launch in w.launches:
+        launch.late = not gains
+    return [*first, *w.launches, *gains, last]
 
 
 class Backward(NamedTuple):

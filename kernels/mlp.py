@@ -19,6 +19,7 @@ from lora_fast.kernels.common import precision, wide
 from lora_fast.kernels.glu import glu_down, glu_grad, glu_splits
 from lora_fast.kernels.gradients import Gradients, OneBackward
 from lora_fast.kernels.mask import keep_count, keep_scale, mask
+from lora_fast.kernels.memory import allocator
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling
 from lora_fast.kernels.outputs import OneForward, outputs, stacked
 from lora_fast.kernels.passes import a_pass, launches_of
@@ -214,7 +215,7 @@ def forward(
     """y [*lead, N], what it leaves for the backward, and the product of y if this does not read it, to be run once that
     is saved. x [..., K], contiguous or the matrix of its rows; ``each``: the inner layers and down; seeds and rates of
     the dropout of x, which the inner layers share, and of h."""
-    inner, outer, new = mlp.inner, mlp.outer, x.new_empty
+    inner, outer, new = mlp.inner, mlp.outer, allocator(x)
     m, width = inner.m, outer.k
     y, h, outs = new(*inner.lead, mlp.down.n), new(m, width), [new(m, one.n) for one in inner.each]
     room, down_room = new(inner.bytes, dtype=torch.uint8), new(outer.bytes, dtype=torch.uint8)
@@ -267,7 +268,7 @@ def backward(
     """The gradients of the inner layers' outputs (where ``scaled`` with DoRA's gain), (dA, dB, dbias, dm) of down, and
     dm of each inner layer where ``Mlp.dots`` says so. ``kept``, each as in ``Kept``, is of the inner layers and down;
     scaling and p are down's. ``in_place``: the gradients take the memory of the outputs."""
-    inner, outer, down, outs, new = mlp.inner, mlp.outer, mlp.down, made.outs, dy.new_empty
+    inner, outer, down, outs, new = mlp.inner, mlp.outer, mlp.down, made.outs, allocator(dy)
     m, width = inner.m, mlp.outer.k
     d_outs = outs if in_place else tuple(map(torch.empty_like, outs))
     needs, kinds = down.needs, down.kinds

@@ -180,7 +180,7 @@ def batch_columns(r: int, *, dtype: torch.dtype, chip: Chip, tma: bool, masked: 
     if dora:
         return Tile(m=64, n=128 if r <= 32 else 64, r=r, sum_rows=4, stages=4, fill=2.0)
     if fused and r == 16:  # half the parts of dS: 44.8 -> 39.9 with these, 16 adapters, 8192 x 4096, H200
-        return Tile(m=64, n=512, r=16)
+        return Tile(m=64, n=512, r=16, warps=8)
     if fused:
         return Tile(m=64, n=256, r=r)
     return Tile(m=64, n=256, r=r, warps=8, fill=2.0)  # 34 -> 28, 16 adapters 33 -> 24; with 128 x 64 64 of them take 45
@@ -192,8 +192,17 @@ def batch_norm(total: int, *, chip: Chip, tma: bool) -> Tile:
     if not tma or chip.small or chip.newer:  # what fits
         return Tile(n=64, k=64, r=64)
     if total <= 64:
-        return Tile(n=64, k=128, r=64, stages=4)
+        return Tile(n=64, k=128, r=64, stages=4, fill=2.0)
     return Tile(n=128, k=64, r=rank_block(total, 256), warps=8)
+
+
+@choice
+def batch_gains(r: int, *, chip: Chip) -> Tile:
+    """Norms from their terms: n rows of an adapter's a program, which takes little but waits for one load after
+    another; k columns a step where rows are made again."""
+    if chip.small or (r == 64 and not chip.hopper):  # with more rows it spills, or does not compile
+        return Tile(n=16, k=64, r=r, stages=2)
+    return Tile(n=128 if chip.hopper and r < 64 else 32, k=64, r=r, stages=2)
 
 
 @choice

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import lora_fast.kernels.launchers as launchers
 from lora_fast.kernels.memo import forget_all
+from lora_fast.kernels.memory import allocator
 
 OWN = -1  # stands for the argument of a program that is memory for its launches alone
 
@@ -135,7 +136,7 @@ class Program:
         hold for where they start."""
         own = None
         if self.own is not None:
-            own = args[0].new_empty(self.own, dtype=torch.uint8)
+            own = allocator(args[0])(self.own, dtype=torch.uint8)
             args = *args, own
         values = list(args)
         if self.direct is None:

@@ -73,6 +73,7 @@ KERNELS = (
     "experts_columns",
     "batch_columns",
     "batch_norm",
+    "batch_gains",
 )
 
 _overridden: dict[str, Tile | None] = {}

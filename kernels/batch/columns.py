@@ -141,7 +141,8 @@ def _walk(
             tile = tl.where(unpack_words(words), tile, 0.0)
         if at.p_ptr is not None:
             p_ptrs = at.p_ptr + rows.to(tl.int64)[:, None] * at.stride_p + rank + ranks[None, :]
-            p = tl.load(p_ptrs, mask=mine[:, None] & (ranks < r)[None, :], other=0.0)
+            # Rows of others hold zeros at these ranks.
+            p = tl.load(p_ptrs, mask=(rows < at.m)[:, None] & (ranks < r)[None, :], other=0.0)
             g = mma(tile.T, p, g, PRECISION)
             if at.kept_ptr is not None or at.dz_ptr is not None:
                 g = late(g)  # Triton 3.7 loads the next tile over one that is read twice while it is multiplied
@@ -200,6 +201,8 @@ def _batch_columns_kernel(
     at = table_ptr + tl.program_id(2) * FIELDS
     adapter, first, rank = tl.load(at), tl.load(at + 1), tl.load(at + 2)
     r, before = tl.load(at + 3), tl.load(at + 4)
+    first = tl.multiple_of(first, 16)
+    padded = tl.cdiv(r - rank, 16) * 16  # known to divide: else P is loaded by single elements, and not ahead
     none = adapter == ADAPTERS  # rows without an adapter
     cols, ranks, zero = col + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), tl.full((), 0, tl.int64)
     blocks = lists_ptr + adapter * (2 + BLOCKS)
@@ -222,14 +225,14 @@ def _batch_columns_kernel(
     each = tl.cdiv(pure, SPLITS)
     begin, last = split * each * STEPS, tl.minimum((split + 1) * each, pure) * STEPS
     g, dm = _walk(
-        at, blocks + 2, begin, last, adapter, col, first, r - rank, b, gain, g, dm, 1, BLOCK_M, ROWS, True, TMA, ACC,
+        at, blocks + 2, begin, last, adapter, col, first, padded, b, gain, g, dm, 1, BLOCK_M, ROWS, True, TMA, ACC,
         PRECISION, DTYPE,
     )  # fmt: skip
     each = tl.cdiv(shared, SPLITS)
     begin, last = split * each * STEPS, tl.minimum((split + 1) * each, shared) * STEPS
     own = tl.where(none, -1, adapter)
     g, dm = _walk(
-        at, blocks + 1 + BLOCKS, begin, last, own, col, first, r - rank, b, gain, g, dm, -1, BLOCK_M, ROWS, False, TMA,
+        at, blocks + 1 + BLOCKS, begin, last, own, col, first, padded, b, gain, g, dm, -1, BLOCK_M, ROWS, False, TMA,
         ACC, PRECISION, DTYPE,
     )  # fmt: skip
     if dm_ptr is not None:

@@ -1,8 +1,9 @@
 """DoRA's norms n_j = |V_j| of the rows of V_j = W + s_j B_j A_j, and gains g_j = m_j / n_j, of all adapters.
 
 In 16 bits, with up to 64 ranks each, from n^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b for a row w of W and b of B: one
-launch makes |w|^2 and each A A^T, one W A^T for all adapters at once, of which b (A w) alone is written; a third adds
-up. Rows whose terms cancel are made again in it, as V itself. So are all rows elsewhere, as norm.py makes them, an
+launch makes each A A^T, one W A^T for all adapters at once, of which b (A w) alone is written, and on the way |w|^2; a
+third adds up. Where the ranks are more than a program of the second has, |w|^2 comes with A A^T, of another read of W.
+Rows whose terms cancel are made again in the third, as V itself. So are all rows elsewhere, as norm.py makes them, an
 adapter a program: that costs a read of W and a square of each of its elements for each adapter. A rank that is not
 finite (see pack.py) makes its adapter's norms NaN.
 """
@@ -17,14 +18,16 @@ import triton.language as tl
 from lora_fast.kernels import pass_tiles
 from lora_fast.kernels.batch.ranks import Ranks, Tables
 from lora_fast.kernels.chip import Chip
-from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, mma, wait_for_stream
+from lora_fast.kernels.common import TL, Matrix, acc_dtype, late, load_tile, mma, wait_for_stream
 from lora_fast.kernels.gemm import halves
 from lora_fast.kernels.norm import LowRank, constants, gain_of, row_norm
 from lora_fast.kernels.operands import Operand, Scratch, Tiles, launch
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.tiles import Tile, rank_block, tma_fits
+from lora_fast.kernels.sums import Summed, sum_of
+from lora_fast.kernels.tiles import rank_block, tma_fits
 
 GROUP = 16  # ranks, all of one adapter
+GRAMS = 8  # parts of A A^T
 WEAK = tl.constexpr(2.0**-4)  # of its terms' sum: below it what cancels is made again
 
 
@@ -38,34 +41,36 @@ def _squares_kernel(
     N,
     K,
     ADAPTERS,
+    STEPS,
     stride_wn,
     stride_wk,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STEPS: tl.constexpr,
+    GRAM_K: tl.constexpr,
     GRAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """|w|^2 [N], and parts of A A^T over STEPS blocks of columns each: [parts, adapters, GRAM, GRAM]."""
+    """Parts of A A^T over STEPS blocks of columns each [parts, adapters, GRAM, GRAM], and |w|^2 [N] where asked."""
     wait_for_stream(PDL)
-    block = tl.program_id(0)
-    blocks = tl.cdiv(N, BLOCK_N)
-    if block < blocks:
-        w, rows = Matrix(w_ptr, N, K, stride_wn, stride_wk), block * BLOCK_N + tl.arange(0, BLOCK_N)
-        squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        tile = load_tile(w, block * BLOCK_N, 0, BLOCK_N, BLOCK_K)
-        for k in range(0, K, BLOCK_K):
-            later = load_tile(w, block * BLOCK_N, k + BLOCK_K, BLOCK_N, BLOCK_K)  # the next step's, as in norm.py
-            squares += tile.to(tl.float32) * tile.to(tl.float32)
-            tile = later
-        tl.store(squares_ptr + rows, tl.sum(squares, 1), mask=rows < N)
-    else:
+    block, blocks = tl.program_id(0), 0
+    if squares_ptr is not None:
+        blocks = tl.cdiv(N, BLOCK_N)
+        if block < blocks:
+            w, rows = Matrix(w_ptr, N, K, stride_wn, stride_wk), block * BLOCK_N + tl.arange(0, BLOCK_N)
+            squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+            tile = load_tile(w, block * BLOCK_N, 0, BLOCK_N, BLOCK_K)
+            for k in range(0, K, BLOCK_K):
+                later = load_tile(w, block * BLOCK_N, k + BLOCK_K, BLOCK_N, BLOCK_K)  # the next step's, as in norm.py
+                squares += tile.to(tl.float32) * tile.to(tl.float32)
+                tile = later
+            tl.store(squares_ptr + rows, tl.sum(squares, 1), mask=rows < N)
+    if block >= blocks:
         adapter, part = (block - blocks) % ADAPTERS, (block - blocks) // ADAPTERS
         first, end = tl.load(firsts_ptr + adapter), tl.load(firsts_ptr + adapter + 1)
         a = Matrix(a_ptr + first.to(tl.int64) * K, end - first, K, K, 1)
         gram = tl.zeros([GRAM, GRAM], tl.float32)
         for step in range(0, STEPS):
-            tile = load_tile(a, 0, (part * STEPS + step) * BLOCK_K, GRAM, BLOCK_K)
+            tile = load_tile(a, 0, (part * STEPS + step) * GRAM_K, GRAM, GRAM_K)
             gram = tl.dot(tile, tile.T, gram)
         at = tl.arange(0, GRAM)[:, None] * GRAM + tl.arange(0, GRAM)[None, :]
         tl.store(gram_ptr + (block - blocks).to(tl.int64) * GRAM * GRAM + at, gram)
@@ -77,9 +82,11 @@ def _dots_kernel(
     a,
     b_ptr,
     dots_ptr,
+    squares_ptr,
     N,
     K,
     TOTAL,
+    EACH,
     stride_wn,
     stride_wk,
     BLOCK_N: tl.constexpr,
@@ -89,15 +96,24 @@ def _dots_kernel(
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """b (A w) for each group of ranks [groups, N]."""
+    """Parts, over EACH columns, of b (A w) for each group of ranks [parts, groups, N]; of |w|^2 [parts, N] where
+    asked."""
     wait_for_stream(PDL)
-    row, rank = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_R
-    rows = row + tl.arange(0, BLOCK_N)
+    row, rank, part = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_R, tl.program_id(2)
+    rows, zero = row + tl.arange(0, BLOCK_N), tl.full((), 0, tl.int64)
     whole_w, whole_a = Matrix(w, N, K, stride_wn, stride_wk), Matrix(a, TOTAL, K, K, 1)
     acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    for k in range(0, K, BLOCK_K):
+    squares = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)  # a thread adds up what it loads
+    for k in range(part * EACH, tl.minimum((part + 1) * EACH, K), BLOCK_K):
         tile = load_tile(whole_w, row, k, BLOCK_N, BLOCK_K, TMA)
         acc = mma(tile, load_tile(whole_a, rank, k, BLOCK_R, BLOCK_K, TMA).T, acc, "ieee")
+        if squares_ptr is not None:
+            wide = tl.reshape(tile.to(tl.float32), (BLOCK_N, BLOCK_K // 8, 8))
+            squares += tl.sum(wide * wide, 2)
+            acc = late(acc)  # see columns.py
+    if squares_ptr is not None:
+        tl.store(squares_ptr + (zero + part) * N + rows, tl.sum(squares, 1), mask=rows < N)
+    dots_ptr += (zero + part) * (TOTAL // GROUP) * N
     left, right = halves(acc)
     HALF: tl.constexpr = BLOCK_R // 2
     for i in tl.static_range(2):
@@ -108,6 +124,14 @@ def _dots_kernel(
         dots_ptrs = dots_ptr + groups[None, :] * N + rows[:, None]
         tl.store(dots_ptrs, dots, mask=(groups * GROUP < TOTAL)[None, :] & (rows < N)[:, None])
         rank += HALF
+
+
+@triton.jit
+def _store_gains(norm, m_ptr, n_ptr, g_ptr, rows, there, N, ROUND: tl.constexpr, ACC: tl.constexpr):
+    if ROUND is not None:
+        norm = norm.to(ROUND).to(ACC)
+    tl.store(n_ptr + rows, norm, mask=there)
+    tl.store(g_ptr + rows, gain_of(m_ptr, norm, rows, N, ACC), mask=there)
 
 
 @triton.jit
@@ -127,12 +151,15 @@ def _gains_kernel(
     N,
     K,
     TOTAL,
-    PARTS,
+    DOTS,
+    SQUARES,
+    GRAMS,
     stride_wn,
     stride_wk,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    FEW: tl.constexpr,
     SUMS: tl.constexpr,
     ONE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -152,29 +179,35 @@ def _gains_kernel(
     w, zero = Matrix(w_ptr, N, K, stride_wn, stride_wk), tl.full((), 0, tl.int64)
     a, b = Matrix(a_ptr + (zero + first) * K, end - first, K, K, 1), Matrix(b_ptr + first, N, end - first, TOTAL, 1)
     b_tile = load_tile(b, row, 0, BLOCK_N, BLOCK_R)
+    to = (zero + adapter) * N
+    m_ptr, n_ptr, g_ptr = m_ptr + to, n_ptr + to, g_ptr + to
     if dots_ptr is None:
         norm = row_norm(w, None, LowRank(a, b, b_tile, s), row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
+        _store_gains(norm, m_ptr, n_ptr, g_ptr, rows, rows < N, N, ROUND, ACC)
     else:
         at = tl.arange(0, BLOCK_R)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
         b_wide, gram = b_tile.to(tl.float32), tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
-        for part in range(0, PARTS):
+        for part in tl.range(0, GRAMS, loop_unroll_factor=8 if BLOCK_R < 64 else 1):
             gram += tl.load(gram_ptr + (part * tl.num_programs(0) + adapter) * BLOCK_R * BLOCK_R + at)
         low = tl.sum(tl.dot(b_wide, gram, input_precision="tf32x3") * b_wide, 1) * s * s
         dots = tl.zeros([BLOCK_N], tl.float32)
         for rank in range(first, end, GROUP):
-            dots += tl.load(dots_ptr + (zero + rank // GROUP) * N + rows, mask=rows < N, other=0.0)
-        base = tl.load(squares_ptr + rows, mask=rows < N, other=0.0)
+            of_rank = (zero + rank // GROUP) * N + rows
+            dots += sum_of(Summed(dots_ptr, DOTS, (zero + TOTAL // GROUP) * N), of_rank, BLOCK_N, tl.float32)
+        base = sum_of(Summed(squares_ptr, SQUARES, zero + N), zero + rows, BLOCK_N, tl.float32)
         square = base + 2 * s * dots + low
-        weak = square < (base + low) * WEAK
+        weak = ((square < (base + low) * WEAK) & (rows < N)).to(tl.int32)
         norm = tl.sqrt(tl.where(square < 0, 0.0, square))
-        if tl.max(weak.to(tl.int32), 0) > 0:
-            again = row_norm(w, None, LowRank(a, b, b_tile, s), row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
-            norm = tl.where(weak, again, norm)
-    if ROUND is not None:
-        norm = norm.to(ROUND).to(ACC)
-    to = (zero + adapter) * N
-    tl.store(n_ptr + to + rows, norm, mask=rows < N)
-    tl.store(g_ptr + to + rows, gain_of(m_ptr + to, norm, rows, N, ACC), mask=rows < N)
+        _store_gains(norm, m_ptr, n_ptr, g_ptr, rows, (rows < N) & (weak == 0), N, ROUND, ACC)
+        if tl.max(weak, 0) > 0:
+            each = tl.reshape(weak, (BLOCK_N // FEW, FEW))
+            for i in range(0, BLOCK_N // FEW):
+                mine = tl.sum(tl.where(tl.arange(0, BLOCK_N // FEW)[:, None] == i, each, 0), 0)
+                if tl.max(mine, 0) > 0:
+                    few = row + i * FEW
+                    b_few = load_tile(b, few, 0, FEW, BLOCK_R)
+                    again = row_norm(w, None, LowRank(a, b, b_few, s), few, BLOCK_K, SUMS, ONE, ACC, PRECISION)
+                    _store_gains(again, m_ptr, n_ptr, g_ptr, few + tl.arange(0, FEW), mine > 0, N, ROUND, ACC)
 
 
 class Packed(NamedTuple):
@@ -201,18 +234,12 @@ def gains(
     """n and gain [adapters, N] from w [N, K] and m [adapters, N]; norms rounded to w's dtype on request."""
     (rows, k), kind, most, count = w.shape, w.dtype, max(ranks.padded), len(ranks.of)
     tile = pass_tiles.norm(rows, most, dtype=kind, kind=kind, chip=Chip.of(w.device))
-    launches = list[Launch]()
-    parts, squares, dots, gram = 0, None, None, None
+    launches, terms = list[Launch](), Terms(None, None, None)
     if kind.itemsize == 2 and most <= 64:
         block = rank_block(most, 64)
-        # What spills nowhere; 64 rows and their sums do not compile for sm_100 (Triton 3.7).
-        few = block == 64 or Chip.of(w.device).small
-        tile = Tile(n=16 if few else 32, k=64 if block == 64 else 128, r=block, stages=2)
-        squares = scratch.part((rows,), torch.float32)
-        dots = scratch.part((ranks.total // GROUP, rows), torch.float32)
-        parts = triton.cdiv(k, 8 * 128)
-        gram = scratch.part((parts, count, block, block), torch.float32)
-        launches += [_squares(w, of, squares, gram), _dots(w, of, dots, ranks)]
+        tile = pass_tiles.batch_gains(block, chip=Chip.of(w.device))
+        made, terms = _terms(w, of, ranks, block, scratch)
+        launches += made
     elif tile.r == 64:  # with 256 columns it spills where rows begin anywhere
         tile = replace(tile, k=min(tile.k, 128 if kind.itemsize == 2 else 16))
     launches.append(
@@ -228,18 +255,21 @@ def gains(
             firsts_ptr=of.tables.firsts,
             low_ptr=of.low,
             scales_ptr=of.scales,
-            squares_ptr=squares,
-            dots_ptr=dots,
-            gram_ptr=gram,
+            squares_ptr=terms.squares,
+            dots_ptr=terms.dots,
+            gram_ptr=terms.gram,
             n_ptr=n,
             g_ptr=gain,
             N=rows,
             K=k,
             TOTAL=ranks.total,
-            PARTS=parts,
+            DOTS=terms.dots.shape[0] if terms.dots else 0,
+            SQUARES=terms.squares.shape[0] if terms.squares else 0,
+            GRAMS=GRAMS,
             stride_wn=w.stride(0),
             stride_wk=w.stride(1),
             **constants(tile),
+            FEW=16,
             ONE=most <= tile.r,
             GROUP=GROUP,
             ROUND=TL[kind] if round_norm else None,
@@ -250,51 +280,66 @@ def gains(
     return launches
 
 
-def _squares(w: Operand, of: Packed, squares: Operand, gram: Operand) -> Launch:
-    (rows, k), (parts, count, size, _) = w.shape, gram.shape
-    return launch(
+class Terms(NamedTuple):
+    """Of n^2, each in parts: |w|^2 [parts, N], b (A w) [parts, groups of ranks, N], A A^T [parts, adapters, r, r]."""
+
+    squares: Operand | None
+    dots: Operand | None
+    gram: Operand | None
+
+
+def _terms(w: Operand, of: Packed, ranks: Ranks, block: int, scratch: Scratch) -> tuple[list[Launch], Terms]:
+    """``block``: the r of A A^T."""
+    (rows, k), total, count, chip = w.shape, ranks.total, len(ranks.of), Chip.of(w.device)
+    tma = tma_fits(w, of.a)
+    tile = pass_tiles.batch_norm(total, chip=chip, tma=tma)
+    grid = triton.cdiv(rows, tile.n), triton.cdiv(total, tile.r)
+    splits = pass_tiles.splits(rows * grid[1], triton.cdiv(k, 4 * tile.k), tile=tile, chip=chip)
+    each = triton.cdiv(triton.cdiv(k, min(splits, 8)), tile.k) * tile.k
+    splits, apart = triton.cdiv(k, each), grid[1] > 1  # a product of many ranks would wait for squares
+    squares = scratch.part((1 if apart else splits, rows), torch.float32)
+    dots = scratch.part((splits, total // GROUP, rows), torch.float32)
+    gram = scratch.part((GRAMS, count, block, block), torch.float32)
+    strides = {"stride_wn": w.stride(0), "stride_wk": w.stride(1)}
+    first = launch(
         _squares_kernel,
-        (triton.cdiv(rows, 16) + parts * count,),
+        ((triton.cdiv(rows, 8) if apart else 0) + GRAMS * count,),
         {"num_warps": 4},
         w,
         w_ptr=w,
         a_ptr=of.a,
         firsts_ptr=of.tables.firsts,
-        squares_ptr=squares,
+        squares_ptr=squares if apart else None,
         gram_ptr=gram,
         N=rows,
         K=k,
         ADAPTERS=count,
-        stride_wn=w.stride(0),
-        stride_wk=w.stride(1),
-        BLOCK_N=16,
-        BLOCK_K=128,
-        STEPS=8,
-        GRAM=size,
+        STEPS=triton.cdiv(k, GRAMS * 128),
+        **strides,
+        BLOCK_N=8,
+        BLOCK_K=512,
+        GRAM_K=128,
+        GRAM=block,
     )
-
-
-def _dots(w: Operand, of: Packed, dots: Operand, ranks: Ranks) -> Launch:
-    (rows, k), total = w.shape, ranks.total
-    tma = tma_fits(w, of.a)
-    tile = pass_tiles.batch_norm(total, chip=Chip.of(w.device), tma=tma)
-    return launch(
+    second = launch(
         _dots_kernel,
-        (triton.cdiv(rows, tile.n), triton.cdiv(total, tile.r)),
+        (*grid, splits),
         tile.options,
         w,
         w=Tiles(w, [tile.n, tile.k]) if tma else w,
         a=Tiles(of.a, [tile.r, tile.k]) if tma else of.a,
         b_ptr=of.b,
         dots_ptr=dots,
+        squares_ptr=None if apart else squares,
         N=rows,
         K=k,
         TOTAL=total,
-        stride_wn=w.stride(0),
-        stride_wk=w.stride(1),
+        EACH=each,
+        **strides,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
         BLOCK_R=tile.r,
         GROUP=GROUP,
         TMA=tma,
     )
+    return [first, second], Terms(squares, dots, gram)

@@ -120,7 +120,7 @@ def magnitudes(
     return launch(
         _magnitudes_kernel,
         (triton.cdiv(n, block), count),
-        {"num_warps": 1 if kind.itemsize <= 2 else 4},
+        {"num_warps": 2},
         dy,
         parts_ptr=parts,
         norm_ptr=norm,

@@ -113,6 +113,12 @@ def test_dora_where_blocks_of_rows_are_one_adapters(device, dtype, bias):
     hold([(x, weight, adapters, which, bias, dy)], dtype)
 
 
+@pytest.mark.parametrize("ranks", [(16, 3), (33, 40)], ids=str)
+def test_norms_whose_terms_come_in_parts(device, ranks):
+    """Along a long way, with |w|^2 on the way and by itself."""
+    hold([drawn((24, 1100, 24), ranks, HALF, device, seed, bias=False, dora=True) for seed in range(3)], HALF)
+
+
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 def test_magnitudes_that_are_zero_or_tiny(device, dtype):
     """What the forward keeps, y, carries no z where gains are that small: their z is made again, of the adapter's own

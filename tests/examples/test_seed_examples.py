@@ -68,6 +68,15 @@ def test_experts(capsys):
     assert f"{12 if GPU else 0} fused" in printed
 
 
+@pytest.mark.medium
+def test_experts_in_four_bits(capsys):
+    experts = pytest.importorskip("experts", exc_type=ImportError)
+    found = experts.main(["--steps", "2", "--batch", "1", "--length", "16", "--no-stock", "--experts", "nf4"])
+    assert "lora_fast, experts in nf4, r=8" in capsys.readouterr().out
+    for packed, plain in found.values():
+        assert 0 < packed.off < 0.2 and packed.parameters == plain.parameters
+
+
 def test_parts_of_experts():
     experts = pytest.importorskip("experts", exc_type=ImportError)
     config = experts.SIZES["30b"]["Qwen3-30B-A3B"]
