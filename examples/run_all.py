@@ -1,6 +1,6 @@
 """Every example, one after the other, each in a process and a folder of its own: what `make examples` runs.
 
-Ten minutes or more on two cores without a GPU. What an example prints goes to output.txt in its folder, its
+About ten minutes on two idle cores without a GPU. What an example prints goes to output.txt in its folder, its
 progress and warnings to errors.txt; one that fails (an extra that is not installed, say) is shown, the rest still run,
 and the exit status is 1.
 """
@@ -22,7 +22,7 @@ ARGUMENTS = {
     "lightning_mnist": ["--ranks", "1,16"],
     "prompts": ["--method", "bottleneck", "prompt+lora", "--steps", "5", "--layers", "5"],
     "smollm2": ["--no-stock", "--steps", "3", "--layers", "10"],
-    "smollm2_quality": "--layers 1 --steps 2 --seeds 1 --batch 2 --length 16".split(),
+    "smollm2_quality": [*"--layers 1 --steps 2 --seeds 1 --batch 2 --length 16 --bases".split(), "16 bits", "NF4"],
     "sweep": ["--steps", "4", "--layers", "6", "--lrs", "1e-3"],
     "trl_dpo": ["--steps", "30"],
     "trl_grpo": ["--steps", "30"],

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from lora_fast import (
     DoRALinear,
@@ -245,3 +246,20 @@ def test_the_kernels_numbers_are_plain_torchs(path, kind):
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [*lora_parameters(net)])])
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_in_shards(kind, mesh, tmp_path):
+    """FSDP2 of one process: forwards, merges within the shards, files."""
+    whole, model = adapted(kind), adapted(kind)
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    torch.testing.assert_close(model(IDS).logits, whole(IDS).logits)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    merge_lora(model)
+    torch.testing.assert_close(model(IDS).logits, whole(IDS).logits, rtol=1e-4, atol=1e-5)
+    unmerge_lora(model)
+    torch.testing.assert_close(model(IDS).logits, whole(IDS).logits)
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(load_adapter(gpt2(), tmp_path)(IDS).logits, whole(IDS).logits)
