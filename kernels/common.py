@@ -77,19 +77,6 @@ def low_scale(scaling, POINTER: tl.constexpr, LIFTED: tl.constexpr):
 
 
 @triton.jit
-def one_of(each, widths, block, BLOCK: tl.constexpr):
-    """What is given of one among up to four matrices, whose columns lie side by side in blocks of BLOCK: (what is given
-    of the one that this block is of, its first block). What is given of one that is not there begins with None."""
-    one, first, start = each[0], 0, 0
-    for i in tl.static_range(1, 4):
-        if each[i][0] is not None:
-            start += tl.cdiv(widths[i - 1], BLOCK)
-            if block >= start:
-                one, first = each[i], start
-    return one, first
-
-
-@triton.jit
 def late(t):
     """t, and no use of it before this: the compiler puts what first becomes of a loaded tile right behind the load, and
     so waits there."""

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from lora_fast.kernels import tiles
 from lora_fast.kernels.chip import Chip
-from lora_fast.kernels.common import TL, Matrix, load_tile, one_of, store_tile, wait_for_stream
+from lora_fast.kernels.common import TL, Matrix, load_tile, store_tile, wait_for_stream
 from lora_fast.kernels.gemm import GROUP_M, halves, tile_of
 from lora_fast.kernels.operands import Operand, Tiles, launch
 from lora_fast.kernels.program import Launch
@@ -76,7 +76,11 @@ def _fan_kernel(
 ):
     wait_for_stream(PDL)
     grid_m = tl.cdiv(M, BLOCK_M)
-    grid_n = tl.cdiv(N0, BLOCK_N) + tl.cdiv(N1, BLOCK_N) + tl.cdiv(N2, BLOCK_N) + tl.cdiv(N3, BLOCK_N)
+    # Where each result's columns begin among those of all, in tiles.
+    first1 = tl.cdiv(N0, BLOCK_N)
+    first2 = first1 + tl.cdiv(N1, BLOCK_N)
+    first3 = first2 + tl.cdiv(N2, BLOCK_N)
+    grid_n = first3 + tl.cdiv(N3, BLOCK_N)
     end = BLOCK_C + tl.cdiv(C, BLOCK_C) * BLOCK_C
     tile = tl.program_id(0) - PROGRAMS
     mine = tl.cdiv(grid_m * grid_n - tl.program_id(0), PROGRAMS)
@@ -91,9 +95,16 @@ def _fan_kernel(
             tile += PROGRAMS
             pid_m, block = tile_of(tile, grid_m, grid_n, GROUP_M)
             row = pid_m * BLOCK_M
-        each = (w0, p0, q0), (w1, p1, q1), (w2, p2, q2), (w3, p3, q3)
-        one, first = one_of(each, (N0, N1, N2), block, BLOCK_N)
-        w, p, q = one
+        w, p, q, first = w0, p0, q0, 0
+        if w1 is not None:
+            if block >= first1:
+                w, p, q, first = w1, p1, q1, first1
+        if w2 is not None:
+            if block >= first2:
+                w, p, q, first = w2, p2, q2, first2
+        if w3 is not None:
+            if block >= first3:
+                w, p, q, first = w3, p3, q3, first3
         col = (block - first) * BLOCK_N
         xs, ws, at = x, w, c - BLOCK_C
         if c == 0:
@@ -102,14 +113,16 @@ def _fan_kernel(
         b = load_tile(Matrix(ws, M, C, C, 1), col, at, BLOCK_N, BLOCK_C, True).T
         acc = tl.dot(a, b, acc)
         if c == end - BLOCK_C:
-            ends = (
-                (out0, N0, gain0, bias0),
-                (out1, N1, gain1, bias1),
-                (out2, N2, gain2, bias2),
-                (out3, N3, gain3, bias3),
-            )
-            last, _ = one_of(ends, (N0, N1, N2), block, BLOCK_N)
-            out, n, gain_ptr, bias_ptr = last
+            out, n, gain_ptr, bias_ptr = out0, N0, gain0, bias0
+            if w1 is not None:
+                if block >= first1:
+                    out, n, gain_ptr, bias_ptr = out1, N1, gain1, bias1
+            if w2 is not None:
+                if block >= first2:
+                    out, n, gain_ptr, bias_ptr = out2, N2, gain2, bias2
+            if w3 is not None:
+                if block >= first3:
+                    out, n, gain_ptr, bias_ptr = out3, N3, gain3, bias3
             left, right = halves(acc)
             _stored(out, left, row, col, n, gain_ptr, bias_ptr, DTYPE)
             _stored(out, right, row, col + BLOCK_N // 2, n, gain_ptr, bias_ptr, DTYPE)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import TL, Matrix, load_tile, one_of, precision, store_tile, wait_for_stream
+from lora_fast.kernels.common import TL, Matrix, load_tile, precision, store_tile, wait_for_stream
 from lora_fast.kernels.operands import Operand, Scratch, launch
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.sums import MAGNITUDE_BLOCK, Again, Dora, Magnitude, Summed, magnitude, sum_of, weak_gain
@@ -54,14 +54,22 @@ def _dz_kernel(
 ):
     wait_for_stream(PDL)
     block, row = tl.program_id(0), tl.program_id(1) * ROWS
-    each = (
-        (dy0, kept0, dz0, parts0, gain0, N0, stride_y0),
-        (dy1, kept1, dz1, parts1, gain1, N1, stride_y1),
-        (dy2, kept2, dz2, parts2, gain2, N2, stride_y2),
-        (dy3, kept3, dz3, parts3, gain3, N3, stride_y3),
-    )
-    one, first = one_of(each, (N0, N1, N2), block, COLS)
-    dy_ptr, kept_ptr, dz_ptr, parts_ptr, gain_ptr, n, stride_y = one
+    dy_ptr, kept_ptr, dz_ptr, parts_ptr, gain_ptr, n, stride_y, first = dy0, kept0, dz0, parts0, gain0, N0, stride_y0, 0
+    if dy1 is not None:
+        first1 = tl.cdiv(N0, COLS)
+        if block >= first1:
+            dy_ptr, kept_ptr, dz_ptr, parts_ptr, gain_ptr = dy1, kept1, dz1, parts1, gain1
+            n, stride_y, first = N1, stride_y1, first1
+    if dy2 is not None:
+        first2 = first1 + tl.cdiv(N1, COLS)
+        if block >= first2:
+            dy_ptr, kept_ptr, dz_ptr, parts_ptr, gain_ptr = dy2, kept2, dz2, parts2, gain2
+            n, stride_y, first = N2, stride_y2, first2
+    if dy3 is not None:
+        first3 = first2 + tl.cdiv(N2, COLS)
+        if block >= first3:
+            dy_ptr, kept_ptr, dz_ptr, parts_ptr, gain_ptr = dy3, kept3, dz3, parts3, gain3
+            n, stride_y, first = N3, stride_y3, first3
     col = (block - first) * COLS
     cols = col + tl.arange(0, COLS)
     gain = tl.load(gain_ptr + cols, mask=cols < n, other=0.0)
@@ -142,14 +150,23 @@ def _dm_kernel(
 ):
     wait_for_stream(PDL)
     block = tl.program_id(0)
-    each = (
-        (parts0, dm0, gain0, norm0, N0, R0, dy0, w0, s0, b0, stride_y0, stride_w0, stride_b0),
-        (parts1, dm1, gain1, norm1, N1, R1, dy1, w1, s1, b1, stride_y1, stride_w1, stride_b1),
-        (parts2, dm2, gain2, norm2, N2, R2, dy2, w2, s2, b2, stride_y2, stride_w2, stride_b2),
-        (parts3, dm3, gain3, norm3, N3, R3, dy3, w3, s3, b3, stride_y3, stride_w3, stride_b3),
-    )
-    one, first = one_of(each, (N0, N1, N2), block, BLOCK)
-    parts_ptr, dm_ptr, gain_ptr, norm_ptr, n, r, dy, w, s, b, stride_y, stride_w, stride_b = one
+    parts_ptr, dm_ptr, gain_ptr, norm_ptr, n, r, first = parts0, dm0, gain0, norm0, N0, R0, 0
+    dy, w, s, b, stride_y, stride_w, stride_b = dy0, w0, s0, b0, stride_y0, stride_w0, stride_b0
+    if dy1 is not None:
+        first1 = tl.cdiv(N0, BLOCK)
+        if block >= first1:
+            parts_ptr, dm_ptr, gain_ptr, norm_ptr, n, r, first = parts1, dm1, gain1, norm1, N1, R1, first1
+            dy, w, s, b, stride_y, stride_w, stride_b = dy1, w1, s1, b1, stride_y1, stride_w1, stride_b1
+    if dy2 is not None:
+        first2 = first1 + tl.cdiv(N1, BLOCK)
+        if block >= first2:
+            parts_ptr, dm_ptr, gain_ptr, norm_ptr, n, r, first = parts2, dm2, gain2, norm2, N2, R2, first2
+            dy, w, s, b, stride_y, stride_w, stride_b = dy2, w2, s2, b2, stride_y2, stride_w2, stride_b2
+    if dy3 is not None:
+        first3 = first2 + tl.cdiv(N2, BLOCK)
+        if block >= first3:
+            parts_ptr, dm_ptr, gain_ptr, norm_ptr, n, r, first = parts3, dm3, gain3, norm3, N3, R3, first3
+            dy, w, s, b, stride_y, stride_w, stride_b = dy3, w3, s3, b3, stride_y3, stride_w3, stride_b3
     col = (block - first) * BLOCK
     total = sum_of(Summed(parts_ptr, splits, n), col + tl.arange(0, BLOCK), BLOCK, tl.float32)
     of_x, of_w = Matrix(x_ptr, M, K, stride_x, 1), Matrix(w, n, K, stride_w, stride_wk)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
 from lora_fast.kernels.chip import Chip
-from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, low_scale, one_of, wait_for_stream, wide
+from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, low_scale, wait_for_stream, wide
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling, launch, run
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import Tile
@@ -177,21 +177,27 @@ def _norm_kernel(
 ):
     wait_for_stream(PDL)
     block = tl.program_id(0)
-    s0, s1, s2, s3 = low_scale(scaling0, PTR0, LIFTED), None, None, None
+    w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr = w0, a0, b0, m0, n0, g0, w_scale0
+    N, R, stride_wn, stride_ar, stride_bn, stride_br = N0, R0, stride_wn0, stride_ar0, stride_bn0, stride_br0
+    s, first = low_scale(scaling0, PTR0, LIFTED), 0
     if w1 is not None:
-        s1 = low_scale(scaling1, PTR1, LIFTED)
+        first1 = tl.cdiv(N0, BLOCK_N)
+        if block >= first1:
+            w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr = w1, a1, b1, m1, n1, g1, w_scale1
+            N, R, stride_wn, stride_ar, stride_bn, stride_br = N1, R1, stride_wn1, stride_ar1, stride_bn1, stride_br1
+            s, first = low_scale(scaling1, PTR1, LIFTED), first1
     if w2 is not None:
-        s2 = low_scale(scaling2, PTR2, LIFTED)
+        first2 = first1 + tl.cdiv(N1, BLOCK_N)
+        if block >= first2:
+            w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr = w2, a2, b2, m2, n2, g2, w_scale2
+            N, R, stride_wn, stride_ar, stride_bn, stride_br = N2, R2, stride_wn2, stride_ar2, stride_bn2, stride_br2
+            s, first = low_scale(scaling2, PTR2, LIFTED), first2
     if w3 is not None:
-        s3 = low_scale(scaling3, PTR3, LIFTED)
-    each = (
-        (w0, a0, b0, m0, n0, g0, w_scale0, N0, R0, stride_wn0, stride_ar0, stride_bn0, stride_br0, s0),
-        (w1, a1, b1, m1, n1, g1, w_scale1, N1, R1, stride_wn1, stride_ar1, stride_bn1, stride_br1, s1),
-        (w2, a2, b2, m2, n2, g2, w_scale2, N2, R2, stride_wn2, stride_ar2, stride_bn2, stride_br2, s2),
-        (w3, a3, b3, m3, n3, g3, w_scale3, N3, R3, stride_wn3, stride_ar3, stride_bn3, stride_br3, s3),
-    )
-    one, first = one_of(each, (N0, N1, N2), block, BLOCK_N)
-    w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr, N, R, stride_wn, stride_ar, stride_bn, stride_br, s = one
+        first3 = first2 + tl.cdiv(N2, BLOCK_N)
+        if block >= first3:
+            w_ptr, a_ptr, b_ptr, m_ptr, n_ptr, g_ptr, w_scale_ptr = w3, a3, b3, m3, n3, g3, w_scale3
+            N, R, stride_wn, stride_ar, stride_bn, stride_br = N3, R3, stride_wn3, stride_ar3, stride_bn3, stride_br3
+            s, first = low_scale(scaling3, PTR3, LIFTED), first3
     w, a = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(a_ptr, R, K, stride_ar, stride_ak)
     b = Matrix(b_ptr, N, R, stride_bn, stride_br)
     row = (block - first) * BLOCK_N

@@ -17,7 +17,6 @@ from lora_fast.kernels.common import (
     lift_of,
     load_tile,
     mask_words,
-    one_of,
     unpack_words,
     wait_for_stream,
 )
@@ -135,30 +134,38 @@ def _pair_kernel(
         )
     else:
         block, ranks = program - over_x, tl.arange(0, BLOCK_R)
-        lift0, lift1, lift2, lift3 = None, None, None, None
+        dy, s_ptr, grad_b_ptr, n, r = dy0, s0_ptr, grad_b0_ptr, N0, R0
+        sum_ptr, gain_ptr, first = grad_bias0_ptr, gain0_ptr, 0
         if scaling0 is not None:  # the part of it that B carries
-            lift0 = lift_of(scaling0, PTR0)
-            if dy1 is not None:
-                lift1 = lift_of(scaling1, PTR1)
-            if dy2 is not None:
-                lift2 = lift_of(scaling2, PTR2)
-            if dy3 is not None:
-                lift3 = lift_of(scaling3, PTR3)
-        each = (
-            (dy0, s0_ptr, grad_b0_ptr, N0, R0, grad_bias0_ptr, gain0_ptr, lift0),
-            (dy1, s1_ptr, grad_b1_ptr, N1, R1, grad_bias1_ptr, gain1_ptr, lift1),
-            (dy2, s2_ptr, grad_b2_ptr, N2, R2, grad_bias2_ptr, gain2_ptr, lift2),
-            (dy3, s3_ptr, grad_b3_ptr, N3, R3, grad_bias3_ptr, gain3_ptr, lift3),
-        )
-        one, first = one_of(each, (N0, N1, N2), block, BLOCK_N)
-        dy, s_ptr, grad_b_ptr, n, r, sum_ptr, gain_ptr, lift = one
+            lift = lift_of(scaling0, PTR0)
+        if dy1 is not None:
+            first1 = tl.cdiv(N0, BLOCK_N)
+            if block >= first1:
+                dy, s_ptr, grad_b_ptr, n, r = dy1, s1_ptr, grad_b1_ptr, N1, R1
+                sum_ptr, gain_ptr, first = grad_bias1_ptr, gain1_ptr, first1
+                if scaling0 is not None:
+                    lift = lift_of(scaling1, PTR1)
+        if dy2 is not None:
+            first2 = first1 + tl.cdiv(N1, BLOCK_N)
+            if block >= first2:
+                dy, s_ptr, grad_b_ptr, n, r = dy2, s2_ptr, grad_b2_ptr, N2, R2
+                sum_ptr, gain_ptr, first = grad_bias2_ptr, gain2_ptr, first2
+                if scaling0 is not None:
+                    lift = lift_of(scaling2, PTR2)
+        if dy3 is not None:
+            first3 = first2 + tl.cdiv(N2, BLOCK_N)
+            if block >= first3:
+                dy, s_ptr, grad_b_ptr, n, r = dy3, s3_ptr, grad_b3_ptr, N3, R3
+                sum_ptr, gain_ptr, first = grad_bias3_ptr, gain3_ptr, first3
+                if scaling0 is not None:
+                    lift = lift_of(scaling3, PTR3)
         col = (block - first) * BLOCK_N
         t, p = Matrix(dy, M, n, n, 1), Matrix(s_ptr, M, r, stride_s, 1)
         g = _walk(t, p, None, sum_ptr, col, 0, BLOCK_M, BLOCK_N, BLOCK_R)
         cols = col + tl.arange(0, BLOCK_N)
         if gain_ptr is not None:
             g *= tl.load(gain_ptr + cols, mask=cols < n, other=0.0)[:, None]
-        if lift is not None:
+        if scaling0 is not None:
             g *= lift
         ptrs = grad_b_ptr + cols.to(tl.int64)[:, None] * r + ranks[None, :]
         tl.store(ptrs, g.to(grad_b_ptr.dtype.element_ty), mask=(cols[:, None] < n) & (ranks[None, :] < r))

@@ -159,16 +159,14 @@ def layer(case: Case, magnitude: torch.Tensor | None, base_name: str = "plain") 
 
 def embedding(dtype: torch.dtype, r: int) -> None:
     """The launches of an adapted embedding, forward and backward, with float32 adapters."""
-    from lora_fast.kernels.embedding.grad import Needs, embedding_bwd
-    from lora_fast.kernels.embedding.norm import embedding_norm
-    from lora_fast.kernels.embedding.rows import embedding_fwd
+    from lora_fast.kernels.embedding.step import Needs, Problem, backward, forward
 
     m, v, n = 8192, 32000, 2048
     ids, weight, dy = torch.zeros(m, dtype=torch.int64), torch.empty(v, n, dtype=dtype), torch.empty(m, n, dtype=dtype)
     a, b, factor = torch.empty(r, v), torch.empty(n, r), torch.empty(1)
-    norm, gain = embedding_norm(weight, a, b, 2.0, torch.empty(n))
-    embedding_fwd(ids, weight, a, b, 2.0, factor, gain)
-    embedding_bwd(dy, ids, weight, a, b, 2.0, factor, norm, gain, needs=Needs(True, True, True))
+    problem = Problem()
+    _, norm, gain = forward(problem, ids, weight, a, b, 2.0, factor, torch.empty(n))
+    backward(problem, dy, ids, weight, a, b, 2.0, factor, norm=norm, gain=gain, needs=Needs(True, True, True))
 
 
 # M, K, the columns of each output, r, the dtype of x, p, the dtype of the adapters, whether there are magnitudes

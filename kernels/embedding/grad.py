@@ -1,18 +1,16 @@
 """The gradients of an embedding's adapter (see rows.py for the equations)."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
-from lora_fast.kernels.chip import Chip
-from lora_fast.kernels.common import TL, Matrix, load_tile, mma, padded_rank, precision, wait_for_stream, wide
+from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, mma, precision, wait_for_stream
 from lora_fast.kernels.embedding.gather import Adapted, factors, gathered, kinds_of, rows_of, told_of, z_tile
-from lora_fast.kernels.operands import Number, Operand, as_scaling, launch, run
-from lora_fast.kernels.problem import MaybeTensor
+from lora_fast.kernels.operands import Number, Operand, launch
 from lora_fast.kernels.program import Launch
+from lora_fast.kernels.sums import SUM_BLOCK, Summed, sum_of
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -110,6 +108,46 @@ def _embedding_columns_kernel(
         tl.store(g_parts_ptr + at, g, mask=(cols < N)[:, None] & (ranks < R)[None, :])
     if dm_parts_ptr is not None and rank == 0:
         tl.store(dm_parts_ptr + split * N + cols, dm, mask=cols < N)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _embedding_sums_kernel(
+    g_parts_ptr,
+    dm_parts_ptr,
+    norm_ptr,
+    gain_ptr,
+    factor_ptr,
+    scaling,
+    db_ptr,
+    dm_ptr,
+    N,
+    R,
+    splits,
+    BLOCK: tl.constexpr,
+    SCALING_PTR: tl.constexpr,
+    ACC: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """dB [N, R] and dm [N], contiguous, from their parts."""
+    wait_for_stream(PDL)
+    block = tl.program_id(0)
+    if db_ptr is not None:
+        size, blocks = N * R, tl.cdiv(N * R, BLOCK)
+        if block < blocks:
+            i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            _, by = factors(scaling, factor_ptr, SCALING_PTR, tl.float32)
+            db = sum_of(Summed(g_parts_ptr, splits, size), i, BLOCK, ACC) * by
+            if gain_ptr is not None:
+                db *= tl.load(gain_ptr + i // R, mask=i < size, other=0.0)
+            tl.store(db_ptr + i, db.to(db_ptr.dtype.element_ty), mask=i < size)
+        block -= blocks
+    if dm_ptr is not None:
+        if block >= 0:
+            cols = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            norm = tl.load(norm_ptr + cols, mask=cols < N, other=0.0)
+            total = sum_of(Summed(dm_parts_ptr, splits, N), cols, BLOCK, ACC)
+            dm = tl.where(norm != 0, total / tl.where(norm != 0, norm, 1.0), 0.0)
+            tl.store(dm_ptr + cols, dm.to(dm_ptr.dtype.element_ty), mask=cols < N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -248,6 +286,44 @@ def column_sums(
     )
 
 
+def sums_of_parts(
+    dy: Operand,
+    count: int,
+    g_parts: Operand | None,
+    dm_parts: Operand | None,
+    scaling: Operand | Number,
+    factor: Operand | None,
+    norm: Operand | None,
+    gain: Operand | None,
+    *,
+    db: Operand | None,
+    dm: Operand | None,
+) -> Launch:
+    """db [N, R] and dm [N], contiguous, from ``count`` parts each, as ``column_sums`` makes them."""
+    n, r = dy.shape[1], 1 if db is None else db.shape[1]
+    sizes = (0 if db is None else n * r), (0 if dm is None else n)
+    return launch(
+        _embedding_sums_kernel,
+        (sum(triton.cdiv(size, SUM_BLOCK) for size in sizes),),
+        {"num_warps": 4},
+        dy,
+        g_parts_ptr=g_parts,
+        dm_parts_ptr=dm_parts,
+        norm_ptr=norm,
+        gain_ptr=gain,
+        factor_ptr=factor,
+        scaling=scaling,
+        db_ptr=db,
+        dm_ptr=dm,
+        N=n,
+        R=r,
+        splits=count,
+        BLOCK=SUM_BLOCK,
+        SCALING_PTR=isinstance(scaling, Operand),
+        ACC=acc_dtype((g_parts or dm_parts).dtype),  # type: ignore[union-attr]
+    )
+
+
 def runs_of_ids(da: Operand, ids: Operand, order: Operand, p: Operand, leads: Operand, padding: Number) -> list[Launch]:
     """dA [R, V], contiguous and zero before, from sorted ids [M] and their order, P [M, padded R]; by way of leads
     [blocks, padded R]. The id ``padding`` gets nothing."""
@@ -272,73 +348,3 @@ def runs_of_ids(da: Operand, ids: Operand, order: Operand, p: Operand, leads: Op
             **blocks,
         ),
     ]
-
-
-class Needs(NamedTuple):
-    """Whose gradients a backward makes."""
-
-    a: bool = True
-    b: bool = True
-    m: bool = False
-
-
-ADAPTER = Needs()
-
-
-def embedding_bwd(
-    dy: torch.Tensor,
-    ids: torch.Tensor,
-    weight: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scaling: float | torch.Tensor,
-    factor: MaybeTensor = None,
-    norm: MaybeTensor = None,
-    gain: MaybeTensor = None,
-    *,
-    padding: int = -1,
-    needs: Needs = ADAPTER,
-) -> tuple[MaybeTensor, MaybeTensor, MaybeTensor]:
-    """(dA [R, V], dB [N, R], dm [N]) in the dtypes of a, b and in float32 or better, each None if not needed; dy [M,
-    N], contiguous, the rest as ``embedding_fwd`` takes it. dA is zero at the id ``padding``, as torch has it."""
-    (m, n), (r, v), chip, kind = dy.shape, a.shape, Chip.of(dy.device), wide(dy, a, b)
-    by = as_scaling(scaling)
-    da, db = a.new_zeros(r, v) if needs.a else None, b.new_zeros(n, r) if needs.b else None
-    dm = dy.new_zeros(n, dtype=kind) if needs.m else None
-    if not dy.numel():
-        return da, db, dm
-    if da is not None:
-        tile = pass_tiles.embedding_runs(r)
-        p = dy.new_empty(m, padded_rank(r), dtype=kind)
-        run(down_of_dy, dy=dy, p=p, b=b, scaling=by, factor=factor, gain=gain)
-        found, order = torch.sort(ids, stable=True)
-        leads = p.new_empty(triton.cdiv(m, tile.m), p.shape[1])
-        run(runs_of_ids, p=p, da=da, ids=found, order=order, leads=leads, padding=padding)
-    if db is not None or dm is not None:
-        tile = pass_tiles.embedding_columns(r)
-        count = pass_tiles.splits(
-            n * (triton.cdiv(r, tile.r) if needs.b else 1), triton.cdiv(m, tile.m), tile=tile, chip=chip
-        )
-        g_parts = dy.new_empty(count, n, r, dtype=kind) if needs.b else None
-        dm_parts = dy.new_empty(count, n, dtype=kind) if needs.m else None
-        run(
-            column_sums,
-            dy=dy,
-            ids=ids,
-            e=weight,
-            a=a,
-            b=b,
-            scaling=by,
-            factor=factor,
-            g_parts=g_parts,
-            dm_parts=dm_parts,
-        )
-        if g_parts is not None:
-            g = g_parts.sum(0) * scaling
-            if gain is not None:
-                g *= gain[:, None]
-            db = (g if factor is None else g * factor).to(b.dtype)
-        if dm_parts is not None:
-            assert norm is not None
-            dm = torch.where(norm != 0, dm_parts.sum(0) / norm, 0)
-    return da, db, dm

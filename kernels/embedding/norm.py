@@ -1,16 +1,13 @@
 """DoRA's norms and gains of an embedding: of the columns of E + s (B A)^T (see rows.py)."""
 
-import torch
 import triton
 import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
-from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import Matrix, acc_dtype, load_tile, mma, precision, scalar, wait_for_stream, wide
 from lora_fast.kernels.embedding.gather import kinds_of, told_of
 from lora_fast.kernels.norm import gains
-from lora_fast.kernels.operands import Number, Operand, as_scaling, launch, run
-from lora_fast.kernels.problem import MaybeTensor
+from lora_fast.kernels.operands import Number, Operand, launch
 from lora_fast.kernels.program import Launch
 
 
@@ -90,32 +87,3 @@ def column_norms(
         **told_of(e, a, b, scaling),
     )
     return [made, gains(e, parts, norm, m=m, gain=gain, round_norm=round_norm)]
-
-
-def embedding_norm(
-    weight: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scaling: float | torch.Tensor,
-    m: MaybeTensor = None,
-    round_norm: bool = False,
-) -> tuple[torch.Tensor, MaybeTensor]:
-    """(n, gain) [N], as ``column_norms`` makes them."""
-    (v, n), chip = weight.shape, Chip.of(weight.device)
-    tile, kind = pass_tiles.embedding_norm(len(a)), wide(weight, a, b)
-    parts = weight.new_empty(pass_tiles.splits(n, triton.cdiv(v, tile.k), tile=tile, chip=chip), n, dtype=kind)
-    norm = weight.new_empty(n, dtype=kind)
-    gain = None if m is None else torch.empty_like(norm)
-    run(
-        column_norms,
-        e=weight,
-        norm=norm,
-        a=a,
-        b=b,
-        scaling=as_scaling(scaling),
-        parts=parts,
-        m=m,
-        gain=gain,
-        round_norm=round_norm,
-    )
-    return norm, gain

@@ -5,7 +5,7 @@ y is z.
 Rows are gathered where they are needed: y is one launch, which reads a row of E for each id, and nothing of A^T[ids] or
 its product is ever in memory. The backward, of P = c s (dY * g) B [M, R] in float32:
 
-    dB = c s g * (dY^T A^T[ids]), dm = colsum(dY * z) / n: parts over some of the rows each, which torch adds up;
+    dB = c s g * (dY^T A^T[ids]), dm = colsum(dY * z) / n: parts over some of the rows each, which one launch adds up;
     dA^T[v] = the sum of P's rows whose id is v: the ids are sorted, and a block of them sums each of its runs of equal
     ids by a product with ones and zeros. What a run has in the blocks that follow is there by then, a row for each
     block. So the order of every sum is fixed, and of however many rows a run, no program takes them one by one.
@@ -13,15 +13,13 @@ its product is ever in memory. The backward, of P = c s (dY * g) B [M, R] in flo
 An id outside of 0 to V reads nothing, and makes its row of y NaN.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
 from lora_fast.kernels.common import TL, Matrix, acc_dtype, precision, wait_for_stream, wide
 from lora_fast.kernels.embedding.gather import Adapted, factors, kinds_of, rows_of, told_of, z_tile
-from lora_fast.kernels.operands import Number, Operand, as_scaling, launch, run
-from lora_fast.kernels.problem import MaybeTensor
+from lora_fast.kernels.operands import Number, Operand, launch
 from lora_fast.kernels.program import Launch
 
 
@@ -104,20 +102,3 @@ def rows_of_y(
         **(told | {"ACC": acc_dtype(wide(e, a, b))}),
         **told_of(e, a, b, scaling),
     )
-
-
-def embedding_fwd(
-    ids: torch.Tensor,
-    weight: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scaling: float | torch.Tensor,
-    factor: MaybeTensor = None,
-    gain: MaybeTensor = None,
-) -> torch.Tensor:
-    """y [M, N] in weight's dtype from ids [M] of 32 or 64 bits, weight [V, N], a [R, V], b [N, R] in any float dtypes;
-    a factor of one element, gain [N]."""
-    y = weight.new_empty(len(ids), weight.shape[1])
-    if y.numel():
-        run(rows_of_y, y=y, ids=ids, e=weight, a=a, b=b, scaling=as_scaling(scaling), factor=factor, gain=gain)
-    return y

@@ -65,7 +65,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
     """What a trace may depend on beside the class: the instance's numbers, words, configuration and children."""
-    own = [
+    own: list[tuple[str, Any]] = [
         (name, value if isinstance(value, (bool, int, float, str, type(None))) else id(value))
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training"

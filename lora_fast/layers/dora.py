@@ -54,7 +54,7 @@ class DoRALinear(KeepsMagnitude, LoRALinear):
             self.reset_magnitude()
 
     def _norm(self) -> torch.Tensor:
-        return dora_norm(whole(self.base_weight), self.lora_A, self.lora_B, self.scaling)
+        return dora_norm(self.turned(whole(self.base_weight)), self.lora_A, self.lora_B, self.scaling)
 
     def as_layer(self, x: torch.Tensor) -> Layer | str | None:
         if not (self._magnitude_is_set or self._magnitude_came()):
@@ -77,7 +77,7 @@ class DoRALinear(KeepsMagnitude, LoRALinear):
             weight = fsdp1.as_asked(weight, self)
         return dora_linear(
             x,
-            weight,
+            self.turned(weight),
             lora_A,
             lora_B,
             magnitude,
@@ -87,13 +87,12 @@ class DoRALinear(KeepsMagnitude, LoRALinear):
             training=self.training,
             save=self.save,
             save_x=self.save_x,
-            kept=self.kept_norm(),
+            kept=None if self.fan_in_fan_out else self.kept_norm(),  # each call's W is another view
         )
 
-    def merged_weight(self, original: torch.Tensor | None = None) -> torch.Tensor:
-        """``(m / n) * (W + scaling * B A)`` [out, in], in float32 or better; W, also in n, is the base weight, or
-        ``original`` [out, in]."""
+    def _merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """``(m / n) * (W + scaling * B A)``, W also in n."""
         if not (self._magnitude_is_set or self._magnitude_came()):
             self.reset_magnitude()
-        v = super().merged_weight(original)
+        v = super()._merged(weight)
         return v * dora_gain(self.lora_magnitude_vector.detach(), torch.linalg.vector_norm(v, dim=1))[:, None]

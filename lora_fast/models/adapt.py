@@ -19,7 +19,7 @@ from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.named import NamedLinear
 from lora_fast.layers.parameters import ParameterLoRA
 from lora_fast.layers.replacing import forget_adapted, note_adapted
-from lora_fast.layers.rules import check_quantisable, kind_asked_for
+from lora_fast.layers.rules import check_quantisable, is_linear, kind_asked_for
 from lora_fast.models.adapters import BEFORE, SAVED, TRAINED, check_adapted, names_in, standing
 from lora_fast.models.all_linear import layers_before
 from lora_fast.models.config import LoRAConfig
@@ -33,16 +33,16 @@ from lora_fast.wrappers.placement import keeper
 
 
 def add_lora(model: nn.Module, config: Any, *, name: str | None = None, blocks: str | bool = "auto") -> nn.Module:
-    """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, and the targeted
-    ``nn.Embedding`` s by LoRAEmbedding, in place, give the targeted parameters adapters, freeze the rest, return
-    ``model``.
+    """Replace the targeted ``nn.Linear`` layers of ``model``, and transformers' ``Conv1D`` (GPT-2's), by LoRALinear, or
+    DoRALinear, and the targeted ``nn.Embedding`` s by LoRAEmbedding, in place, give the targeted parameters adapters,
+    freeze the rest, return ``model``.
 
     ``config`` is a :class:`LoRAConfig`, or PEFT's ``LoraConfig``: what of it means nothing here (``task_type``) is
     dropped, what our layers have not is an error that says how to get it.
 
     "all-linear" also means what was an ``nn.Linear`` in transformers 4, as it does to PEFT: experts, and the routers of
     Mixtral's and Qwen's families. Other parameters that ``target_modules`` speaks of and that are no ``nn.Linear``'s
-    get no adapter, and a warning names them: fused experts, routers, transformers' ``Conv1D``.
+    get no adapter, and a warning names them: fused experts, routers.
 
     Layers that hold fp8 (transformers' FP8Linear, compressed-tensors') keep their bytes, as a
     :class:`lora_fast.bases.ScaledFp8Weight`, which acts as most elements of the model's other parameters do.
@@ -88,8 +88,10 @@ def add_lora(model: nn.Module, config: Any, *, name: str | None = None, blocks: 
         )
     if fsdp1.holds(model):
         raise ValueError("model: is wrapped by FSDP1 (FullyShardedDataParallel); call add_lora first, then wrap it")
-    if isinstance(unwrapped(model), nn.Linear):
-        raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")
+    if is_linear(own := unwrapped(model)):
+        raise ValueError(
+            f"model: got a {type(own).__name__}, which cannot be replaced in place; use LoRALinear.from_linear"
+        )
     if name is None:
         _convert(model, config)
     else:
@@ -99,6 +101,7 @@ def add_lora(model: nn.Module, config: Any, *, name: str | None = None, blocks: 
     matrices = [layer for layer in _beside(model) if not isinstance(layer, ExpertsLoRA)]
     beside = [f"{type(layer.owner).ADAPTED.__name__}.{layer.parameter}" for layer in matrices]
     beside += [type(module).__name__ for module in model.modules() if isinstance(module, LoRAEmbedding)]
+    beside += ["Conv1D" for module in model.modules() if isinstance(module, LoRALinear) and module.fan_in_fan_out]
     if config.base_dtype is not None and beside:
         warnings.warn(
             f"add_lora: base_dtype={config.base_dtype!r} is for nn.Linear layers and experts; these stay as they are: "
@@ -245,9 +248,9 @@ def _to_quantise(config: LoRAConfig, targets: dict[nn.Linear, nn.Linear]) -> lis
 
 
 def remove_lora(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Put plain ``nn.Linear`` layers back in place, and requires_grad as before :func:`add_lora`; return ``model``.
-    With a ``name`` only the adapter of this name goes, if there are others; where it was the active one, the first of
-    these is.
+    """Put plain ``nn.Linear`` and ``Conv1D`` layers back in place, and requires_grad as before :func:`add_lora`; return
+    ``model``. With a ``name`` only the adapter of this name goes, if there are others; where it was the active one, the
+    first of these is.
 
     The weights are the base's, bit for bit, or the merged ones where a layer is merged: merge_lora, then remove_lora.
 

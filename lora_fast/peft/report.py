@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.bases.packed import is_packed, packed_in
+from lora_fast.bases.packed import PackedWeight, is_packed, packed_in
 from lora_fast.blocks.joining import joined_in
 from lora_fast.tables import aligned, grouped, shared, told_once
 from lora_fast.wrappers import fsdp1, zero3
@@ -206,14 +206,17 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[Any, ...]:
     if zero3.is_split(weight):
         remarks.append(zero3.GATHERED)
     if packed is not None:
-        products = ", 8-bit products" if packed.BASE_COMPUTE else ""
-        remarks.append(f"{layer.label_of_base(packed)} base{products}")
+        remarks.append(remark_of_base(layer.label_of_base(packed), packed))
     if is_dora(layer, names[0]):
         drops = isinstance(layer, FastLinear) and isinstance(layer.lora_dropout[names[0]], nn.Dropout)
         remarks.append("DoRA, dropout in the low-rank branch alone" if drops else "DoRA")
     if len(names) > 1:
         remarks.append(f"{len(names)} adapters as one")
     return slow is None, slow or "", "; ".join(remarks)
+
+
+def remark_of_base(label: str, packed: PackedWeight) -> str:
+    return f"{label} base{', 8-bit products' if packed.BASE_COMPUTE else ''}"
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

@@ -28,14 +28,14 @@ def test_help(name, capsys):
     assert stop.value.code == 0 and "--seed" in said and "--steps" in said
 
 
-@pytest.mark.parametrize("name", [*NAMES, "blocks", "lightning_mnist", "encoder"])
+@pytest.mark.parametrize("name", [*NAMES, "in_blocks", "lightning_mnist", "encoder"])
 def test_the_gallery_shows_it(name):
     assert f"python examples/{name}.py" in (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.medium
 def test_blocks(capsys):
-    found = importlib.import_module("blocks").main(["--only", "GPT2", "ViT", "--rank", "4"])
+    found = importlib.import_module("in_blocks").main(["--only", "GPT2", "ViT", "--rank", "4"])
     assert [(len(report.blocks), len(report.groups)) for report in found.values()] == [(12, 0), (12, 12)]
     printed = capsys.readouterr().out
     assert "24 of 48 layers in 12 blocks, 0 in 0 groups" in printed and "fc1, fc2 in one step (gelu)" in printed
