@@ -90,10 +90,8 @@ def why_not_lora(module: nn.Module) -> str | None:
     held = is_held(module)
     if type(module) is not nn.Linear and not held and not is_conv1d(module):
         return f"is a {type(module).__name__}, not a plain nn.Linear"
-    replaced = "forward" in vars(module) and not (
-        held and hasattr(module, "quantization_scheme")
-    )  # compressed-tensors'
-    if replaced or has_hooks(module):
+    theirs = held and hasattr(module, "quantization_scheme")  # compressed-tensors', with a forward of its own
+    if ("forward" in vars(module) and not theirs) or has_hooks(module):
         return HOOKED
     if held:
         return why_not_held(module)
