@@ -23,9 +23,11 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def allocator(like: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """``like.new_empty``, of sizes one by one, on the device that is the current one."""
+    """``like.new_empty``, of sizes one by one, on the device that is the current one. It is that itself where someone
+    watches torch's operators, or wants fresh memory filled, as deterministic algorithms do."""
     take, kind = _on_cuda if like.is_cuda else _on_cpu if like.is_cpu else None, like.dtype
-    if take is None or type(like) not in PLAIN:
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._get_deterministic_algorithms()
+    if take is None or watched or type(like) not in PLAIN:
         return like.new_empty
 
     def new(*shape: int, dtype: torch.dtype = kind) -> torch.Tensor:

@@ -87,13 +87,13 @@ def why_not_lora(module: nn.Module) -> str | None:
     """Why a :class:`LoRALinear` could not stand in for the module, in words; None where it can."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "is the output projection of nn.MultiheadAttention, which reads its weight and would skip the adapter"
-    fp8 = is_held(module)
-    if type(module) is not nn.Linear and not fp8 and not is_conv1d(module):
+    held = is_held(module)
+    if type(module) is not nn.Linear and not held and not is_conv1d(module):
         return f"is a {type(module).__name__}, not a plain nn.Linear"
-    replaced = "forward" in vars(module) and not (fp8 and hasattr(module, "quantization_scheme"))  # compressed-tensors'
-    if replaced or has_hooks(module):
+    theirs = held and hasattr(module, "quantization_scheme")  # compressed-tensors', with a forward of its own
+    if ("forward" in vars(module) and not theirs) or has_hooks(module):
         return HOOKED
-    if fp8:
+    if held:
         return why_not_held(module)
     weight: Any = module.weight
     if weight.dtype not in FLOATS:
