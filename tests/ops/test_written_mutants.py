@@ -60,7 +60,7 @@ MUTANTS = [
 @pytest.mark.medium
 @pytest.mark.parametrize("mutant, kind, e4m3", MUTANTS)
 def test_mutants_fail(device, mutant, kind, e4m3, monkeypatch):
-    from lora_fast import functional
+    from lora_fast import paths
     from lora_fast.kernels import bases
     from lora_fast.kernels.program import forget_programs
 
@@ -72,7 +72,7 @@ def test_mutants_fail(device, mutant, kind, e4m3, monkeypatch):
     expected = results(dense, device, torch.float32, m=20, **CALL)
     name = packed.BASE
     with monkeypatch.context() as within:
-        within.setattr(functional, "_calls", {})
+        within.setattr(paths, "calls", {})
         within.setitem(bases.BASES, name, mutant(bases.BASES[name], within))
         forget_programs()
         found = results(packed, device, torch.float32, m=20, **CALL)
