@@ -47,8 +47,10 @@ def main(argv: list[str] | None = None) -> dict[str, lora_fast.PeftReport]:
         report = found[name] = adapted(name, args.rank)
         joined = [line for line in str(report).splitlines() if " block " in line or " group " in line]
         print("\n".join(joined or ["nothing runs together"]))
-        print(f"{report.in_blocks} of {len(report.layers)} layers in {len(report.blocks)} blocks, "
-              f"{sum(map(len, report.groups))} in {len(report.groups)} groups")  # fmt: skip
+        print(
+            f"{report.in_blocks} of {len(report.layers)} layers in {len(report.blocks)} blocks, "
+            f"{sum(map(len, report.groups))} in {len(report.groups)} groups"
+        )
     return found
 
 

@@ -4,7 +4,6 @@ import torch
 
 from lora_fast import dispatch, reference
 from lora_fast.bases.packed import PackedWeight
-from lora_fast.checks import FLOATS as FLOATS
 from lora_fast.checks import check_dora, check_linear, check_save_x
 from lora_fast.kept import Kept
 from lora_fast.paths import recall, settle

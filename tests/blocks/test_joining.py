@@ -642,16 +642,21 @@ def _models():
         "Phi3Model": ({**small, "vocab_size": 32, "pad_token_id": 0}, ["gate_up_proj", "down_proj"], ids),
         "ModernBertModel": ({**small, "vocab_size": 32, "pad_token_id": 0}, ["Wi", "Wo"], ids),
         "ViTModel": (
-            {**small, "image_size": 8, "patch_size": 4}, ["fc1", "fc2"], {"pixel_values": torch.randn(2, 3, 8, 8)},
+            {**small, "image_size": 8, "patch_size": 4},
+            ["fc1", "fc2"],
+            {"pixel_values": torch.randn(2, 3, 8, 8)},
         ),
         "DistilBertModel": (
-            {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 32}, ["lin1"], ids,
+            {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 32},
+            ["lin1"],
+            ids,
         ),
         "T5EncoderModel": (
             {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "dropout_rate": 0},
-            ["wi", "wo"], ids,
+            ["wi", "wo"],
+            ids,
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.medium

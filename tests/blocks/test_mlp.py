@@ -103,13 +103,22 @@ CASES = [
     here(HALF, "second", "silu", "second", SMALL),
     *(
         pytest.param(
-            "cuda", dtype, form, act, gate, shape, p, marks=CUDA.marks,
+            "cuda",
+            dtype,
+            form,
+            act,
+            gate,
+            shape,
+            p,
+            marks=CUDA.marks,
             id=f"cuda-{str(dtype)[6:]}-{form}-{act}-{gate}-{name}",
         )
         for dtype in (BF16, HALF, FLOAT)
         for form, act, gate in [
-            *((form, "gelu", None) for form in FORMS), *((form, "silu", "first") for form in FORMS),
-            ("dora", "silu", "second"), *(("bias", act, None) for act in ("relu", "relu2", "quick_gelu")),
+            *((form, "gelu", None) for form in FORMS),
+            *((form, "silu", "first") for form in FORMS),
+            ("dora", "silu", "second"),
+            *(("bias", act, None) for act in ("relu", "relu2", "quick_gelu")),
         ]
         for name, shape, p in [
             ("many", (4096, 1024, 4096, 1024, 16), 0.1),
@@ -117,7 +126,7 @@ CASES = [
             ("odd", (1003, 1001, 333, 70, 12), 0.1),
         ]
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("device, dtype, form, act, gate, shape, p", CASES)
@@ -141,7 +150,7 @@ TURNED = [
         for form in ("bias", "biased", "first")
         for shape in [(4096, 1024, 4096, 1024, 16), (1003, 1001, 333, 70, 12)]
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("device, dtype, form, act, gate, shape, p", TURNED)
@@ -159,8 +168,10 @@ def test_turned_group(device):
     """Beside a layer whose weight is not."""
     gen = torch.Generator(device).manual_seed(0)
     forms = {"bias": True}, {"dora": True, "r": 3}, {"r": 0}
-    layers = [a_layer(n, 48, dtype=FLOAT, device=device, gen=gen, **{"r": 16, **form})
-              for n, form in zip((32, 16, 24), forms, strict=True)]  # fmt: skip
+    layers = [
+        a_layer(n, 48, dtype=FLOAT, device=device, gen=gen, **{"r": 16, **form})
+        for n, form in zip((32, 16, 24), forms, strict=True)
+    ]
     x, dys = torch.randn(20, 48, generator=gen, device=device), [torch.ones(20, n, device=device) for n in (32, 16, 24)]
     eager = results(reference.lora_group, x, layers, dys)
     ours = results(lambda x, layers: lora_group(x, [*turned(layers[:2]), layers[2]], backend="triton"), x, layers, dys)
@@ -255,8 +266,12 @@ def test_packed_bases(device, base, gate):
         return run
 
     ours = results(over(fused("gelu", gate)), x, layers, dys)
-    other = results(over(lambda x, layers: paths.apart.lora_mlp(
-        x, layers, True, activation="gelu", gate=gate, backend="triton")), x, layers, dys)  # fmt: skip
+    other = results(
+        over(lambda x, layers: paths.apart.lora_mlp(x, layers, True, activation="gelu", gate=gate, backend="triton")),
+        x,
+        layers,
+        dys,
+    )
     for name, t in other.items():
         error = (ours[name] - t).norm() / t.norm()
         assert error < (0.02 if base == Fp8Weight.quantise else 1e-4), f"{name}: {error}"
