@@ -128,13 +128,11 @@ def _settle(
     from lora_fast.batch.fused import FusedBatch, why_apart
 
     why = why_apart(weight)
-    if form == "dora" and is_compiling():
-        why = "DoRA in a batch is no operator for torch.compile yet"
     if why:
         dispatch.tell("runs the adapters of a batch one after the other", why)
         return plain
     if is_compiling():
-        return custom_op.lora_linear_batch
+        return partial(custom_op.linear_batch, **dict(zip(("round_norm", "save"), options, strict=False)))
     return FusedBatch(x, weight, adapters, bias, *options)
 
 

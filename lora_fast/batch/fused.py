@@ -7,13 +7,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lora_fast.bases.packed import PackedWeight
-from lora_fast.batch.custom_op import beside, each, gradients, kinds_of, problem_of
+from lora_fast.batch.custom_op import beside, each, gradients, kinds_of, needs_of, problem_of
 from lora_fast.batch.form import Adapter, MaybeTensor
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels.batch.problem import Problem
 from lora_fast.kernels.batch.ranks import numbers_of
 from lora_fast.kernels.batch.run import Call, Made, Saved, forward, to_save
-from lora_fast.kernels.problem import Needs
 from lora_fast.ops.linear import draw_seed
 from lora_fast.ops.parts import addressable, contiguous, on, saved_by
 
@@ -40,16 +39,12 @@ class FusedBatch:
         round_norm: bool = False,
         save: str = "auto",
     ) -> None:
-        dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
+        dtype = autocast_dtype(x.device)
         self.kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
         a, b = [one.lora_A for one in adapters], [one.lora_B for one in adapters]
         m = [one.lora_magnitude_vector for one in adapters if one.lora_magnitude_vector is not None]
-
-        def asks(*tensors: MaybeTensor) -> bool:
-            return train and any(t is not None and t.requires_grad for t in tensors)
-
-        needs = Needs(asks(x), asks(*a), asks(*b), asks(bias), asks(*m))
-        self.problem = problem_of(x.shape, self.kind, a, b, bias, needs, m, round_norm, save)
+        needs, keep_z = needs_of(x, a, b, bias, m, save)
+        self.problem = problem_of(x.shape, self.kind, a, b, bias, needs, m, round_norm, keep_z=keep_z)
         self.records, self.kinds = any(needs), kinds_of(a, b, m)
         self.casts = x.dtype != self.kind or weight.dtype != self.kind
 
