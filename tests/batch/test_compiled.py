@@ -10,6 +10,7 @@ if not TRITON:
 from batches import an_adapter, results
 
 from lora_fast import dora_linear_batch, lora_linear_batch
+from lora_fast.bases.four_bits import Nf4Weight
 
 
 def calls(backend):
@@ -63,6 +64,18 @@ def test_without_gradients(device, dora):
     with torch.no_grad():
         which = torch.tensor([0, 1, -1, 1, 0, 0], device=device)
         assert torch.equal(compiled(x, weight, adapters, which, None), fn(x, weight, adapters, which, None))
+
+
+def test_packed_base(device):
+    gen = torch.Generator(device).manual_seed(0)
+    x, dy = (torch.randn(6, width, generator=gen, device=device) for width in (64, 24))
+    weight = Nf4Weight.quantise(torch.randn(24, 64, generator=gen, device=device))
+    adapters = [an_adapter(24, 64, r, torch.float32, device, gen=gen, dora=True) for r in (8, 5)]
+    which = torch.arange(6, device=device) % 2
+    fn, compiled, _ = calls("triton")
+    expected = results(fn, x, weight, adapters, which, None, dy)
+    found = results(compiled, x, weight, adapters, which, None, dy)
+    assert all(torch.equal(t, expected[name]) for name, t in found.items())
 
 
 def test_only_some_ask_for_gradients_and_z_may_be_saved(device):
