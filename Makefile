@@ -4,7 +4,7 @@
 # make test-all  all tests, those of PEFT models and of the kernels also with other versions, in about twelve
 # make test-deepspeed  those of DeepSpeed, which is installed beside the environment for them, in two minutes
 # make lint      ruff and mypy
-# make examples  every example, the longer ones shortened, in ten minutes or more; outputs in examples-out
+# make examples  every example, the longer ones shortened, in about ten minutes; outputs in examples-out
 # make docs      the documentation as a site, in build/site
 # make clean     removes the virtual environment, builds and caches
 #

@@ -2,9 +2,10 @@
 
 Run from the repository root, on a machine with an NVIDIA GPU: python -m benchmarks.bench_blocks
 
-mlp: down(silu(gate(x)) * up(x)), gate and up from ``hidden`` to ``other`` features, down back. qkv: three projections
-of one x from ``hidden`` features, to ``hidden`` and twice to ``other``. A step drops the gradients, then runs the block
-and its backward from given gradients of its outputs; x asks for a gradient. bf16, no bias, no autocast.
+mlp: down(silu(gate(x)) * up(x)), gate and up from ``hidden`` to ``other`` features, down back. gate_up: the same with
+one layer for both, in halves. fc: fc2(gelu(fc1(x))), from ``hidden`` to ``other`` features and back. qkv: three
+projections of one x from ``hidden`` features, to ``hidden`` and twice to ``other``. A step drops the gradients, then
+runs the block and its backward from given gradients of its outputs; x asks for a gradient. bf16, no bias, no autocast.
 
 All candidates of a shape hold equal values. They run in random order each round, with dropout and without, beside one
 frozen block (see bench_lora).
@@ -12,7 +13,7 @@ frozen block (see bench_lora).
 frozen                  nn.Linear whose weight asks for no gradient; frozen_again is the same once more: the noise
 peft_lora, peft_dora    PEFT's layers, where PEFT is installed; adapters in x's dtype
 lora_fast_layers_lora, lora_fast_layers_dora  LoRALinear and DoRALinear, a layer at a time
-lora_fast_lora, lora_fast_dora                lora_glu and lora_group over the same
+lora_fast_lora, lora_fast_dora                lora_glu, lora_mlp and lora_group over the same
 """
 
 import argparse
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from benchmarks.bench_lora import only, peft_layer, positive
-from lora_fast import DoRALinear, Layer, LoRALinear, lora_glu, lora_group, set_backend, timing
+from lora_fast import DoRALinear, Layer, LoRALinear, lora_glu, lora_group, lora_mlp, set_backend, timing
 
 FROZEN = ("frozen", "frozen_again")
 IMPLS = (
@@ -59,7 +60,15 @@ class Case(NamedTuple):
     p: float
 
 
-SHAPES = [("mlp", 8192, 4096, 14336), ("mlp", 2048, 2048, 8192), ("qkv", 8192, 4096, 1024), ("qkv", 2048, 2048, 512)]
+SHAPES = [
+    ("mlp", 8192, 4096, 14336),
+    ("mlp", 2048, 2048, 8192),
+    ("gate_up", 8192, 4096, 14336),
+    ("fc", 8192, 4096, 14336),
+    ("fc", 8192, 1024, 4096),
+    ("qkv", 8192, 4096, 1024),
+    ("qkv", 2048, 2048, 512),
+]
 CASES = [Case("bf16", *shape, 16, p) for shape in SHAPES for p in common.PS]
 
 
@@ -80,17 +89,21 @@ class Candidate(NamedTuple):
 def sizes(case: Case) -> list[tuple[int, int]]:
     """(columns of x, columns of y) of each layer."""
     hidden, other = case.hidden, case.other
-    if case.block == "mlp":
-        return [(hidden, other), (hidden, other), (other, hidden)]
-    return [(hidden, hidden), (hidden, other), (hidden, other)]
+    inner = {"mlp": [other, other], "gate_up": [2 * other], "fc": [other]}.get(case.block)
+    if inner is None:
+        return [(hidden, hidden), (hidden, other), (hidden, other)]
+    return [*((hidden, n) for n in inner), (other, hidden)]
 
 
 def in_turn(block: str, layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Sequence[Tensor]:
     """The outputs of the block, a layer at a time."""
     if block == "qkv":
         return [layer(x) for layer in layers]
-    gate, up, down = layers
-    return [down(F.silu(gate(x)) * up(x))]
+    *inner, down = layers
+    if block == "fc":
+        return [down(F.gelu(inner[0](x)))]
+    gate, up = inner[0](x).chunk(2, -1) if block == "gate_up" else (layer(x) for layer in inner)
+    return [down(F.silu(gate) * up)]
 
 
 def as_one(block: str, layers: Sequence[LoRALinear], x: Tensor) -> Sequence[Tensor]:
@@ -109,8 +122,11 @@ def as_one(block: str, layers: Sequence[LoRALinear], x: Tensor) -> Sequence[Tens
     ]
     if block == "qkv":
         return lora_group(x, given)
-    gate, up, down = given
-    return [lora_glu(x, gate, up, down, "silu")]
+    *inner, down = given
+    if block == "mlp":
+        return [lora_glu(x, inner[0], inner[1], down, "silu")]
+    act, gate = ("gelu", None) if block == "fc" else ("silu", "first")
+    return [lora_mlp(x, inner[0], down, act, gate=gate)]
 
 
 def build(case: Case, impls: Sequence[str], device: str) -> dict[str, Candidate]:
@@ -119,7 +135,7 @@ def build(case: Case, impls: Sequence[str], device: str) -> dict[str, Candidate]
     kind: dict[str, Any] = {"device": device, "dtype": common.DTYPES[case.dtype]}
     x = torch.randn(case.M, case.hidden, **kind).requires_grad_()
     frozen = [nn.Linear(k, n, bias=False, **kind).requires_grad_(False) for k, n in sizes(case)]
-    widths = [case.hidden] if case.block == "mlp" else [n for _, n in sizes(case)]
+    widths = [n for _, n in sizes(case)] if case.block == "qkv" else [case.hidden]
     dys = [torch.randn(case.M, n, **kind) for n in widths]
     options = case.r, 2 * case.r, case.p
     layers: dict[str, list[LoRALinear]] = {}

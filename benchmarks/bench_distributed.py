@@ -10,6 +10,8 @@ at r=16 on all linears; each GPU has 4096 tokens. A step is forward, loss, backw
 --size large  the widths of Llama-3-8B, a quarter of its layers (8) and of its vocabulary
        8b     Llama-3-8B whole: 32 layers, and its vocabulary
        30b    Qwen3-30B-A3B whole, 48 layers: LoRA on attention and experts, with FSDP2 and checkpointing alone
+       70b    the widths and the 80 layers of Llama-3-70B: LoRA, with FSDP2 and checkpointing alone, each model made and
+              sharded block by block. Over bf16 two of them are 280 GB: for fewer than four cards see --only
 
 ddp                  DistributedDataParallel
 fsdp2                fully_shard of each block and of the rest
@@ -41,7 +43,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks import check_distributed, common, models
 from benchmarks.bench_lora import only, positive
-from benchmarks.distributed import MODES, group_of, of_all, processes, step_of, wrap
+from benchmarks.distributed import MODES, group_of, of_all, processes, sharded, step_of, wrap
 from benchmarks.models import EXPERTS, LARGE, TINY, Size
 from lora_fast import timing
 
@@ -53,10 +55,13 @@ SIZES = {
     "large": LARGE._replace(batch=1),
     "8b": LARGE._replace(batch=1, layers=32, vocabulary=128256),
     "30b": EXPERTS._replace(layers=48),
+    "70b": LARGE._replace(batch=1, layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, vocabulary=128256),
 }
+SHARDED = ("70b",)  # no card holds it whole
 PLAIN = ("peft_lora", "lora_fast_lora", "peft_dora", "lora_fast_dora")
 PACKED = ("lora_fast_fp8_lora", "lora_fast_nf4_lora", "lora_fast_fp8_dora", "lora_fast_nf4_dora")
 IMPLS = (*PLAIN, *PACKED)
+LORA_ALONE = {"30b": PLAIN[:2], "70b": PLAIN[:2] + PACKED[:2]}  # sizes of one mode, without dropout
 OVER_PACKED = ("ddp", "fsdp2_checkpointing")  # the modes that are measured over packed bases, too
 GROUP = ("size", "layers", "mode", "p", "gpus")  # what rows that are measured together share
 KINDS: dict[str, Callable[[str], Any]] = {"gpus": int, "mode": str, "p": float, "impl": str}
@@ -78,12 +83,13 @@ class Case(NamedTuple):
 
 def all_cases(gpus: int, size: str = "large") -> list[Case]:
     """Those that are measured together stand together."""
-    of_experts = size == "30b"  # without dropout, as in PEFT
-    modes = ["fsdp2_checkpointing"] if of_experts else list(MODES)
+    part = size in LORA_ALONE
+    modes = ["fsdp2_checkpointing"] if part else list(MODES)
+    counts = (gpus,) if size in SHARDED else sorted({gpus, 1})[::-1]
     return [
         Case(mode, p, count, impl)
-        for mode, p, count in itertools.product(modes, common.PS[: 2 - of_experts], sorted({gpus, 1})[::-1])
-        for impl in (PLAIN[:2] if of_experts else PLAIN + PACKED * (mode in OVER_PACKED))
+        for mode, p, count in itertools.product(modes, common.PS[: 2 - part], counts)
+        for impl in LORA_ALONE.get(size, PLAIN + PACKED * (mode in OVER_PACKED))
     ]
 
 
@@ -95,12 +101,16 @@ class Ready(NamedTuple):
     peak_mib: float | str
 
 
-def ready(case: Case, base: torch.nn.Module, size: Size, mesh: DeviceMesh) -> Ready:
+def ready(case: Case, base: torch.nn.Module | None, size: Size, mesh: DeviceMesh) -> Ready:
+    """``base``: None: each model is made sharded."""
     gc.collect()  # nothing may be freed between before and the peak
     cuda, mode = size.device == "cuda", MODES[case.mode]
     before = torch.cuda.memory_allocated() if cuda else 0
-    model = wrap(models.model_of(case.of_model(), base), mode, mesh)
-    if not mode.fsdp2:  # it runs on the base's own weights, and FSDP2 on shards that it copied
+    if base is None:
+        model = sharded(case.of_model(), size, mesh)
+    else:
+        model = wrap(models.model_of(case.of_model(), base), mode, mesh)
+    if base is not None and not mode.fsdp2:  # it runs on the base's own weights, and FSDP2 on shards that it copied
         before -= sum(parameter.nbytes for parameter in base.parameters())
     torch.manual_seed(dist.get_rank())  # for the tokens, and dropout
     batches = torch.randint(size.vocabulary, (mode.accumulate, size.batch, size.length), device=size.device)
@@ -117,7 +127,13 @@ def ready(case: Case, base: torch.nn.Module, size: Size, mesh: DeviceMesh) -> Re
 
 
 def measured(
-    cases: list[Case], base: torch.nn.Module, size: Size, mesh: DeviceMesh, rounds: int, limit: float, about: common.Row
+    cases: list[Case],
+    base: torch.nn.Module | None,
+    size: Size,
+    mesh: DeviceMesh,
+    rounds: int,
+    limit: float,
+    about: common.Row,
 ) -> list[common.Row]:
     """A row for each case; they share all but impl. Fewer rounds, though two, where all would take over ``limit``
     seconds."""
@@ -170,12 +186,13 @@ def scaled(rows: list[common.Row]) -> list[common.Row]:
 
 
 def measure(
-    cases: list[Case], size: Size, rounds: int, limit: float, about: common.Row, path: Path
+    cases: list[Case], size: Size, whole: bool, rounds: int, limit: float, about: common.Row, path: Path
 ) -> list[common.Row]:
-    """In each process: all rows. The first writes them after every group, so that a run cut short leaves its part."""
+    """In each process: all rows; ``whole``: each has the base on its card. The first process writes them after every
+    group, so that a run cut short leaves its part."""
     first = dist.get_rank() == 0
     meshes = {gpus: group_of(gpus, size.device) for gpus in dict.fromkeys(case.gpus for case in cases)}
-    base = models.base_model(size)
+    base = models.base_model(size) if whole else None
     if size.device == "cuda":
         x = torch.ones(64, 64, device="cuda", requires_grad=True)
         (x @ x).sum().backward()  # cuBLAS's workspaces, so that they are nobody's peak
@@ -282,6 +299,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     )
     parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
+    if args.check and args.size in SHARDED:
+        parser.error(f"--check: got --size {args.size}, expected one that a card holds whole")
     args.gpus = args.gpus or (2 if args.tiny else max(1, torch.cuda.device_count()))
     for key, there in ("impl", IMPLS), ("mode", tuple(MODES)):
         unknown = {value for k, values in args.only if k == key for value in values - set(there)}
@@ -325,7 +344,8 @@ def main(argv: list[str] | None = None) -> int:
     about["size"] = "tiny" if args.tiny else args.size
     path = args.out / f"bench_distributed_{common.card(about['gpu'])}_x{args.gpus}.csv"
     backend = "auto" if args.tiny else "triton"  # on a GPU never the slow path unawares
-    rows = processes(args.gpus, size.device, backend, measure, cases, size, args.rounds, args.limit, about, path)
+    whole = args.size not in SHARDED
+    rows = processes(args.gpus, size.device, backend, measure, cases, size, whole, args.rounds, args.limit, about, path)
     print(
         f"\n{args.gpus} x {about['gpu']}, torch {about['torch']}, triton {about['triton']}, "
         f"commit {about['commit']}, {time.monotonic() - start:.0f} s\n"

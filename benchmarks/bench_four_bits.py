@@ -11,6 +11,8 @@ lora_fast_fp8_lora, _dora            over an fp8 base
 lora_fast_nf4_lora, _dora            over NF4, written out in bf16 ahead of each product
 lora_fast_nf4_fp8_lora, _dora        over NF4, with products of 8-bit operands (base_compute="float8_e4m3")
 lora_fast_mxfp4_lora, _dora          over MXFP4, written out in bf16
+lora_fast_fp8_blocks_lora, _dora     over e4m3 with a scale for each 128 x 128, as fp8 checkpoints have it, likewise
+lora_fast_fp8_blocks_fp8_lora, _dora over the same, with products of 8-bit operands
 """
 
 import importlib.util
@@ -23,14 +25,17 @@ from torch import nn
 from benchmarks import bench_dora, bench_lora, common
 from benchmarks.bench_lora import FROZEN, Case, Suite
 from lora_fast import LoRALinear
+from lora_fast.bases.scaled import ScaledFp8Weight
 from lora_fast.timing import Candidate
 
 SHAPES = [(m, *shape) for m in (8192, 2048) for shape in ((4096, 4096), (4096, 14336), (14336, 4096))]
-BASES: dict[str, tuple[str, str | None]] = {
+BASES: dict[str, tuple[str | None, str | None]] = {  # base_dtype, base_compute
     "fp8": ("float8_e4m3", None),
     "nf4": ("nf4", None),
     "nf4_fp8": ("nf4", "float8_e4m3"),
     "mxfp4": ("mxfp4", None),
+    "fp8_blocks": (None, None),  # which the weight is in already
+    "fp8_blocks_fp8": (None, "float8_e4m3"),
 }
 KINDS = "lora", "dora"
 IMPLS = (
@@ -50,7 +55,10 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
         ours: Any = made[f"lora_fast_{kind}"].layer
         for base, options in BASES.items():
             if (name := f"lora_fast_{base}_{kind}") in impls:
-                layer = bench_lora.over(ours, *options)
+                linear = ours.to_linear()
+                if options[0] is None:
+                    linear.weight = nn.Parameter(ScaledFp8Weight.quantise(linear.weight), requires_grad=False)
+                layer = bench_lora.over(ours, *options, linear)
                 made[name] = Candidate(layer, x, dy, [x, *(getattr(layer, part) for part in layer.adapter_names)])
         if (name := f"peft_bnb_{kind}") in impls and all(map(importlib.util.find_spec, ("peft", "bitsandbytes"))):
             stock = bench_lora.peft_layer(ours, four_bit_linear(ours))

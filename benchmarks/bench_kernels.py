@@ -12,6 +12,10 @@ mask_bits  the dropout mask       dy_pass  dS and dB from dY, with the kernel th
 down       S = s drop(x) A^T      d_a      dA = dS^T drop(x), likewise
 up_gemm    y = x W^T + S B^T      dx_gemm  dX = dY W + mask * (dS A)
 norm       DoRA's n and g from W  dora_pass  dZ, dm, dS and dB from dY and z, likewise
+
+In bf16 at r=16 also what writes W out ahead of a product, whose floor is torch's fill_ of the result:
+nf4_whole, nf4_rows, nf4_columns    NF4 in bf16, in e4m3 by rows and by columns
+fp8_blocks_whole, _rows, _columns   e4m3 over blocks of 128 x 128, as fp8 checkpoints have it, likewise
 """
 
 import argparse
@@ -19,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -138,6 +142,69 @@ def build(case: Case, t: Inputs) -> tuple[list[Kernel], dict[str, Callable[[int]
     return kernels, {"cublas_up": lambda i: x[i] @ w.t(), "cublas_dx": lambda i: dy[i] @ w}
 
 
+FILLED = 4  # weights in turn
+BOUNDS = {"whole": 1.2, "rows": 1.8, "columns": 2.8}
+
+
+class Held(NamedTuple):
+    """The inner tensors of a packed weight, those that it has."""
+
+    t0: Any
+    t1: Any
+    t2: Any = None
+    t3: Any = None
+    t4: Any = None
+    t5: Any = None
+    t6: Any = None
+    t7: Any = None
+
+
+def _fill(out: Any, held: Held, base: str, y: bool) -> list[Any]:
+    from lora_fast.kernels.bases import BASES, Wanted
+
+    known = BASES[base]
+    n, k = out.shape if y else out.shape[::-1]
+    wanted = Wanted(n, k, torch.bfloat16, out)
+    tensors = held[: len(known.tensors)]
+    return list((known.y(tensors, wanted) if y else known.dx(tensors, wanted)).launches)
+
+
+def fills(ws: Tensor) -> tuple[list[Kernel], dict[str, Callable[[int], Tensor]]]:
+    """(what writes these weights [copies, N, K] out, torch's fill_ of as many bytes by name)."""
+    from lora_fast.bases.four_bits import Nf4Weight
+    from lora_fast.bases.packed import tensors_of
+    from lora_fast.bases.scaled import ScaledFp8Weight
+    from lora_fast.kernels.operands import run
+
+    _, n, k = ws.shape
+    room = torch.empty(FILLED, 2 * n * k, dtype=torch.uint8, device=ws.device)
+    outs = {
+        "whole": room.view(torch.bfloat16).view(FILLED, n, k),
+        "rows": room[:, : n * k].view(torch.float8_e4m3fn).view(FILLED, n, k),
+        "columns": room[:, : n * k].view(torch.float8_e4m3fn).view(FILLED, k, n),
+    }
+    kernels = []
+    for name, kind in ("nf4", Nf4Weight), ("fp8_blocks", ScaledFp8Weight):
+        exact = [kind.quantise(w) for w in ws[:FILLED]]
+        for what, made in outs.items():
+            weights = exact if what == "whole" else [weight.for_e4m3() for weight in exact]
+            held = [Held(*cast(Any, tensors_of(weight))(weight)) for weight in weights]
+
+            told = {"base": weights[0].BASE, "y": what != "columns"}
+
+            def write(i: int, made: Tensor = made, held: list[Held] = held, told: dict[str, Any] = told) -> Tensor:
+                run(_fill, out=made[i % FILLED], held=held[i % FILLED], **told)
+                return made[i % FILLED]
+
+            kernels.append(Kernel(f"{name}_{what}", 0, write, f"fill_{16 if what == 'whole' else 8}", BOUNDS[what]))
+
+    bytes_of_it = room[:, : n * k]  # torch fills no e4m3
+    return kernels, {
+        "fill_16": lambda i: outs["whole"][i % FILLED].fill_(7),
+        "fill_8": lambda i: bytes_of_it[i % FILLED].fill_(7),
+    }
+
+
 def n_copies(case: Case) -> int:
     """So many that the smaller of x and dY has 256 MiB in all, five times the cache of an H100."""
     smaller = case.M * min(case.K, case.N) * common.DTYPES[case.dtype].itemsize
@@ -148,7 +215,11 @@ def n_copies(case: Case) -> int:
 def measured(case: Case, rounds: int, about: common.Row) -> tuple[list[common.Row], dict[str, float]]:
     """(a row for each kernel, this case's read and copy rates in bytes per microsecond)."""
     copies = n_copies(case)
-    kernels, products = build(case, inputs(case, "cuda", copies))
+    given = inputs(case, "cuda", copies)
+    kernels, products = build(case, given)
+    if (case.dtype, case.r) == ("bf16", 16):
+        more, written = fills(given.ws)
+        kernels, products = kernels + more, products | written
     source = torch.randn(READ_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
     launches = {f"{k.name} {k.p}": copies if isinstance(k.floor, str) else max(copies, 16) for k in kernels}
@@ -200,7 +271,9 @@ def table(rows: list[common.Row]) -> str:
         line[row["kernel"], row["p"]] = f"{row['median_us']:.1f} ({ratio})"
     header = [*Case._fields, *(f"{kernel} p={p}" if p else kernel for kernel, p, _ in names)]
     bounds = ["at most", *[""] * 4, *(bound for *_, bound in names)]
-    return common.markdown(header, [bounds, *([*case, *(line[n[:2]] for n in names)] for case, line in lines.items())])
+    return common.markdown(
+        header, [bounds, *([*case, *(line.get(n[:2], "") for n in names)] for case, line in lines.items())]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -121,10 +121,13 @@ def build(case: Case, impls: tuple[str, ...], device: str) -> dict[str, Candidat
     return made
 
 
-def over(ours: LoRALinear, base_dtype: str, base_compute: str | None = None) -> LoRALinear:
-    """The same layer over such a base."""
+def over(
+    ours: LoRALinear, base_dtype: str | None, base_compute: str | None = None, linear: nn.Linear | None = None
+) -> LoRALinear:
+    """The same layer over such a base; made from this one, where it is given."""
     options = ours.r, ours.lora_alpha, ours.lora_dropout
-    layer = type(ours).from_linear(ours.to_linear(), *options, base_dtype=base_dtype, base_compute=base_compute)
+    linear = linear or ours.to_linear()
+    layer = type(ours).from_linear(linear, *options, base_dtype=base_dtype, base_compute=base_compute)
     layer.load_state_dict({name: getattr(ours, name) for name in ours.adapter_names}, strict=False)
     return layer
 

@@ -7,7 +7,9 @@ or on any machine, a tiny model on the CPU:  python -m benchmarks.bench_model --
 Random weights in bf16, LoRA at r=16 on all linears of a layer, adapters not zero. A step is forward, loss and
 backward; the embeddings ask for a gradient (enable_input_require_grads), so that every layer, the frozen model's too,
 makes its dX. Models of one size, batch, mode and checkpointing share one set of base weights and run in random order
-each round; their rows in the file are replaced together, all others stay.
+each round; their rows in the file are replaced together, all others stay. With --apart each is built, compiled and
+measured by itself, and is in the file once it is there, beside the frozen one that stands there: compiling many models
+takes minutes.
 
 --size large   Llama-3-8B's widths, a quarter of its layers (8), and of its vocabulary, so that the head has the share
                that it has there; 2 x 4096 tokens
@@ -38,6 +40,7 @@ than stock's.
 """
 
 import argparse
+import csv
 import functools
 import gc
 import sys
@@ -59,6 +62,7 @@ COLUMNS = (
     "ratio_to_frozen peak_mib"
 ).split()
 GROUP = ("size", "mode", "layers", "tokens", "checkpointing")  # what rows that are measured together share
+MACHINE = ("gpu", "torch", "triton")
 KINDS: dict[str, Callable[[str], Any]] = {"p": float, "checkpointing": int, "impl": str, "tokens": int}
 MUST = {  # with large, in eager mode
     ("lora_fast_lora", 0): "1.02",
@@ -86,8 +90,8 @@ class Group(NamedTuple):
         return f"{self.name}, {self.size.batch} x {self.size.length} tokens, {self.mode}{checkpointing}"
 
 
-def measured(group: Group, rounds: int, about: common.Row) -> list[common.Row]:
-    """A row for each case."""
+def measured(group: Group, rounds: int, about: common.Row, frozen: float | None = None) -> list[common.Row]:
+    """A row for each case; ``frozen``: the time of the frozen model, if it is not among them."""
     size, mode, cases = group.size, group.mode, group.cases
     steps = build(cases, size, mode)
     peaks: dict[str, Any] = dict.fromkeys(steps, "")
@@ -101,7 +105,7 @@ def measured(group: Group, rounds: int, about: common.Row) -> list[common.Row]:
     elif size.device != "cpu":
         peaks = {name: round(timing.peak_mib(step), 1) for name, step in steps.items()}
     times = measure(steps, rounds, size.device)
-    frozen = timing.summary(next(times[str(case)] for case in cases if case.impl == "frozen"))[0]
+    frozen = next((timing.summary(times[str(case)])[0] for case in cases if case.impl == "frozen"), frozen)
     rows = []
     for case in cases:
         median, p20, p80 = timing.summary(times[str(case)])
@@ -121,11 +125,30 @@ def measured(group: Group, rounds: int, about: common.Row) -> list[common.Row]:
                 "median_us": round(median),
                 "p20_us": round(p20),
                 "p80_us": round(p80),
-                "ratio_to_frozen": round(median / frozen, 4),
+                "ratio_to_frozen": "" if frozen is None else round(median / frozen, 4),
                 "peak_mib": peaks[str(case)],
             }
         )
     return rows
+
+
+def frozen_in(path: Path, group: Group, about: common.Row) -> float | None:
+    """The time of the frozen model of a group that an earlier run on this machine left in the file."""
+    if not path.exists():
+        return None
+    case = group.cases[0]
+    same = {name: about[name] for name in MACHINE} | dict(
+        zip(
+            GROUP,
+            (group.name, group.mode, group.size.layers, group.size.batch * group.size.length, case.checkpointing),
+            strict=True,
+        )
+    )
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["impl"] == "frozen" and all(row[name] == str(value) for name, value in same.items()):
+                return float(row["median_us"])
+    return None
 
 
 def summarise(rows: list[common.Row]) -> str:
@@ -152,7 +175,7 @@ def summarise(rows: list[common.Row]) -> str:
                 row["p"],
                 "yes" if row["checkpointing"] else "no",
                 f"{row['median_us'] / 1000:.1f}",
-                f"{row['ratio_to_frozen']:.3f}",
+                f"{row['ratio_to_frozen']:.3f}" if row["ratio_to_frozen"] else "",
                 MUST.get((row["impl"], row["p"]), "") if bound else "",
                 row["peak_mib"],
                 *of_stock,
@@ -175,6 +198,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Group]]:
     add("--mode", nargs="+", choices=MODES, default=["eager"], help="default eager")
     add("--tiny", action="store_true", help="short for --size tiny; patched steps may cost at most 1.05 of stock's")
     add("--compiled", action="store_true", help="short for --size small --mode default --only p=0")
+    add("--apart", action="store_true", help="each model by itself; frozen only if --only names it, or nothing")
     add("--rounds", type=positive, help="default 8 with large, else 60")
     add("--layers", type=positive, help="in place of the size's")
     add(
@@ -205,7 +229,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Group]]:
         parser.error(f"--only impl: got {', '.join(sorted(unknown))}, expected impls among {', '.join(IMPLS)}")
 
     def wanted(case: Case, size: Size) -> bool:
-        skipped = {"impl", "p"} if case.impl == "frozen" else {"p"} if case.impl in FROZEN else set()
+        skipped = {"impl", "p"} if case.impl == "frozen" and not args.apart else {"p"} if case.impl in FROZEN else set()
         given = {**case._asdict(), "tokens": size.batch * size.length}
         return all(given[key] in values for key, values in args.only if key not in skipped)
 
@@ -236,9 +260,13 @@ def main(argv: list[str] | None = None) -> int:
         set_backend("triton")  # never the slow path unawares
     about, start = common.run_columns(args.commit, device), time.monotonic()
     path, rows = args.out / f"bench_model_{common.card(about['gpu'])}.csv", list[common.Row]()
+    same = (*GROUP, "impl", "p") if args.apart else GROUP
+    if args.apart:
+        groups = [group._replace(cases=[case]) for group in groups for case in group.cases]
     for group in common.progress(groups, "bench_model"):
-        found = measured(group, args.rounds or (8 if group.name == "large" else 60), about)
-        common.write_csv(path, COLUMNS, common.others(path, found, GROUP) + found)
+        frozen = frozen_in(path, group, about) if args.apart else None
+        found = measured(group, args.rounds or (8 if group.name == "large" else 60), about, frozen)
+        common.write_csv(path, COLUMNS, common.others(path, found, same) + found)
         rows += found
         torch.compiler.reset()
         gc.collect()  # models are rings

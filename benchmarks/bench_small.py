@@ -4,8 +4,8 @@ Run from the repository root, on a machine with an NVIDIA GPU: python -m benchma
 
 Training (what = fwd+bwd, 256 to 2048 rows) takes one weight again and again (weights = hot), which up to some 45 MB
 stays in the cache. Decoding (what = fwd, without gradients, 1 to 128 rows, no dropout) takes different ones of 256 MB
-in all in turn (weights = rotating), as a model does; its times are of one layer, in evaluation mode. Ours keeps DoRA's
-norm there, in these graphs as it does without (``keep_in_graphs``).
+in all in turn (weights = rotating), as a model does; its times are of one layer, in evaluation mode. Ours keeps there
+what it makes of the weights alone (``keep_in_graphs``): DoRA's norm and copies of the adapters.
 
 frozen, frozen_again  nn.Linear whose weight asks for no gradient, twice, to show the noise
 eager                 plain torch in its best form (addmm); eager_compiled is torch.compile of the same
@@ -37,7 +37,7 @@ from torch import nn
 
 from benchmarks import bench_dora, bench_lora, common
 from benchmarks.bench_lora import COLUMNS, FROZEN, Case
-from lora_fast import DoRALinear, set_backend, timing
+from lora_fast import LoRALinear, set_backend, timing
 from lora_fast.timing import Candidate
 
 SHAPES = [(2048, 2048), (2048, 8192), (8192, 2048), (2048, 512), (896, 4864), (4096, 4096), (4096, 14336), (4096, 1024)]
@@ -78,7 +78,7 @@ def step_of(candidates: list[Candidate], what: str) -> Callable[[], None]:
     for candidate in candidates if what == "fwd" else ():
         if isinstance(candidate.layer, nn.Module):
             candidate.layer.eval()
-        if isinstance(candidate.layer, DoRALinear):
+        if isinstance(candidate.layer, LoRALinear):
             candidate.layer.keep_in_graphs = True
 
     def step() -> None:

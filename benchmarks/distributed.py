@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from benchmarks import models
+from benchmarks.models import Size
 from lora_fast import SlowPathWarning, set_backend
 
 
@@ -48,13 +50,45 @@ def wrap(model: nn.Module, mode: Mode, mesh: DeviceMesh) -> nn.Module:
 
         return DistributedDataParallel(model, process_group=mesh.get_group())
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
     policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if mode.offload else OffloadPolicy()
-    for block in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh, offload_policy=policy)
     fully_shard(model, mesh=mesh, offload_policy=policy)
     return model
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def sharded(case: models.Case, size: Size, mesh: DeviceMesh) -> nn.Module:
+    """A Llama that no card holds whole, with LoRA, as ``wrap`` would give it with FSDP2: block by block it gets random
+    weights, equal ones for every candidate, is patched, which packs its base, and sharded, before the next one is
+    there."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = models.with_adapters(case, models.copy_of(case, models.base_model(size._replace(device="meta"))))
+    torch.manual_seed(0)
+    for block in blocks_of(model):
+        fully_shard(models.patched(case, materialised(block, size.device)), mesh=mesh)
+    llama = model.get_base_model()
+    with torch.device(size.device):  # what a checkpoint does not hold
+        llama.model.rotary_emb = type(llama.model.rotary_emb)(llama.config)
+    for rest in (llama.model.embed_tokens, llama.model.norm, llama.lm_head):
+        materialised(rest, size.device)
+    return fully_shard(model, mesh=mesh).train()
+
+
+@torch.no_grad()
+def materialised(module: nn.Module, device: str) -> nn.Module:
+    """Random weights in the place of none."""
+    module.to_empty(device=device)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
+    return module
 
 
 def step_of(model: nn.Module, batches: list[Tensor], lr: float) -> Callable[[], Tensor]:

@@ -137,6 +137,14 @@ def has_experts(base: Any) -> bool:
 
 def model_of(case: Case, base: nn.Module) -> nn.Module:
     """A model of its own on the base's weights. Cases that differ in who computes hold equal adapters."""
+    model = copy_of(case, base)
+    if "_own_" in case.impl:
+        return with_own_layers(case, model, base).train()
+    return patched(case, with_adapters(case, model)).train()
+
+
+def copy_of(case: Case, base: nn.Module) -> Any:
+    """A model on the base's weights, without adapters as yet."""
     model: Any = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
     model.enable_input_require_grads()
     if case.impl == "lora_fast_frozen":
@@ -144,35 +152,44 @@ def model_of(case: Case, base: nn.Module) -> nn.Module:
         model.set_experts_implementation("lora_fast")
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if "_own_" in case.impl:
-        return with_own_layers(case, model, base).train()
-    if stock_of(case.impl) != "frozen":
-        from peft import LoraConfig, get_peft_model
+    return model
 
-        torch.manual_seed(1)
-        experts = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")] if has_experts(base) else None
-        config = LoraConfig(
-            r=R,
-            lora_alpha=2 * R,
-            lora_dropout=case.p,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"] if experts else "all-linear",
-            target_parameters=experts,
-            use_dora=case.impl.endswith("dora"),
-            init_lora_weights=False,
-        )
-        model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    if case.impl.startswith("lora_fast") and stock_of(case.impl) != "frozen":
-        dtype = "nf4" if "nf4" in case.impl else "float8_e4m3" if "fp8" in case.impl else None
-        compute = "float8_e4m3" if "nf4_fp8" in case.impl else None
-        blocks = False if "layers" in case.impl or case.impl.endswith("_x8") else "auto"
-        report = patch_peft(model, base_dtype=dtype, base_compute=compute, blocks=blocks)
-        if report.not_fused and next(model.parameters()).is_cuda:
-            raise RuntimeError(f"a candidate of ours is not fused everywhere:\n{report}")
+
+def with_adapters(case: Case, model: Any) -> Any:
+    """The model with stock PEFT's adapters in it."""
+    if stock_of(case.impl) == "frozen":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    experts = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")] if has_experts(model) else None
+    config = LoraConfig(
+        r=R,
+        lora_alpha=2 * R,
+        lora_dropout=case.p,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"] if experts else "all-linear",
+        target_parameters=experts,
+        use_dora=case.impl.endswith("dora"),
+        init_lora_weights=False,
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def patched(case: Case, model: Any) -> Any:
+    """The model, or a part of one that has stock PEFT's adapters, as the candidate runs it."""
+    if not case.impl.startswith("lora_fast") or stock_of(case.impl) == "frozen":
+        return model
+    dtype = "nf4" if "nf4" in case.impl else "float8_e4m3" if "fp8" in case.impl else None
+    compute = "float8_e4m3" if "nf4_fp8" in case.impl else None
+    blocks = False if "layers" in case.impl or case.impl.endswith("_x8") else "auto"
+    report = patch_peft(model, base_dtype=dtype, base_compute=compute, blocks=blocks)
+    if report.not_fused and next(model.parameters()).is_cuda:
+        raise RuntimeError(f"a candidate of ours is not fused everywhere:\n{report}")
     if case.impl.endswith("_x8"):
         for name, layer in model.named_modules():
             if name.endswith("down_proj"):
                 layer.save_x = "fp8"
-    return model.train()
+    return model
 
 
 def with_own_layers(case: Case, model: nn.Module, base: nn.Module) -> nn.Module:

@@ -2,8 +2,9 @@
 gpt-oss; or Qwen3-30B-A3B's widths in four layers; or the whole of it (61 GB of bf16 on one card).
 
 Weights are random, made where the model runs; the text is Python's own documentation, a byte a token. What lora_fast
-adds is one line, patch_peft. The same run with stock PEFT stands beside it, loss for loss, and at small sizes on a GPU
-one in float32, from which both are as far as bfloat16 takes them.
+adds is one line, patch_peft, and with ``--experts nf4`` another that keeps the experts in 4 bits. The same run with
+stock PEFT stands beside it, loss for loss, and at small sizes on a GPU one in float32, from which both are as far as
+bfloat16 takes them.
 """
 
 import argparse
@@ -67,6 +68,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 OURS, STOCK, EXACT = "lora_fast", "stock PEFT", "stock PEFT, float32"
+PACKED = f"{OURS}, experts in"
 HEADER = (
     "",
     "trained parameters",
@@ -139,6 +141,8 @@ def peft_model(config: Any, way: str, args: argparse.Namespace) -> Any:
         if way == EXACT:  # the weights that the others have
             base.to(DTYPE).to(dtype).set_experts_implementation("eager")
         base.to(dtype).config.use_cache = False
+        if way.startswith(PACKED):
+            lora_fast.pack_experts(base, args.experts)
         adapters = LoraConfig(
             r=args.rank,
             lora_alpha=2 * args.rank,
@@ -150,7 +154,7 @@ def peft_model(config: Any, way: str, args: argparse.Namespace) -> Any:
     if way == EXACT:  # and the adapters
         for p in common.trainable(model):
             p.data = p.data.to(DTYPE).to(dtype)
-    if way == OURS:
+    if way.startswith(OURS):
         print(lora_fast.patch_peft(model))  # this is all
     return model
 
@@ -187,6 +191,8 @@ def train(model: Any, way: str, data: list[dict[str, torch.Tensor]], args: argpa
 
 
 def ways(args: argparse.Namespace) -> Iterator[str]:
+    if args.experts:
+        yield f"{PACKED} {args.experts}"
     yield OURS
     if not args.no_stock:
         yield STOCK
@@ -230,6 +236,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=at_least_one, help="tokens of a row (default: 64; of the large sizes 4096)")
     parser.add_argument("--lr", type=float, help="at the start; falls to 0 (default: 1e-2; of the large sizes 1e-4)")
     parser.add_argument("--checkpointing", action="store_true", help="of activations; always with --size 30b")
+    parser.add_argument(
+        "--experts", choices=("nf4", "mxfp4", "float8_e4m3"), help="a run whose experts are kept so, too"
+    )
     parser.add_argument("--no-stock", action="store_true", help="leave out the runs with stock PEFT")
     parser.add_argument("--seed", type=int, default=0, help="of weights, adapters and order (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -20,7 +20,7 @@ def bitsandbytes(linear: nn.Linear) -> nn.Module:
 
 
 def torchao(linear: nn.Linear) -> nn.Module:
-    from torchao.dtypes.nf4tensor import to_nf4  # type: ignore[import-not-found]
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4  # type: ignore[import-not-found]
 
     if linear.weight.numel() % 2**14 == 0:  # 256 blocks of 64
         linear.weight = nn.Parameter(to_nf4(linear.weight.data), requires_grad=False)

@@ -294,7 +294,9 @@ def main(argv: list[str] | None = None) -> dict:
         apart = max(abs(a - b) for a, b in zip(straight, resumed, strict=True))
         end = f"losses differ by {apart:g}, the last {resumed[-1]:.4f}"
         print(f"adapter saved in {args.out}, {len(resumed)} steps resumed: {end}")
-    print(f"a 4-bit base, as QLoRA's, does not run in lora_fast's layers: {(refused := four_bits.refusal())}")
+    print(
+        f"others' 4-bit layers are not for add_lora, whose own are base_dtype='nf4': {(refused := four_bits.refusal())}"
+    )
     four = {name: attempt(name, qlora, args, base, rows, name) or "failed" for name in four_bits.LIBRARIES}
     print(*(f"PEFT's, patched, over one of {name}: {what}" for name, what in four.items()), sep="\n")
     print(f"all this took {time.perf_counter() - began:.0f} s")

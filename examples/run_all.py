@@ -1,6 +1,6 @@
 """Every example, one after the other, each in a process and a folder of its own: what `make examples` runs.
 
-Ten minutes or more on two cores without a GPU. What an example prints goes to output.txt in its folder, its
+About ten minutes on two idle cores without a GPU. What an example prints goes to output.txt in its folder, its
 progress and warnings to errors.txt; one that fails (an extra that is not installed, say) is shown, the rest still run,
 and the exit status is 1.
 """
@@ -17,13 +17,13 @@ HERE = Path(__file__).resolve().parent
 NO_EXAMPLES = {"common", "four_bits", "run_all"}
 # Every other script runs with its defaults; these would take longer than all may together.
 ARGUMENTS = {
-    "encoder": ["--steps", "10", "--layers", "3"],
+    "encoder": ["--steps", "10", "--layers", "3", "--packages", "asyncio,email,http,logging"],
     "glm4": ["--steps", "20"],
-    "lightning_mnist": ["--ranks", "1,4,16"],
-    "prompts": ["--method", "bottleneck", "prompt+lora", "--steps", "5", "--layers", "10"],
-    "smollm2": ["--no-stock", "--steps", "3"],
-    "smollm2_quality": "--layers 1 --steps 2 --seeds 1 --batch 2 --length 16".split(),
-    "sweep": ["--steps", "4", "--layers", "6"],
+    "lightning_mnist": ["--ranks", "1,16"],
+    "prompts": ["--method", "bottleneck", "prompt+lora", "--steps", "5", "--layers", "5"],
+    "smollm2": ["--no-stock", "--steps", "3", "--layers", "10"],
+    "smollm2_quality": [*"--layers 1 --steps 2 --seeds 1 --batch 2 --length 16 --bases".split(), "16 bits", "NF4"],
+    "sweep": ["--steps", "4", "--layers", "6", "--lrs", "1e-3"],
     "trl_dpo": ["--steps", "30"],
     "trl_grpo": ["--steps", "30"],
 }

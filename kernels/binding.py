@@ -13,7 +13,7 @@ def kind_of(value: float | int | torch.Tensor) -> object:
     return (value.dtype, value.data_ptr() % 16) if isinstance(value, torch.Tensor) else type(value)
 
 
-def bound_program(problem: Any, key: tuple, args: Any, given: tuple) -> tuple[Program, Bound]:
+def bound_program(problem: Any, key: tuple[Any, ...], args: Any, given: tuple[Any, ...]) -> tuple[Program, Bound]:
     """The program for what is ``given``, bound to it. Programs are kept under their keys for tensors that start at
     multiples of 16 bytes, and under longer ones for other tensors. A key begins with the function that says what a new
     one launches, from ``args`` of operands, the last of which is a tuple of those that are left."""

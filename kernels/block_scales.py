@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import COMPILED, FP8, TL, wait_for_stream
-from lora_fast.kernels.nibbles import e4m3_bits, half_bits, power_of
+from lora_fast.kernels.nibbles import NAMES, e4m3_assembly, e4m3_bits, half_bits, power_of
 from lora_fast.kernels.operands import Operand, launch
 from lora_fast.kernels.program import Launch
 
@@ -29,13 +30,17 @@ class Scaled(NamedTuple):
 
 
 @triton.jit
-def _value_of(bits):
-    """e4m3 in float32: its exponent and digits in the place of float32's, times what the exponents are apart. Bytes and
-    integers, so that chips compile it that know no e4m3."""
-    size = bits & 0x7F
-    value = (size << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-    value = tl.where(size == 0x7F, float("nan"), value)
-    return tl.where(bits >= 0x80, -value, value)
+def _value_of(byte, UNITS: tl.constexpr):
+    """e4m3 in float32: where the chip has no UNITS for it, its exponent and digits in the place of float32's, times
+    what the exponents are apart."""
+    if UNITS:
+        value = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        bits = byte.to(tl.int32)
+        size = bits & 0x7F
+        value = ((size << 20) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+        value = tl.where(size == 0x7F, float("nan"), value)
+    return value
 
 
 @triton.jit
@@ -49,6 +54,8 @@ def _scaled_kernel(
     K,
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
+    UNITS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     TURNED: tl.constexpr,
     WEAK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -64,14 +71,14 @@ def _scaled_kernel(
     if gain_ptr is not None:
         inside &= tl.abs(tl.load(gain_ptr + rows, mask=rows < N, other=WEAK)) < WEAK
     at = rows.to(tl.int64) * K + cols
-    bits = tl.load(stored_ptr + at, mask=inside, other=0).to(tl.int32)
+    byte = tl.load(stored_ptr + at, mask=inside, other=0)
     if BLOCK is None:
         scale = tl.load(scale_ptr + rows, mask=rows < N, other=0)
     else:
         scale = tl.load(scale_ptr + row // BLOCK * tl.cdiv(K, BLOCK) + col // BLOCK)
     if scale_ptr.dtype.element_ty == tl.uint8:
         scale = power_of(scale.to(tl.int32))
-    w = _value_of(bits) * scale.to(tl.float32)
+    w = _value_of(byte, UNITS) * scale.to(tl.float32)
     if over_ptr is None:
         if KIND == tl.bfloat16 and not COMPILED:
             tl.store(out_ptr + at, half_bits(w, KIND).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
@@ -82,8 +89,10 @@ def _scaled_kernel(
             over = tl.load(over_ptr + cols, mask=cols < K, other=1.0)
         else:
             over = tl.load(over_ptr + rows, mask=rows < N, other=1.0)
-        if COMPILED:
-            small = (w.to(KIND).to(tl.float32) * (1 / over)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        if ASSEMBLY is not None:
+            small = tl.inline_asm_elementwise(
+                ASSEMBLY, "=r,f,f,f,f,f,f,f,f", [w, 1 / over], dtype=tl.uint8, is_pure=True, pack=4
+            )
         else:
             small = e4m3_bits(w, 1 / over, KIND).to(tl.uint8)
         if TURNED:
@@ -122,11 +131,13 @@ def _written(
 ) -> Launch:
     n, k = out.shape[::-1] if turned else out.shape
     rows, columns = tile
+    units = COMPILED.value and Chip.of(out.device).capability >= 89
     return launch(
         _scaled_kernel,
         (triton.cdiv(k, columns), triton.cdiv(n, rows)),
         {"num_warps": 4},
         out,
+        short=True,
         stored_ptr=w.stored,
         scale_ptr=w.scale,
         over_ptr=over,
@@ -136,6 +147,8 @@ def _written(
         K=k,
         BLOCK=None if w.scale.shape == (n, 1) else BLOCK,
         KIND=TL[kind],
+        UNITS=units,
+        ASSEMBLY=e4m3_assembly(NAMES[kind]) if units and over is not None else None,
         TURNED=turned,
         WEAK=weak,
         ROWS=rows,

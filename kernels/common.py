@@ -33,13 +33,22 @@ def power_above(x):
 
 class Matrix(NamedTuple):
     """A matrix as device code sees it. What is loaded through a descriptor needs no strides, what is stored is
-    contiguous."""
+    contiguous. (Of records like this: None stays None in them, but a constant is one for whom it is handed to only if
+    the record is made in the call itself.)"""
 
     ptr: Any  # or a tensor descriptor
     rows: Any
     cols: Any
     stride_r: Any
     stride_c: Any
+
+
+class Bits(NamedTuple):
+    """A dropout mask as device code sees it: words, so many a row."""
+
+    ptr: Any
+    stride: Any
+    rows: Any
 
 
 @triton.jit
@@ -93,14 +102,14 @@ def load_tile(t, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.const
 
 @triton.jit
 def store_tile(t, tile, row, col, DTYPE: tl.constexpr, TMA: tl.constexpr = False):
-    """Put a tile to (row, col) of a contiguous matrix, what is inside of it."""
+    """Put a tile to (row, col) of a matrix with contiguous rows, what is inside of it."""
     if TMA:
         t.ptr.store([row, col], tile.to(DTYPE))
     else:
         rows, cols = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
         zero = tl.full((), 0, tl.int64)
-        first = t.ptr + (zero + row) * t.cols + col
-        tl.store(first + (rows * t.cols + cols), tile.to(DTYPE), mask=(rows < t.rows - row) & (cols < t.cols - col))
+        first = t.ptr + (zero + row) * t.stride_r + col
+        tl.store(first + (rows * t.stride_r + cols), tile.to(DTYPE), mask=(rows < t.rows - row) & (cols < t.cols - col))
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from lora_fast.kernels.operands import Number, Operand, Scratch, Tiles, launch
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import decodes, tma_fits
 
-ADD_BLOCK = 32  # columns of y whose parts a program adds up
+ADDED = 4096  # numbers that a program adds up, all of which it loads at once
 
 
 @triton.jit
@@ -32,10 +32,30 @@ def _finish(acc, y_ptr, gain_ptr, bias_ptr, cols, rows, M, N):
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(cols[:, None] < N) & (rows[None, :] < M))
 
 
+@triton.jit
+def _fetch_ahead(ptr, rows, cols, stride, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Have the cache of the chip fetch these rows and columns of a matrix in 16 bits. It is where all that is written
+    goes, so this may stand before the wait for what came before, whoever wrote the matrix."""
+    HALF: tl.constexpr = COLS // 2
+    inside = tl.minimum(row + tl.arange(0, ROWS), rows - 1).to(tl.int64)[:, None] * stride
+    start = col + HALF * tl.arange(0, 2)[None, :]
+    ptrs = (ptr + inside + tl.minimum(start, cols - 8)).to(tl.int64)  # multiples of 16 bytes
+    size = 2 * tl.minimum(tl.maximum(cols - start, 8), HALF)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [ptrs, tl.broadcast_to(size, (ROWS, 2))],
+        tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit(do_not_specialize=["M"])
 def _decode_kernel(
     x,
     w,
+    w_ptr,
     a,
     b_ptr,
     y_ptr,
@@ -48,21 +68,25 @@ def _decode_kernel(
     K,
     R,
     steps,
+    stride_wn,
     stride_bn,
     stride_br,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    AHEAD: tl.constexpr,
     SPLITS: tl.constexpr,
     LIFTED: tl.constexpr,
     SCALING_PTR: tl.constexpr,
     DTYPE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_stream(PDL)
     blocks = tl.cdiv(N, BLOCK_N)
     split, col = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BLOCK_N
+    if PDL and AHEAD:
+        _fetch_ahead(w_ptr, N, K, stride_wn, col, split * steps * BLOCK_K, BLOCK_N, AHEAD * BLOCK_K)
+    wait_for_stream(PDL)
     rows, cols, ranks = tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     b_ptrs = b_ptr + cols.to(tl.int64)[:, None] * stride_bn + ranks[None, :] * stride_br
     b = tl.load(b_ptrs, mask=(cols[:, None] < N) & (ranks[None, :] < R), other=0.0)  # [BLOCK_N, BLOCK_R]
@@ -96,15 +120,16 @@ def _add_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_stream(PDL)
     rows, cols = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
-        parts_ptrs = parts_ptr + (split * N + cols.to(tl.int64)[:, None]) * BLOCK_M + rows[None, :]
-        acc += tl.load(parts_ptrs, mask=cols[:, None] < N, other=0.0)
-    _finish(acc, y_ptr, gain_ptr, bias_ptr, cols, rows, M, N)
+    splits = tl.arange(0, PARTS)[:, None, None]
+    columns = splits.to(tl.int64) * N + cols[None, :, None]
+    inside = (splits < SPLITS) & (cols[None, :, None] < N)
+    parts = tl.load(parts_ptr + columns * BLOCK_M + rows[None, None, :], mask=inside, other=0.0)
+    _finish(tl.sum(parts, 0), y_ptr, gain_ptr, bias_ptr, cols, rows, M, N)
 
 
 def takes_decode(x: Operand, w: Operand, a: Operand) -> bool:
@@ -140,6 +165,7 @@ def decode(
         x,
         x=Tiles(x, [tile.m, tile.k]),
         w=Tiles(w, [tile.n, tile.k]),
+        w_ptr=w,
         a=Tiles(a, [tile.r, tile.k]),
         b_ptr=b,
         parts_ptr=parts,
@@ -147,11 +173,13 @@ def decode(
         K=k,
         R=b.shape[1],
         steps=steps,
+        stride_wn=w.stride(0),
         stride_bn=b.stride(0),
         stride_br=b.stride(1),
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
         BLOCK_R=tile.r,
+        AHEAD=tile.ahead,
         LIFTED=lifted,
         SCALING_PTR=isinstance(scaling, Operand),
         DTYPE=TL[x.dtype],
@@ -159,7 +187,16 @@ def decode(
     )
     if parts is None:
         return [made]
+    padded = triton.next_power_of_2(splits)
+    cols = max(4, min(16, ADDED // (padded * tile.m)))
     added = launch(
-        _add_kernel, (triton.cdiv(n, ADD_BLOCK),), {"num_warps": 4}, x, parts_ptr=parts, BLOCK_N=ADD_BLOCK, **epilogue
+        _add_kernel,
+        (triton.cdiv(n, cols),),
+        {"num_warps": max(1, min(4, cols * tile.m // 128))},  # each thread has the parts of a number
+        x,
+        parts_ptr=parts,
+        BLOCK_N=cols,
+        PARTS=padded,
+        **epilogue,
     )
     return [made, added]

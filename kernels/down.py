@@ -36,6 +36,7 @@ from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
     FP8,
     TL,
+    Bits,
     Matrix,
     acc_dtype,
     fp8_scale,
@@ -68,8 +69,7 @@ def _gain(gain_ptr, k, K, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def _quantise(
     x,
-    x8,
-    row_scale_ptr,
+    to,
     gain_ptr,
     first,
     ROWS: tl.constexpr,
@@ -78,7 +78,8 @@ def _quantise(
     ONE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """x * gain over its rows' scales in e4m3, for ROWS rows, STEP at a time; ONE: a row fits BLOCK_K, is read once."""
+    """``to`` (Quantised) = x * gain over its rows' scales, for ROWS rows, STEP at a time; ONE: a row fits BLOCK_K, is
+    read once."""
     gain = _gain(gain_ptr, 0, x.cols, BLOCK_K, ACC)
     for row in range(first, first + ROWS, STEP):
         rows = row + tl.arange(0, STEP)
@@ -89,23 +90,22 @@ def _quantise(
                 later = load_tile(x, row, k, STEP, BLOCK_K).to(ACC)
                 peak = tl.maximum(peak, tl.max(tl.abs(later * _gain(gain_ptr, k, x.cols, BLOCK_K, ACC)), 1))
         scale = fp8_scale(peak)
-        tl.store(row_scale_ptr + rows, scale, mask=rows < x.rows)
+        tl.store(to.row_scale + rows, scale, mask=rows < x.rows)
         by = (1 / scale)[:, None]
-        store_tile(x8, tile * by, row, 0, tl.float8e4nv)
+        store_tile(to.x8, tile * by, row, 0, tl.float8e4nv)
         if not ONE:
             for k in range(BLOCK_K, x.cols, BLOCK_K):
                 later = load_tile(x, row, k, STEP, BLOCK_K).to(ACC)
                 later *= _gain(gain_ptr, k, x.cols, BLOCK_K, ACC) * by
-                store_tile(x8, later, row, k, tl.float8e4nv)
+                store_tile(to.x8, later, row, k, tl.float8e4nv)
 
 
 @triton.jit
 def side_by_side(
     x,
     a,
-    bits_ptr,
+    bits,
     row,
-    stride_bits,
     WAYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -124,74 +124,23 @@ def side_by_side(
         tile = tl.load(x_ptrs + (zero + k) * x.stride_c, mask=inside, other=0.0)  # [WAYS, BLOCK_M, BLOCK_K]
         inside = (k + way + ks[None, :, None] < x.cols) & (ranks < a.rows)[None, None, :]
         a_tile = tl.load(a_ptrs + (zero + k) * a.stride_c, mask=inside, other=0.0)  # [WAYS, BLOCK_K, BLOCK_R]
-        if bits_ptr is not None:
+        if bits.ptr is not None:
             word = (k + way) // 32 + tl.arange(0, BLOCK_K // 32)[None, None, :]
-            bits_ptrs = bits_ptr + tl.minimum(rows, x.rows - 1).to(tl.int64)[None, :, None] * stride_bits + word
-            words = tl.load(bits_ptrs, mask=word < stride_bits, other=0)  # [WAYS, BLOCK_M, BLOCK_K // 32]
-            bits = (words[:, :, :, None] >> tl.arange(0, 32)[None, None, None, :]) & 1
-            tile = tl.where(tl.reshape(bits, (WAYS, BLOCK_M, BLOCK_K)) == 1, tile, 0.0)
+            bits_ptrs = bits.ptr + tl.minimum(rows, bits.rows - 1).to(tl.int64)[None, :, None] * bits.stride + word
+            words = tl.load(bits_ptrs, mask=word < bits.stride, other=0)  # [WAYS, BLOCK_M, BLOCK_K // 32]
+            each = (words[:, :, :, None] >> tl.arange(0, 32)[None, None, None, :]) & 1
+            tile = tl.where(tl.reshape(each, (WAYS, BLOCK_M, BLOCK_K)) == 1, tile, 0.0)
         acc = tl.dot(tile, a_tile.to(DTYPE), acc)
     return tl.sum(acc, 0)
 
 
 @triton.jit
-def _make_s(
-    x,
-    a,
-    s_ptr,
-    bits_ptr,
-    gain_ptr,
-    scales_ptr,
-    own_ptr,
-    owner_ptr,
-    scaling,
-    keep_scale,
-    row,
-    rank,
-    RS,
-    stride_s,
-    stride_bits,
-    WAYS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    LIFTED: tl.constexpr,
-    SCALING_PTR: tl.constexpr,
-    TMA: tl.constexpr,
-    A_TMA: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """The tile of S at (row, rank)."""
-    rows = row + tl.arange(0, BLOCK_M)
-    ranks = rank + tl.arange(0, BLOCK_R)
-    if WAYS:
-        acc = side_by_side(x, a, bits_ptr, row, stride_bits, WAYS, BLOCK_M, BLOCK_K, BLOCK_R, DTYPE)
-    else:
-        acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
-        for k in range(0, x.cols, BLOCK_K):
-            tile = load_tile(x, row, k, BLOCK_M, BLOCK_K, TMA)  # [BLOCK_M, BLOCK_K]
-            a_tile = load_tile(a, rank, k, BLOCK_R, BLOCK_K, A_TMA)  # [BLOCK_R, BLOCK_K]
-            if gain_ptr is not None:
-                a_tile = a_tile.to(ACC) * _gain(gain_ptr, k, x.cols, BLOCK_K, ACC)
-            if bits_ptr is not None:
-                words = mask_words(bits_ptr, tl.minimum(rows, x.rows - 1), k, stride_bits, BLOCK_K)
-                tile = tl.where(unpack_words(words), tile, 0.0)
-            acc = mma(tile, a_tile.to(DTYPE).T, acc, PRECISION)
-    if scales_ptr is not None:
-        scales = tl.load(scales_ptr + ranks, mask=ranks < a.rows, other=0.0)
-        if keep_scale is not None:
-            scales *= keep_scale
-        s = acc * scales[None, :]
-    else:
-        s = acc * (low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale)
-    if own_ptr is not None:
-        own = tl.load(own_ptr + rows, mask=rows < x.rows, other=-1)
-        owner = tl.load(owner_ptr + ranks, mask=ranks < a.rows, other=-2)
-        s = tl.where(own[:, None] == owner[None, :], s, 0.0)
-    s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * stride_s + ranks[None, :]
-    tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < x.rows) & (ranks[None, :] < RS))
+def _owned(s, own_ptr, owner_ptr, row, rank, M, R):
+    """A tile of S, zero at ranks of other adapters than the row's."""
+    rows, ranks = row + tl.arange(0, s.shape[0]), rank + tl.arange(0, s.shape[1])
+    own = tl.load(own_ptr + rows, mask=rows < M, other=-1)
+    owner = tl.load(owner_ptr + ranks, mask=ranks < R, other=-2)
+    return tl.where(own[:, None] == owner[None, :], s, 0.0)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -259,8 +208,7 @@ def _down_fwd_kernel(
         if rank == 0:
             _quantise(
                 Matrix(x_ptr, M, K, stride_xm, stride_xk),
-                Matrix(x8_ptr, M, K, K, 1),
-                row_scale_ptr,
+                Quantised(Matrix(x8_ptr, M, K, K, 1), row_scale_ptr),
                 gain_ptr,
                 row + (part - 1) * QUANT_ROWS,
                 QUANT_ROWS,
@@ -271,41 +219,38 @@ def _down_fwd_kernel(
             )
     elif row < M:
         whole_x, whole_a = Matrix(x, M, K, stride_xm, stride_xk), Matrix(a_ptr, R, K, stride_ar, stride_ak)
-        count, units = 1, units_ptr
+        bits, count, units = Bits(bits_ptr, stride_bits, M), 1, units_ptr
         if units_ptr is not None:
             units += row // UNIT_ROWS * stride_units
             count = tl.load(units)
         for unit in range(0, count):
             if units_ptr is not None:
                 rank = tl.load(units + 1 + unit) * BLOCK_R
-            _make_s(
-                whole_x,
-                whole_a,
-                s_ptr,
-                bits_ptr,
-                gain_ptr,
-                scales_ptr,
-                own_ptr,
-                owner_ptr,
-                scaling,
-                keep_scale,
-                row,
-                rank,
-                RS,
-                stride_s,
-                stride_bits,
-                WAYS,
-                BLOCK_M,
-                BLOCK_K,
-                BLOCK_R,
-                LIFTED,
-                SCALING_PTR,
-                TMA,
-                A_TMA,
-                ACC,
-                PRECISION,
-                DTYPE,
-            )
+            rows, ranks = row + tl.arange(0, BLOCK_M), rank + tl.arange(0, BLOCK_R)
+            if WAYS:
+                acc = side_by_side(whole_x, whole_a, bits, row, WAYS, BLOCK_M, BLOCK_K, BLOCK_R, DTYPE)
+            else:
+                acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
+                for k in range(0, K, BLOCK_K):
+                    tile = load_tile(whole_x, row, k, BLOCK_M, BLOCK_K, TMA)  # [BLOCK_M, BLOCK_K]
+                    a_tile = load_tile(whole_a, rank, k, BLOCK_R, BLOCK_K, A_TMA)  # [BLOCK_R, BLOCK_K]
+                    if gain_ptr is not None:
+                        a_tile = a_tile.to(ACC) * _gain(gain_ptr, k, K, BLOCK_K, ACC)
+                    if bits_ptr is not None:
+                        words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
+                        tile = tl.where(unpack_words(words), tile, 0.0)
+                    acc = mma(tile, a_tile.to(DTYPE).T, acc, PRECISION)
+            if scales_ptr is not None:
+                scales = tl.load(scales_ptr + ranks, mask=ranks < R, other=0.0)
+                if keep_scale is not None:
+                    scales *= keep_scale
+                s = acc * scales[None, :]
+            else:
+                s = acc * (low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale)
+            if own_ptr is not None:
+                s = _owned(s, own_ptr, owner_ptr, row, rank, M, R)
+            s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * stride_s + ranks[None, :]
+            tl.store(s_ptrs, s.to(DTYPE), mask=(rows[:, None] < M) & (ranks[None, :] < RS))
     elif b_ptr is not None:  # the programs past the last rows, on processors that would idle
         if rank == 0:
             cast_both(

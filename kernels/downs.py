@@ -11,7 +11,7 @@ import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
 from lora_fast.kernels.chip import Chip
-from lora_fast.kernels.common import TL, Matrix, wait_for_stream
+from lora_fast.kernels.common import TL, Bits, Matrix, wait_for_stream
 from lora_fast.kernels.down import side_by_side
 from lora_fast.kernels.operands import Number, Operand, launch
 from lora_fast.kernels.program import Launch
@@ -74,7 +74,7 @@ def _downs_kernel(
         if which == 3:
             z, b, n, r, stride_z, stride_b, first = z3, b3, N3, R3, stride_z3, stride_b3, first3
     of_z, of_b = Matrix(z, M, n, stride_z, 1), Matrix(b, r, n, 1, stride_b)
-    acc = side_by_side(of_z, of_b, None, row, 0, WAYS, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE)
+    acc = side_by_side(of_z, of_b, Bits(None, 0, M), row, WAYS, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE)
     rows, ranks = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     there = ranks < (r + 15) // 16 * 16
     ds = acc * (tl.load(scales_ptr + first + ranks, mask=there, other=0.0) * keep_scale)[None, :]

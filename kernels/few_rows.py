@@ -154,8 +154,3 @@ def product_with_s(
         SCALING_PTR=isinstance(scaling, Operand),
         DTYPE=TL[x.dtype],
     )
-
-
-def makes_s(one: Launch) -> bool:
-    """Whether the launch, a product, also makes S, which the backward reads."""
-    return one.kernel is _few_rows_kernel

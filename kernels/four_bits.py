@@ -24,6 +24,7 @@ from lora_fast.kernels.nibbles import (
     pairs_assembly,
     rows_assembly,
     scale_of,
+    shift_of,
     store_four,
 )
 from lora_fast.kernels.operands import Operand, launch
@@ -32,7 +33,6 @@ from lora_fast.kernels.program import Launch
 THREADS = 128
 WORDS = 2  # of 32 bits a thread, for W in 16 or 32 bits
 ROWS = 4  # of a program, for e4m3 by rows, whose threads each take 64 bits of a row
-COLUMN_WORDS = 16  # of a program, for e4m3 by columns, whose threads each take a word of sixteen rows
 
 
 @triton.jit
@@ -115,9 +115,9 @@ def _rows_kernel(
     PDL: tl.constexpr,
 ):
     """With a gain only the rows for which it is below WEAK."""
+    row, lane = tl.program_id(1) * ROWS, tl.program_id(0) * THREADS + tl.arange(0, THREADS)
     wait_for_stream(PDL)
     w = Stored(packed_ptr, absmax_ptr, table_ptr, code2_ptr, absmax2_ptr, offset_ptr)
-    row, lane = tl.program_id(1) * ROWS, tl.program_id(0) * THREADS + tl.arange(0, THREADS)
     words, scales, factors, places, wanted = (), (), (), (), ()
     for u in tl.static_range(ROWS):
         inside = (lane < K16) & (row + u < N)
@@ -160,63 +160,63 @@ def _columns_kernel(
     scale_ptr,
     out_ptr,
     N,
-    K8,
+    K16,
     BLOCK: tl.constexpr,
     LOW_FIRST: tl.constexpr,
     KIND: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     THREADS: tl.constexpr,
-    WORDS: tl.constexpr,
     SHARED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A thread has a word of each of sixteen rows, and so sixteen bytes of each of eight of the result's: nothing goes
-    through shared memory. Threads are numbered by hand: with two dimensions the compiler would turn them. SHARED
-    neighbours, whose words lie in the same blocks, find the scales of some rows each, and hand them round."""
+    """A thread has 64 bits of each of sixteen rows, and so sixteen bytes of each of sixteen of the result's: nothing
+    goes through shared memory. Eight neighbours have 128 rows, a whole line of the result. Threads are numbered by
+    hand: with two dimensions the compiler would turn them. SHARED threads of a warp, eight apart, have elements of the
+    same blocks; they find the scales of some rows each, and hand them round."""
+    lane = tl.arange(0, THREADS)
     wait_for_stream(PDL)
     w = Stored(packed_ptr, absmax_ptr, table_ptr, code2_ptr, absmax2_ptr, offset_ptr)
-    lane = tl.arange(0, THREADS)
-    sixteen = tl.program_id(1) * (THREADS // WORDS) + lane // WORDS
-    word = tl.program_id(0) * WORDS + lane % WORDS
-    inside = (sixteen * 16 < N) & (word < K8)
-    first = (sixteen * 16).to(tl.int64) * K8 + word
-    words, scales, factors = (), (), ()
+    sixteen = tl.program_id(1) * 8 + lane % 8
+    double = tl.program_id(0) * (THREADS // 8) + lane // 8
+    inside = (sixteen * 16 < N) & (double < K16)
+    first = (sixteen * 16).to(tl.int64) * K16 + double
+    words, scales = (), ()
     for row in tl.static_range(16):
-        words = words + (tl.load(w.packed + first + row * K8, mask=inside, other=0),)
+        words = words + (tl.load(w.packed + first + row * K16, mask=inside, other=0),)
     if SHARED > 1:
         own = ()
         for j in tl.static_range(16 // SHARED):
-            row = lane % SHARED * (16 // SHARED) + j
-            own = own + (scale_of(w, (first + row * K8) // (BLOCK // 8), inside),)
+            row = lane // 8 % SHARED * (16 // SHARED) + j
+            own = own + (scale_of(w, (first + row * K16) // (BLOCK // 16), inside),)
         for row in tl.static_range(16):
             scales = scales + (of_neighbour(own[row % (16 // SHARED)], row // (16 // SHARED), SHARED),)
     else:
         for row in tl.static_range(16):
-            scales = scales + (scale_of(w, (first + row * K8) // (BLOCK // 8), inside),)
-    for i in tl.static_range(8):
-        factors = factors + (1 / tl.load(scale_ptr + word * 8 + i, mask=word < K8, other=1.0),)
-    made = ()  # of each four rows eight columns
-    for q in tl.static_range(4):
-        four, their = words[4 * q : 4 * q + 4], scales[4 * q : 4 * q + 4]
-        if ASSEMBLY is not None:
-            made = made + (
-                tl.inline_asm_elementwise(
-                    ASSEMBLY,
-                    "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,f,f,f,f,f,f,f,f,f,f,f,f,l",
-                    four + their + factors + (w.table.to(tl.int64),),
-                    dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
-                    is_pure=True,
-                    pack=1,
-                ),
-            )
-        else:
-            columns = ()
-            for i in tl.static_range(8):
-                columns = columns + (four_of_column(four, their, i, factors[i], w.table, LOW_FIRST, KIND),)
-            made = made + (columns,)
-    for i in tl.static_range(8):
-        at = (word * 8 + i).to(tl.int64) * (N // 4) + sixteen * 4
-        store_four(out_ptr, at, made[0][i], made[1][i], made[2][i], made[3][i], inside)
+            scales = scales + (scale_of(w, (first + row * K16) // (BLOCK // 16), inside),)
+    table = tl.load(w.table + lane % 16)  # whose numbers are looked up in the registers of these threads
+    for i in tl.static_range(16):
+        factor = 1 / tl.load(scale_ptr + double * 16 + i, mask=double < K16, other=1.0)
+        made = ()  # of each four rows
+        for q in tl.static_range(4):
+            four, their = (), scales[4 * q : 4 * q + 4]
+            for row in tl.static_range(4 * q, 4 * q + 4):
+                word = (words[row] >> (i // 8 * 32)).to(tl.int32)
+                four = four + ((word if ASSEMBLY is None else word >> shift_of(i % 8, LOW_FIRST)),)
+            if ASSEMBLY is not None:
+                made = made + (
+                    tl.inline_asm_elementwise(
+                        ASSEMBLY,
+                        "=r,r,r,r,r,f,f,f,f,f,f",
+                        four + their + (factor, table),
+                        dtype=tl.int32,
+                        is_pure=True,
+                        pack=1,
+                    ),
+                )
+            else:
+                made = made + (four_of_column(four, their, i % 8, factor, w.table, LOW_FIRST, KIND),)
+        at = (double * 16 + i).to(tl.int64) * (N // 4) + sixteen * 4
+        store_four(out_ptr, at, made[0], made[1], made[2], made[3], inside)
 
 
 def whole(w: Stored, out: Operand, *, low_first: bool) -> Launch:
@@ -228,6 +228,7 @@ def whole(w: Stored, out: Operand, *, low_first: bool) -> Launch:
         (triton.cdiv(words, THREADS * WORDS),),
         {"num_warps": THREADS // 32},
         out,
+        short=True,
         **_read(w, torch.int32),
         out_ptr=out.seen_as((words * 4,), torch.int32) if half else out,
         WORDS_IN_ALL=words,
@@ -250,6 +251,7 @@ def by_rows(
         (triton.cdiv(k // 16, THREADS), triton.cdiv(n, ROWS)),
         {"num_warps": THREADS // 32},
         out,
+        short=True,
         **_read(w, torch.int64),
         scale_ptr=scale,
         gain_ptr=gain,
@@ -266,26 +268,25 @@ def by_rows(
 
 
 def by_columns(w: Stored, out: Operand, scale: Operand, *, low_first: bool, kind: torch.dtype) -> Launch:
-    """out [K, N], e4m3, is filled with W^T, rounded to ``kind``, over the scales [K] of its rows, powers of two. K is a
-    multiple of 8, N of 16."""
+    """out [K, N], e4m3, is filled with W^T, rounded to ``kind``, over the scales [K] of its rows, powers of two. K and
+    N are multiples of 16."""
     (k, n), blocks = out.shape, _blocks(w, low_first)
     block = blocks["BLOCK"]
-    shared = min(block // 8, 16, COLUMN_WORDS) if COMPILED.value and k % block == 0 else 1
     return launch(
         _columns_kernel,
-        (triton.cdiv(k // 8, COLUMN_WORDS), triton.cdiv(n, THREADS // COLUMN_WORDS * 16)),
+        (triton.cdiv(k // 16, THREADS // 8), triton.cdiv(n, 128)),
         {"num_warps": THREADS // 32},
         out,
-        **_read(w, torch.int32),
+        short=True,
+        **_read(w, torch.int64),
         scale_ptr=scale,
         out_ptr=out.seen_as((n * k // 4,), torch.int32),
         N=n,
-        K8=k // 8,
+        K16=k // 16,
         KIND=TL[kind],
-        ASSEMBLY=columns_assembly(low_first, NAMES[kind]) if COMPILED.value else None,
+        ASSEMBLY=columns_assembly(NAMES[kind]) if COMPILED.value else None,
         THREADS=THREADS,
-        WORDS=COLUMN_WORDS,
-        SHARED=shared,
+        SHARED=min(block // 16, 4) if COMPILED.value and k % block == 0 else 1,
         **blocks,
     )
 

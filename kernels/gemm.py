@@ -31,6 +31,7 @@ from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
     FP8,
     TL,
+    Bits,
     Matrix,
     acc_dtype,
     late,
@@ -68,25 +69,33 @@ def halves(tile):
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 
 
+class Epilogue(NamedTuple):
+    """What becomes of a tile, each None where it does not: to z goes the tile as it is before gain and bias; ``own`` is
+    of ``Own``, None where there is one row of gains."""
+
+    z: Any  # a pointer or a descriptor
+    gain_ptr: Any
+    own: Any
+    bias_ptr: Any
+
+
 @triton.jit
-def _store(
-    out, z_ptr, acc, row, col, gain_ptr, own, bias_ptr, ADDS: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr
-):
-    """The epilogue; to z goes the tile as it is before gain and bias. ``own``: see ``Own``, None where there is one row
-    of gains."""
+def _store(out, of, acc, row, col, ADDS: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr):
+    """The epilogue of a tile or a part of its columns."""
     cols = col + tl.arange(0, acc.shape[1])
     gained, shifted = cols < out.cols, cols < out.cols
     if ADDS:
         acc += load_tile(out, row, col, acc.shape[0], acc.shape[1], TMA).to(acc.dtype)
-    if z_ptr is not None:
-        store_tile(Matrix(z_ptr, out.rows, out.cols, out.cols, 1), acc, row, col, DTYPE, TMA)
-    if own is not None:
-        gain_ptr += own.to(tl.int64) * out.cols
-        gained, shifted = gained & (own >= 0), shifted & (own > MIXED)
+    if of.z is not None:
+        store_tile(Matrix(of.z, out.rows, out.cols, out.cols, 1), acc, row, col, DTYPE, TMA)
+    gain_ptr = of.gain_ptr
+    if of.own is not None:
+        gain_ptr += of.own.to(tl.int64) * out.cols
+        gained, shifted = gained & (of.own >= 0), shifted & (of.own > MIXED)
     if gain_ptr is not None:
         acc *= tl.load(gain_ptr + cols, mask=gained, other=1.0).to(acc.dtype)[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + cols, mask=shifted, other=0.0).to(acc.dtype)[None, :]
+    if of.bias_ptr is not None:
+        acc += tl.load(of.bias_ptr + cols, mask=shifted, other=0.0).to(acc.dtype)[None, :]
     store_tile(out, acc, row, col, DTYPE, TMA)
 
 
@@ -97,19 +106,30 @@ def _part(ptr, first, end, SIZE: tl.constexpr):
     return tl.load(ptr + i, mask=i < end, other=1.0)
 
 
-class Bits(NamedTuple):
-    """A dropout mask as device code sees it: words, so many a row."""
+class Low(NamedTuple):
+    """The two matrices of a low-rank product P Q'."""
 
-    ptr: Any
-    stride: Any
-    rows: Any
+    p: Any
+    q: Any
 
 
 class Scales(NamedTuple):
-    """Of the rows of an e4m3 x and of those of w: pointers."""
+    """Of the rows of an e4m3 x and of those of w: pointers, or a tile's."""
 
     x: Any
     w: Any
+
+
+class Masked(NamedTuple):
+    """The constants of ``_store_masked``."""
+
+    BLOCK_R: Any
+    RANK_STEPS: Any
+    Q_T: Any
+    ADDS: Any
+    PRECISION: Any
+    DTYPE: Any
+    TMA: Any
 
 
 @triton.jit
@@ -121,8 +141,7 @@ def mask_of_tile(bits, row, col, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _ranks(
-    p,
-    q,
+    low,
     row,
     col,
     rank,
@@ -133,32 +152,16 @@ def _ranks(
     TMA: tl.constexpr = False,
 ):
     """A tile's rows of P and columns of Q', BLOCK_R ranks of them."""
-    a = load_tile(p, row, rank, BLOCK_M, BLOCK_R, TMA)
+    a = load_tile(low.p, row, rank, BLOCK_M, BLOCK_R, TMA)
     if Q_T:
-        b = load_tile(q, col, rank, BLOCK_N, BLOCK_R, TMA).T
+        b = load_tile(low.q, col, rank, BLOCK_N, BLOCK_R, TMA).T
     else:
-        b = load_tile(q, rank, col, BLOCK_R, BLOCK_N, TMA)
+        b = load_tile(low.q, rank, col, BLOCK_R, BLOCK_N, TMA)
     return a, b
 
 
 @triton.jit
-def _store_masked(
-    out,
-    acc,
-    p,
-    q,
-    bits,
-    scales,
-    row,
-    col,
-    BLOCK_R: tl.constexpr,
-    RANK_STEPS: tl.constexpr,
-    Q_T: tl.constexpr,
-    ADDS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
-    TMA: tl.constexpr,
-):
+def _store_masked(out, acc, low, bits, scales, row, col, by):
     """A tile of an fp8 product under a mask, a part of its columns at a time: scales, and their low-rank product."""
     BLOCK_M: tl.constexpr = acc.shape[0]
     PIECES: tl.constexpr = 4 if acc.shape[1] >= 128 else 2  # that fit the registers beside a low-rank product
@@ -169,17 +172,17 @@ def _store_masked(
         if PIECES == 4:
             first, second = halves(piece)
             piece = first if i % 2 == 0 else second
-        low = tl.zeros([BLOCK_M, WIDTH], dtype=acc.dtype)
-        for step in tl.static_range(RANK_STEPS):  # at run time it would make ptxas serialise the base product
-            a, b = _ranks(p, q, row, col, step * BLOCK_R, BLOCK_M, WIDTH, BLOCK_R, Q_T, TMA)
-            low = mma(a, b, low, PRECISION)
-        low = tl.where(unpack_words(mask_of_tile(bits, row, col, BLOCK_M, WIDTH)), low, 0.0)
+        added = tl.zeros([BLOCK_M, WIDTH], dtype=acc.dtype)
+        for step in tl.static_range(by.RANK_STEPS):  # at run time it would make ptxas serialise the base product
+            a, b = _ranks(low, row, col, step * by.BLOCK_R, BLOCK_M, WIDTH, by.BLOCK_R, by.Q_T, by.TMA)
+            added = mma(a, b, added, by.PRECISION)
+        added = tl.where(unpack_words(mask_of_tile(bits, row, col, BLOCK_M, WIDTH)), added, 0.0)
         x_scale = _part(scales.x, row, out.rows, BLOCK_M).to(acc.dtype)
         w_scale = _part(scales.w, col, out.cols, WIDTH).to(acc.dtype)
-        piece = piece * x_scale[:, None] * w_scale[None, :] + low
-        if ADDS:
-            piece += load_tile(out, row, col, BLOCK_M, WIDTH, TMA).to(acc.dtype)
-        store_tile(out, piece, row, col, DTYPE, TMA)
+        piece = piece * x_scale[:, None] * w_scale[None, :] + added
+        if by.ADDS:
+            piece += load_tile(out, row, col, BLOCK_M, WIDTH, by.TMA).to(acc.dtype)
+        store_tile(out, piece, row, col, by.DTYPE, by.TMA)
         col += WIDTH
 
 
@@ -191,12 +194,9 @@ def _over(t, scale, AXIS: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def _low_rank(
-    a,
-    b,
-    x_scale,
-    w_scale,
-    p,
-    q,
+    first,
+    scales,
+    low,
     row,
     col,
     Q_T: tl.constexpr,
@@ -204,17 +204,18 @@ def _low_rank(
     PRECISION: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """P Q' of a tile over its scales: where an fp8 product begins. a, b: the first ranks."""
+    """P Q' of a tile over its scales: where an fp8 product begins. ``first``: the first ranks of both."""
+    a, b = first
     BLOCK_M: tl.constexpr = a.shape[0]
     BLOCK_R: tl.constexpr = a.shape[1]
     BLOCK_N: tl.constexpr = b.shape[1]
     acc = mma(
-        _over(a, x_scale, 1, KIND), _over(b, w_scale, 0, KIND), tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC), PRECISION
+        _over(a, scales.x, 1, KIND), _over(b, scales.w, 0, KIND), tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC), PRECISION
     )
-    if p.cols > BLOCK_R:
-        for rank in tl.range(BLOCK_R, p.cols, BLOCK_R, num_stages=1):
-            a, b = _ranks(p, q, row, col, rank, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
-            acc = mma(_over(a, x_scale, 1, KIND), _over(b, w_scale, 0, KIND), acc, PRECISION)
+    if low.p.cols > BLOCK_R:
+        for rank in tl.range(BLOCK_R, low.p.cols, BLOCK_R, num_stages=1):
+            a, b = _ranks(low, row, col, rank, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
+            acc = mma(_over(a, scales.x, 1, KIND), _over(b, scales.w, 0, KIND), acc, PRECISION)
     return acc
 
 
@@ -270,8 +271,8 @@ def _gemm_kernel(
     FP8: tl.constexpr = x_scale_ptr is not None
     MASK: tl.constexpr = bits_ptr is not None
     LOW_FIRST: tl.constexpr = FP8 and not MASK
-    whole_p, whole_out = Matrix(p, M, R, stride_p, 1), Matrix(out, M, N, N, 1)
-    whole_q = Matrix(q, N if Q_T else R, R if Q_T else N, stride_qr, stride_qc)
+    low = Low(Matrix(p, M, R, stride_p, 1), Matrix(q, N if Q_T else R, R if Q_T else N, stride_qr, stride_qc))
+    whole_out = Matrix(out, M, N, N, 1)
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
     UNITS: tl.constexpr = units_ptr is not None
@@ -299,8 +300,8 @@ def _gemm_kernel(
         words = mask_of_tile(Bits(bits_ptr, stride_bits, M), row_next, col_next, BLOCK_M, BLOCK_N)
     if LOW_FIRST:
         x_scale, w_scale = _part(x_scale_ptr, row_next, M, BLOCK_M), _part(w_scale_ptr, col_next, N, BLOCK_N)
-        p0, q0 = _ranks(whole_p, whole_q, row_next, col_next, 0, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
-        acc = _low_rank(p0, q0, x_scale, w_scale, whole_p, whole_q, row_next, col_next, Q_T, ACC, PRECISION, KIND)
+        p0, q0 = _ranks(low, row_next, col_next, 0, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
+        acc = _low_rank((p0, q0), Scales(x_scale, w_scale), low, row_next, col_next, Q_T, ACC, PRECISION, KIND)
     for _ in range(0, steps):
         c += BLOCK_C
         if c == end:
@@ -338,7 +339,7 @@ def _gemm_kernel(
             if c == end - BLOCK_C:
                 if LOW_FIRST:  # comes in while this tile is stored
                     x_next, w_next = _part(x_scale_ptr, row_next, M, BLOCK_M), _part(w_scale_ptr, col_next, N, BLOCK_N)
-                    p0, q0 = _ranks(whole_p, whole_q, row_next, col_next, 0, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
+                    p0, q0 = _ranks(low, row_next, col_next, 0, BLOCK_M, BLOCK_N, BLOCK_R, Q_T)
                     acc *= x_scale.to(ACC)[:, None]
                     acc *= late(w_scale).to(ACC)[None, :]
                     x_scale, w_scale = x_next, w_next
@@ -346,36 +347,26 @@ def _gemm_kernel(
                     _store_masked(
                         whole_out,
                         acc,
-                        whole_p,
-                        whole_q,
+                        low,
                         Bits(bits_ptr, stride_bits, M),
                         Scales(x_scale_ptr, w_scale_ptr),
                         row,
                         col,
-                        BLOCK_R,
-                        RANK_STEPS,
-                        Q_T,
-                        ADDS,
-                        PRECISION,
-                        DTYPE,
-                        TMA,
+                        Masked(BLOCK_R, RANK_STEPS, Q_T, ADDS, PRECISION, DTYPE, TMA),
                     )
                 else:
                     own = None
                     if own_ptr is not None:
                         own = tl.load(own_ptr + row // OWN_ROWS)
                     left_half, right_half = halves(acc)
-                    _store(whole_out, z, left_half, row, col, gain_ptr, own, bias_ptr, ADDS, DTYPE, TMA)
-                    to = col + BLOCK_N // 2
-                    _store(whole_out, z, right_half, row, to, gain_ptr, own, bias_ptr, ADDS, DTYPE, TMA)
+                    epilogue = Epilogue(z, gain_ptr, own, bias_ptr)
+                    _store(whole_out, epilogue, left_half, row, col, ADDS, DTYPE, TMA)
+                    _store(whole_out, epilogue, right_half, row, col + BLOCK_N // 2, ADDS, DTYPE, TMA)
                 if LOW_FIRST:
                     acc = _low_rank(
-                        late(p0),
-                        late(q0),
-                        late(x_scale),
-                        late(w_scale),
-                        whole_p,
-                        whole_q,
+                        (late(p0), late(q0)),
+                        Scales(late(x_scale), late(w_scale)),
+                        low,
                         row_next,
                         col_next,
                         Q_T,
@@ -514,7 +505,7 @@ def product(
     )
 
 
-def gemm(x: torch.Tensor, w: torch.Tensor, p: torch.Tensor, q: torch.Tensor, **others) -> torch.Tensor:
+def gemm(x: torch.Tensor, w: torch.Tensor, p: torch.Tensor, q: torch.Tensor, **others: Any) -> torch.Tensor:
     """The result of ``product``, which says what else it takes."""
     by_rows = others["transposed"] or x.dtype == FP8
     out = p.new_empty(x.shape[0], w.shape[0 if by_rows else 1])

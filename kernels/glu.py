@@ -1,9 +1,9 @@
-"""The middle of a gated MLP, h = act(e) * g, element by element, with what else one read of e and g gives.
+"""The middle of an MLP, h = act(e) * g, or act(e), element by element, with what else one read of e and g gives.
 
 Forward: h, and S = scaling * drop(h) A^T of the layer that reads it. Backward, from dh: de = dh * g * act'(e) and dg =
 dh * act(e), which may take the memory of e and g; h again, which takes that of dh. With DoRA's gains it is dZ = de *
 gain that is written, which all that comes later reads, and the column sums of de * e and dg * g make the gradients of
-the magnitudes.
+the magnitudes. e and g may be the two halves of one matrix's columns.
 """
 
 import triton
@@ -44,6 +44,7 @@ def _glu_down_kernel(
     M,
     K,
     R,
+    stride_e,
     stride_bits,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -60,8 +61,9 @@ def _glu_down_kernel(
     rows, ranks = row + tl.arange(0, BLOCK_M), rank + tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
     for k in range(0, K, BLOCK_K):
-        e_tile = load_tile(Matrix(e, M, K, K, 1), row, k, BLOCK_M, BLOCK_K, TMA)
-        g_tile = load_tile(Matrix(g, M, K, K, 1), row, k, BLOCK_M, BLOCK_K, TMA)
+        e_tile, g_tile = load_tile(Matrix(e, M, K, stride_e, 1), row, k, BLOCK_M, BLOCK_K, TMA), None
+        if g is not None:
+            g_tile = load_tile(Matrix(g, M, K, stride_e, 1), row, k, BLOCK_M, BLOCK_K, TMA)
         if a_ptr is not None:
             a = load_tile(Matrix(a_ptr, R, K, K, 1), rank, k, BLOCK_R, BLOCK_K, TMA)
         tile = late(gated(e_tile, g_tile, ACT, ACC, DTYPE))  # else Triton makes it once for each of its uses
@@ -80,7 +82,7 @@ def _glu_down_kernel(
 
 def glu_down(
     e: Operand,
-    g: Operand,
+    g: Operand | None,
     h: Operand,
     a: Operand | None,
     s: Operand | None,
@@ -90,10 +92,11 @@ def glu_down(
     act: str,
     bits: Operand | None = None,
 ) -> Launch:
-    """h [M, K] = act(e) * g, and with a [R, K], R a multiple of 16, s [M, R] = scales * keep * drop(h) a^T, from the
-    bits of a mask on h. All are contiguous and in one dtype, scales [R] in float32."""
+    """h [M, K] = act(e) * g, act(e) without g, and with a [R, K], R a multiple of 16, s [M, R] = scales * keep *
+    drop(h) a^T, from the bits of a mask on h. All are in one dtype, scales [R] in float32, and contiguous, but for the
+    rows of e and g, which may be further apart, alike in both."""
     (m, k), r = e.shape, 16 if a is None else len(a)
-    tma, masked = tma_fits(e, g, h, *(() if a is None else (a,))), bits is not None
+    tma, masked = tma_fits(*(t for t in (e, g, h, a) if t is not None)), bits is not None
     tile = pass_tiles.glu_down(m, r, dtype=e.dtype, chip=Chip.of(e.device), tma=tma, masked=masked)
     block, of_a = [tile.m, tile.k], [tile.r, tile.k]
     return launch(
@@ -102,7 +105,7 @@ def glu_down(
         tile.options,
         e,
         e=Tiles(e, block) if tma else e,
-        g=Tiles(g, block) if tma else g,
+        g=g and Tiles(g, block) if tma else g,
         h=Tiles(h, block) if tma else h,
         a_ptr=a and Tiles(a, of_a) if tma else a,
         s_ptr=s,
@@ -112,6 +115,7 @@ def glu_down(
         M=m,
         K=k,
         R=r,
+        stride_e=e.stride(0),
         stride_bits=triton.cdiv(k, 32) if masked else 0,
         BLOCK_M=tile.m,
         BLOCK_K=tile.k,
@@ -147,6 +151,9 @@ def _glu_grad_kernel(
     g_parts_ptr,
     M,
     N,
+    stride_e,
+    stride_de,
+    stride_parts,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     STEPS: tl.constexpr,
@@ -169,32 +176,35 @@ def _glu_grad_kernel(
         g_dots = tl.zeros([ROWS, COLS], dtype=ACC)
     for row in range(first, tl.minimum(first + ROWS * STEPS, M), ROWS):
         dh = load_tile(Matrix(dh_ptr, M, N, N, 1), row, col, ROWS, COLS).to(ACC)
-        e = load_tile(Matrix(e_ptr, M, N, N, 1), row, col, ROWS, COLS).to(ACC)
-        g = load_tile(Matrix(g_ptr, M, N, N, 1), row, col, ROWS, COLS).to(ACC)
+        e = load_tile(Matrix(e_ptr, M, N, stride_e, 1), row, col, ROWS, COLS).to(ACC)
         f, slope = act_and_slope(e, ACT)
         f = f.to(DTYPE).to(ACC)
-        de = dh * g * slope
-        dg = dh * f
+        de = dh * slope
+        if g_ptr is not None:
+            g = load_tile(Matrix(g_ptr, M, N, stride_e, 1), row, col, ROWS, COLS).to(ACC)
+            de = dh * g * slope
+            dg = dh * f
+            f *= g
+            if g_parts_ptr is not None:
+                g_dots += dg * g
+            if g_gain_ptr is not None:
+                dg *= g_gain
+            store_tile(Matrix(dg_ptr, M, N, stride_de, 1), dg, row, col, DTYPE)
         if e_parts_ptr is not None:
             e_dots += de * e
-        if g_parts_ptr is not None:
-            g_dots += dg * g
         if e_gain_ptr is not None:
             de *= e_gain
-        if g_gain_ptr is not None:
-            dg *= g_gain
-        store_tile(Matrix(de_ptr, M, N, N, 1), de, row, col, DTYPE)
-        store_tile(Matrix(dg_ptr, M, N, N, 1), dg, row, col, DTYPE)
+        store_tile(Matrix(de_ptr, M, N, stride_de, 1), de, row, col, DTYPE)
         if h_ptr is not None:
-            store_tile(Matrix(h_ptr, M, N, N, 1), f * g, row, col, DTYPE)
-    part = tl.program_id(1).to(tl.int64) * N
+            store_tile(Matrix(h_ptr, M, N, N, 1), f, row, col, DTYPE)
+    part = tl.program_id(1).to(tl.int64) * stride_parts
     if e_parts_ptr is not None:
         tl.store(e_parts_ptr + part + cols, tl.sum(e_dots, 0), mask=cols < N)
     if g_parts_ptr is not None:
         tl.store(g_parts_ptr + part + cols, tl.sum(g_dots, 0), mask=cols < N)
 
 
-Pair = tuple[Operand | None, Operand | None]  # of gate and of up
+Pair = tuple[Operand | None, Operand | None]  # of e and of g
 
 
 def glu_splits(m: int) -> int:
@@ -206,23 +216,24 @@ def glu_splits(m: int) -> int:
 def glu_grad(
     dh: Operand,
     e: Operand,
-    g: Operand,
+    g: Operand | None,
     de: Operand,
-    dg: Operand,
+    dg: Operand | None,
     *,
     act: str,
     gains: Pair = (None, None),
     parts: Pair = (None, None),
     with_h: bool = True,
 ) -> Launch:
-    """de and dg [M, N] from dh, e and g, which they may lie over, and h over dh, if wanted; all contiguous and in one
-    dtype.
+    """de and dg [M, N] from dh, e and g, which they may lie over, and h over dh, if wanted; without g there is no dg.
+    All are in one dtype and contiguous, but rows may be further apart in e and g, alike in both, and in de and dg.
 
-    ``gains`` [N] in float32: of DoRA, which de and dg get. ``parts`` [``glu_splits``, N]: filled with those of the
-    column sums of de * e and of dg * g, without gains. Columns whose gain is weak wait for it where there are parts:
-    ``add_parts`` scales them.
+    ``gains`` [1, N] in float32: of DoRA, which de and dg get. ``parts`` [``glu_splits``, N], whose rows may be further
+    apart, alike in both: filled with those of the column sums of de * e and of dg * g, without gains. Columns whose
+    gain is weak wait for it where there are parts: ``add_parts`` scales them.
     """
     (m, n), tile = dh.shape, pass_tiles.glu_grad(dora=any(t is not None for t in (*gains, *parts)))
+    some_parts = parts[0] or parts[1]
     return launch(
         _glu_grad_kernel,
         (triton.cdiv(n, tile.n), triton.cdiv(m, tile.m * tile.k)),
@@ -240,6 +251,9 @@ def glu_grad(
         g_parts_ptr=parts[1],
         M=m,
         N=n,
+        stride_e=e.stride(0),
+        stride_de=de.stride(0),
+        stride_parts=0 if some_parts is None else some_parts.stride(0),
         ROWS=tile.m,
         COLS=tile.n,
         STEPS=tile.k,

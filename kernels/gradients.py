@@ -59,7 +59,7 @@ class Gradients(NamedTuple):
         """dZ and W as they are, of which dX is made."""
         return (self.one.dy.rows() if self.one.dz is None else self.one.dz), self.held[0]
 
-    def dora(self, x: Maybe, w: Read | None = None) -> Dora | None:
+    def dora(self, x: Maybe, w: Read | None = None) -> Dora[Any] | None:
         """What the pass over dY does for DoRA."""
         one, has, sibling = self.one, self.has, self.sibling
         if not sibling.dora or sibling.scaled:

@@ -15,6 +15,7 @@ from lora_fast.kernels.binding import bound_program, kind_of
 from lora_fast.kernels.common import precision, wide
 from lora_fast.kernels.gradients import Gradients, OneBackward, Wanted, few_rows
 from lora_fast.kernels.mask import keep_count, keep_scale, mask
+from lora_fast.kernels.memory import allocator
 from lora_fast.kernels.operands import Number, Operand, Scratch, as_scaling
 from lora_fast.kernels.outputs import OneForward, outputs
 from lora_fast.kernels.passes import Pass, a_pass, launches_of
@@ -108,7 +109,7 @@ def forward(
     x [..., K], contiguous or the matrix of its rows; the adapters, bias and magnitude contiguous, in any dtype; with a
     seed elements of x are dropped with p, the same for all.
     """
-    m, words, new = group.m, -(-group.k // 32), x.new_empty
+    m, words, new = group.m, -(-group.k // 32), allocator(x)
     room, bits = new(group.bytes, dtype=torch.uint8), None
     count, keep = 0, 1.0
     if seed is not None:
@@ -165,7 +166,7 @@ def backward(
     """
     m, room, bits, kind = group.m, made.room, made.bits, group.kind
     in_place = in_place and m > FEW
-    new, dx, stacked, ds = room.new_empty, None, None, None
+    new, dx, stacked, ds = allocator(room), None, None, None
     if group.needs_x:
         dx = new(*group.x_shape, dtype=kind)
     strides = [None if dy is None or dy.is_contiguous() else dy.stride() for dy in dys]

@@ -1,5 +1,5 @@
-"""DoRA's gain as a forward makes it, and as a layer has it made once for many forwards: n, g and the copies of A and B
-that decoding reads, from the weights alone."""
+"""What a forward makes of the weights alone, and a layer has made once for many forwards: DoRA's n and g, and the
+copies of A and B that products read."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Keeping(NamedTuple):
 
     a: Operand
     b: Operand
-    magnitude: Operand
+    magnitude: Operand | None  # of DoRA
     kept: Operand
     scaling: Operand | Number
     held: tuple[Operand, ...]  # those of the base's tensors that y reads
@@ -25,13 +25,15 @@ class Keeping(NamedTuple):
 def kept_launches(at: Keeping, problem: Problem) -> list[Launch]:
     """The gain is made from copies of the adapters where a forward makes it from copies."""
     kept, scratch = problem.kept(at.kept), Scratch(at.a.device)
-    w = problem.base.y(at.held, problem.wanted(scratch))
     a, b, copies = at.a, at.b, []
     if problem.casts:
         a, b = problem.seen(
             *(part or scratch.part(*problem.shapes[name]) for name, part in (("a", kept.a), ("b", kept.b)))
         )
         copies = [cast_adapters(at.a, Cast(at.a, at.b, a, b), at.scaling, problem.lifted)]
+    if at.magnitude is None:
+        return copies
+    w = problem.base.y(at.held, problem.wanted(scratch))
     return [*w.launches, *copies, *gain_launches(problem, w, a, b, at.magnitude, at.scaling, kept, scratch)]
 
 

@@ -45,7 +45,7 @@ class Form(NamedTuple):
     """
 
     prepare: Callable[[Any, int], Launch]
-    start: Callable[[Sequence[Launch], list, int], None]
+    start: Callable[[Sequence[Launch], list[Any], int], None]
     encode: str
 
 
@@ -58,7 +58,7 @@ def _prepare_flat(kernel: Any, constants: int) -> Launch:
     return start, head, (None,) * constants
 
 
-def _start_flat(launches: Sequence[Launch], values: list, stream: int) -> None:
+def _start_flat(launches: Sequence[Launch], values: list[Any], stream: int) -> None:
     for start, grid, head, pick, tail in launches:
         start(*grid, stream, *head, *pick(values), *tail)
 
@@ -81,7 +81,7 @@ def _prepare_packed(kernel: Any, constants: int) -> Launch:
     return triton.runtime.driver.active.utils.launch, head, ()
 
 
-def _start_packed(launches: Sequence[Launch], values: list, stream: int) -> None:
+def _start_packed(launches: Sequence[Launch], values: list[Any], stream: int) -> None:
     for start, grid, head, pick, tail in launches:
         start(*grid, stream, *head, (*pick(values), *tail))
 

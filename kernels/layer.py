@@ -20,7 +20,7 @@ from lora_fast.kernels.mask import mask
 from lora_fast.kernels.operands import Number, Operand, Scratch
 from lora_fast.kernels.pair import OverDy, pair, takes_pair
 from lora_fast.kernels.passes import Pass, a_pass, dy_passes, launches_of
-from lora_fast.kernels.problem import Problem
+from lora_fast.kernels.problem import Problem, Small
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.sums import Dora, weak_gain
 
@@ -53,24 +53,21 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     x, y, small, lifted = at.x.rows(), at.y.rows(), problem.small(at.room), problem.lifted
     scratch = Scratch(x.device)
     w = problem.base.y(at.held, problem.wanted(scratch))
+    kept = Small() if at.kept is None else problem.kept(at.kept)
     a, b, cast = at.a, at.b, None
-    if problem.casts:
+    if kept.a is not None:
+        a, b = kept.a, kept.b
+    elif problem.casts:
         a, b = small.a, small.b
         cast = Cast(at.a, at.b, a, b)
     first = [] if at.seed is None else [mask(at.seed, at.bits, at.keep_count, at.n_words)]
     gains: list[Launch] = []
-    gain = small.gain
-    if at.kept is not None:
-        gain = problem.kept(at.kept).gain
-    elif problem.dora:  # whose parts take y's memory, until y is there
+    gain = small.gain if at.kept is None else kept.gain
+    if problem.dora and at.kept is None:  # whose parts take y's memory, until y is there
         gains = gain_launches(problem, w, a, b, at.magnitude, at.scaling, small, scratch, y)
     simple = at.bits is None and not problem.quantises
     if simple and problem.alone and takes_decode(x, w.matrix, a):
-        copies = []
-        if cast is not None and at.kept is not None:
-            a, b = problem.kept(at.kept)[:2]
-        elif cast is not None:
-            copies = [cast_adapters(x, cast, at.scaling, lifted)]
+        copies = [] if cast is None else [cast_adapters(x, cast, at.scaling, lifted)]
         return [
             *w.launches,
             *copies,
@@ -92,33 +89,23 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
             bias=at.bias,
             gain=gain,
             z=z,
+            lifted=lifted,
         )
         if whole is not None:
             return [*w.launches, *gains, whole]
     quantised = None if at.x8 is None else Quantised(at.x8, small.x_scale)
     if cast is None:
-        first.append(down(x, a, small.s, at.scaling, at.keep, bits=at.bits, quantised=quantised))
+        first.append(down(x, a, small.s, at.scaling, at.keep, bits=at.bits, quantised=quantised, lifted=lifted))
     else:
         first += cast_and_down(x, cast, small.s, at.scaling, at.keep, bits=at.bits, quantised=quantised, lifted=lifted)
     x, x_scale = (at.x8, small.x_scale) if problem.base.e4m3 else (x, None)
-    return [
-        *first,
-        *w.launches,
-        *gains,
-        product(
-            x,
-            w.matrix,
-            small.s,
-            b,
-            y,
-            transposed=True,
-            bias=at.bias,
-            gain=gain,
-            z=z,
-            x_scale=x_scale,
-            w_scale=w.scale,
-        ),
-    ]
+    last = product(
+        x, w.matrix, small.s, b, y, transposed=True, bias=at.bias, gain=gain, z=z, x_scale=x_scale, w_scale=w.scale
+    )
+    last.late = True
+    for launch in w.launches:
+        launch.late = not gains
+    return [*first, *w.launches, *gains, last]
 
 
 class Backward(NamedTuple):

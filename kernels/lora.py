@@ -11,10 +11,10 @@ import torch
 
 from lora_fast.kernels.binding import bound_program, kind_of
 from lora_fast.kernels.common import FP8, precision
-from lora_fast.kernels.few_rows import makes_s
 from lora_fast.kernels.kept import Keeping, kept_launches
 from lora_fast.kernels.layer import Backward, Forward, backward_launches, forward_launches
 from lora_fast.kernels.mask import keep_count, keep_scale
+from lora_fast.kernels.memory import allocator
 from lora_fast.kernels.operands import as_scaling
 from lora_fast.kernels.passes import needs_dz
 from lora_fast.kernels.problem import Call, Made, MaybeTensor, Problem
@@ -38,17 +38,17 @@ def forward(
     dropped with call.p. ``round_norm`` rounds DoRA's norm to W's dtype. ``kept``: what ``make_kept`` made of the same
     weights, where no backward will come.
     """
-    m, k, seed = problem.m, problem.k, call.seed
-    y = x.new_empty(problem.y_shape)
+    m, k, seed, new = problem.m, problem.k, call.seed, allocator(x)
+    y = new(*problem.y_shape)
     z = torch.empty_like(y) if problem.keep_z else None
     bits = x8 = None
     words, count, keep = 0, 0, 1.0
     if seed is not None:
         words, count, keep = -(-k // 32), keep_count(call.p), keep_scale(call.p)
-        bits = x.new_empty(m, words, dtype=torch.int32)
+        bits = new(m, words, dtype=torch.int32)
     if problem.quantises:
-        x8 = x.new_empty(m, k, dtype=FP8)
-    room = x.new_empty(problem.bytes, dtype=torch.uint8)
+        x8 = new(m, k, dtype=FP8)
+    room = new(problem.bytes, dtype=torch.uint8)
     made = Made(room, bits, z, x8)
     if m == 0:
         return y, made
@@ -82,16 +82,16 @@ def forward(
     program = problem.programs.get(key)
     if program is None or (bound := program.bind(*given)) is None:
         program, bound = bound_program(problem, key, Forward, given)
-    if call.defers and not makes_s(program.launches[-1]):
-        program.run(bound, 0, -problem.last)
-        call.deferred = program, bound, -problem.last
+    if call.defers and program.late:
+        program.run(bound, 0, -program.late)
+        call.deferred = program, bound, -program.late
     else:
         program.run(bound)
     return y, made
 
 
-def make_kept(problem: Problem, call: Call, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """What a forward makes of the weights alone: DoRA's gain, and the copies of the adapters that decoding reads."""
+def make_kept(problem: Problem, call: Call, a: torch.Tensor, b: torch.Tensor, magnitude: MaybeTensor) -> torch.Tensor:
+    """What a forward makes of the weights alone: DoRA's gain, and the copies of the adapters that products read."""
     kept = a.new_empty(problem.lasting.bytes, dtype=torch.uint8)
     scaling = as_scaling(call.scaling)
     given = a, b, magnitude, kept, scaling, *call.held[problem.for_y]
@@ -111,12 +111,12 @@ def backward(
     With many rows dX comes last, and till then its memory holds what the passes leave for their sums.
     """
     m, n, r, kinds = problem.m, problem.n, problem.r, problem.kinds
-    need_x, need_a, need_b, need_bias, need_m = problem.needs
-    dx = dy.new_empty(problem.x_shape) if need_x else None
-    grad_a = dy.new_empty(r, problem.k, dtype=kinds.a) if need_a else None
-    grad_b = dy.new_empty(n, r, dtype=kinds.b) if need_b else None
-    grad_bias = dy.new_empty(n, dtype=kinds.bias) if need_bias else None
-    grad_m = dy.new_empty(n, dtype=kinds.m) if need_m else None
+    (need_x, need_a, need_b, need_bias, need_m), new = problem.needs, allocator(dy)
+    dx = new(*problem.x_shape) if need_x else None
+    grad_a = new(r, problem.k, dtype=kinds.a) if need_a else None
+    grad_b = new(n, r, dtype=kinds.b) if need_b else None
+    grad_bias = new(n, dtype=kinds.bias) if need_bias else None
+    grad_m = new(n, dtype=kinds.m) if need_m else None
     grads = dx, grad_a, grad_b, grad_bias, grad_m
     if m == 0:
         for grad in grads:
@@ -125,9 +125,9 @@ def backward(
         return grads
     dz = dz8 = None
     if need_x and problem.base.e4m3:
-        dz8 = dy.new_empty(m, n, dtype=FP8)
+        dz8 = new(m, n, dtype=FP8)
     elif problem.dora and (need_x or needs_dz(r, need_x or need_a, need_b)):
-        dz = dy.new_empty(m, n)
+        dz = new(m, n)
     x, _, _, _, _, bits, _, _, *held = saved
     scaling = as_scaling(scaling)
     given = dy, *grads, dz, dz8, scaling, 1.0 if bits is None else keep_scale(p), *saved

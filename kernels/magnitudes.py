@@ -10,7 +10,7 @@ import triton.language as tl
 from lora_fast.kernels.common import TL, Matrix, load_tile, precision, store_tile, wait_for_stream
 from lora_fast.kernels.operands import Operand, Scratch, launch
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.sums import MAGNITUDE_BLOCK, Dora, magnitude, sum_of, weak_gain
+from lora_fast.kernels.sums import MAGNITUDE_BLOCK, Again, Dora, Magnitude, Summed, magnitude, sum_of, weak_gain
 
 MOST = 4
 ROWS, COLS = 32, 256  # of a program that writes dZ
@@ -168,27 +168,11 @@ def _dm_kernel(
             parts_ptr, dm_ptr, gain_ptr, norm_ptr, n, r, first = parts3, dm3, gain3, norm3, N3, R3, first3
             dy, w, s, b, stride_y, stride_w, stride_b = dy3, w3, s3, b3, stride_y3, stride_w3, stride_b3
     col = (block - first) * BLOCK
-    total = sum_of(parts_ptr, col + tl.arange(0, BLOCK), splits, n, BLOCK, tl.float32)
-    magnitude(
-        total,
-        col,
-        dm_ptr,
-        gain_ptr,
-        norm_ptr,
-        Matrix(dy, M, n, stride_y, 1),
-        Matrix(x_ptr, M, K, stride_x, 1),
-        gate_ptr,
-        Matrix(w, n, K, stride_w, stride_wk),
-        Matrix(s, M, (r + 15) // 16 * 16, stride_s, 1),
-        Matrix(b, n, r, stride_b, 1),
-        None,
-        WEAK,
-        False,
-        ACT,
-        BLOCK,
-        tl.float32,
-        PRECISION,
-    )
+    total = sum_of(Summed(parts_ptr, splits, n), col + tl.arange(0, BLOCK), BLOCK, tl.float32)
+    of_x, of_w = Matrix(x_ptr, M, K, stride_x, 1), Matrix(w, n, K, stride_w, stride_wk)
+    of_s, of_b = Matrix(s, M, (r + 15) // 16 * 16, stride_s, 1), Matrix(b, n, r, stride_b, 1)
+    of, again = Magnitude(dm_ptr, gain_ptr, norm_ptr), Again(of_x, gate_ptr, of_w, None, of_s, of_b)
+    magnitude(total, col, of, Matrix(dy, M, n, stride_y, 1), again, WEAK, False, ACT, PRECISION)
 
 
 def dz_and_dm(each: Sequence[tuple[Operand, Dora[Operand]]], scratch: Scratch) -> list[Launch]:

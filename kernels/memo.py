@@ -4,14 +4,14 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 
-class Memo(dict):
+class Memo(dict[Any, Any]):
     """What was decided, by all that the decision rests on. Emptied when it holds 4096 (batch sizes that never repeat):
     the compiled kernels stay in Triton's cache."""
 
     def __init__(self) -> None:
         _memos[id(self)] = self
 
-    def keep(self, key: tuple, value: Any) -> Any:
+    def keep(self, key: tuple[Any, ...], value: Any) -> Any:
         if len(self) >= 4096:
             self.clear()
         self[key] = value

@@ -32,20 +32,19 @@ class Stored(NamedTuple):
 # Assembly ----------------------------------------------------------------------------------------------------------
 
 
-def _shifts(low_first: bool) -> list[int]:
-    """Where in a word its elements lie, in their order: two in a byte, the first in its high half or in its low one."""
-    return [8 * (i // 2) + 4 * (i % 2 == low_first) for i in range(8)]
+@triton.constexpr_function
+def shift_of(i: int, low_first: bool) -> int:
+    """Where in a word its element i lies: two in a byte, the first in its high half or in its low one."""
+    return 8 * (i // 2) + 4 * (i % 2 == low_first)
 
 
-_REGISTERS = (
-    "{ .reg .b32 t, p, lo, hi; .reg .f32 table, v<8>; .reg .b16 h<8>; .reg .b64 at;\n"
-    "mov.u32 t, %laneid; and.b32 t, t, 15; mul.wide.u32 at, t, 4; add.s64 at, at, $TABLE; ld.global.nc.f32 table, [at];"
-)
+_REGISTERS = "{ .reg .b32 t, p, q, lo, hi; .reg .f32 table, v<8>; .reg .b16 h<8>; .reg .b64 at;"
 
 
 def _assembly(table: int, lines: list[str]) -> str:
     """With the address of the table in this operand."""
-    return "\n".join([_REGISTERS.replace("$TABLE", f"${table}"), *lines, "}"])
+    own = "mov.u32 t, %laneid; and.b32 t, t, 15; mul.wide.u32 at, t, 4;"
+    return "\n".join([_REGISTERS, own, f"add.s64 at, at, ${table}; ld.global.nc.f32 table, [at];", *lines, "}"])
 
 
 def _element(v: str, word: str, shift: int, scale: str) -> list[str]:
@@ -54,25 +53,34 @@ def _element(v: str, word: str, shift: int, scale: str) -> list[str]:
     return [found, f"mul.rn.f32 {v}, {v}, {scale};"]
 
 
-def _to_e4m3(out: str, first: str, second: str, factor: str, kind: str) -> list[str]:
-    """Two floats, rounded to ``kind``, times a power of two, in e4m3."""
-    lines = []
-    if kind == "bf16":
-        lines = [f"cvt.rn.bf16x2.f32 p, {second}, {first};"]
+def _to_e4m3(out: str, first: str, second: str, factors: tuple[str, str], kind: str) -> list[str]:
+    """Two floats, rounded to ``kind``, times powers of two, in e4m3."""
+    lines = [f"mul.rn.f32 {v}, {v}, {factor};" for v, factor in zip((first, second), factors, strict=True)]
+    if kind == "bf16":  # which has float32's exponents, so that both at once are multiplied in it
+        lines = [f"cvt.rn.bf16x2.f32 p, {second}, {first}; cvt.rn.bf16x2.f32 q, {factors[1]}, {factors[0]};"]
+        lines += ["mov.b32 t, 0x80008000; fma.rn.bf16x2 p, p, q, t;"]
         lines += [f"shl.b32 t, p, 16; mov.b32 {first}, t; and.b32 t, p, 0xffff0000; mov.b32 {second}, t;"]
     if kind == "f16":
-        for v in (first, second):
-            lines += [f"cvt.rn.f16.f32 h7, {v}; cvt.f32.f16 {v}, h7;"]
-    lines += [f"mul.rn.f32 {v}, {v}, {factor};" for v in (first, second)]
+        lines = [f"cvt.rn.f16.f32 h7, {v}; cvt.f32.f16 {v}, h7;" for v in (first, second)] + lines
     return [*lines, f"cvt.rn.satfinite.e4m3x2.f32 {out}, {second}, {first};"]
+
+
+@cache
+def e4m3_assembly(kind: str) -> str:
+    """$0: four floats $1..$4, rounded to ``kind``, times powers of two $5..$8, in e4m3."""
+    lines = [f"mov.f32 v{i}, ${1 + i};" for i in range(4)]
+    for pair in range(2):
+        factors = f"${5 + 2 * pair}", f"${6 + 2 * pair}"
+        lines += _to_e4m3(f"h{pair}", f"v{2 * pair}", f"v{2 * pair + 1}", factors, kind)
+    return "\n".join([_REGISTERS, *lines, "mov.b32 $0, {h0, h1}; }"])
 
 
 @cache
 def pairs_assembly(low_first: bool, kind: str) -> str:
     """$0..$3: eight elements in 16 bits; of the word $4, the scale $5, the table $6."""
     lines = []
-    for i, shift in enumerate(_shifts(low_first)):
-        lines += _element(f"v{i}", "$4", shift, "$5")
+    for i in range(8):
+        lines += _element(f"v{i}", "$4", shift_of(i, low_first), "$5")
     return _assembly(6, lines + [f"cvt.rn.{kind}x2.f32 ${j}, v{2 * j + 1}, v{2 * j};" for j in range(4)])
 
 
@@ -81,26 +89,24 @@ def rows_assembly(low_first: bool, kind: str) -> str:
     """$0..$3: sixteen elements in e4m3; of the double word $4, the scale $5, the row's factor $6, the table $7."""
     lines = ["mov.b64 {lo, hi}, $4;"]
     for half, word in enumerate(("lo", "hi")):
-        for i, shift in enumerate(_shifts(low_first)):
-            lines += _element(f"v{i}", word, shift, "$5")
+        for i in range(8):
+            lines += _element(f"v{i}", word, shift_of(i, low_first), "$5")
         for j in range(4):
-            lines += _to_e4m3(f"h{j}", f"v{2 * j}", f"v{2 * j + 1}", "$6", kind)
+            lines += _to_e4m3(f"h{j}", f"v{2 * j}", f"v{2 * j + 1}", ("$6", "$6"), kind)
         lines += [f"mov.b32 ${2 * half + j}, {{h{2 * j}, h{2 * j + 1}}};" for j in range(2)]
     return _assembly(7, lines)
 
 
 @cache
-def columns_assembly(low_first: bool, kind: str) -> str:
-    """$0..$7: four rows in e4m3 of each of eight columns; of the words $8..$11, their scales $12..$15, the columns'
-    factors $16..$23, the table $24."""
-    lines = []
-    for i, shift in enumerate(_shifts(low_first)):
-        for row in range(4):
-            lines += _element(f"v{row}", f"${8 + row}", shift, f"${12 + row}")
-        for pair in range(2):
-            lines += _to_e4m3(f"h{pair}", f"v{2 * pair}", f"v{2 * pair + 1}", f"${16 + i}", kind)
-        lines.append(f"mov.b32 ${i}, {{h0, h1}};")
-    return _assembly(24, lines)
+def columns_assembly(kind: str) -> str:
+    """$0: four rows of a column in e4m3; of words $1..$4 whose low four bits they are, their scales $5..$8, the
+    column's factor $9, the table's number $10 of this lane."""
+    lines = ["mov.f32 table, $10;"]
+    for row in range(4):
+        lines += _element(f"v{row}", f"${1 + row}", 0, f"${5 + row}")
+    for pair in range(2):
+        lines += _to_e4m3(f"h{pair}", f"v{2 * pair}", f"v{2 * pair + 1}", ("$9", "$9"), kind)
+    return "\n".join([_REGISTERS, *lines, "mov.b32 $0, {h0, h1}; }"])
 
 
 # The same in Triton, for its interpreter and for float32 --------------------------------------------------------------
@@ -109,7 +115,7 @@ def columns_assembly(low_first: bool, kind: str) -> str:
 @triton.jit
 def look_up(words, i: tl.constexpr, scale, table_ptr, LOW_FIRST: tl.constexpr):
     """Element i of words, in float32."""
-    shift: tl.constexpr = 4 * i if LOW_FIRST else 8 * (i // 2) + 4 * (1 - i % 2)
+    shift: tl.constexpr = shift_of(i, LOW_FIRST)
     return tl.load(table_ptr + ((words >> shift) & 15).to(tl.int32)) * scale
 
 
@@ -196,9 +202,10 @@ def scale_of(w, block, inside):
 
 
 @triton.jit
-def of_neighbour(t, lane: tl.constexpr, GROUP: tl.constexpr):
-    """What this one of each GROUP lanes, a power of two of them side by side in a warp, holds of t [threads]."""
-    ASSEMBLY: tl.constexpr = f"shfl.sync.idx.b32 $0, $1, {lane}, {(32 - GROUP) * 256 + 31}, 0xffffffff;"
+def of_neighbour(t, at: tl.constexpr, GROUP: tl.constexpr):
+    """What this one of each GROUP lanes, a power of two of them eight apart in a warp, holds of t [threads]."""
+    GIVEN: tl.constexpr = f"mov.u32 t, %laneid; and.b32 t, t, {31 - 8 * (GROUP - 1)}; or.b32 t, t, {8 * at};"
+    ASSEMBLY: tl.constexpr = "{ .reg .b32 t; " + GIVEN + " shfl.sync.idx.b32 $0, $1, t, 31, 0xffffffff; }"
     return tl.inline_asm_elementwise(ASSEMBLY, "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1)
 
 

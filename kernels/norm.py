@@ -9,7 +9,7 @@ cancel; here none do.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,20 +26,27 @@ MOST = 4  # layers that share a launch
 SUMS = 64  # of squares a row, at most: what lies side by side in a row of a product's registers
 
 
+class LowRank(NamedTuple):
+    """Some rows of s B A as device code sees them: A, B, B's first tile of these rows, in whose dtype the product is
+    made, and s."""
+
+    a: Any
+    b: Any
+    first: Any
+    s: Any
+
+
 @triton.jit
-def low_rank_tile(
-    a, b, b_tile, row, k, BLOCK_K: tl.constexpr, ONE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
-):
-    """The tile of B A at (row, k), BLOCK_K columns of it, from B's first tile of these rows, in whose dtype the product
-    is made; ONE: all ranks are in that."""
-    BLOCK_N: tl.constexpr = b_tile.shape[0]
-    BLOCK_R: tl.constexpr = b_tile.shape[1]
-    a_tile = load_tile(a, 0, k, BLOCK_R, BLOCK_K).to(b_tile.dtype)
-    v = tl.dot(b_tile, a_tile, input_precision=PRECISION, out_dtype=ACC)
+def low_rank_tile(of, row, k, BLOCK_K: tl.constexpr, ONE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """The tile of B A at (row, k), BLOCK_K columns of it; ONE: all ranks are in B's first tile."""
+    BLOCK_N: tl.constexpr = of.first.shape[0]
+    BLOCK_R: tl.constexpr = of.first.shape[1]
+    a_tile = load_tile(of.a, 0, k, BLOCK_R, BLOCK_K).to(of.first.dtype)
+    v = tl.dot(of.first, a_tile, input_precision=PRECISION, out_dtype=ACC)
     if not ONE:
-        for rank in range(BLOCK_R, a.rows, BLOCK_R):
-            later = load_tile(b, row, rank, BLOCK_N, BLOCK_R).to(b_tile.dtype)
-            a_tile = load_tile(a, rank, k, BLOCK_R, BLOCK_K).to(b_tile.dtype)
+        for rank in range(BLOCK_R, of.a.rows, BLOCK_R):
+            later = load_tile(of.b, row, rank, BLOCK_N, BLOCK_R).to(of.first.dtype)
+            a_tile = load_tile(of.a, rank, k, BLOCK_R, BLOCK_K).to(of.first.dtype)
             v = tl.dot(later, a_tile, v, input_precision=PRECISION, out_dtype=ACC)
     return v
 
@@ -47,11 +54,8 @@ def low_rank_tile(
 @triton.jit
 def row_norm(
     w,
-    a,
-    b,
-    b_tile,
     w_scale,
-    s,
+    of,
     row,
     BLOCK_K: tl.constexpr,
     SUMS: tl.constexpr,
@@ -59,19 +63,18 @@ def row_norm(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The norms [BLOCK_N] of V's rows from ``row`` on; b_tile as in ``low_rank_tile``. With a w_scale [BLOCK_N] W's
-    rows are multiplied by it."""
-    BLOCK_N: tl.constexpr = b_tile.shape[0]
+    """The norms [BLOCK_N] of V's rows from ``row`` on. With a w_scale [BLOCK_N] W's rows are multiplied by it."""
+    BLOCK_N: tl.constexpr = of.first.shape[0]
     squares = tl.zeros([BLOCK_N, SUMS], dtype=ACC)
     tile = load_tile(w, row, 0, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
     for k in range(0, w.cols, BLOCK_K):
         # The next step's, by hand: the compiler's pipeline takes the operands of products alone.
         later = load_tile(w, row, k + BLOCK_K, BLOCK_N, BLOCK_K)
-        update = low_rank_tile(a, b, b_tile, row, k, BLOCK_K, ONE, ACC, PRECISION)
+        update = low_rank_tile(of, row, k, BLOCK_K, ONE, ACC, PRECISION)
         base = tile.to(ACC)
         if w_scale is not None:
             base *= w_scale[:, None]
-        v = base + s * update
+        v = base + of.s * update
         squares += tl.sum(tl.reshape(v * v, (BLOCK_N, BLOCK_K // SUMS, SUMS)), 1)
         tile = later
     return tl.sqrt(tl.sum(squares, 1))
@@ -203,7 +206,7 @@ def _norm_kernel(
     if w_scale_ptr is not None:
         w_scale = tl.load(w_scale_ptr + rows, mask=rows < N, other=0.0).to(ACC)
     b_tile = load_tile(b, row, 0, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
-    norm = row_norm(w, a, b, b_tile, w_scale, s, row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
+    norm = row_norm(w, w_scale, LowRank(a, b, b_tile, s), row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
     _store_norm(norm, m_ptr, n_ptr, g_ptr, rows, N, ROUND, ACC)
 
 

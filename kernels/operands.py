@@ -141,22 +141,25 @@ def pdl(chip: Chip, rows: int) -> int:
 
 
 @cache
-def _signature(kernel) -> tuple[list[str], list[str]]:
+def _signature(kernel: Any) -> tuple[list[str], list[str]]:
     """The names of what a kernel takes at run time and of its constants, in order."""
     parameters = inspect.signature(kernel.fn).parameters.values()
     constants = [p.name for p in parameters if p.annotation is tl.constexpr]
     return [p.name for p in parameters if p.name not in constants], constants
 
 
-def launch(kernel, grid: Size, options: dict[str, int], like: Operand, **given: Any) -> Launch:
+def launch(
+    kernel: Any, grid: Size, options: dict[str, int], like: Operand, *, short: Any = False, **given: Any
+) -> Launch:
     """A launch of ``kernel``, whose arguments are all given by name, but for the constant PDL, which follows from
-    ``like``: a matrix that is read, on its device, by whose rows we know how long the kernel takes.
+    ``like``: a matrix that is read, on its device, by whose rows we know how long the kernel takes, but for one that
+    is ``short`` in any case.
 
     In a kernel's signature operands and numbers come first (None stays None), then integers, which belong to the
     problem, then constants.
     """
     at_run_time, constants = _signature(kernel)
-    early = pdl(Chip.of(like.device), like.shape[0])
+    early = pdl(Chip.of(like.device), 0 if short else like.shape[0])
     given["PDL"] = early
     if wrong := given.keys() ^ {*at_run_time, *constants}:
         raise TypeError(f"{kernel.fn.__name__}: missing or unknown arguments {', '.join(sorted(wrong))}")
@@ -208,7 +211,7 @@ def run(make: Callable[..., Launch | list[Launch]], /, **given: Any) -> None:
     found(*values)
 
 
-def _flat(given: dict[str, Any]) -> list:
+def _flat(given: dict[str, Any]) -> list[Any]:
     return [v for value in given.values() for v in (value if isinstance(value, tuple) else (value,))]
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_fast.kernels.bases import Read
+from lora_fast.kernels.cast import Cast, cast_adapters
 from lora_fast.kernels.common import FP8
 from lora_fast.kernels.down import Quantised, down
 from lora_fast.kernels.fan import Result, fan, fans
@@ -46,13 +47,13 @@ def outputs(
 ) -> list[Launch]:
     """The small things, where they are not ``ready``, and each y, whose products come last."""
     scratch, launches = Scratch(x.device), []
-    adapters = [Adapter(one.a, one.b, has.b, one.scaling) for one, has in zip(each, small.each, strict=True) if one.a]
+    adapters = [one for one in each if one.a]
     quantised = None
     if adapters and not ready:
         if any(one.base.e4m3 for one in group.each):
             quantised = Quantised(scratch.part(x.shape, FP8), scratch.part((group.m,), torch.float32))
         launches = [
-            stack(x, adapters, small.stacked, small.scales, group.lifted),
+            *stacked(x, each, group, small),
             down(x, small.stacked, small.s, None, keep, bits=bits, scales=small.scales, quantised=quantised),
         ]
     rooms, made = group.rooms(scratch), []
@@ -71,6 +72,17 @@ def outputs(
         whole.late = not any(one.sibling.needs.m for one in together)
         launches.append(whole)
     return launches
+
+
+def stacked(x: Operand, each: Sequence[OneForward], group: Siblings, small: Shared) -> list[Launch]:
+    """What makes the stack of all A's and the copies that products read, ahead of what reads x."""
+    adapters, launches = [], []
+    for one, has, sibling in zip(each, small.each, group.each, strict=True):
+        if sibling.r:
+            adapters.append(Adapter(one.a, one.b, None if sibling.turned else has.b, one.scaling))
+        if sibling.r and sibling.turned:
+            launches.append(cast_adapters(x, Cast(one.a, one.b, has.a, has.b), one.scaling, group.lifted))
+    return [*launches, stack(x, adapters, small.stacked, small.scales, group.lifted)]
 
 
 class _Output(NamedTuple):

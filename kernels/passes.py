@@ -4,6 +4,7 @@ Everything that needs dY comes from one pass where dS and dB fit it, else from s
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -97,13 +98,13 @@ def launches_of(
     return [launch for one in passes for launch in ([one] if isinstance(one, Launch) else one.launches(memory))]
 
 
-def _over_dy(dy: Operand, **wanted) -> list[Launch]:
+def _over_dy(dy: Operand, **wanted: Any) -> list[Launch]:
     like = wanted["grad_b"] if wanted["b"] is None else wanted["b"]
     r = 0 if like is None else like.shape[1]
     return launches_of(dy_passes(dy, r, **wanted), wide(dy), Scratch(dy.device))
 
 
-def _over_x(x: Operand, **wanted) -> list[Launch]:
+def _over_x(x: Operand, **wanted: Any) -> list[Launch]:
     return launches_of([a_pass(x, **wanted)], wide(x), Scratch(x.device))
 
 

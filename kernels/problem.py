@@ -1,9 +1,10 @@
 """What a layer's programs are decided by, and what passes from its forward to its backward."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -107,7 +108,7 @@ class Problem:
     keep_z: bool = False  # and z, which the forward keeps for it
     round_norm: bool = False
     alone: bool = False  # no backward will come, so nothing need be left for it
-    programs: dict[tuple, Program] = field(default_factory=dict)
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.m, self.kind = math.prod(self.lead), self.kinds.x
@@ -135,6 +136,25 @@ class Problem:
         return self.base.read_by(y=self.z_again, dx=self.needs.x)
 
     @cached_property
+    def save(self) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+        """What the backward will read, as in ``Saved`` and the base's tensors behind, of (None, x, A, B, y, *made,
+        *held); nothing else, but in the room, where all is small."""
+        need_x, need_a, need_b, _, need_m = self.needs
+        again, need_ds, copied = self.z_again, need_x or need_a, self.casts
+        kept = (
+            (need_a and not self.keep_x8) or again,
+            need_x and not copied,
+            (need_ds or again) and not copied,
+            again,
+            need_b or need_m or (need_ds and (copied or self.dora)) or (need_a and self.keep_x8),
+            need_ds,
+            need_m,
+            need_a and self.keep_x8,
+        )
+        held = range(len(kept) + 1, len(kept) + 1 + len(self.base.tensors))
+        return itemgetter(*(place if keeps else 0 for place, keeps in enumerate(kept, 1)), *held[self.saved])
+
+    @cached_property
     def quantises(self) -> bool:
         """Whether the forward writes x in e4m3, for the product or to be kept."""
         return self.base.e4m3 or self.keep_x8
@@ -142,11 +162,6 @@ class Problem:
     def wanted(self, scratch: Scratch) -> Wanted:
         """What a launch that writes W must know, and where it may."""
         return Wanted(self.n, self.k, self.kind, self.base.room(self.n, self.k, self.kind, scratch))
-
-    @cached_property
-    def last(self) -> int:
-        """How many launches make y once S is there: the product, and what writes W for it alone."""
-        return 1 if self.base.unpack_y is None or self.dora else 2
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -166,9 +181,9 @@ class Problem:
 
     @cached_property
     def lasting(self) -> Shapes:
-        """Of those small things that a layer may keep: they do not follow from x. Decoding alone reads the copies."""
-        decodes = self.kind.itemsize == 2 and not self.quantises and not self.turned
-        names = ("a", "b", "norm", "gain") if decodes else ("norm", "gain")
+        """Of those small things that a layer may keep: they do not follow from x. Copies that are worth it alone."""
+        plain = self.kind.itemsize == 2 and not self.quantises and not self.turned
+        names = ("a", "b", "norm", "gain") if plain else ("norm", "gain")
         return Shapes({name: self.shapes[name] for name in names if name in self.shapes})
 
     @cached_property

@@ -15,6 +15,7 @@ from lora_fast.kernels import tiles
 from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
     TL,
+    Bits,
     Matrix,
     acc_dtype,
     load_tile,
@@ -24,7 +25,7 @@ from lora_fast.kernels.common import (
     unpack_words,
     wait_for_stream,
 )
-from lora_fast.kernels.gemm import GROUP_M, Bits, halves, mask_of_tile, tile_of
+from lora_fast.kernels.gemm import GROUP_M, halves, mask_of_tile, tile_of
 from lora_fast.kernels.operands import Operand, Tiles, launch
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import tma_fits

@@ -19,11 +19,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import lora_fast.kernels.launchers as launchers
 from lora_fast.kernels.memo import forget_all
+from lora_fast.kernels.memory import allocator
 
 OWN = -1  # stands for the argument of a program that is memory for its launches alone
 
 
-def starts(args: tuple) -> tuple | None:
+def starts(args: tuple[Any, ...]) -> tuple[int, ...] | None:
     """Where the tensors among these start if not all do at multiples of 16 bytes: launches depend on that."""
     found = tuple(arg.data_ptr() % 16 for arg in args if isinstance(arg, torch.Tensor))
     return found if any(found) else None
@@ -37,7 +38,7 @@ class View(NamedTuple):
     size: int
     dtype: torch.dtype
 
-    def of(self, args: tuple) -> torch.Tensor:
+    def of(self, args: tuple[Any, ...]) -> torch.Tensor:
         return args[self.arg].view(-1).view(torch.uint8)[self.start : self.start + self.size].view(self.dtype)
 
 
@@ -64,17 +65,17 @@ class Launch:
     late: bool = False  # makes nothing that the backward reads
     descriptors: dict[int, TensorDescriptor] = field(default_factory=dict)
 
-    def start(self, args: list):
+    def start(self, args: list[Any]) -> Any:
         """Through Triton, which compiles the kernel if it must; returns what it compiled."""
         return self.kernel[self.grid](
             *map(self._given, range(len(args)), args), *self.ints, **self.constants, **self.options
         )
 
-    def start_again(self, compiled, args: list) -> None:
+    def start_again(self, compiled: Any, args: list[Any]) -> None:
         """What :meth:`start` returned, past the look-up of the kernel; constants keep the others' places alone."""
         compiled[self.grid](*map(self._given, range(len(args)), args), *self.ints, *self.constants.values())
 
-    def _given(self, at: int, arg):
+    def _given(self, at: int, arg: Any) -> Any:
         """An argument as Triton takes it."""
         block = self.blocks.get(at)
         if block is None:
@@ -92,8 +93,8 @@ class Launch:
 class Bound(NamedTuple):
     """A program's arguments as its launches take them."""
 
-    launches: list[tuple] | None  # None: Triton launches, and the values are tensors and numbers
-    values: list
+    launches: list[tuple[Any, ...]] | None  # None: Triton launches, and the values are tensors and numbers
+    values: list[Any]
     own: torch.Tensor | None  # memory among the values
 
 
@@ -122,20 +123,20 @@ class Program:
         place: dict[View | None, int] = {view: self.n + i for i, view in enumerate(views)}
         place[None] = self.n + len(views)
         self.places = [[arg if isinstance(arg, int) else place[arg] for arg in launch.args] for launch in launches]
-        self.compiled: list = [None] * len(launches)
+        self.compiled: list[Any] = [None] * len(launches)
         self.direct: list[launchers.Launch] | None = None
 
-    def __call__(self, *args) -> None:
+    def __call__(self, *args: Any) -> None:
         bound = Program.bind(self, *args)  # stale or not: whoever holds it wants it
         assert bound is not None
         self.run(bound)
 
-    def bind(self, *args) -> Bound | None:
+    def bind(self, *args: Any) -> Bound | None:
         """The arguments, of which the first is a tensor, as the launches take them; None where the launches do not
         hold for where they start."""
         own = None
         if self.own is not None:
-            own = args[0].new_empty(self.own, dtype=torch.uint8)
+            own = allocator(args[0])(self.own, dtype=torch.uint8)
             args = *args, own
         values = list(args)
         if self.direct is None:
@@ -172,7 +173,7 @@ class Program:
             if all(map(launchers.is_plain, self.compiled)):
                 self._call_directly(form, values)
 
-    def _call_directly(self, form: launchers.Form, values: list) -> None:
+    def _call_directly(self, form: launchers.Form, values: list[Any]) -> None:
         """From now on. Values are then the arguments, addresses of views, None, tensor maps, and what never changes."""
         self.start, self.stream = form.start, triton.runtime.driver.active.get_current_stream
         self.device = self.launches[0].device
@@ -215,7 +216,7 @@ def forget_programs() -> None:
 class _Maps:
     """Tensor maps of one descriptor, encoded once per address that it was seen at."""
 
-    def __init__(self, encode: str, meta: dict, block: Block) -> None:
+    def __init__(self, encode: str, meta: dict[str, Any], block: Block) -> None:
         from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
         self.encoder = encode

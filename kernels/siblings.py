@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_fast.kernels.bases import BASES, PLAIN, Base, Wanted
+from lora_fast.kernels.bases import BASES, PLAIN, TURNED, Base, Wanted
 from lora_fast.kernels.cast import cast_wanted
 from lora_fast.kernels.common import FP8, padded_rank
 from lora_fast.kernels.down import Quantised
@@ -53,8 +53,13 @@ class Sibling:
 
     @cached_property
     def casts(self) -> bool:
-        """Whether products need a copy of B."""
-        return self.r > 0 and (self.kinds.x == torch.float16 or cast_wanted(self.kinds[:3], self.r))
+        """Whether products need a copy of B; and of A, if W is turned."""
+        return self.r > 0 and (self.kinds.x == torch.float16 or self.turned or cast_wanted(self.kinds[:3], self.r))
+
+    @property
+    def turned(self) -> bool:
+        """Whether products read W, A and B turned."""
+        return self.base_name == TURNED.name
 
     @cached_property
     def z_again(self) -> bool:
@@ -68,7 +73,8 @@ class Shared(NamedTuple):
     stacked: Operand  # [sum of padded R, K], all A's
     scales: Operand  # [sum of padded R]
     s: Operand  # [M, sum of padded R]
-    # Parts of these, and b where the products need a copy, norm and gain of DoRA; nothing without adapters.
+    # Parts of these, and b where the products need a copy, norm and gain of DoRA; nothing without adapters. Where W is
+    # turned a and b are copies that are, too.
     each: tuple[Small, ...]
 
 
@@ -81,7 +87,7 @@ class Siblings:
     k: int
     each: tuple[Sibling, ...]
     needs_x: bool
-    programs: dict[tuple, Program] = field(default_factory=dict)
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.m, self.kind = math.prod(self.lead), self.each[0].kinds.x
@@ -111,7 +117,9 @@ class Siblings:
         shapes["scales"] = (self.ranks,), torch.float32
         shapes["s"] = (self.m, self.ranks), self.kind
         for i, one in enumerate(self.each):
-            if one.casts:
+            if one.casts and one.turned:
+                shapes |= {f"a{i}": ((self.k, one.ranks), self.kind), f"b{i}": ((one.ranks, one.n), self.kind)}
+            elif one.casts:
                 shapes[f"b{i}"] = (one.n, one.ranks), self.kind
             if one.dora:
                 shapes |= {f"norm{i}": ((one.n,), gains), f"gain{i}": ((one.n,), gains)}
@@ -169,6 +177,8 @@ class Siblings:
                 continue
             found: dict[str, Any] = {name: parts.get(f"{name}{i}") for name in ("b", "norm", "gain")}
             found["a"] = parts["stacked"].block(first, 0, one.r, self.k)
+            if one.turned:
+                found |= {"a": parts[f"a{i}"].block(0, 0, self.k, one.r).t(), "b": found["b"].t()}
             found["s"] = parts["s"].block(0, first, self.m, one.ranks)
             each.append(Small(**found))
             first += one.ranks

@@ -6,7 +6,7 @@ In float16 (LIFTED) the copy of a B carries a power of two of its scaling, and t
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -19,42 +19,45 @@ from lora_fast.kernels.program import Launch
 MOST = 4  # layers that share launches
 
 
+class Stack(NamedTuple):
+    """The stack [.., K] and the scales of its rows as device code sees them."""
+
+    ptr: Any
+    scales_ptr: Any
+    K: Any
+
+
+class One(NamedTuple):
+    """One layer's adapters as device code sees them, and where a copy of b goes."""
+
+    a_ptr: Any
+    b_ptr: Any
+    b_copy_ptr: Any
+    scaling: Any
+    N: Any
+    R: Any
+
+
 @triton.jit
-def _one(
-    block,
-    first,
-    a_ptr,
-    b_ptr,
-    b_copy_ptr,
-    scaling,
-    stacked_ptr,
-    scales_ptr,
-    K,
-    N,
-    R,
-    BLOCK: tl.constexpr,
-    LIFTED: tl.constexpr,
-    SCALING_PTR: tl.constexpr,
-):
+def _add(stack, block, first, one, BLOCK: tl.constexpr, LIFTED: tl.constexpr, SCALING_PTR: tl.constexpr):
     """One layer's share, from row ``first`` of the stack on. Returns (the block as the next layer counts it, the row
     where that begins)."""
-    RS = (R + 15) // 16 * 16
-    blocks = tl.cdiv(RS * K, BLOCK)
+    RS = (one.R + 15) // 16 * 16
+    blocks = tl.cdiv(RS * stack.K, BLOCK)
     if (block >= 0) & (block < blocks):
-        to = stacked_ptr + first.to(tl.int64) * K
-        cast_block(Copied(a_ptr, to, 1, R * K, RS * K), block, None, BLOCK, 1)  # as one row: what follows A is zero
+        to = stack.ptr + first.to(tl.int64) * stack.K
+        # As one row: what follows A is zero.
+        cast_block(Copied(one.a_ptr, to, 1, one.R * stack.K, RS * stack.K), block, None, BLOCK, 1)
     if block == 0:
-        one = tl.full([16], 1, tl.float32) * low_scale(scaling, SCALING_PTR, LIFTED)
+        scale = tl.full([16], 1, tl.float32) * low_scale(one.scaling, SCALING_PTR, LIFTED)
         for rank in range(0, RS, 16):
-            tl.store(scales_ptr + first + rank + tl.arange(0, 16), one)
+            tl.store(stack.scales_ptr + first + rank + tl.arange(0, 16), scale)
     block -= blocks
-    if b_copy_ptr is not None:
-        blocks = tl.cdiv(N * RS, BLOCK)
+    if one.b_copy_ptr is not None:
+        blocks = tl.cdiv(one.N * RS, BLOCK)
         if (block >= 0) & (block < blocks):
-            if LIFTED:
-                cast_block(Copied(b_ptr, b_copy_ptr, N, R, RS), block, lift_of(scaling, SCALING_PTR), BLOCK, 1)
-            else:
-                cast_block(Copied(b_ptr, b_copy_ptr, N, R, RS), block, None, BLOCK, 1)
+            lift = lift_of(one.scaling, SCALING_PTR) if LIFTED else None
+            cast_block(Copied(one.b_ptr, one.b_copy_ptr, one.N, one.R, RS), block, lift, BLOCK, 1)
         block -= blocks
     return block, first + RS
 
@@ -97,22 +100,14 @@ def _stack_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_stream(PDL)
-    block, first = tl.program_id(0), tl.program_id(0) * 0
-    block, first = _one(
-        block, first, a0, b0, b0_copy, scaling0, stacked_ptr, scales_ptr, K, N0, R0, BLOCK, LIFTED, PTR0
-    )
+    block, first, stack = tl.program_id(0), tl.program_id(0) * 0, Stack(stacked_ptr, scales_ptr, K)
+    block, first = _add(stack, block, first, One(a0, b0, b0_copy, scaling0, N0, R0), BLOCK, LIFTED, PTR0)
     if a1 is not None:
-        block, first = _one(
-            block, first, a1, b1, b1_copy, scaling1, stacked_ptr, scales_ptr, K, N1, R1, BLOCK, LIFTED, PTR1
-        )
+        block, first = _add(stack, block, first, One(a1, b1, b1_copy, scaling1, N1, R1), BLOCK, LIFTED, PTR1)
     if a2 is not None:
-        block, first = _one(
-            block, first, a2, b2, b2_copy, scaling2, stacked_ptr, scales_ptr, K, N2, R2, BLOCK, LIFTED, PTR2
-        )
+        block, first = _add(stack, block, first, One(a2, b2, b2_copy, scaling2, N2, R2), BLOCK, LIFTED, PTR2)
     if a3 is not None:
-        block, first = _one(
-            block, first, a3, b3, b3_copy, scaling3, stacked_ptr, scales_ptr, K, N3, R3, BLOCK, LIFTED, PTR3
-        )
+        block, first = _add(stack, block, first, One(a3, b3, b3_copy, scaling3, N3, R3), BLOCK, LIFTED, PTR3)
 
 
 class Adapter(NamedTuple):

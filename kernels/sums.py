@@ -4,7 +4,7 @@ Also the gradient of DoRA's magnitude from the pass's column sums: dm = sum(dY *
 in place of z it is sum(dY * y) / (g n); columns whose g is too small for y to carry z get their z made again, here.
 """
 
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 import triton
@@ -29,48 +29,67 @@ SUM_BLOCK = 256  # elements that a program adds up
 MAGNITUDE_BLOCK = 32  # columns of dm a program; half as many where the elements are wide
 
 
+class Summed(NamedTuple):
+    """Parts [count, size] as device code sees them."""
+
+    ptr: Any
+    count: Any
+    size: Any
+
+
 @triton.jit
-def sum_of(src, i, parts, size, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Sum over parts of src[part, i] for the BLOCK indices i; eight loads under way at a time."""
+def sum_of(parts, i, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Sum over parts of their elements i, BLOCK indices; eight loads under way at a time."""
     total = tl.zeros([8, BLOCK], dtype=ACC)
-    for first in range(0, parts, 8):
+    for first in range(0, parts.count, 8):
         part = first + tl.arange(0, 8).to(tl.int64)
-        inside = (part[:, None] < parts) & (i[None, :] < size)
-        total += tl.load(src + part[:, None] * size + i[None, :], mask=inside, other=0.0)
+        inside = (part[:, None] < parts.count) & (i[None, :] < parts.size)
+        total += tl.load(parts.ptr + part[:, None] * parts.size + i[None, :], mask=inside, other=0.0)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def _add_parts(src, dst, block, parts, size, scale, cols, stride, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """dst[i] = scale * sum over parts of src[part, i]; with ``cols`` dst is a matrix of so many, its rows ``stride``
+def _add_parts(parts, dst, block, scale, cols, stride, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """dst[i] = scale * the sum of parts' elements i; with ``cols`` dst is a matrix of so many, its rows ``stride``
     apart."""
     i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = sum_of(src, i, parts, size, BLOCK, ACC)
+    total = sum_of(parts, i, BLOCK, ACC)
     to = i if cols is None else i // cols * stride + i % cols
-    tl.store(dst + to, (total * scale).to(dst.dtype.element_ty), mask=i < size)
+    tl.store(dst + to, (total * scale).to(dst.dtype.element_ty), mask=i < parts.size)
+
+
+class Again(NamedTuple):
+    """What z is made of as device code sees it: x [M, K], with a gate like it act(x) * gate, W [N, K], whose rows may
+    have scales, S [M, R] and B [N, R]."""
+
+    x: Any
+    gate_ptr: Any
+    w: Any
+    w_scale_ptr: Any
+    s: Any
+    b: Any
 
 
 @triton.jit
-def _column_dots(
-    dy, x, gate_ptr, w, s, b, w_scale_ptr, col, BLOCK: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """sum over rows of dY * (x W^T + S B^T), for BLOCK columns from col on; with a gate act(x) * gate is x."""
-    total = tl.zeros([BLOCK], dtype=ACC)
+def _column_dots(dy, of, col, BLOCK: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """sum over rows of dY * (x W^T + S B^T), for BLOCK columns from col on; with ACT x is act(x), or act(x) * gate."""
+    x, total = of.x, tl.zeros([BLOCK], dtype=ACC)
     for m in range(0, dy.rows, BLOCK):
         z = tl.zeros([BLOCK, BLOCK], dtype=ACC)
         for k in range(0, x.cols, 16):
-            x_tile, w_tile = load_tile(x, m, k, BLOCK, 16), load_tile(w, col, k, BLOCK, 16)
-            if gate_ptr is not None:
-                gate = load_tile(Matrix(gate_ptr, x.rows, x.cols, x.stride_r, x.stride_c), m, k, BLOCK, 16)
+            x_tile, w_tile = load_tile(x, m, k, BLOCK, 16), load_tile(of.w, col, k, BLOCK, 16)
+            if ACT is not None:
+                gate = None
+                if of.gate_ptr is not None:
+                    gate = load_tile(Matrix(of.gate_ptr, x.rows, x.cols, x.stride_r, x.stride_c), m, k, BLOCK, 16)
                 x_tile = gated(x_tile, gate, ACT, ACC, x_tile.dtype)
-            if w_scale_ptr is not None:  # x as it is: where y was too small to carry z, z's own rounding is no matter
+            if of.w_scale_ptr is not None:  # x as it is: y was too small to carry z, whose own rounding is no matter
                 cols = col + tl.arange(0, BLOCK)
-                scale = tl.load(w_scale_ptr + cols, mask=cols < w.rows, other=0.0)
+                scale = tl.load(of.w_scale_ptr + cols, mask=cols < of.w.rows, other=0.0)
                 w_tile = (w_tile.to(ACC) * scale[:, None]).to(x_tile.dtype)
             z = mma(x_tile, w_tile.T, z, PRECISION)
-        for rank in range(0, b.cols, 16):
-            z = mma(load_tile(s, m, rank, BLOCK, 16), load_tile(b, col, rank, BLOCK, 16).T, z, PRECISION)
+        for rank in range(0, of.b.cols, 16):
+            z = mma(load_tile(of.s, m, rank, BLOCK, 16), load_tile(of.b, col, rank, BLOCK, 16).T, z, PRECISION)
         total += tl.sum(load_tile(dy, m, col, BLOCK, BLOCK).to(ACC) * z, 0)
     return total
 
@@ -83,44 +102,44 @@ def _scale_columns(t, scale, col, BLOCK: tl.constexpr):
         store_tile(t, tile, m, col, t.ptr.dtype.element_ty)
 
 
+class Magnitude(NamedTuple):
+    """DoRA's vectors [N], pointers: where dm goes, the gain, the norm."""
+
+    dm: Any
+    gain: Any
+    norm: Any
+
+
 @triton.jit
 def magnitude(
     total,
     col,
-    dm_ptr,
-    gain_ptr,
-    norm_ptr,
+    of,
     dy,
-    x,
-    gate_ptr,
-    w,
-    s,
-    b,
-    w_scale_ptr,
+    again,
     WEAK: tl.constexpr,
     RESCALES: tl.constexpr,
     ACT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dm of BLOCK columns from col on, from the sums over rows of dY * z; of dY * y, where WEAK is not None."""
+    """dm of as many columns from col on as ``total`` has, which is the sums over rows of dY * z; of dY * y, where WEAK
+    is not None. ``again``: what z is made of, where that is needed."""
+    BLOCK: tl.constexpr = total.shape[0]
     cols = col + tl.arange(0, BLOCK)
-    norm = tl.load(norm_ptr + cols, mask=cols < dy.cols, other=0.0)
+    norm = tl.load(of.norm + cols, mask=cols < dy.cols, other=0.0)
     if WEAK is not None:
-        gain = tl.load(gain_ptr + cols, mask=cols < dy.cols, other=0.0)
+        gain = tl.load(of.gain + cols, mask=cols < dy.cols, other=0.0)
         unscaled = tl.abs(gain) < WEAK
         weak = unscaled & (norm != 0)
         total /= tl.where(unscaled, 1.0, gain)
         if tl.max(weak.to(tl.int32), 0) > 0:
-            again = _column_dots(dy, x, gate_ptr, w, s, b, w_scale_ptr, col, BLOCK, ACT, ACC, PRECISION)
-            total = tl.where(weak, again, total)
+            total = tl.where(weak, _column_dots(dy, again, col, BLOCK, ACT, total.dtype, PRECISION), total)
         if RESCALES:
             if tl.max((unscaled & (cols < dy.cols)).to(tl.int32), 0) > 0:
                 tl.debug_barrier()  # all of it was read
                 _scale_columns(dy, tl.where(unscaled, gain, 1.0), col, BLOCK)
     dm = tl.where(norm != 0, total / tl.where(norm != 0, norm, 1.0), 0.0)
-    tl.store(dm_ptr + cols, dm.to(dm_ptr.dtype.element_ty), mask=cols < dy.cols)
+    tl.store(of.dm + cols, dm.to(of.dm.dtype.element_ty), mask=cols < dy.cols)
 
 
 @triton.jit(do_not_specialize=["M", "splits", "col_blocks", "ds_size"])
@@ -184,47 +203,29 @@ def _sum_kernel(
         n = tl.cdiv(ds_size, BLOCK)
         if block < n:
             scale = low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale
-            _add_parts(
-                parts_ptr, ds_ptr, block, col_blocks, ds_size, scale, ds_cols if APART else None, stride_ds, BLOCK, ACC
-            )
+            parts, cols = Summed(parts_ptr, col_blocks, ds_size), ds_cols if APART else None
+            _add_parts(parts, ds_ptr, block, scale, cols, stride_ds, BLOCK, ACC)
         block -= n
     if sum_ptr is not None:
         n = tl.cdiv(sum_size, BLOCK)
         if (block >= 0) & (block < n):
-            _add_parts(parts_ptr + sum_at, sum_ptr, block, splits, sum_size, 1.0, None, None, BLOCK, ACC)
+            parts = Summed(parts_ptr + sum_at, splits, sum_size)
+            _add_parts(parts, sum_ptr, block, 1.0, None, None, BLOCK, ACC)
         block -= n
     if dm_ptr is not None:
         n = tl.cdiv(dm_size, DM_BLOCK)
         if (block >= 0) & (block < n):
             cols = block * DM_BLOCK + tl.arange(0, DM_BLOCK)
-            total = sum_of(parts_ptr + dm_at, cols, splits, dm_size, DM_BLOCK, ACC)
+            total = sum_of(Summed(parts_ptr + dm_at, splits, dm_size), cols, DM_BLOCK, ACC)
             dy, x = Matrix(dy_ptr, M, N, stride_ym, stride_yn), Matrix(x_ptr, M, K, stride_xm, stride_xk)
             w, s = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(s_ptr, M, RS, stride_s, 1)
             b = Matrix(b_ptr, N, R, stride_bn, stride_br)
-            magnitude(
-                total,
-                block * DM_BLOCK,
-                dm_ptr,
-                gain_ptr,
-                norm_ptr,
-                dy,
-                x,
-                gate_ptr,
-                w,
-                s,
-                b,
-                w_scale_ptr,
-                WEAK,
-                RESCALES,
-                ACT,
-                DM_BLOCK,
-                ACC,
-                PRECISION,
-            )
+            of, again = Magnitude(dm_ptr, gain_ptr, norm_ptr), Again(x, gate_ptr, w, w_scale_ptr, s, b)
+            magnitude(total, block * DM_BLOCK, of, dy, again, WEAK, RESCALES, ACT, PRECISION)
         block -= n
     if g_ptr is not None:
         if block >= 0:
-            _add_parts(parts_ptr + g_at, g_ptr, block, splits, g_size, 1.0, None, None, BLOCK, ACC)
+            _add_parts(Summed(parts_ptr + g_at, splits, g_size), g_ptr, block, 1.0, None, None, BLOCK, ACC)
 
 
 def weak_gain(kind: torch.dtype) -> float:

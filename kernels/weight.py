@@ -24,7 +24,7 @@ from lora_fast.kernels import pass_tiles
 from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, mma, precision, store_tile, wait_for_stream, wide
 from lora_fast.kernels.memo import Memo
-from lora_fast.kernels.norm import constants, gain_of, low_rank_tile, row_norm
+from lora_fast.kernels.norm import LowRank, constants, gain_of, low_rank_tile, row_norm
 from lora_fast.kernels.operands import Number, Operand, launch, run
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import Tile
@@ -66,14 +66,14 @@ def _weight_kernel(
     row = tl.program_id(0) * BLOCK_N
     rows = row + tl.arange(0, BLOCK_N)
     b_tile = load_tile(b, row, 0, BLOCK_N, BLOCK_R).to(DTYPE)  # [BLOCK_N, BLOCK_R]
-    gain = tl.full([BLOCK_N], 1, ACC)
+    gain, low = tl.full([BLOCK_N], 1, ACC), LowRank(a, b, b_tile, scaling)
     if m_ptr is not None:
-        norm = row_norm(w, a, b, b_tile, None, scaling, row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
+        norm = row_norm(w, None, low, row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
         tl.store(n_ptr + rows, norm, mask=rows < N)
         gain = gain_of(m_ptr, norm, rows, N, ACC)
     for k in range(0, K, BLOCK_K):
         tile = load_tile(w, row, k, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
-        update = low_rank_tile(a, b, b_tile, row, k, BLOCK_K, ONE, ACC, PRECISION)
+        update = low_rank_tile(low, row, k, BLOCK_K, ONE, ACC, PRECISION)
         found = tile.to(ACC) + scaling * update
         if m_ptr is not None:
             found = found * gain[:, None]

@@ -5,7 +5,7 @@ from lora_fast import functional, parametrize, reference
 from lora_fast.batch.form import Adapter
 from lora_fast.batch.functional import dora_linear_batch, lora_linear_batch
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.functional import lora_glu, lora_group
+from lora_fast.blocks.functional import lora_glu, lora_group, lora_mlp
 from lora_fast.dispatch import SlowPathWarning, get_backend, set_backend
 from lora_fast.embedding import lora_embedding
 from lora_fast.experts.functional import lora_experts
@@ -26,6 +26,7 @@ from lora_fast.models.config import LoRAConfig
 from lora_fast.models.counting import print_trainable_parameters
 from lora_fast.models.lora_plus import lora_plus_groups
 from lora_fast.models.named import set_adapter, use_adapters
+from lora_fast.models.packing import pack_experts
 from lora_fast.models.state import load_lora_state_dict, lora_state_dict
 from lora_fast.peft import patch_peft, unpatch_peft
 from lora_fast.peft.report import PeftReport, peft_report
@@ -59,11 +60,13 @@ __all__ = [
     "lora_glu",
     "lora_group",
     "lora_linear_batch",
+    "lora_mlp",
     "lora_parameters",
     "lora_plus_groups",
     "lora_state_dict",
     "merge_lora",
     "merge_peft",
+    "pack_experts",
     "parametrize",
     "patch_peft",
     "peft_report",

@@ -1,13 +1,17 @@
 """LoRA and DoRA on an embedding: checked inputs, one choice of path, then the fused kernels or plain torch."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from lora_fast import dispatch, reference
 from lora_fast.bases.packed import PackedWeight, is_opaque
-from lora_fast.functional import FLOATS
+from lora_fast.checks import FLOATS
+from lora_fast.paths import Facts, facts_of
 
 
 def lora_embedding(
@@ -55,17 +59,77 @@ def lora_embedding(
         IndexError: an id outside (in plain torch on the CPU).
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
-    _check(ids, weight, lora_embedding_A, lora_embedding_B, scaling, magnitude, embed_scale, padding_idx, round_norm)
+    tensors = ids, weight, lora_embedding_A, lora_embedding_B
+    facts, call = _recall(tensors, magnitude, scaling, embed_scale, padding_idx, round_norm, backend)
+    if call is None:
+        _check(*tensors, scaling, magnitude, embed_scale, padding_idx, round_norm)
+        call = _settle(*tensors, magnitude, padding_idx, round_norm, backend)
+        if facts is not None:
+            if len(_calls) >= 4096:  # numbers of ids that never repeat
+                _calls.clear()
+            _calls[facts] = call
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
     if isinstance(embed_scale, torch.Tensor):
         embed_scale = embed_scale.detach()
-    given = ids, weight, lora_embedding_A, lora_embedding_B, scaling, magnitude, embed_scale, padding_idx, round_norm
-    if dispatch.choose(backend, weight.device, weight.dtype) == "triton":
-        from lora_fast.ops.embedding import embedding  # needs Triton
+    return call(*tensors, scaling, magnitude, embed_scale)
 
-        return embedding(*given)
-    return reference.lora_embedding(*given)
+
+_calls: dict[Facts, Callable[..., torch.Tensor]] = {}  # what takes them, by their facts
+
+
+def _recall(
+    tensors: tuple[Any, ...],
+    magnitude: Any,
+    scaling: Any,
+    embed_scale: Any,
+    padding_idx: Any,
+    round_norm: Any,
+    backend: str,
+) -> tuple[Facts | None, Any]:
+    """(facts, what takes calls with these facts): all that the checks of a call and the choice of its path rest on, but
+    for numbers, which are right here. The host waits for this in every step. No facts where numbers are wrong or
+    something is no tensor, which the checks will say, and under compilation."""
+    if is_compiling() or type(round_norm) is not bool or not (padding_idx is None or type(padding_idx) is int):
+        return None, None
+    try:
+        numbers = tuple(
+            None if value is None or type(value) is float and math.isfinite(value) else facts_of(value)
+            for value in (scaling, embed_scale)
+        )
+        facts = (
+            *map(facts_of, tensors),
+            None if magnitude is None else facts_of(magnitude),
+            *numbers,
+            scaling is None,
+            embed_scale is None,
+            padding_idx,
+            round_norm,
+            torch.is_grad_enabled(),
+            dispatch.get_backend(),
+            backend,
+        )
+        return facts, _calls.get(facts)
+    except (AttributeError, RuntimeError, TypeError):
+        return None, None
+
+
+def _settle(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor | None,
+    padding_idx: int | None,
+    round_norm: bool,
+    backend: str,
+) -> Callable[..., torch.Tensor]:
+    """What takes this call, which passed the checks, and from now on those with the same facts."""
+    if dispatch.choose(backend, weight.device, weight.dtype) == "triton":
+        from lora_fast.ops.embedding import FusedEmbedding  # needs Triton
+
+        return FusedEmbedding(ids, weight, lora_A, lora_B, magnitude, padding_idx, round_norm)
+    return partial(reference.lora_embedding, padding_idx=padding_idx, round_norm=round_norm)
 
 
 def _check(

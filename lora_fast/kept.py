@@ -1,4 +1,4 @@
-"""What a DoRA layer keeps in evaluation: the norm, or what else its forward makes of the weights alone.
+"""What a layer keeps in evaluation: DoRA's norm, and what else its forward makes of the weights alone.
 
 It holds as long as the tensors that it was made of are there and unchanged, as far as torch counts changes: what is
 written into the ``data`` of a tensor is not counted, but on the CPU, where the adapter is compared.
@@ -96,10 +96,16 @@ class Kept:
         self.found = None
 
     def get(
-        self, tensors: Sequence[Any], scaling: Any, how: tuple[Any, ...], make: Callable[[], torch.Tensor]
+        self,
+        held: Sequence[Any],
+        adapter: Sequence[Any],
+        scaling: Any,
+        how: tuple[Any, ...],
+        make: Callable[[], torch.Tensor],
     ) -> torch.Tensor | None:
-        """What is kept if it was made of these tensors (at the end A, B and the magnitude) as they are, else a new one;
-        None where nothing may be kept."""
+        """What is kept if it was made of these tensors, the base's and the adapter's, as they are, else a new one; None
+        where nothing may be kept."""
+        tensors = *held, *adapter
         captures = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
         if (captures and not self.in_graphs) or isinstance(scaling, torch.Tensor):
             return None
@@ -111,7 +117,7 @@ class Kept:
                 return found.value
             if found.stream is None or found.stream == _stream(tensors[0]):
                 return found.value
-        if captures or (sources := Sources.of(tensors, len(tensors) - 3)) is None:
+        if captures or (sources := Sources.of(tensors, len(held))) is None:
             return None
         self.found = found = Found(make(), sources, scaling, how, _stream(tensors[0]))
         return found.value

@@ -19,6 +19,7 @@ def lora_linear(
     bias: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = True,
+    *,
     keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``y = x W^T + S B^T + bias`` with ``S = scaling * drop(x) A^T`` (Hu et al. 2021, arXiv 2106.09685).
@@ -139,6 +140,7 @@ def dora_linear(
     bias: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = True,
+    *,
     detach_norm: bool = True,
     keep: torch.Tensor | None = None,
     round_norm: bool = False,
@@ -151,7 +153,7 @@ def dora_linear(
     Arguments and result as in :func:`lora_linear`; magnitude is [N]; ``round_norm`` rounds the norm to the weight's
     dtype, as PEFT does. ``gain``: g, if it is there already.
     """
-    z = lora_linear(x, weight, lora_A, lora_B, scaling, None, dropout_p, training, keep)
+    z = lora_linear(x, weight, lora_A, lora_B, scaling, None, dropout_p, training, keep=keep)
     if gain is None:
         gain = gain_of(weight, lora_A, lora_B, magnitude, scaling, detach_norm, round_norm)
     return dora_scale(z, gain, bias, (x, weight))

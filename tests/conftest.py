@@ -74,6 +74,14 @@ def own_backend():
 
 
 @pytest.fixture(autouse=True)
+def little_cached():
+    """A GPU's memory that a test leaves free is there for the other processes of the run."""
+    yield
+    if GPU and torch.cuda.memory_reserved() > 2**31:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def ieee_products():
     """float32 products without tf32, so that eager torch is as exact as it gets."""
     torch.backends.cuda.matmul.allow_tf32 = False

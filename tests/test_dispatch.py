@@ -19,8 +19,6 @@ def fresh(monkeypatch):
     """No decision remembered, no warning given yet."""
     monkeypatch.setattr(dispatch, "_told", set())
     monkeypatch.setattr(dispatch, "_decided", {})
-    yield
-    lora_fast.set_backend("auto")
 
 
 def call(backend="auto", dtype=torch.float32):

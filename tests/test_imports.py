@@ -25,6 +25,7 @@ ROOMS = [
     {"wrappers"},
     {"batch", "blocks", "embedding"},
     {"functional"},
+    {"checks", "paths"},
     {"ops"},
     {"reference", "fp8", "kept"},
     {"bases"},

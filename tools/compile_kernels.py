@@ -159,14 +159,14 @@ def layer(case: Case, magnitude: torch.Tensor | None, base_name: str = "plain") 
 
 def embedding(dtype: torch.dtype, r: int) -> None:
     """The launches of an adapted embedding, forward and backward, with float32 adapters."""
-    from lora_fast.kernels.embedding import Needs, embedding_bwd, embedding_fwd, embedding_norm
+    from lora_fast.kernels.embedding.step import Needs, Problem, backward, forward
 
     m, v, n = 8192, 32000, 2048
     ids, weight, dy = torch.zeros(m, dtype=torch.int64), torch.empty(v, n, dtype=dtype), torch.empty(m, n, dtype=dtype)
     a, b, factor = torch.empty(r, v), torch.empty(n, r), torch.empty(1)
-    norm, gain = embedding_norm(weight, a, b, 2.0, torch.empty(n))
-    embedding_fwd(ids, weight, a, b, 2.0, factor, gain)
-    embedding_bwd(dy, ids, weight, a, b, 2.0, factor, norm, gain, needs=Needs(True, True, True))
+    problem = Problem()
+    _, norm, gain = forward(problem, ids, weight, a, b, 2.0, factor, torch.empty(n))
+    backward(problem, dy, ids, weight, a, b, 2.0, factor, norm=norm, gain=gain, needs=Needs(True, True, True))
 
 
 # M, K, the columns of each output, r, the dtype of x, p, the dtype of the adapters, whether there are magnitudes
@@ -213,8 +213,9 @@ def group(case: GroupCase, base_name: str = "plain") -> None:
     backward(siblings, dys, x, made, kept, [2.0] * len(ys), p)
 
 
-def mlp(case: GroupCase, act: str) -> None:
-    """The launches of a gated MLP, forward and backward; its widths are those of gate and of down."""
+def mlp(case: GroupCase, act: str, form: str) -> None:
+    """The launches of an MLP, forward and backward; its widths are those of h and of down. Its form: "glu", gate and
+    up; "first", these as halves of one layer; "fc", one layer without a gate."""
     from lora_fast.kernels.mlp import Mlp, backward, forward
     from lora_fast.kernels.problem import Kinds, Needs
     from lora_fast.kernels.siblings import Given, Kept, Sibling, Siblings
@@ -224,14 +225,16 @@ def mlp(case: GroupCase, act: str) -> None:
         Kinds(dtype, adapter, adapter, None, adapter if dora else None),
         Needs(False, True, True, False, dora),
     )
+    rows_of = [width, width] if form == "glu" else [2 * width] if form == "first" else [width]
     inner, outer = (
-        Sibling(width, r, kinds, needs._replace(m=False), dora, scaled=dora),
+        Sibling(rows_of[0], r, kinds, needs._replace(m=False), dora, scaled=dora),
         Sibling(n, r, kinds, needs, dora),
     )
-    pair = Siblings((m,), k, (inner, inner), True)
-    problem = Mlp(pair, Siblings((m,), width, (outer,), True), act, (dora, dora), (kinds.m, kinds.m))
+    of_x, count = Siblings((m,), k, (inner,) * len(rows_of), True), len(rows_of)
+    gate, of_h = "first" if form == "first" else None, Siblings((m,), width, (outer,), True)
+    problem = Mlp(of_x, of_h, act, gate, (dora,) * count, (kinds.m,) * count)
     x, each = torch.empty(m, k, dtype=dtype), []
-    for rows, cols in ((width, k), (width, k), (n, width)):
+    for rows, cols in (*((rows, k) for rows in rows_of), (n, width)):
         a, b = torch.empty(r, cols, dtype=adapter), torch.empty(rows, r, dtype=adapter)
         magnitude = torch.empty(rows, dtype=adapter) if dora else None
         each.append(Given((torch.empty(rows, cols, dtype=dtype),), a, b, None, magnitude, 2.0))
@@ -240,7 +243,7 @@ def mlp(case: GroupCase, act: str) -> None:
     if late is not None:
         late.run()
     kept = [(*Kept(None if inner.casts else one.b), *one.held) for one in each]
-    kept[2] = *Kept(kept[2][0], y if dora else None), *each[2].held
+    kept[-1] = *Kept(kept[-1][0], y if dora else None), *each[-1].held
     backward(problem, torch.empty_like(y), x, made, kept, 2.0, p, True)
 
 
@@ -435,9 +438,9 @@ def _compile(capability: int, problems: list[Case], few: Iterable[Case], once: b
     for case in GROUPS:
         problem = f"{described(case)} group"
         group(case)
-    for act, case in MLPS:
-        problem = f"{described(case)} {act} mlp"
-        mlp(case, act)
+    for act, form, case in MLPS:
+        problem = f"{described(case)} {act} {form} mlp"
+        mlp(case, act, form)
     for one in BATCHES:
         m, k, n, of, dtype, p, adapter = one
         problem = f"{m}x{k}x{n} r={max(of)} {str(dtype)[6:]} p={p} {str(adapter)[6:]} batch of {len(of)}"
@@ -510,12 +513,17 @@ BATCHES: list[BatchCase] = [
     (4096, 1024, 1024, (16, 64, 16), FLOAT, 0.1, FLOAT),
 ]
 
-MLPS: list[tuple[str, GroupCase]] = [
-    ("silu", (8192, 4096, (14336, 4096), 16, BF16, 0.0, BF16, False)),
-    ("silu", (8192, 4096, (14336, 4096), 16, BF16, 0.1, FLOAT, True)),
-    ("gelu", (2048, 2048, (8192, 2048), 64, BF16, 0.1, BF16, False)),
-    ("gelu_tanh", (4096, 2048, (8192, 2048), 16, torch.float16, 0.0, FLOAT, False)),
-    ("gelu", (4096, 1024, (2048, 1024), 16, FLOAT, 0.1, FLOAT, False)),
+MLPS: list[tuple[str, str, GroupCase]] = [
+    ("silu", "glu", (8192, 4096, (14336, 4096), 16, BF16, 0.0, BF16, False)),
+    ("silu", "glu", (8192, 4096, (14336, 4096), 16, BF16, 0.1, FLOAT, True)),
+    ("gelu", "glu", (2048, 2048, (8192, 2048), 64, BF16, 0.1, BF16, False)),
+    ("gelu_tanh", "glu", (4096, 2048, (8192, 2048), 16, torch.float16, 0.0, FLOAT, False)),
+    ("gelu", "glu", (4096, 1024, (2048, 1024), 16, FLOAT, 0.1, FLOAT, False)),
+    ("silu", "first", (8192, 4096, (14336, 4096), 16, BF16, 0.1, BF16, False)),
+    ("silu", "first", (8192, 4096, (14336, 4096), 16, BF16, 0.0, BF16, True)),
+    ("gelu", "fc", (8192, 1024, (4096, 1024), 16, BF16, 0.1, BF16, False)),
+    ("relu2", "fc", (8192, 1024, (4096, 1024), 16, BF16, 0.0, BF16, True)),
+    ("quick_gelu", "fc", (2048, 1024, (4096, 1024), 16, torch.float16, 0.0, FLOAT, False)),
 ]
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ FIELDS = {
     "product_with_s": "m n k warps stages",
     "down": "m k r ways warps stages",
     "pair": "m n warps stages",
-    "decode": "m n k r warps stages fill",
+    "decode": "m n k r warps stages fill ahead",
 }
 WAYS = {
     "product": ("fwd", "dx", "masked"),
@@ -55,7 +55,8 @@ def candidates(kernel: str, shape: Shape, r: int, chip: Chip) -> list[Tile | Non
         made = grid(m=(64, 128, 256), n=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4, 5))
     else:
         rows = (rank_block(shape.m, 128),)
-        made = grid(m=rows, n=(64, 128), k=(64, 128, 256), r=(64,), warps=(4, 8), stages=(3, 4, 5, 6), fill=(1.0, 2.0))
+        some = grid(m=rows, n=(64, 128), k=(64, 128, 256), r=(64,), warps=(4, 8), stages=(3, 4, 5, 6), fill=(0.5, 1.0))
+        made = (each | {"ahead": columns // each["k"]} for each in some for columns in (0, 512))
     found: list[Tile | None] = [tile for tile in (Tile(**each) for each in made) if fits(kernel, tile, r, chip)]
     return [*found, None] if kernel == "product_with_s" else found
 
@@ -223,6 +224,7 @@ def tile_of(kernel: str, made: Program, chip: Chip) -> Tile | None:
     constants, options = launch.constants, launch.options
     found = {axis: constants.get(f"BLOCK_{axis.upper()}", 0) for axis in "mnkr"}
     found |= {"k": constants.get("BLOCK_C", found["k"]), "ways": constants.get("WAYS", 0)}
+    found |= {"ahead": constants.get("AHEAD", 0)}
     found |= {"warps": options["num_warps"], "stages": options["num_stages"]}
     if kernel == "product":
         found["fill"] = constants["PROGRAMS"] / chip.processors

@@ -75,31 +75,50 @@ def _mine(at, adapter, m, BLOCK_M: tl.constexpr, PURE: tl.constexpr):
     return mine
 
 
+class Steps(NamedTuple):
+    """Steps of a walk, BLOCK_M rows each: from the first to the last over the blocks of rows in a list (a pointer),
+    ``STRIDE`` apart in it, for an adapter. PURE: there are no rows of others."""
+
+    blocks: Any
+    first: Any
+    last: Any
+    adapter: Any
+    STRIDE: Any
+    PURE: Any
+
+
+class OneAdapter(NamedTuple):
+    """What a walk reads of it: columns of P from ``first`` on, so many, its B [BLOCK_N, BLOCK_R] and gain [BLOCK_N]."""
+
+    first: Any
+    count: Any
+    b: Any
+    gain: Any
+
+
+class Constants(NamedTuple):
+    """Those of ``_walk``."""
+
+    BLOCK_M: Any
+    ROWS: Any
+    TMA: Any
+    ACC: Any
+    PRECISION: Any
+    DTYPE: Any
+
+
 @triton.jit
-def _walk(
-    at,
-    blocks,
-    first,
-    last,
-    adapter,
-    col,
-    rank,
-    r,
-    b,
-    gain,
-    g,
-    dm,
-    STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr,
-    PURE: tl.constexpr,
-    TMA: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """G and dm after these steps, BLOCK_M rows each, over the blocks of rows in a list, ``STRIDE`` apart in it; rows of
-    other adapters are not read. PURE: there are none."""
+def _walk(at, steps, col, of, g, dm, by):
+    """G and dm after these steps; rows of other adapters are not read."""
+    first, last, adapter, rank, r = steps.first, steps.last, steps.adapter, of.first, of.count
+    BLOCK_M: tl.constexpr = by.BLOCK_M
+    ROWS: tl.constexpr = by.ROWS
+    STRIDE: tl.constexpr = steps.STRIDE
+    PURE: tl.constexpr = steps.PURE
+    TMA: tl.constexpr = by.TMA
+    ACC: tl.constexpr = by.ACC
+    PRECISION: tl.constexpr = by.PRECISION
+    DTYPE: tl.constexpr = by.DTYPE
     BLOCK_N: tl.constexpr = g.shape[0]
     BLOCK_R: tl.constexpr = g.shape[1]
     DM_ROWS: tl.constexpr = dm.shape[0]
@@ -109,13 +128,13 @@ def _walk(
     inside = cols < at.n - col
     whole = local * at.n + cols  # where a tile's elements lie in a contiguous matrix, from its first on: 32 bits do
     # Where a step lies is looked up one ahead: looked up in it, that would take a stage of the pipeline.
-    m = tl.load(blocks + first // STEPS * STRIDE, mask=first < last, other=0) * ROWS + first % STEPS * BLOCK_M
+    m = tl.load(steps.blocks + first // STEPS * STRIDE, mask=first < last, other=0) * ROWS + first % STEPS * BLOCK_M
     if at.kept_ptr is not None and PURE:
         here = (_mine(at, adapter, m, BLOCK_M, PURE) & (first < last))[:, None] & inside
         kept = tl.load(at.kept_ptr + (zero + m) * at.n + col + whole, mask=here, other=0.0)
     for i in range(first, last):
         rows, mine = m + tl.arange(0, BLOCK_M), _mine(at, adapter, m, BLOCK_M, PURE)
-        later = tl.load(blocks + (i + 1) // STEPS * STRIDE, mask=i + 1 < last, other=0)
+        later = tl.load(steps.blocks + (i + 1) // STEPS * STRIDE, mask=i + 1 < last, other=0)
         later = later * ROWS + (i + 1) % STEPS * BLOCK_M
         if PURE:
             tile = load_tile(Matrix(at.z, at.m, at.n, at.stride_m, at.stride_n), m, col, BLOCK_M, BLOCK_N, TMA)
@@ -131,7 +150,7 @@ def _walk(
                 here = (_mine(at, adapter, later, BLOCK_M, PURE) & (i + 1 < last))[:, None] & inside
                 kept = tl.load(at.kept_ptr + (zero + later) * at.n + col + whole, mask=here, other=0.0)
         if at.dz_ptr is not None:
-            dz = (tile.to(ACC) * gain[None, :]).to(DTYPE)
+            dz = (tile.to(ACC) * of.gain[None, :]).to(DTYPE)
             if PURE:
                 store_tile(Matrix(at.dz, at.m, at.n, at.n, 1), dz, m, col, DTYPE, TMA)
             else:
@@ -147,7 +166,7 @@ def _walk(
             if at.kept_ptr is not None or at.dz_ptr is not None:
                 g = late(g)  # Triton 3.7 loads the next tile over one that is read twice while it is multiplied
         if at.ds_ptr is not None:
-            ds = mma(tile, b, tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC), PRECISION)
+            ds = mma(tile, of.b, tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC), PRECISION)
             ds_ptrs = at.ds_ptr + rows.to(tl.int64)[:, None] * at.stride_ds + ranks[None, :]
             tl.store(ds_ptrs, ds, mask=mine[:, None] & (ranks < at.stride_ds)[None, :])
         m = later
@@ -218,23 +237,47 @@ def _batch_columns_kernel(
             b = (b.to(ACC) * gain[:, None]).to(DTYPE)  # type: ignore[index]
         ds_ptr += (zero + tl.program_id(0)) * M * WIDTH
     at = Rows(
-        z, z_ptr, kept_ptr, own_ptr, p_ptr, bits_ptr, dz, dz_ptr, ds_ptr, M, N, stride_zm, stride_zn, TOTAL,
-        stride_bits, WIDTH,
-    )  # fmt: skip
+        z,
+        z_ptr,
+        kept_ptr,
+        own_ptr,
+        p_ptr,
+        bits_ptr,
+        dz,
+        dz_ptr,
+        ds_ptr,
+        M,
+        N,
+        stride_zm,
+        stride_zn,
+        TOTAL,
+        stride_bits,
+        WIDTH,
+    )
     g, dm = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC), tl.zeros([DM_ROWS, BLOCK_N], dtype=ACC)
     each = tl.cdiv(pure, SPLITS)
     begin, last = split * each * STEPS, tl.minimum((split + 1) * each, pure) * STEPS
     g, dm = _walk(
-        at, blocks + 2, begin, last, adapter, col, first, padded, b, gain, g, dm, 1, BLOCK_M, ROWS, True, TMA, ACC,
-        PRECISION, DTYPE,
-    )  # fmt: skip
+        at,
+        Steps(blocks + 2, begin, last, adapter, 1, True),
+        col,
+        OneAdapter(first, padded, b, gain),
+        g,
+        dm,
+        Constants(BLOCK_M, ROWS, TMA, ACC, PRECISION, DTYPE),
+    )
     each = tl.cdiv(shared, SPLITS)
     begin, last = split * each * STEPS, tl.minimum((split + 1) * each, shared) * STEPS
     own = tl.where(none, -1, adapter)
     g, dm = _walk(
-        at, blocks + 1 + BLOCKS, begin, last, own, col, first, padded, b, gain, g, dm, -1, BLOCK_M, ROWS, False, TMA,
-        ACC, PRECISION, DTYPE,
-    )  # fmt: skip
+        at,
+        Steps(blocks + 1 + BLOCKS, begin, last, own, -1, False),
+        col,
+        OneAdapter(first, padded, b, gain),
+        g,
+        dm,
+        Constants(BLOCK_M, ROWS, TMA, ACC, PRECISION, DTYPE),
+    )
     if dm_ptr is not None:
         to = (zero + adapter) * N + cols
         to += split.to(tl.int64) * ADAPTERS * N

@@ -20,10 +20,10 @@ from lora_fast.kernels.batch.ranks import Ranks, Tables
 from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import TL, Matrix, acc_dtype, late, load_tile, mma, wait_for_stream
 from lora_fast.kernels.gemm import halves
-from lora_fast.kernels.norm import constants, gain_of, row_norm
+from lora_fast.kernels.norm import LowRank, constants, gain_of, row_norm
 from lora_fast.kernels.operands import Operand, Scratch, Tiles, launch
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.sums import sum_of
+from lora_fast.kernels.sums import Summed, sum_of
 from lora_fast.kernels.tiles import rank_block, tma_fits
 
 GROUP = 16  # ranks, all of one adapter
@@ -182,7 +182,7 @@ def _gains_kernel(
     to = (zero + adapter) * N
     m_ptr, n_ptr, g_ptr = m_ptr + to, n_ptr + to, g_ptr + to
     if dots_ptr is None:
-        norm = row_norm(w, a, b, b_tile, None, s, row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
+        norm = row_norm(w, None, LowRank(a, b, b_tile, s), row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
         _store_gains(norm, m_ptr, n_ptr, g_ptr, rows, rows < N, N, ROUND, ACC)
     else:
         at = tl.arange(0, BLOCK_R)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
@@ -192,10 +192,9 @@ def _gains_kernel(
         low = tl.sum(tl.dot(b_wide, gram, input_precision="tf32x3") * b_wide, 1) * s * s
         dots = tl.zeros([BLOCK_N], tl.float32)
         for rank in range(first, end, GROUP):
-            dots += sum_of(
-                dots_ptr, (zero + rank // GROUP) * N + rows, DOTS, (zero + TOTAL // GROUP) * N, BLOCK_N, tl.float32
-            )
-        base = sum_of(squares_ptr, zero + rows, SQUARES, zero + N, BLOCK_N, tl.float32)
+            of_rank = (zero + rank // GROUP) * N + rows
+            dots += sum_of(Summed(dots_ptr, DOTS, (zero + TOTAL // GROUP) * N), of_rank, BLOCK_N, tl.float32)
+        base = sum_of(Summed(squares_ptr, SQUARES, zero + N), zero + rows, BLOCK_N, tl.float32)
         square = base + 2 * s * dots + low
         weak = ((square < (base + low) * WEAK) & (rows < N)).to(tl.int32)
         norm = tl.sqrt(tl.where(square < 0, 0.0, square))
@@ -207,7 +206,7 @@ def _gains_kernel(
                 if tl.max(mine, 0) > 0:
                     few = row + i * FEW
                     b_few = load_tile(b, few, 0, FEW, BLOCK_R)
-                    again = row_norm(w, a, b, b_few, None, s, few, BLOCK_K, SUMS, ONE, ACC, PRECISION)
+                    again = row_norm(w, None, LowRank(a, b, b_few, s), few, BLOCK_K, SUMS, ONE, ACC, PRECISION)
                     _store_gains(again, m_ptr, n_ptr, g_ptr, few + tl.arange(0, FEW), mine > 0, N, ROUND, ACC)
 
 

@@ -3,7 +3,7 @@ or, where the forward kept y = g_j z in its place, of dY * y. Columns whose g_j 
 of the adapter's rows made again, here (see sums.py, which does so for one adapter).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ import triton.language as tl
 from lora_fast.kernels.common import Matrix, acc_dtype, load_tile, mma, precision, wait_for_stream
 from lora_fast.kernels.operands import Operand, launch
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.sums import sum_of, weak_gain
+from lora_fast.kernels.sums import Summed, sum_of, weak_gain
 
 STEP = 16  # of what is contracted where z is made again
 
@@ -24,11 +24,27 @@ def _rows_of(of, rows, mine, col, COLS: tl.constexpr):
     return tl.load(at, mask=mine[:, None] & (cols < of.cols)[None, :], other=0.0)
 
 
+class Z(NamedTuple):
+    """What z is made of as device code sees it: x [M, K], W [N, K], and of one adapter S [M, R], B [N, R]."""
+
+    x: Any
+    w: Any
+    s: Any
+    b: Any
+
+
 @triton.jit
 def _dots_of_rows(
-    dy, x, w, s, b, own_ptr, adapter, col, BLOCK: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr,
+    dy,
+    of,
+    own_ptr,
+    adapter,
+    col,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    ACC: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """The sum over the adapter's rows of dY * (x W^T + S B^T), for BLOCK columns from col on."""
     total = tl.zeros([BLOCK], dtype=ACC)
     for m in range(0, dy.rows, BLOCK):
@@ -36,10 +52,10 @@ def _dots_of_rows(
         mine = tl.load(own_ptr + rows, mask=rows < dy.rows, other=-2) == adapter
         if tl.max(mine.to(tl.int32), 0) > 0:
             z = tl.zeros([BLOCK, BLOCK], dtype=ACC)
-            for k in range(0, x.cols, STEP):
-                z = mma(_rows_of(x, rows, mine, k, STEP), load_tile(w, col, k, BLOCK, STEP).T, z, PRECISION)
-            for rank in range(0, b.cols, STEP):
-                z = mma(_rows_of(s, rows, mine, rank, STEP), load_tile(b, col, rank, BLOCK, STEP).T, z, PRECISION)
+            for k in range(0, of.x.cols, STEP):
+                z = mma(_rows_of(of.x, rows, mine, k, STEP), load_tile(of.w, col, k, BLOCK, STEP).T, z, PRECISION)
+            for rank in range(0, of.b.cols, STEP):
+                z = mma(_rows_of(of.s, rows, mine, rank, STEP), load_tile(of.b, col, rank, BLOCK, STEP).T, z, PRECISION)
             total += tl.sum(_rows_of(dy, rows, mine, col, BLOCK).to(ACC) * z, 0)
     return total
 
@@ -80,7 +96,7 @@ def _magnitudes_kernel(
     col, adapter, zero = tl.program_id(0) * BLOCK, tl.program_id(1), tl.full((), 0, tl.int64)
     cols = col + tl.arange(0, BLOCK)
     at = (zero + adapter) * N + cols
-    total = sum_of(parts_ptr, at, PARTS, (zero + ADAPTERS) * N, BLOCK, ACC)
+    total = sum_of(Summed(parts_ptr, PARTS, (zero + ADAPTERS) * N), at, BLOCK, ACC)
     norm = tl.load(norm_ptr + at, mask=cols < N, other=0.0)
     if WEAK is not None:
         gain = tl.load(gain_ptr + at, mask=cols < N, other=1.0)
@@ -92,7 +108,7 @@ def _magnitudes_kernel(
             dy, x = Matrix(dy_ptr, M, N, stride_ym, stride_yn), Matrix(x_ptr, M, K, stride_xm, stride_xk)
             w, s = Matrix(w_ptr, N, K, stride_wn, stride_wk), Matrix(s_ptr + first, M, end - first, TOTAL, 1)
             b = Matrix(b_ptr + first, N, end - first, TOTAL, 1)
-            again = _dots_of_rows(dy, x, w, s, b, own_ptr, adapter, col, BLOCK, STEP, ACC, PRECISION)
+            again = _dots_of_rows(dy, Z(x, w, s, b), own_ptr, adapter, col, BLOCK, STEP, ACC, PRECISION)
             total = tl.where(weak, again, total)
     dm = tl.where(norm != 0, total / tl.where(norm != 0, norm, 1.0), 0.0)
     tl.store(dm_ptr + at, dm.to(dm_ptr.dtype.element_ty), mask=cols < N)

@@ -39,7 +39,7 @@ class Places(NamedTuple):
         }
         if ranks.units > 1:
             found["units"] = (blocks, 1 + ranks.units), torch.int32
-        return found  # type: ignore[return-value]
+        return found
 
 
 @triton.jit(do_not_specialize=["M", "EACH"])

@@ -4,7 +4,7 @@ its backward. Nothing here depends on which row names which adapter: programs, a
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,7 +51,7 @@ class Problem:
     round_norm: bool = False
     base_name: str = PLAIN.name  # see the problem of a single layer; of those that are not e4m3
     keep_z: bool = False  # for the gradients of magnitudes, which else read y
-    programs: dict[tuple, Program] = field(default_factory=dict)
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.m, self.kind = math.prod(self.lead), self.kinds.x

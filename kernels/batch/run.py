@@ -149,7 +149,7 @@ def _exact(problem: Problem) -> str | bool:
     return problem.is_float32 and precision(problem.kind, 256)
 
 
-def _bound(problem: Problem, key: tuple, args: Any, given: tuple) -> tuple[Program, Bound]:
+def _bound(problem: Problem, key: tuple[Any, ...], args: Any, given: tuple[Any, ...]) -> tuple[Program, Bound]:
     program = problem.programs.get(key)
     if program is None or program.stale or (bound := program.bind(*given)) is None:
         return bound_program(problem, key, args, given)

@@ -10,10 +10,11 @@ lie where da' lay. Pure elementwise: with thin products on the way both directio
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.common import wait_for_stream
+from lora_fast.kernels.common import TL, wait_for_stream
 from lora_fast.kernels.experts import tiles
 from lora_fast.kernels.experts.route import Route
 from lora_fast.kernels.operands import Operand, launch
@@ -34,19 +35,32 @@ class Gate(NamedTuple):
 
 
 @triton.jit
-def _gate_and_up(h_ptr, rows, there, col, N, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _gate_and_up(h_ptr, rows, there, col, N, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, KIND: tl.constexpr):
     """Both [rows, BLOCK], float32."""
-    first = h_ptr + rows.to(tl.int64)[:, None] * (2 * N)
-    if INTERLEAVED:
-        cols = 2 * col + tl.arange(0, 2 * BLOCK)
-        both = tl.load(first + cols[None, :], mask=there[:, None] & (cols < 2 * N)[None, :], other=0.0)
-        gate, up = tl.split(tl.reshape(both, (both.shape[0], BLOCK, 2)))
+    cols = col + tl.arange(0, BLOCK)
+    inside = there[:, None] & (cols < N)[None, :]
+    if INTERLEAVED and h_ptr.dtype.element_ty == tl.int32:  # as h is in KIND of 16 bits: a word is a gate and its up
+        words = tl.load(h_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :], mask=inside, other=0)
+        if KIND == tl.bfloat16:
+            gate, up = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+        else:
+            gate, up = words.to(tl.int16).to(KIND, bitcast=True), (words >> 16).to(tl.int16).to(KIND, bitcast=True)
+    elif INTERLEAVED:
+        both = 2 * col + tl.arange(0, 2 * BLOCK)
+        inside = there[:, None] & (both < 2 * N)[None, :]
+        h = tl.load(h_ptr + rows.to(tl.int64)[:, None] * (2 * N) + both[None, :], mask=inside, other=0.0)
+        gate, up = tl.split(tl.reshape(h, (h.shape[0], BLOCK, 2)))
     else:
-        cols = col + tl.arange(0, BLOCK)
-        inside = there[:, None] & (cols < N)[None, :]
+        first = h_ptr + rows.to(tl.int64)[:, None] * (2 * N)
         gate = tl.load(first + cols[None, :], mask=inside, other=0.0)
         up = tl.load(first + N + cols[None, :], mask=inside, other=0.0)
     return gate.to(tl.float32), up.to(tl.float32)
+
+
+@triton.jit
+def _word(low, high):
+    """Two numbers of 16 bits as one of 32."""
+    return (low.to(tl.int16, bitcast=True).to(tl.int32) & 65535) | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
@@ -59,6 +73,7 @@ def _gate_kernel(
     LIMIT: tl.constexpr,
     PLUS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    KIND: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     PDL: tl.constexpr,
@@ -66,7 +81,7 @@ def _gate_kernel(
     wait_for_stream(PDL)
     rows, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS
     there, cols = rows < tl.load(rows_ptr), col + tl.arange(0, COLS)
-    gate, up = _gate_and_up(h_ptr, rows, there, col, N, COLS, INTERLEAVED)
+    gate, up = _gate_and_up(h_ptr, rows, there, col, N, COLS, INTERLEAVED, KIND)
     if LIMIT is not None:
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
@@ -90,6 +105,7 @@ def _gate_grad_kernel(
     LIMIT: tl.constexpr,
     PLUS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    KIND: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     PDL: tl.constexpr,
@@ -98,7 +114,7 @@ def _gate_grad_kernel(
     rows, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS
     there, cols = rows < tl.load(rows_ptr), col + tl.arange(0, COLS)
     inside, at = there[:, None] & (cols < N)[None, :], rows.to(tl.int64)[:, None] * N + cols[None, :]
-    gate, up = _gate_and_up(h_ptr, rows, there, col, N, COLS, INTERLEAVED)
+    gate, up = _gate_and_up(h_ptr, rows, there, col, N, COLS, INTERLEAVED, KIND)
     weight = tl.load(weight_ptr + rows, mask=there, other=0.0)
     open_gate = tl.full([ROWS, COLS], True, tl.int1)
     open_up = open_gate
@@ -117,10 +133,12 @@ def _gate_grad_kernel(
         if dh_ptr is not None:
             da *= weight[:, None]
             d_gate = (up + PLUS) * (sigmoid + ALPHA * swish * (1 - sigmoid))
-            d_gate = (da * tl.where(open_gate, d_gate, 0.0)).to(dh_ptr.dtype.element_ty)
-            d_up = (da * tl.where(open_up, swish, 0.0)).to(dh_ptr.dtype.element_ty)
+            d_gate = (da * tl.where(open_gate, d_gate, 0.0)).to(KIND)
+            d_up = (da * tl.where(open_up, swish, 0.0)).to(KIND)
             first = dh_ptr + rows.to(tl.int64)[:, None] * (2 * N)
-            if INTERLEAVED:
+            if INTERLEAVED and dh_ptr.dtype.element_ty == tl.int32:
+                tl.store(dh_ptr + at, _word(d_gate, d_up), mask=inside)
+            elif INTERLEAVED:
                 both = 2 * col + tl.arange(0, 2 * COLS)
                 joined = tl.reshape(tl.join(d_gate, d_up), (ROWS, 2 * COLS))
                 tl.store(first + both[None, :], joined, mask=there[:, None] & (both < 2 * N)[None, :])
@@ -133,28 +151,37 @@ def _gate_grad_kernel(
         tl.store(wa_ptr + at, (a * weight[:, None]).to(wa_ptr.dtype.element_ty), mask=inside)
 
 
+def _words(t: Operand | None, gate: Gate) -> Operand | None:
+    """h or its gradient, as words of two numbers where these alternate and have 16 bits: so that a thread has the same
+    elements of all that it reads."""
+    if t is None or not gate.interleaved or t.dtype.itemsize != 2:
+        return t
+    return t.seen_as((t.shape[0], t.shape[1] // 2), torch.int32)
+
+
 def gate_forward(h: Operand, a: Operand, route: Route, gate: Gate) -> Launch:
     """a [S, I] from h [S, 2I]."""
     s, i = a.shape
-    tile = tiles.experts_gate(i, backward=False)
+    tile = tiles.experts_gate(i, backward=False, interleaved=gate.interleaved)
     return launch(
         _gate_kernel,
         (triton.cdiv(s, tile.m), triton.cdiv(i, tile.n)),
         tile.options,
         h,
-        h_ptr=h,
+        h_ptr=_words(h, gate),
         a_ptr=a,
         rows_ptr=route.rows,
         N=i,
         **gate.constants,
+        KIND=TL[h.dtype],
         ROWS=tile.m,
         COLS=tile.n,
     )
 
 
-def dw_parts(i: int) -> int:
+def dw_parts(i: int, gate: Gate) -> int:
     """Parts that ``gate_backward`` leaves of each row's dw."""
-    return triton.cdiv(i, tiles.experts_gate(i, backward=True).n)
+    return triton.cdiv(i, tiles.experts_gate(i, backward=True, interleaved=gate.interleaved).n)
 
 
 def gate_backward(
@@ -170,22 +197,23 @@ def gate_backward(
     """dh [S, 2I] and parts of dw [parts, S], float32, from da [S, I], and wa [S, I], which may be da; each where it is
     given."""
     s, i = h.shape[0], h.shape[1] // 2
-    tile = tiles.experts_gate(i, backward=True)
+    tile = tiles.experts_gate(i, backward=True, interleaved=gate.interleaved)
     return launch(
         _gate_grad_kernel,
         (triton.cdiv(s, tile.m), triton.cdiv(i, tile.n)),
         tile.options,
         h,
         da_ptr=da,
-        h_ptr=h,
+        h_ptr=_words(h, gate),
         weight_ptr=route.weight,
         rows_ptr=route.rows,
-        dh_ptr=dh,
+        dh_ptr=_words(dh, gate),
         wa_ptr=wa,
         dw_ptr=dw,
         S=s,
         N=i,
         **gate.constants,
+        KIND=TL[h.dtype],
         ROWS=tile.m,
         COLS=tile.n,
     )

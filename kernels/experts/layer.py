@@ -45,15 +45,14 @@ class Forward(NamedTuple):
     room: Operand
     s1: Number
     s2: Number
-    held: tuple[Maybe, ...]  # gate_up, down, and their biases
-
-
-LAST = 2  # launches that make y once all is there that the backward reads
+    held: tuple[Maybe, ...]  # the tensors of gate_up and of down, and their biases
 
 
 def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
-    gate_up, down, bias1, bias2 = at.held
+    *weights, bias1, bias2 = problem.parts(at.held)
     room, scratch = problem.room(at.room), Scratch(at.x.device)
+    written = problem.memory(scratch, 0, 1)
+    gate_up, down = (problem.weight(i, weight, written) for i, weight in enumerate(weights))
     route, k, experts, kind = room.route, problem.k, problem.experts, problem.kind
     gathered = scratch.part((problem.slots, problem.h), kind)  # x by rows, and later y by rows
     a = scratch.part((problem.slots, problem.i), kind)
@@ -69,9 +68,10 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     return [
         *launches,
         by_rows(at.x, route, experts, k=k, gathers=True, out=gathered, q=q1, p=room.p1, scaling=at.s1),
+        *gate_up.launches,
         experts_product(
             gathered,
-            gate_up,
+            gate_up.matrix,
             at.h,
             route.tiles,
             transposed=not problem.transposed[0],
@@ -81,9 +81,10 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
         ),
         gate_forward(at.h, a, route, problem.gate),
         *([by_rows(a, route, experts, k=k, gathers=False, q=q2, p=room.p2, scaling=at.s2)] if problem.r2 else []),
+        *down.launches,
         experts_product(
             a,
-            down,
+            down.matrix,
             gathered,
             route.tiles,
             transposed=not problem.transposed[1],
@@ -131,7 +132,7 @@ class Backward(NamedTuple):
 
 
 def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
-    gate_up, down, _, bias2 = at.held
+    of_gate_up, of_down, _, bias2 = problem.parts(at.held)
     room, scratch, needs = problem.room(at.room), Scratch(at.dout.device), problem.needs
     route, k, experts, kind = room.route, problem.k, problem.experts, problem.kind
     s, i = problem.slots, problem.i
@@ -139,9 +140,10 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     q1, q2 = _stack_of_b(problem, room.b1, 0), _stack_of_b(problem, room.b2, 1)
     dp1: Maybe = scratch.part((s, padded_ranks(problem.r1)), kind) if problem.needs_dp1 else None
     dp2: Maybe = scratch.part((s, padded_ranks(problem.r2)), kind) if problem.needs_dp2 else None
-    dw = scratch.part((dw_parts(i), s), torch.float32) if needs.weights else None
+    dw = scratch.part((dw_parts(i, problem.gate), s), torch.float32) if needs.weights else None
     dots = scratch.part((s,), torch.float32) if needs.weights and bias2 is not None else None
     at_hand = _Memory(problem, scratch, route)
+    written = problem.memory(scratch, *[0] * needs.x, *[1] * problem.needs_da)
     da, dh = at_hand.da, at_hand.dh
     launches: list[Launch] = []
 
@@ -163,8 +165,12 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
             )
         )
     if dout_rows is not None:
+        down = problem.weight(1, of_down, written)
+        launches += down.launches
         launches.append(
-            experts_product(dout_rows, down, da, route.tiles, transposed=problem.transposed[1], p=dp2, q=dp2 and a2)
+            experts_product(
+                dout_rows, down.matrix, da, route.tiles, transposed=problem.transposed[1], p=dp2, q=dp2 and a2
+            )
         )
     if da is not None:
         launches.append(
@@ -198,9 +204,12 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     if at.db2 is not None:
         gradient(at.dout, room.p2, Stack.of_b(at.db2, experts), problem.r2, gathers=True, weighted=True)
     if at.dx is not None:
-        dx_rows = at_hand.dx_rows
+        dx_rows, gate_up = at_hand.dx_rows, problem.weight(0, of_gate_up, written)
+        launches += gate_up.launches
         launches.append(
-            experts_product(dh, gate_up, dx_rows, route.tiles, transposed=problem.transposed[0], p=dp1, q=dp1 and a1)
+            experts_product(
+                dh, gate_up.matrix, dx_rows, route.tiles, transposed=problem.transposed[0], p=dp1, q=dp1 and a1
+            )
         )
         launches.append(combine(dx_rows, route, at.dx, k))
     return launches

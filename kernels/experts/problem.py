@@ -2,18 +2,20 @@
 depends on the routing: programs, and CUDA graphs of them, serve any."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
+from lora_fast.kernels.bases import BASES, PLAIN, Base, Read, Wanted
 from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.experts.gate import Gate
 from lora_fast.kernels.experts.pack import padded_ranks
 from lora_fast.kernels.experts.route import Route, Table
 from lora_fast.kernels.experts.tiles import CHUNK, experts_product
-from lora_fast.kernels.operands import Operand, Size, rounded
+from lora_fast.kernels.operands import Operand, Scratch, Size, rounded
 from lora_fast.kernels.program import Program
 
 
@@ -66,10 +68,11 @@ class Problem:
     r2: int
     kinds: Kinds
     needs: Needs
-    transposed: tuple[bool, bool]  # gate_up is [E, H, 2I], down [E, I, H]
+    transposed: tuple[bool, bool]  # gate_up is [E, H, 2I], down [E, I, H]; packed ones are not
     gate: Gate
     device: torch.device
-    programs: dict[tuple, Program] = field(default_factory=dict)
+    base_names: tuple[str, str] = (PLAIN.name, PLAIN.name)  # rows of ``BASES`` that gate_up and down are
+    programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.slots, self.kind = self.tokens * self.k, self.kinds.x
@@ -78,6 +81,45 @@ class Problem:
         self.needs_da = self.needs_dh or needs.weights
         self.needs_dp1 = self.r1 > 0 and (needs.x or needs.a1)
         self.needs_dp2 = self.r2 > 0 and (self.needs_da or needs.a2)
+
+    # What rests on the bases, which torch.compile need not trace.
+
+    @cached_property
+    def bases(self) -> tuple[Base, Base]:
+        first, second = self.base_names
+        return BASES[first], BASES[second]
+
+    @cached_property
+    def last(self) -> int:
+        """How many launches make y once all is there that the backward reads: the last product, what writes its weight,
+        and the sum over a token's rows."""
+        return 2 if self.bases[1].unpack_y is None else 3
+
+    def parts(self, held: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Any, Any]:
+        """What the experts hold, in a row, apart: the tensors of gate_up and of down, their biases."""
+        first, second = (len(base.tensors) for base in self.bases)
+        return held[:first], held[first : first + second], *held[first + second :]
+
+    def memory(self, scratch: Scratch, *projections: int) -> Operand | None:
+        """Where the weights of these that no product reads are written to, one at a time."""
+        size = 0
+        for projection in projections:
+            experts, n, k = self.stored_shape(projection)
+            size = max(size, self.bases[projection].size(experts * n, k, self.kind))
+        return scratch.part((size,), torch.uint8) if size else None
+
+    def weight(self, projection: int, tensors: Sequence[Any], memory: Any) -> Read:
+        """What a product over it reads, [E, ., .]: as it is given, or where it is written to."""
+        base = self.bases[projection]
+        if base.unpack_y is None:
+            return Read(*tensors)
+        experts, n, k = self.stored_shape(projection)
+        read = base.y(tensors, Wanted(experts * n, k, self.kind, memory))
+        return read._replace(matrix=read.matrix.seen_as((experts, n, k), self.kind))
+
+    def stored_shape(self, projection: int) -> tuple[int, int, int]:
+        """[E, N, K], as a packed weight lies."""
+        return (self.experts, 2 * self.i, self.h) if projection == 0 else (self.experts, self.h, self.i)
 
     def a_packed(self, projection: int) -> bool:
         """Whether lora_A of this projection (0 or 1) needs a copy: it already lies as [E, ranks, in] where its ranks

@@ -7,12 +7,12 @@ import torch
 
 from lora_fast.kernels.binding import bound_program
 from lora_fast.kernels.common import precision
-from lora_fast.kernels.experts.layer import LAST, Backward, Forward, backward_launches, forward_launches
+from lora_fast.kernels.experts.layer import Backward, Forward, backward_launches, forward_launches
 from lora_fast.kernels.experts.problem import Problem
 from lora_fast.kernels.program import Bound, Program
 
 MaybeTensor = torch.Tensor | None
-Held = tuple[torch.Tensor, torch.Tensor, MaybeTensor, MaybeTensor]  # gate_up, down, and their biases
+Held = tuple[MaybeTensor, ...]  # the tensors of gate_up and of down (one each, if they are plain), and their biases
 
 
 class Call:
@@ -38,7 +38,7 @@ def forward(
     """y [T, H], h [S, 2I] and the room.
 
     x [T, H], ids and weights [T, K], the adapters (lora_A and lora_B of gate_up, and of down, None where there are
-    none) and the biases contiguous; gate_up and down in x's dtype, of any strides.
+    none) and the biases contiguous; gate_up and down, if plain, in x's dtype, of any strides.
     """
     y, h = torch.empty_like(x), x.new_empty(problem.slots, 2 * problem.i)
     room = x.new_empty(problem.bytes, dtype=torch.uint8)
@@ -47,8 +47,8 @@ def forward(
     given = x, ids, weights, *adapters, y, h, room, call.s1, call.s2, *held
     program, bound = _bound(problem, (forward_launches, _exact(problem)), Forward, given)
     if call.defers:
-        program.run(bound, 0, -LAST)
-        call.deferred = program, bound, -LAST
+        program.run(bound, 0, -problem.last)
+        call.deferred = program, bound, -problem.last
     else:
         program.run(bound)
     return y, h, room
@@ -100,15 +100,15 @@ def to_save(
     held: Held,
 ) -> tuple[MaybeTensor, ...]:
     """What ``backward`` reads and nothing else: its ``saved``, and after these its ``held``."""
-    needs, (gate_up, down, _, bias2) = problem.needs, held
+    needs, (gate_up, down, _, bias2) = problem.needs, problem.parts(held)
     return (
         x if needs.a1 else None,
         h if problem.needs_da or needs.a2 else None,
         room,
         adapters[0] if needs.x and problem.r1 and not problem.a_packed(0) else None,
         adapters[2] if problem.needs_da and problem.r2 and not problem.a_packed(1) else None,
-        gate_up if needs.x else None,
-        down if problem.needs_da else None,
+        *(t if needs.x else None for t in gate_up),
+        *(t if problem.needs_da else None for t in down),
         None,
         bias2 if needs.weights else None,
     )
@@ -119,7 +119,7 @@ def _exact(problem: Problem) -> str:
     return precision(problem.kind, 256)
 
 
-def _bound(problem: Problem, key: tuple, args: Any, given: tuple) -> tuple[Program, Bound]:
+def _bound(problem: Problem, key: tuple[Any, ...], args: Any, given: tuple[Any, ...]) -> tuple[Program, Bound]:
     program = problem.programs.get(key)
     if program is None or program.stale or (bound := program.bind(*given)) is None:
         return bound_program(problem, key, args, given)

@@ -17,6 +17,7 @@ from lora_fast.bases.four_bits import Mxfp4Weight, Nf4Weight
 from lora_fast.bases.fp8 import Fp8Weight
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.bases.scaled import ScaledFp8Weight as ScaledFp8Weight
+from lora_fast.bases.stack import PackedStack as PackedStack
 from lora_fast.bases.written import WrittenWeight
 
 # By what ``base_dtype`` calls them.

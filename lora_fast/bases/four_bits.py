@@ -60,8 +60,12 @@ class Nf4Weight(FourBitWeight):
 
     @classmethod
     def store(cls, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        packed, absmax, table = BlockWeight.store(weight)
-        code2, offset = dynamic_map().to(weight.device, copy=True), absmax.mean()
+        return cls.nested(*BlockWeight.store(weight))
+
+    @staticmethod
+    def nested(packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The inner tensors of a weight whose scales absmax are float32."""
+        code2, offset = dynamic_map().to(packed.device, copy=True), absmax.mean()
         rest = absmax - offset
         codes, absmax2 = nearest(F.pad(rest, (0, -len(rest) % NESTED_BLOCK)).view(-1, NESTED_BLOCK), code2)
         return packed, codes.view(-1)[: len(rest)].clone(), table, code2, absmax2, offset.view(1)
@@ -92,13 +96,14 @@ class Mxfp4Weight(FourBitWeight):
         blocks = weight.float().view(-1, cls.BLOCK)
         exponents = (blocks.abs().amax(1).view(torch.int32) >> 23).clamp_min(
             3
-        ) - 2  # of the peak, plus 127, less e2m1's
-        # To nearest, of two that are as near that with an even code.
+        ) - 2  # of the peak, less e2m1's, plus 127
         scaled = torch.ldexp(blocks, 127 - exponents[:, None])
-        middles = middles_of(table[:8])
-        codes = torch.bucketize(scaled.abs(), middles)
-        codes += torch.isin(scaled.abs(), middles) & (codes % 2 == 1)
-        codes = (codes | (torch.signbit(scaled).long() << 3)).to(torch.uint8).view(-1, 2)
+        # To nearest, of two that are as near that with an even code.
+        below, above = (
+            torch.bucketize(scaled.abs(), middles_of(table[:8]), out_int32=True, right=right) for right in (False, True)
+        )
+        codes = torch.where(below % 2 == 0, below, above)
+        codes = (codes | (torch.signbit(scaled).int() << 3)).to(torch.uint8).view(-1, 2)
         return codes[:, 1] << 4 | codes[:, 0], exponents.to(torch.uint8), table
 
     def scales(self) -> torch.Tensor:

@@ -14,7 +14,8 @@ from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight, first_of
 from lora_fast.batch import reference
 from lora_fast.batch.form import Adapter
-from lora_fast.functional import Facts, check_dora, check_linear, facts_of
+from lora_fast.checks import check_dora, check_linear
+from lora_fast.paths import Facts, facts_of
 
 _calls: dict[Facts, Callable[..., torch.Tensor]] = {}  # what takes them, by their facts
 NUMBERS = {float, int}

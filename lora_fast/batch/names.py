@@ -25,11 +25,18 @@ def _nothing_more(module: nn.Module, names: Any) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+class _Here(threading.local):
+    """Of a thread: the names that hold, and whether they will where it runs again, too."""
+
+    names: Any = None
+    again = False
+
+
 class Names:
     """The names that hold for a model's layers, in each thread by itself. Copies and pickles hold none."""
 
     def __init__(self) -> None:
-        self.here = threading.local()
+        self.here = _Here()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -37,7 +44,7 @@ class Names:
     @property
     def now(self) -> Any:
         """Those that hold in this thread, or None."""
-        return getattr(self.here, "names", None)
+        return self.here.names
 
     @contextmanager
     def holding(self, names: Any, again: bool = False) -> Iterator[None]:
@@ -78,7 +85,7 @@ class Names:
             RuntimeError: in such a run, if it is not known which of several calls it repeats.
         """
         names = self.now if given is None else given
-        if is_compiling() or getattr(self.here, "again", False):
+        if is_compiling() or self.here.again:
             return names
         last: Any = vars(layer).get(LAST)
         if _recomputes():

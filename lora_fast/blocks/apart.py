@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.reference import ACTIVATIONS
+from lora_fast.blocks.reference import ACTIVATIONS, hidden
 from lora_fast.functional import dora_linear, lora_linear
 
 
@@ -37,8 +37,10 @@ def lora_group(x: torch.Tensor, layers: Sequence[Layer], training: bool, *, back
     return tuple(layer(x, one, training, backend) for one in layers)
 
 
-def lora_glu(
-    x: torch.Tensor, gate: Layer, up: Layer, down: Layer, training: bool, *, activation: str, backend: str
+def lora_mlp(
+    x: torch.Tensor, layers: Sequence[Layer], training: bool, *, activation: str, gate: str | None, backend: str
 ) -> torch.Tensor:
-    e, g = lora_group(x, (gate, up), training, backend=backend)
-    return layer(ACTIVATIONS[activation](e) * g, down, training, backend)
+    *inner, down = layers
+    e, *others = lora_group(x, inner, training, backend=backend)
+    h = ACTIVATIONS[activation](e) * others[0] if others else hidden(e, activation, gate)
+    return layer(h, down, training, backend)

@@ -1,4 +1,4 @@
-"""Modules that are gated MLPs, with a forward that is one step."""
+"""Modules that are MLPs, with a gate or without, and have a forward that is one step."""
 
 from functools import cache
 from typing import Any
@@ -10,18 +10,18 @@ from torch.nn.modules import module as torch_module
 
 from lora_fast import dispatch
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.functional import lora_glu
-from lora_fast.blocks.recognise import Glu
-from lora_fast.blocks.reference import ACTIVATIONS
+from lora_fast.blocks.functional import lora_glu, lora_mlp
+from lora_fast.blocks.recognise import Mlp, is_conv1d
+from lora_fast.blocks.reference import ACTIVATIONS, halved
 from lora_fast.blocks.siblings import Joins
 
-# In the __dict__ of a module, so that it follows deepcopy and pickle: what a gated MLP is, or why a module that looks
-# like one is none.
-GLU = "_glu"
+# In the __dict__ of a module, so that it follows deepcopy and pickle: what an MLP is, or why a module that looks like
+# one is none.
+MLP = "_mlp"
 
 
-class FastGlu:
-    """The first base of a gated MLP's class while its forward is one step. Not constructed: see :func:`join`."""
+class FastMlp:
+    """The first base of an MLP's class while its forward is one step. Not constructed: see :func:`join`."""
 
     PLAIN: type[Any]  # the class that the module had
 
@@ -29,8 +29,13 @@ class FastGlu:
         """As of the class that it had, and what that gives where the layers cannot be joined."""
         layers = why_apart_now(self, args, kwargs)
         if isinstance(layers, tuple):
-            gate, up, down = layers
-            return lora_glu(args[0], gate, up, down, vars(self)[GLU].activation)
+            mlp: Mlp = vars(self)[MLP]
+            *inner, down = layers
+            if len(inner) == 2:
+                y = lora_glu(args[0], inner[0], inner[1], down, mlp.activation)
+            else:
+                y = lora_mlp(args[0], inner[0], down, mlp.activation, gate=mlp.gate)
+            return y if mlp.after is None else getattr(self, mlp.after)(y)
         if layers is not None:
             dispatch.tell("runs a block layer by layer", layers)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -40,23 +45,23 @@ class FastGlu:
 
 
 def why_apart_now(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Layer, ...] | str | None:
-    """gate, up and down as ``lora_glu`` takes them in this call; or why they are not joined in it, in words, or None
-    where that is nobody's loss."""
-    glu: Glu = vars(module)[GLU]
-    if not (module.training or torch.is_grad_enabled()):
-        return None  # evaluation keeps more of a layer than a block does
+    """The layers as ``lora_glu`` or ``lora_mlp`` takes them in this call; or why they are not joined in it, in words,
+    or None where that is nobody's loss."""
+    mlp: Mlp | None = vars(module).get(MLP)
+    if mlp is None or not (module.training or torch.is_grad_enabled()):
+        return None  # made of another one, as a part of an nn.Sequential; evaluation keeps more of a layer than a block
     if len(args) != 1 or kwargs:
         return "it was called with more than x"
     x, modules = args[0], module._modules
-    if glu.dropout is not None and (dropout := modules[glu.dropout]).training and dropout.p > 0:
+    if mlp.dropout is not None and (dropout := modules[mlp.dropout]).training and dropout.p > 0:
         return "it drops elements itself, ahead of its last linear layer"
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "there are hooks on all modules"
-    for name in (glu.gate, glu.up, glu.down, glu.act, glu.dropout):
+    for name in (*mlp.layers, mlp.act, mlp.dropout):
         if name is not None and hooked(modules[name]):
             return f"{name} has hooks or a replaced forward"
     found = []
-    for name in (glu.gate, glu.up, glu.down):
+    for name in mlp.layers:
         layer = _layer_of(modules[name], x)
         if layer is None:
             return None
@@ -71,14 +76,14 @@ def why_apart_now(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _layer_of(module: Any, x: torch.Tensor) -> Layer | str | None:
     if isinstance(module, Joins):
         return module.as_layer(x)
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear and not is_conv1d(module):
         return f"is a {type(module).__name__}"
     weight, bias = module.weight, module.bias
     if type(weight) is not nn.Parameter or weight.requires_grad or weight.numel() == 0:
         return "it has no adapter, and its weight is trained, sharded or of a type of its own"
     if x.dtype != weight.dtype and dispatch.autocast_dtype(x.device) is None:
         return f"the input is {x.dtype} and the weight {weight.dtype}, without autocast"
-    return Layer(weight, bias=bias)
+    return Layer(weight.t() if is_conv1d(module) else weight, bias=bias)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -87,18 +92,18 @@ def hooked(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in vars(module)
+        or "forward" in module.__dict__
     )
 
 
-_probed: dict[tuple[type, Glu], bool] = {}
+_probed: dict[tuple[type, Mlp], bool] = {}
 
 
 def _proved(module: Any, x: torch.Tensor) -> bool:
     """Whether two rows of x give the same bits through the module's own forward as through its layers: looked at once
     for each class, with the same random numbers for both. Tracing cannot see what a forward asks of its input's type.
     """
-    key = module.PLAIN, vars(module)[GLU]
+    key = module.PLAIN, vars(module)[MLP]
     if key not in _probed:
         if x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return True  # no numbers to look at; by the trace alone
@@ -107,24 +112,36 @@ def _proved(module: Any, x: torch.Tensor) -> bool:
 
 
 def _same_numbers(module: Any, x: torch.Tensor) -> bool:
-    glu: Glu = vars(module)[GLU]
+    mlp: Mlp = vars(module)[MLP]
     rows = x.detach().reshape(-1, x.shape[-1])[:2]
     devices = [x.device] if x.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         seed = torch.random.initial_seed()
         torch.manual_seed(seed)
-        whole = super(FastGlu, module).forward(rows)
-        torch.manual_seed(seed)
-        e, g = getattr(module, glu.gate)(rows), getattr(module, glu.up)(rows)
-        act = ACTIVATIONS[glu.activation] if glu.act is None else getattr(module, glu.act)
-        return torch.equal(whole, getattr(module, glu.down)(act(e) * g))
+        whole = super(FastMlp, module).forward(rows)
+        for order in {mlp.inner, mlp.inner[::-1]}:  # in which the layers draw their masks
+            torch.manual_seed(seed)
+            if torch.equal(whole, _by_layers(module, mlp, rows, order)):
+                return True
+    return False
+
+
+def _by_layers(module: Any, mlp: Mlp, x: torch.Tensor, order: tuple[str, ...]) -> torch.Tensor:
+    made = {name: getattr(module, name)(x) for name in order}
+    e, *others = (made[name] for name in mlp.inner)
+    if mlp.gate is not None:
+        e, *others = halved(e, mlp.gate)
+    act = ACTIVATIONS[mlp.activation] if mlp.act is None else getattr(module, mlp.act)
+    h = act(e) * others[0] if others else act(e)
+    y = getattr(module, mlp.down)(h)
+    return y if mlp.after is None else getattr(module, mlp.after)(y)
 
 
 @cache
 def fast(plain: Any) -> Any:
-    """The class of gated MLPs of a class."""
+    """The class of MLPs of a class."""
     name = plain.__name__  # which tools compare
-    return type(name, (FastGlu, plain), {"PLAIN": plain, "__module__": plain.__module__, "__qualname__": name})
+    return type(name, (FastMlp, plain), {"PLAIN": plain, "__module__": plain.__module__, "__qualname__": name})
 
 
 def _rebuilt(plain: type) -> Any:

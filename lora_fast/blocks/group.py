@@ -9,13 +9,13 @@ from torch.autograd.function import once_differentiable
 from lora_fast.bases.packed import PackedWeight, rounds_norm, tensors_of
 from lora_fast.blocks.form import Layer
 from lora_fast.dispatch import autocast_dtype
-from lora_fast.kernels.bases import PLAIN
+from lora_fast.kernels.bases import TURNED
 from lora_fast.kernels.group import backward, forward
 from lora_fast.kernels.problem import MaybeTensor, Needs
 from lora_fast.kernels.siblings import Deferred, Given, Made, Sibling, Siblings
 from lora_fast.kernels.stack import MOST
 from lora_fast.ops.linear import draw_seed
-from lora_fast.ops.parts import addressable, contiguous, kinds_of, on, one_gpu
+from lora_fast.ops.parts import addressable, base_of, contiguous, kinds_of, on, one_gpu
 
 FEW = 128  # rows whose forwards without gradients have kernels of their own, a layer at a time
 
@@ -30,7 +30,7 @@ def why_apart(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> str |
         if isinstance(layer.weight, PackedWeight):
             if layer.weight.E4M3_PRODUCTS and not layer.adapted:
                 return "it has a layer without adapters over a base whose products are of 8 bits"
-        elif layer.weight.stride(1) != 1:
+        elif base_of(layer.weight) != TURNED.name and layer.weight.stride(1) != 1:
             return "rows of a base weight are not contiguous"
     if len(rates := {layer.dropout_p for layer in layers if layer.adapted and training}) > 1:
         return f"its layers differ in their dropout ({', '.join(map(str, sorted(rates)))})"
@@ -51,7 +51,7 @@ def sibling(layer: Layer, kind: torch.dtype, train: bool) -> Sibling:
         dora=magnitude is not None,
         keep_z=needs.m and not keeps_y,
         round_norm=layer.round_norm and rounds_norm(layer.weight),
-        base_name=layer.weight.BASE if isinstance(layer.weight, PackedWeight) else PLAIN.name,
+        base_name=base_of(layer.weight),
     )
 
 

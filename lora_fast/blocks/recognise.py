@@ -1,15 +1,9 @@
-"""What a module's own forward does: whether it is a gated MLP, and which of its layers it calls with one input.
-
-Nothing is judged by a class's name. A gated MLP is proved by torch.fx on the instance itself, which takes the branches
-of its configuration and sees a forward that somebody else has put there. Layers that share an input are predicted from
-the source (each call decides anew, by the tensor's identity).
+"""Whether a module's own forward is an MLP. Nothing is judged by a class's name: it is proved by torch.fx on the
+instance itself, which takes the branches of its configuration and sees a forward that somebody else has put there.
 """
 
-import ast
-import inspect
 import operator
-import textwrap
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +15,21 @@ PRODUCTS = (operator.mul, operator.imul, torch.mul)
 
 
 @dataclass(frozen=True)
-class Glu:
-    """``down(act(gate(x)) * up(x))``: the names of the children, and how the activation is called in ``lora_glu``."""
+class Mlp:
+    """``down(act(gate(x)) * up(x))``, the same with one layer's output in halves in the place of gate's and up's, or
+    ``down(act(first(x)))``: the names of the children, and how ``lora_glu`` and ``lora_mlp`` call what it does."""
 
-    gate: str
-    up: str
+    inner: tuple[str, ...]  # gate and up, or the one layer
     down: str
     activation: str
-    act: str | None  # the child that is the activation; None where it is a function
-    dropout: str | None  # the child between the product and down
+    gate: str | None = None  # which half of the one layer's output is activated, "first" or "second"
+    act: str | None = None  # the child that is the activation; None where it is a function
+    dropout: str | None = None  # the child ahead of down
+    after: str | None = None  # and the one behind it
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return *self.inner, self.down
 
 
 class _Leaves(fx.Tracer):
@@ -39,17 +39,17 @@ class _Leaves(fx.Tracer):
         return True
 
 
-def glu_of(module: nn.Module, is_linear: Callable[[nn.Module], bool]) -> Glu | str:
-    """The gated MLP that a module's forward is, or why it is none, in words. ``is_linear`` says which children may be
-    its linear layers."""
+def mlp_of(module: nn.Module, is_linear: Callable[[nn.Module], bool]) -> Mlp | str:
+    """The MLP that a module's forward is, or why it is none, in words. ``is_linear`` says which children may be its
+    linear layers."""
     children = dict(module.named_children())
-    if sum(map(is_linear, children.values())) < 3:
-        return "it has fewer than three linear layers"
+    if sum(map(is_linear, children.values())) < 2:
+        return "it has fewer than two linear layers"
     try:
         graph = _Leaves().trace(module)
     except Exception as error:  # whatever a forward does with a proxy
         return f"its forward cannot be traced ({type(error).__name__})"
-    return _Traced(graph, children, is_linear).glu()
+    return _Traced(graph, children, is_linear).mlp()
 
 
 class _Traced:
@@ -58,35 +58,29 @@ class _Traced:
     def __init__(self, graph: fx.Graph, children: dict[str, nn.Module], is_linear: Callable[[nn.Module], bool]) -> None:
         self.children, self.is_linear = children, is_linear
         self.nodes: list[Any] = [node for node in graph.nodes if node.op != "get_attr" or node.users]
+        self.known: set[Any] = set()  # nodes that were told what they are
 
-    def glu(self) -> Glu | str:
+    def mlp(self) -> Mlp | str:
         inputs = [node for node in self.nodes if node.op == "placeholder" and node.users]
         if len(inputs) != 1:
             return f"it reads {len(inputs)} inputs"
-        (down,) = self.nodes[-1].args
+        (returned,) = self.nodes[-1].args
+        down, after = self._undropped(returned)
         if not self._is_layer(down):
             return "what it returns is no output of a linear layer"
-        h, dropout = down.args[0], None
-        if isinstance(self._child(h), nn.Dropout):
-            h, dropout = h.args[0], h
-        if not (isinstance(h, fx.Node) and h.op == "call_function" and h.target in PRODUCTS and len(h.args) == 2):
-            return "its last linear layer is not given a product of two"
-        two: Any = h.args
-        for gated, up in (two, two[::-1]):
-            gate, activation = self._activated(gated)
-            layers = gate, up, down
-            if activation is None or not all(map(self._is_layer, layers)):
-                continue
-            if any(layer.args[0] is not inputs[0] for layer in (gate, up)):
-                continue
-            known = {*inputs, *layers, gated, h, dropout, self.nodes[-1]}
-            if rest := [str(node.target) for node in self.nodes if node not in known and node.op != "placeholder"]:
-                return f"it also does {', '.join(rest)}"
-            if len({layer.target for layer in layers}) < 3:
-                return "one linear layer does two things in it"
-            act = gated.target if gated.op == "call_module" else None
-            return Glu(gate.target, up.target, down.target, activation, act, dropout and dropout.target)
-        return "its last linear layer is not given act(gate(x)) * up(x)"
+        h, dropout = self._undropped(down.args[0])
+        if isinstance(found := self._hidden(h), str):
+            return found
+        inner, activation, act, gate = found
+        if any(layer.args[0] is not inputs[0] for layer in inner):
+            return "its inner layers are given something else than its input"
+        self.known |= {*inputs, *inner, down, self.nodes[-1]}
+        if rest := [str(node.target) for node in self.nodes if not (node in self.known or node.op == "placeholder")]:
+            return f"it also does {', '.join(rest)}"
+        names = *(layer.target for layer in inner), down.target
+        if len(set(names)) < len(names):
+            return "one linear layer does two things in it"
+        return Mlp(names[:-1], down.target, activation, gate, act, dropout, after)
 
     def _child(self, node: Any) -> nn.Module | None:
         """The child that a node calls with one argument alone."""
@@ -97,105 +91,133 @@ class _Traced:
         child = self._child(node)
         return child is not None and self.is_linear(child)
 
-    def _activated(self, node: Any) -> tuple[Any, str | None]:
-        """(what an activation is given, its name)."""
+    def _width(self, node: Any) -> int:
+        """How many columns a layer's output has."""
+        child: Any = self.children[node.target]
+        return child.nf if is_conv1d(child) else child.out_features
+
+    def _undropped(self, node: Any) -> tuple[Any, str | None]:
+        """(what a dropout is given, its name); another node as it is. ``F.dropout`` with p = 0 does nothing."""
+        name = None
+        if isinstance(self._child(node), nn.Dropout):
+            name = node.target
+        elif _calls(node, F.dropout) and node.kwargs.get("p", node.args[1:2]) in (0, (0,)):
+            pass
+        else:
+            return node, None
+        self.known.add(node)
+        return node.args[0], name
+
+    def _hidden(self, h: Any) -> tuple[Sequence[Any], str, str | None, str | None] | str:
+        """Of what the last layer is given: the layers whose outputs it is made of, the activation and its child, and
+        which half is the gate; or what it is not, in words."""
+        source, activation, act = self._activated(h)
+        if activation is not None:
+            if not self._is_layer(source):
+                return "its last linear layer is not given act(gate(x)) * up(x), nor act of a layer's output"
+            return (source,), activation, act, None
+        if not (_calls(h, *PRODUCTS) and len(h.args) == 2):
+            return "its last linear layer is given neither a product of two nor an activation that is known"
+        for gated, up in (h.args, h.args[::-1]):
+            before = set(self.known)
+            source, activation, act = self._activated(gated)
+            self.known.add(h)
+            if activation is not None and self._is_layer(source) and self._is_layer(up):
+                return (source, up), activation, act, None
+            if activation is not None and (halves := self._halves(source, up)) is not None:
+                layer, gate = halves
+                return (layer,), activation, act, gate
+            self.known = before
+        return "its last linear layer is not given act(gate(x)) * up(x)"
+
+    def _activated(self, node: Any) -> tuple[Any, str | None, str | None]:
+        """(what an activation is given, its name, the child that it is)."""
+        found: tuple[Any, str | None, str | None] = None, None, None
         if (child := self._child(node)) is not None:
-            return node.args[0], activation_of(child)
-        if isinstance(node, fx.Node) and node.op == "call_function" and len(node.args) == 1:
-            if node.target is F.silu and not any(node.kwargs.values()):
-                return node.args[0], "silu"
-            if node.target is F.gelu:
-                return node.args[0], GELUS.get(str(node.kwargs.get("approximate", "none")))
-        return None, None
+            found = node.args[0], activation_of(child), node.target
+        elif _calls(node, F.silu) and not any(list(node.kwargs.values()) + list(node.args[1:])):
+            found = node.args[0], "silu", None
+        elif _calls(node, F.gelu) and len(node.args) == 1:
+            found = node.args[0], GELUS.get(str(node.kwargs.get("approximate", "none"))), None
+        elif _calls(node, F.relu, torch.relu, "relu"):
+            found = node.args[0], "relu", None
+        elif _calls(node, torch.square, "square") or (
+            _calls(node, operator.pow, torch.pow, "pow") and node.args[1:] == (2,)
+        ):
+            source, activation, act = self._activated(node.args[0])
+            found = source, "relu2" if activation == "relu" else None, act
+        if found[1] is not None:
+            self.known.add(node)
+        return found
+
+    def _halves(self, gated: Any, up: Any) -> tuple[Any, str] | None:
+        """(the layer whose output's two halves these are, which of them is ``gated``)."""
+        one, other = self._half(gated), self._half(up)
+        if one is None or other is None or one[0] is not other[0] or {one[1], other[1]} != {0, 1}:
+            return None
+        return one[0], ("first", "second")[one[1]]
+
+    def _half(self, node: Any) -> tuple[Any, int] | None:
+        """(a layer's node, which half of its last dimension this is)."""
+        if not (_calls(node, operator.getitem) and isinstance(node.args[0], fx.Node)):
+            return None
+        of, index = node.args
+        if self._is_layer(of):  # y[..., :n], y[..., n:]
+            cols = self._width(of)
+            half = cols // 2
+            which = {(None, half): 0, (0, half): 0, (half, None): 1, (half, cols): 1}
+            last = index[-1] if isinstance(index, tuple) and len(index) == 2 and index[0] is ... else None
+            at = which.get((last.start, last.stop)) if isinstance(last, slice) and last.step in (None, 1) else None
+            self.known.add(node)
+            return None if cols % 2 or at is None else (of, at)
+        (layer, *rest), dim = of.args, of.kwargs.get("dim", of.args[2] if len(of.args) > 2 else None)
+        if not self._is_layer(layer) or dim != -1 or index not in (0, 1):
+            return None
+        parts = rest[0] if rest else of.kwargs.get("chunks", of.kwargs.get("split_size_or_sections"))
+        half, odd = divmod(self._width(layer), 2)
+        if _calls(of, torch.chunk, "chunk"):
+            halves = parts == 2
+        else:
+            halves = _calls(of, torch.split, "split") and parts in (half, [half, half], (half, half))
+        self.known |= {of, node}
+        return (layer, index) if halves and not odd else None
+
+
+def _calls(node: Any, *targets: Any) -> bool:
+    """Whether a node calls one of these functions, or a method of such a name."""
+    if not isinstance(node, fx.Node) or not node.args:
+        return False
+    return node.op in ("call_function", "call_method") and node.target in targets
 
 
 GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # torch's word for how it is made, and ours
+OF_TRANSFORMERS = {  # classes of its activations
+    "SiLUActivation": "silu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+    "ReLUSquaredActivation": "relu2",
+}
 
 
 def activation_of(module: nn.Module) -> str | None:
-    """``lora_glu``'s name for an activation, by its type; None for others. (Configurations call both GELUs "gelu".)"""
-    if type(module) is nn.SiLU:
-        return "silu"
-    if type(module) is nn.GELU:
-        return GELUS.get(module.approximate)
+    """Our name for an activation, by its type; None for others. (Configurations call both GELUs "gelu".)"""
     kind = type(module)
+    if kind is nn.SiLU:
+        return "silu"
+    if kind is nn.ReLU:
+        return "relu"
+    if kind is nn.GELU:
+        return GELUS.get(str(module.approximate))
     if kind.__module__ != "transformers.activations":
         return None
-    found = {"SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh"}.get(kind.__name__)
     if kind.__name__ == "GELUActivation" and getattr(module, "act", None) is F.gelu:
         return "gelu"
-    return found
+    return OF_TRANSFORMERS.get(kind.__name__)
 
 
-def siblings_of(module: nn.Module, names: Container[str]) -> list[tuple[str, ...]]:
-    """Of the children with these names, those that the module's forward calls with one expression in one block of
-    statements, in the order of the calls: it will probably give them one tensor. None where there is no source."""
-    forward = vars(module).get("forward", type(module).forward)
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
-    except (OSError, TypeError, SyntaxError, IndentationError):
-        return []
-    function = next((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)), None)
-    if function is None or not function.args.args:
-        return []
-    calls = _Calls(function.args.args[0].arg, names)
-    calls.block(function.body)
-    found, taken = [], set[str]()
-    for group in calls.by_input.values():
-        own = tuple(dict.fromkeys(group))
-        if len(own) > 1 and taken.isdisjoint(own):
-            found.append(own)
-            taken.update(own)
-    return found
-
-
-class _Calls(ast.NodeVisitor):
-    """Calls ``self.name(expression)``, by the expression and the block of statements that they are in. A name that is
-    assigned anew begins another expression."""
-
-    def __init__(self, owner: str, names: Container[str]) -> None:
-        self.owner, self.names = owner, names
-        self.by_input: dict[tuple[Any, ...], list[str]] = {}
-        self.blocks, self.at = 0, 0
-        self.versions: dict[str, int] = {}
-
-    def block(self, statements: Sequence[ast.AST]) -> None:
-        """What runs together or not at all."""
-        outer = self.at
-        self.blocks += 1
-        self.at = self.blocks
-        for statement in statements:
-            self.visit(statement)
-        self.at = outer
-
-    def generic_visit(self, node: ast.AST) -> None:
-        for field, value in ast.iter_fields(node):
-            if field in ("body", "orelse", "finalbody") and isinstance(value, list):
-                self.block(value)
-            else:
-                for child in value if isinstance(value, list) else [value]:
-                    if isinstance(child, ast.AST):
-                        self.visit(child)
-
-    def visit_IfExp(self, node: ast.IfExp) -> None:
-        self.visit(node.test)
-        self.block([node.body])
-        self.block([node.orelse])
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        self.visit(node.value)  # reads come before what is written
-        for target in node.targets:
-            for name in ast.walk(target):
-                if isinstance(name, ast.Name):
-                    self.versions[name.id] = self.versions.get(name.id, 0) + 1
-
-    def visit_Call(self, node: ast.Call) -> None:
-        self.generic_visit(node)
-        func = node.func
-        if not (isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == self.owner):
-            return
-        if func.attr in self.names and len(node.args) == 1 and not node.keywords:
-            read = {name.id for name in ast.walk(node.args[0]) if isinstance(name, ast.Name)}
-            versions = tuple(sorted((name, self.versions.get(name, 0)) for name in read))
-            key = self.at, ast.dump(node.args[0]), versions
-            self.by_input.setdefault(key, []).append(func.attr)
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D itself: a linear layer whose weight is stored as [in, out]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

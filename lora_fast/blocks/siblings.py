@@ -1,6 +1,6 @@
 """Layers of one parent that run as a group where they are given one input: a memo of outputs, by the input's identity.
 
-Which will probably be given one is found once (recognise.py); in each call the tensors themselves decide.
+Which will probably be given one is found once (predict.py); in each call the tensors themselves decide.
 """
 
 import threading

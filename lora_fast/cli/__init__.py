@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="lora-fast",
-        description="LoRA layers that replace nn.Linear.",
+        description="LoRA and DoRA on fused Triton kernels: what runs here, what it costs, adapters on disk.",
         epilog="lora-fast COMMAND --help describes the arguments of a command.",
     )
     parser.add_argument("--version", action="version", version=f"lora-fast {__version__}")

@@ -58,7 +58,8 @@ def devices() -> None:
         has = torch.version.cuda or torch.version.hip
         print(f"no GPU: torch is a build {f'for {built} but sees none' if has else 'without CUDA'}")
         other = torch.accelerator.current_accelerator() or torch.device("cpu")
-        print(f"  fused kernels: cannot run: {dispatch.why_not_triton(other, torch.bfloat16)}")
+        why = dispatch.why_not_triton(other, torch.bfloat16) or ""
+        print(f"  fused kernels: cannot run: {why.rpartition('; ')[2]}")
         tell_launches()
 
 

@@ -8,7 +8,7 @@ over their old bytes: dtypes, shapes, order and metadata stay.
 import argparse
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -17,11 +17,12 @@ from lora_fast.files.adapter import open_adapter, read_adapter
 from lora_fast.files.checkpoint import Base, folders_beside, open_base
 from lora_fast.files.checkpoint_ties import check_tied, twins
 from lora_fast.files.fitting import fit_adapter
-from lora_fast.files.format import PREFIX
+from lora_fast.files.format import CONFIG, PREFIX
 from lora_fast.files.hub_names import in_memory_of
 from lora_fast.files.skeleton import like, skeleton
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.models.adapters import lora_layers
+from lora_fast.models.targets import some
 
 EPILOG = """\
 examples:
@@ -102,7 +103,8 @@ def merge(
     out = _checked_out(base, adapter, out, force)
     _name_as_in_memory(files, base if base.is_dir() else base.parent, adapter)
     tied, config = twins(files, adapter), files.config()
-    layers, state, replaced = _fitted(files, adapter, tied)
+    turned = _turned(files, adapter)
+    layers, state, replaced = _fitted(files, adapter, tied, turned)
     changed = {f"{name}.weight": layer for name, layer in layers.items()}
     check_tied(files, config, [*changed, *replaced], tied)
     total = sum(path.stat().st_size for path in files.shards.values())
@@ -122,7 +124,10 @@ def merge(
             with open(target, "rb+") as file:
                 for name in here:
                     old = files.read(name)
-                    new = _merged(changed[name], old, state, name) if name in changed else state[name].to(old.dtype)
+                    if name in turned:
+                        new = _merged(changed[name], old.t(), state, name).t()
+                    else:
+                        new = _merged(changed[name], old, state, name) if name in changed else state[name].to(old.dtype)
                     if safe and new.is_floating_point() and not torch.isfinite(new).all():
                         raise ValueError(
                             f"{name}: the merged weight has NaN or infinite elements in {old.dtype} "
@@ -151,12 +156,37 @@ def _name_as_in_memory(files: Base, folder: Path, adapter: Path) -> None:
             files.rename(names)
 
 
+def _turned(files: Base, adapter: Path) -> set[str]:
+    """Of an adapter for Conv1D: the base's weights that are stored as [in, out], by their shapes or, where they are
+    square, as the others.
+
+    Raises:
+        ValueError: square ones beside layers of both kinds.
+    """
+    shapes: dict[str, tuple[list[int], list[int]]] = {}  # {weight: (in the base, of B A)}
+    with open_adapter(adapter) as (settings, file):
+        for key in file.keys() if settings.fan_in_fan_out else ():
+            layer = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            if key.endswith(".lora_A.weight") and (name := f"{layer}.weight") in files.tensors:
+                up, down = file.get_slice(key.replace(".lora_A.", ".lora_B.")), file.get_slice(key)
+                shapes[name] = list(files.tensors[name].shape), [up.get_shape()[0], down.get_shape()[-1]]
+    others = {name for name, (there, own) in shapes.items() if there == own != own[::-1]}
+    square = [name for name, (_, own) in shapes.items() if own == own[::-1]]
+    if others and square:
+        raise ValueError(
+            f"{CONFIG}: fan_in_fan_out: {some(sorted(others))} are stored as nn.Linear stores them, so that "
+            f"{some(square)} may be stored either way; load_adapter into the model and merge_lora tell"
+        )
+    return shapes.keys() - others
+
+
 def _fitted(
-    files: Base, adapter: Path, tied: dict[str, str]
+    files: Base, adapter: Path, tied: dict[str, str], turned: Collection[str]
 ) -> tuple[dict[str, LoRALinear], dict[str, torch.Tensor], list[str]]:
     """(the adapter's layers in a skeleton of the base, its tensors, names of those that replace the base's)"""
     places = files.tensors | {name: files.tensors[other] for name, other in tied.items()}
-    model = skeleton({name: like(place.shape, place.dtype) for name, place in places.items()})
+    shapes = {name: place.shape[::-1] if name in turned else place.shape for name, place in places.items()}
+    model = skeleton({name: like(shapes[name], place.dtype) for name, place in places.items()})
     found = read_adapter(model, adapter)
     fit_adapter(model, found)
     layers = {name: layer for name, layer in lora_layers(model).items() if isinstance(layer, LoRALinear)}

@@ -18,9 +18,9 @@ from lora_fast.ops.registering import register
 
 Adapters = tuple[MaybeTensor, ...]  # lora_A and lora_B of gate_up, and of down
 
-_GATE = "bool[] turned, float alpha, float limit, float plus, bool interleaved"
-_GIVEN = f"""(Tensor x, Tensor ids, Tensor weights, Tensor? a1, Tensor? b1, Tensor? a2, Tensor? b2, Tensor gate_up,
-    Tensor down, Tensor? gate_up_bias, Tensor? down_bias, float s1, float s2, {_GATE})"""
+_GATE = "bool[] turned, float alpha, float limit, float plus, bool interleaved, str gate_up_base, str down_base"
+_GIVEN = f"""(Tensor x, Tensor ids, Tensor weights, Tensor? a1, Tensor? b1, Tensor? a2, Tensor? b2,
+    Tensor? gate_up_bias, Tensor? down_bias, Tensor[] held, SymInt[] shape, float s1, float s2, {_GATE})"""
 _library = torch.library.Library("lora_fast", "FRAGMENT")
 _library.define(f"lora_experts{_GIVEN} -> Tensor")
 _library.define(f"lora_experts_alone{_GIVEN} -> Tensor")
@@ -41,10 +41,10 @@ class _Given(NamedTuple):
     b1: MaybeTensor
     a2: MaybeTensor
     b2: MaybeTensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
     gate_up_bias: MaybeTensor
     down_bias: MaybeTensor
+    tensors: Sequence[torch.Tensor]  # of gate_up and of down
+    shape: Sequence[int]  # E and I
     s1: float
     s2: float
     turned: Sequence[bool]
@@ -52,6 +52,8 @@ class _Given(NamedTuple):
     limit: float  # 0: none
     plus: float
     interleaved: bool
+    gate_up_base: str
+    down_base: str
 
     @property
     def adapters(self) -> Adapters:
@@ -59,14 +61,20 @@ class _Given(NamedTuple):
 
     @property
     def held(self) -> Held:
-        return self[7:11]
+        return *self.tensors, self.gate_up_bias, self.down_bias
 
     def problem(self, *needs: bool) -> Problem:
         gate = Gate(self.alpha, self.limit or None, self.plus, self.interleaved)
-        first, second = self.turned
-        return problem_of(
-            self.x, self.ids, self.weights, self.adapters, self.held, Needs(*needs), (first, second), gate
-        )
+        weights = Weights((self.shape[0], self.shape[1]), (self.turned[0], self.turned[1]), self[-2:])
+        return problem_of(self.x, self.ids, self.weights, self.adapters, weights, Needs(*needs), gate)
+
+
+class Weights(NamedTuple):
+    """What programs depend on of the experts' weights."""
+
+    shape: tuple[int, int]  # E and I
+    turned: tuple[bool, bool]  # whether the outputs come last: of gate_up, of down
+    bases: tuple[str, str]  # rows of ``BASES``
 
 
 def problem_of(
@@ -74,27 +82,27 @@ def problem_of(
     ids: torch.Tensor,
     weights: torch.Tensor,
     adapters: Adapters,
-    held: Held,
+    held: Weights,
     needs: Needs,
-    turned: tuple[bool, bool],
     gate: Gate,
 ) -> Problem:
-    """For tensors as ``forward`` takes them; ``turned``: which of the weights have their outputs last."""
-    (tokens, h), experts = x.shape, held[0].shape[0]
+    """For tensors as ``forward`` takes them."""
+    (tokens, h), (experts, i) = x.shape, held.shape
     a1, _, a2, _ = adapters
     return Problem(
         tokens,
         ids.shape[1],
         experts,
         h,
-        held[0].shape[2 if turned[0] else 1] // 2,
+        i,
         0 if a1 is None else a1.shape[0] // experts,
         0 if a2 is None else a2.shape[0] // experts,
         Kinds(x.dtype, weights.dtype, *map(dtype_of, adapters)),
         needs,
-        turned,
+        held.turned,
         gate,
         x.device,
+        held.bases,
     )
 
 
@@ -104,13 +112,16 @@ def experts(
     weights: torch.Tensor,
     adapters: Adapters,
     held: Held,
+    about: Weights,
     scalings: Sequence[float],
-    turned: tuple[bool, bool],
     gate: Gate,
 ) -> torch.Tensor:
     """y, by way of the operator."""
+    *tensors, gate_up_bias, down_bias = held
+    numbers = gate.alpha, gate.limit or 0.0, gate.plus, gate.interleaved
+    small = *adapters, gate_up_bias, down_bias
     return torch.ops.lora_fast.lora_experts(
-        x, ids, weights, *adapters, *held, *scalings, turned, gate.alpha, gate.limit or 0.0, gate.plus, gate.interleaved
+        x, ids, weights, *small, tensors, about.shape, *scalings, about.turned, *numbers, *about.bases
     )
 
 
@@ -121,14 +132,14 @@ def _alone(*args: Any) -> torch.Tensor:
 def _forward(*args: Any) -> list[torch.Tensor]:
     """y, h and the room."""
     given = _Given(*args)
-    tensors = given[:11]
-    rest = *given.turned, *given[14:]
+    rest = *given.shape, *given.turned, *given[14:]
+    tensors = *given[:9], *given.tensors
     key = *((None if t is None else (t.device, t.dtype, t.shape, t.stride())) for t in tensors), *rest
     problem = _problems.get(key) or _problems.keep(key, given.problem())
-    small: Any = tuple(map(contiguous, tensors[:7]))
-    held: Any = *tensors[7:9], *map(contiguous, tensors[9:])
+    small: Any = tuple(map(contiguous, given[:9]))
+    held = *given.tensors, *small[7:]
     with on(given.x.device):
-        return list(forward(problem, Call(given.s1, given.s2), small[0], small[1], small[2], small[3:], held))
+        return list(forward(problem, Call(given.s1, given.s2), small[0], small[1], small[2], small[3:7], held))
 
 
 def _forward_fake(*args: Any) -> list[torch.Tensor]:
@@ -145,8 +156,8 @@ def _gradients(
     dout: torch.Tensor, saved: Sequence[MaybeTensor], s1: float, s2: float, *rest: Any
 ) -> list[torch.Tensor]:
     """The gradients that are needed, in the order of ``Needs``."""
-    strides = (None if t is None else (t.dtype, t.stride()) for t in saved)
-    sizes, *kinds, needs, turned, alpha, limit, plus, interleaved = rest
+    strides = (None if t is None else (t.dtype, t.shape, t.stride()) for t in saved)
+    sizes, *kinds, needs, turned, alpha, limit, plus, interleaved, first, second = rest
     key = (
         dout.device,
         dout.dtype,
@@ -160,6 +171,8 @@ def _gradients(
         limit,
         plus,
         interleaved,
+        first,
+        second,
     )
     problem = _problems.get(key)
     if problem is None:
@@ -168,7 +181,19 @@ def _gradients(
         every = Kinds(dout.dtype, *kinds)
         tokens, h = dout.shape
         problem = Problem(
-            tokens, k, count, h, i, r1, r2, every, Needs(*needs), (turned[0], turned[1]), gate, dout.device
+            tokens,
+            k,
+            count,
+            h,
+            i,
+            r1,
+            r2,
+            every,
+            Needs(*needs),
+            (turned[0], turned[1]),
+            gate,
+            dout.device,
+            (first, second),
         )
         _problems.keep(key, problem)
     with on(dout.device):
@@ -177,7 +202,7 @@ def _gradients(
 
 
 def _gradients_fake(dout: torch.Tensor, saved: Any, s1: float, s2: float, *rest: Any) -> list[torch.Tensor]:
-    (k, count, i, r1, r2), *kinds, needs, _, _, _, _, _ = rest
+    (k, count, i, r1, r2), *kinds, needs, _, _, _, _, _, _, _ = rest
     tokens, h = dout.shape
     shapes = (tokens, h), (tokens, k), (count * r1, h), (2 * i, count * r1), (count * r2, i), (h, count * r2)
     made = zip(shapes, (dout.dtype, *kinds), needs, strict=True)

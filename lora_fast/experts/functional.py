@@ -9,10 +9,12 @@ import torch
 from torch.compiler import is_compiling
 
 from lora_fast import dispatch
-from lora_fast.bases.packed import is_opaque
+from lora_fast.bases.packed import PackedWeight, first_of, is_opaque
+from lora_fast.bases.stack import PackedStack
+from lora_fast.checks import check_tensors
 from lora_fast.experts import reference
 from lora_fast.experts.form import Adapter, ExpertsForm
-from lora_fast.functional import Facts, check_tensors, facts_of
+from lora_fast.paths import Facts, facts_of
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -42,7 +44,8 @@ def lora_experts(
         top_k_index: [T, k], int32 or int64: the experts of each token. An id that is no expert's, negative or >= E, as
             expert parallelism marks a slot of another process, adds nothing to the output, and no gradient.
         top_k_weights: [T, k], any floating dtype; used in float32 or better.
-        gate_up: [E, 2I, H], down: [E, H, I], or as ``form`` says; x's dtype (outside autocast).
+        gate_up: [E, 2I, H], down: [E, H, I], or as ``form`` says; x's dtype (outside autocast). Either may be packed
+            in 8 or 4 bits (:class:`lora_fast.bases.PackedStack`): it is then written out ahead of each product.
         gate_up_lora, down_lora: an :class:`lora_fast.experts.form.Adapter`, or None. Any floating dtypes; computed in
             x's dtype, their gradients come in their own.
         gate_up_bias: [E, 2I], down_bias: [E, H], or None; x's dtype (outside autocast).
@@ -92,7 +95,7 @@ def _recall(given: tuple[Any, ...], form: Any, backend: Any) -> tuple[Facts | No
     x, index, weights, gate_up, down, *others = given
     loras, biases = others[:2], others[2:]
     try:
-        facts = [facts_of(x), facts_of(index), facts_of(weights), facts_of(gate_up), facts_of(down)]
+        facts = [facts_of(x), facts_of(index), facts_of(weights), _facts_of_weight(gate_up), _facts_of_weight(down)]
         for lora in loras:
             if lora is None:
                 facts.append(())
@@ -107,6 +110,12 @@ def _recall(given: tuple[Any, ...], form: Any, backend: Any) -> tuple[Facts | No
         return key, _calls.get(key)
     except (AttributeError, RuntimeError, TypeError):
         return None, None
+
+
+def _facts_of_weight(weight: torch.Tensor) -> Facts:
+    if isinstance(weight, PackedStack):  # which itself takes the host longer to ask
+        return facts_of(first_of(weight)), weight.traits, weight.requires_grad
+    return facts_of(weight)
 
 
 def _check(given: tuple[Any, ...], form: Any) -> torch.dtype:
@@ -130,7 +139,12 @@ def _check(given: tuple[Any, ...], form: Any) -> torch.dtype:
     for name, lora in loras.items():
         _check_adapter(name, lora, len(gate_up), *shapes[name])
     for name, t in frozen.items():
-        if is_opaque(t):
+        if isinstance(t, PackedStack):
+            if t.turned != form.transposed:
+                raise ValueError(
+                    f"{name}: got packed experts, turned={t.turned}, expected {form.transposed} to fit form"
+                )
+        elif is_opaque(t) or isinstance(t, PackedWeight):
             raise TypeError(f"{name}: got a {type(t).__name__}, expected a plain tensor")
         if t.requires_grad:
             raise ValueError(f"{name}: requires grad, expected frozen experts ({name}.requires_grad_(False))")

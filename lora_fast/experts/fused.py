@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from lora_fast.bases.packed import tensors_of
+from lora_fast.bases.stack import PackedStack
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.experts import custom_op
-from lora_fast.experts.custom_op import Adapters, problem_of
+from lora_fast.experts.custom_op import Adapters, Weights, problem_of
 from lora_fast.experts.form import Adapter, ExpertsForm
+from lora_fast.kernels.bases import PLAIN
 from lora_fast.kernels.experts.gate import Gate
 from lora_fast.kernels.experts.problem import Needs
 from lora_fast.kernels.experts.run import Call, MaybeTensor, backward, forward, to_save
@@ -29,7 +32,10 @@ def gate_of(form: ExpertsForm) -> Gate:
 
 
 def lies_turned(weight: torch.Tensor, transposed: bool) -> bool:
-    """Whether the last dimension in memory is the outputs': ``transposed``, or a view of the other layout."""
+    """Whether the last dimension in memory is the outputs': ``transposed``, or a view of the other layout. Packed it
+    never is."""
+    if isinstance(weight, PackedStack):
+        return False
     return transposed ^ (weight.stride(-1) != 1 and weight.stride(-2) == 1)
 
 
@@ -54,22 +60,34 @@ class FusedExperts:
     ) -> None:
         dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
         self.kind = x.dtype if dtype is None else dtype
-        self.turned = lies_turned(gate_up, form.transposed), lies_turned(down, form.transposed)
-        self.turns = tuple(turned != form.transposed for turned in self.turned)
+        self.about = Weights(
+            (len(gate_up), gate_up.shape[2 if form.transposed else 1] // 2),
+            (lies_turned(gate_up, form.transposed), lies_turned(down, form.transposed)),
+            (_base_of(gate_up), _base_of(down)),
+        )
+        self.tensors_of = tensors_of(gate_up), tensors_of(down)
+        self.turns = tuple(turned != form.transposed for turned in self.about.turned)
         self.gate = gate_of(form)
-        adapters, held = _adapters(gate_up_lora, down_lora), self.held(gate_up, down, gate_up_bias, down_bias)
+        adapters = _adapters(gate_up_lora, down_lora)
         asking = x, top_k_weights, *adapters
         needs = Needs(*(t is not None and train and t.requires_grad for t in asking))
         self.records, self.compiling = any(needs), torch.compiler.is_compiling()
         if not self.compiling:  # else the operator makes its own
             rows = x.to(self.kind)
-            self.problem = problem_of(rows, top_k_index, top_k_weights, adapters, held, needs, self.turned, self.gate)
-        self.contiguous = all(t is None or t.is_contiguous() for t in (*asking, top_k_index, *held[2:]))
+            self.problem = problem_of(rows, top_k_index, top_k_weights, adapters, self.about, needs, self.gate)
+        small = *asking, top_k_index, gate_up_bias, down_bias
+        self.contiguous = all(t is None or t.is_contiguous() for t in small)
 
-    def held(self, gate_up: torch.Tensor, down: torch.Tensor, *biases: MaybeTensor) -> Any:
-        """What the experts hold, in the dtype of the products; a view of the other layout as that layout."""
-        weights = (w.to(self.kind) for w in (gate_up, down))
-        return *(w.mT if turns else w for w, turns in zip(weights, self.turns, strict=True)), *biases
+    def held(self, gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors of the weights: plain ones in the dtype of the products, a view of the other layout as that."""
+        found: list[torch.Tensor] = []
+        for weight, inner, turns in zip((gate_up, down), self.tensors_of, self.turns, strict=True):
+            if inner is not None:
+                found += inner(weight)
+            else:
+                weight = weight.to(self.kind)
+                found.append(weight.mT if turns else weight)
+        return tuple(found)
 
     def __call__(
         self,
@@ -85,16 +103,17 @@ class FusedExperts:
     ) -> torch.Tensor:
         """y [T, H], in x's dtype."""
         adapters: Any = _adapters(gate_up_lora, down_lora)
-        held, kind = self.held(gate_up, down, gate_up_bias, down_bias), x.dtype
+        weights_held, biases, kind = self.held(gate_up, down), (gate_up_bias, down_bias), x.dtype
         rows: Any = x.to(self.kind)
         ids: Any = top_k_index
         weights: Any = top_k_weights
         if not self.contiguous:
             rows, ids, weights, *adapters = map(contiguous, (rows, ids, weights, *adapters))
-            held = *held[:2], *map(contiguous, held[2:])
+            biases = contiguous(gate_up_bias), contiguous(down_bias)
+        held = *weights_held, *biases
         scalings = [1.0 if lora is None else lora.scaling for lora in (gate_up_lora, down_lora)]
         if self.compiling:
-            y = custom_op.experts(rows, ids, weights, tuple(adapters), held, scalings, self.turned, self.gate)
+            y = custom_op.experts(rows, ids, weights, tuple(adapters), held, self.about, scalings, self.gate)
             return y.to(kind)
         with on(x.device):
             call = Call(*scalings)
@@ -105,6 +124,11 @@ class FusedExperts:
                 program, bound, first = call.deferred
                 program.run(bound, first)
         return y.to(kind)
+
+
+def _base_of(weight: torch.Tensor) -> str:
+    """The name of the row of ``BASES`` that it is."""
+    return weight.BASE if isinstance(weight, PackedStack) else PLAIN.name
 
 
 def _adapters(*loras: Adapter | None) -> Adapters:

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fast.bases.packed import is_opaque
+from lora_fast.bases.stack import PackedStack
+from lora_fast.checks import FLOATS
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.experts.form import ExpertsForm, Gate
 from lora_fast.experts.reference import apply_gate
-from lora_fast.functional import FLOATS
 from lora_fast.kept import PLAIN
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -50,6 +51,11 @@ class Frozen(NamedTuple):
     gate_up_bias: Any
     down_bias: Any
 
+    @property
+    def packed(self) -> bool:
+        """Whether a weight is in 8 or 4 bits."""
+        return isinstance(self.gate_up, PackedStack) or isinstance(self.down, PackedStack)
+
     def why_not_input(self, x: torch.Tensor) -> str | None:
         """Why these experts and an input need someone else's forward, in words."""
         if type(x) not in PLAIN or x.dim() != 2:
@@ -62,6 +68,16 @@ class Frozen(NamedTuple):
 def is_experts(module: nn.Module) -> bool:
     """Whether it is one of transformers' modules of experts that take implementations from outside."""
     return all(hasattr(module, flag) for flag in _FLAGS) and hasattr(module, "_apply_gate")
+
+
+def holds_fp8(module: nn.Module) -> bool:
+    """Whether it is transformers' FP8Experts, which stand for a model's own where its checkpoint is in fp8."""
+    kind = _fp8_experts()
+    return kind is not None and isinstance(module, kind)
+
+
+def _fp8_experts() -> Any:
+    return getattr(sys.modules.get("transformers.integrations.finegrained_fp8"), "FP8Experts", None)
 
 
 def form_of(module: nn.Module) -> ExpertsForm | str:
@@ -112,6 +128,13 @@ def _gate_of(module: Any) -> Gate | str:
     silu = act in (None, F.silu) or (type(act).__name__ in ("SiLU", "SiLUActivation") and "forward" not in vars(act))
     if function is getattr(sys.modules["transformers.integrations.moe"], "_default_apply_gate", None):
         return Gate() if act is not None and silu else f"the activation of {name} is {type(act).__name__}, not SiLU"
+    if function is getattr(_fp8_experts(), "_apply_gate", None):
+        alpha, limit = getattr(module, "swiglu_alpha", None), getattr(module, "limit", None)
+        if alpha is not None:
+            return Gate("gpt_oss", float(alpha), float(module.swiglu_limit))
+        if not silu:
+            return f"the activation of {name} is {type(act).__name__}, not SiLU"
+        return Gate() if limit is None else Gate("clamped", limit=float(limit))
     for own in _OWN_GATES:
         file = sys.modules.get(f"transformers.models.{own.model}.modeling_{own.model}")
         if function is getattr(getattr(file, own.name, None), "_apply_gate", None):
@@ -147,7 +170,7 @@ def why_not_now(module: Any, frozen: Frozen, gathered: bool = False) -> str | No
     if why := _parallel(module, frozen.gate_up):
         return f"expert parallelism: {why}"
     for name, t in zip(_WITH_BIAS, frozen, strict=True):
-        if t is None:
+        if t is None or isinstance(t, PackedStack):
             continue
         if type(t) not in PLAIN and not gathered:
             return f"{name} is a {type(t).__name__}"

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from lora_fast.bases.stack import PackedStack
 from lora_fast.dispatch import has_data
 from lora_fast.experts.form import Adapter, ExpertsForm, Gate
 from lora_fast.reference import lora_linear, lora_weight
@@ -42,7 +43,7 @@ def lora_experts(
         x: [T, H].
         top_k_index: [T, k], integers.
         top_k_weights: [T, k].
-        gate_up: [E, 2I, H], down: [E, H, I] (``form.transposed``: the last two the other way round).
+        gate_up: [E, 2I, H], down: [E, H, I] (``form.transposed``: the last two the other way round), also packed.
         gate_up_lora, down_lora: an :class:`Adapter`, or None.
         gate_up_bias: [E, 2I], down_bias: [E, H], or None.
         form: how the weights lie, and the gate.
@@ -80,7 +81,7 @@ def merged_weight(weight: torch.Tensor, lora: Adapter, transposed: bool) -> torc
     once, an expert at a time, without gradient."""
     weights, loras, scaling, _ = _per_expert(weight, lora, None, transposed)
     assert loras is not None
-    merged = torch.empty_like(weight)
+    merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         for own, new, (a, b) in zip(weights, merged, loras, strict=True):
             (new.mT if transposed else new).copy_(lora_weight(own, a, b, scaling))
@@ -106,8 +107,12 @@ Way = tuple[list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]] | None, 
 
 
 def _per_expert(weight: torch.Tensor, lora: Adapter | None, bias: torch.Tensor | None, transposed: bool) -> Way:
-    """Views of one projection by expert: weights [out, in], (A [r, in], B [out, r]), scaling, biases [out]."""
-    weights = list(weight.mT if transposed else weight)
+    """Views of one projection by expert, packed ones of a packed one: weights [out, in], (A [r, in], B [out, r]),
+    scaling, biases [out]."""
+    if isinstance(weight, PackedStack):
+        weights: list[torch.Tensor] = [*weight.experts()]
+    else:
+        weights = list(weight.mT if transposed else weight)
     biases = None if bias is None else list(bias)
     if lora is None:
         return weights, None, 0.0, biases

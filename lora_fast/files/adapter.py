@@ -173,6 +173,7 @@ def _config_of(model: nn.Module, layers: dict[str, Any], saved: list[str]) -> di
     ranks = {names[name]: layer.r for name, layer in layers.items()}
     alphas = {names[name]: plain_number(layer.lora_alpha) for name, layer in layers.items()}
     r, alpha = _commonest(ranks), _commonest(alphas)
+    linear = [layer for layer in layers.values() if isinstance(layer, LoRALinear)]
     with_biases = [module for module in model.modules() if vars(module).get(TRAINED) and SAVED not in vars(module)]
     biases = "lora_only" if all(isinstance(module, LoRALinear) for module in with_biases) else "all"
     return {
@@ -189,7 +190,7 @@ def _config_of(model: nn.Module, layers: dict[str, Any], saved: list[str]) -> di
         "rank_pattern": pattern_of(ranks, r),
         "alpha_pattern": pattern_of(alphas, alpha),
         "modules_to_save": saved or None,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": linear[-1].fan_in_fan_out if linear else False,  # PEFT's, which the last layer decides
         "init_lora_weights": True,
         "inference_mode": True,
         "task_type": None,

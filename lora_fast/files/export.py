@@ -3,18 +3,17 @@
 import math
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lora_fast.experts.known import GATE_UP
 from lora_fast.files.adapter import in_peft_format, plain_number
 from lora_fast.files.format import PREFIX
 from lora_fast.files.parameters import parameter_of, wrappers_of
-from lora_fast.files.pattern_keys import pattern_of
 from lora_fast.files.writing import write_adapter
 from lora_fast.layers.experts import ExpertsLoRA
 from lora_fast.layers.parameters import ParameterLoRA
@@ -25,10 +24,11 @@ def export_experts(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapters of ``model`` into ``directory`` with those of experts apart, as they were before transformers
     fused experts and as vLLM and SGLang read them: ``...experts.{i}.gate_proj.lora_A.weight`` and so on.
 
-    Each expert has its rank r; gate_proj and up_proj have the same lora_A, and each its rows of lora_B. Projections are
-    called as in the model's checkpoint, as far as transformers says how (Mixtral's ``w1``, ``w2`` and ``w3``), else
-    gate_proj, up_proj and down_proj. All of experts have the scaling that the config says for all, ``lora_alpha / r``:
-    where an adapter's own is another one, it is in its lora_B. The rest is as :func:`lora_fast.save_adapter` has it.
+    gate_proj and up_proj have the same lora_A, and each its rows of lora_B. Projections are called as in the model's
+    checkpoint, as far as transformers says how (Mixtral's ``w1``, ``w2`` and ``w3``), else gate_proj, up_proj and
+    down_proj. Servers read one rank and one ``lora_alpha`` of the whole adapter and no patterns: so all layers have the
+    largest rank, smaller ones with zeros, and a scaling that is another one is in its lora_B. The rest is as
+    :func:`lora_fast.save_adapter` has it.
 
     ``load_adapter`` does not read these files: save_adapter's are the ones to go on with.
 
@@ -46,23 +46,32 @@ def export_experts(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     wrappers, names = wrappers_of(model, parameters.values()), _names(unwrapped(model), experts)
     others = {name: layer for name, layer in layers.items() if not isinstance(layer, ExpertsLoRA)}
     others = {wrappers.get(parameters.get(name, ""), name): layer for name, layer in others.items()}
-    ranks = {name: layer.r for name, layer in others.items()}
-    alphas = {name: layer.lora_alpha for name, layer in others.items()}
+    r = max(layer.r for layer in layers.values())
+
+    def put(name: str, keys: tuple[str, ...], pair: tuple[torch.Tensor, torch.Tensor], layer: Any) -> None:
+        down, up = pair
+        if layer.scaling != scaling:
+            up = (up.float() * (layer.scaling / scaling)).to(up.dtype)
+        padded = F.pad(down, (0, 0, 0, r - layer.r)), F.pad(up, (0, r - layer.r))
+        tensors.update({f"{PREFIX}{name}.{key}": t.contiguous() for key, t in zip(keys, padded, strict=True)})
+
+    for name, layer in others.items():
+        keys = tuple(key if "embedding" in key else f"{key}.weight" for key in layer.adapter_names[:2])
+        down, up = (tensors.pop(f"{PREFIX}{name}.{key}") for key in keys)
+        put(name, keys, (down, up), layer)
     apart = [name for own in names.values() for name in own]
     routers = [name for name in others if name in wrappers.values()]  # linear layers of transformers 4, as experts
     for parameter, layer in experts.items():
         a, b = (tensors.pop(f"{PREFIX}{wrappers[parameter]}.{part}.weight") for part in layer.adapter_names)
-        if layer.scaling != scaling:
-            b = (b.float() * (layer.scaling / scaling)).to(b.dtype)
-        for name, (down, up) in zip(names[parameter], _apart(layer, a, b), strict=True):
-            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = down, up
-            ranks[name] = layer.r
-            alphas[name] = plain_number(scaling * (math.sqrt(layer.r) if rslora else layer.r))
+        for name, pair in zip(names[parameter], _apart(layer, a, b), strict=True):
+            put(name, ("lora_A.weight", "lora_B.weight"), pair, layer)
     config.pop("target_parameters", None)
     config |= {
         "target_modules": _targets(model, config["target_modules"], routers + apart),
-        "rank_pattern": _pattern(ranks, r0),
-        "alpha_pattern": _pattern(alphas, config["lora_alpha"]),
+        "r": r,
+        "lora_alpha": plain_number(scaling * (math.sqrt(r) if rslora else r)),
+        "rank_pattern": {},
+        "alpha_pattern": {},
     }
     write_adapter(directory, tensors, config)
 
@@ -78,7 +87,7 @@ def _apart(layer: ExpertsLoRA, a: torch.Tensor, b: torch.Tensor) -> Iterator[tup
         else:
             parts = [up[::2], up[1::2]] if layer.form.interleaved else list(up.chunk(2))
         for part in parts:
-            yield down.clone(), part.contiguous()
+            yield down.clone(), part
 
 
 def _names(model: nn.Module, experts: dict[str, ExpertsLoRA]) -> dict[str, list[str]]:
@@ -122,13 +131,3 @@ def _targets(model: nn.Module, others: str | list[str], names: list[str]) -> lis
     if isinstance(others, str):
         return "|".join([others, *(rf"(?:.*\.)?{re.escape(name)}" for name in own)])
     return sorted({*others, *own})
-
-
-def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
-    """{last part of a name: value} where that says it all, else by full names."""
-    by_end = defaultdict(set)
-    for name, value in values.items():
-        by_end[name.rpartition(".")[2]].add(value)
-    if all(len(found) == 1 for found in by_end.values()):
-        return {end: value for end, (value,) in by_end.items() if value != default}
-    return pattern_of(values, default)

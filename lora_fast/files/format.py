@@ -21,7 +21,6 @@ CONFIG_BYTES = 1 << 20  # more than any config needs
 MAX_RANK = 1 << 16
 # Settings of PEFT's under which the same tensors mean something else, with the values that are harmless.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "fan_in_fan_out": (False,),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others also change the base weight
     **dict.fromkeys(("lora_bias", "use_qalora"), (False,)),
     **dict.fromkeys(
@@ -56,6 +55,7 @@ class Settings:
     modules_to_save: list[str]
     ensure_weight_tying: bool
     target_parameters: list[str]
+    fan_in_fan_out: bool  # of a layer that both kinds of weights are in it says nothing: PEFT goes by its class
 
     def of(self, pattern: Pattern, default: Any, name: str) -> Any:
         """The value for a layer, by the first key that stands for it to PEFT. ValueError if its own comes later."""
@@ -153,6 +153,7 @@ def settings_of(config: dict[str, Any]) -> Settings:
         saved,
         get("ensure_weight_tying", False, bool, "true or false"),
         parameters,
+        get("fan_in_fan_out", False, bool, "true or false"),
     )
     if not math.isfinite(settings.lora_alpha):
         raise ValueError(f"{CONFIG}: lora_alpha: got {settings.lora_alpha}, expected a finite number")

@@ -12,6 +12,7 @@ from lora_fast.files.hub_names import in_memory
 from lora_fast.files.parameters import layer_of, shapes_of, targeted, wrappers_of
 from lora_fast.files.ways_out import BASE_WEIGHTS, EMBEDDING, NO_LINEAR, RENAMED, RESIZED
 from lora_fast.kept import PLAIN
+from lora_fast.layers.rules import features, is_linear
 from lora_fast.wrappers.names import plain_modules, plain_name
 
 _ADAPTER = re.compile(
@@ -90,16 +91,16 @@ def check_header(
             _check_experts(modules, experts[name], r, file, parts)
             continue
         layer = modules.get(name)
-        if not isinstance(layer, (nn.Linear, nn.Embedding)):
+        if layer is None or not (is_linear(layer) or isinstance(layer, nn.Embedding)):
             what = "the model has no such module" if layer is None else f"it is a {type(layer).__name__}"
             raise ValueError(
                 f"{TENSORS}: has an adapter for {name!r:.200}, but {what}; expected an nn.Linear"
                 + (RENAMED if layer is None else "")
             )
-        if isinstance(layer, nn.Linear):
-            n, k = layer.out_features, layer.in_features
+        if isinstance(layer, nn.Embedding):
+            k, n = layer.num_embeddings, layer.embedding_dim
         else:
-            n, k = layer.embedding_dim, layer.num_embeddings
+            k, n = features(layer)
         for part, shape in zip(wanted, ([r, k], [n, r], [n]), strict=False):
             _check_shape(file, parts[part], shape)
     return ranks, alphas, sources

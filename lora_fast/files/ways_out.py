@@ -28,7 +28,6 @@ UNSUPPORTED = {
         "the unchanged base of it, of twice the rank: save_pretrained(..., "
         "path_initial_model_for_weight_conversion=START), START being the adapter as it was before the training)"
     ),
-    "fan_in_fan_out": f": its layers are no nn.Linear (GPT-2's Conv1D holds its weight transposed){IN_PEFT}",
     "trainable_token_indices": f": it replaces rows of the embeddings{IN_PEFT}",
     "layer_replication": f": its model has copies of layers that the base has once{IN_PEFT}",
     "lora_bias": f": it has biases in lora_B{IN_PEFT}",

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lora_fast import dispatch, reference
-from lora_fast.functional import FLOATS, check_tensors
+from lora_fast.checks import FLOATS, check_tensors
 from lora_fast.layers.rules import init_adapter
 
 

@@ -7,7 +7,6 @@ from torch import nn
 
 from lora_fast.blocks.form import Layer
 from lora_fast.functional import dora_linear, dora_norm
-from lora_fast.layers.keeping import KeepsNorm
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.magnitude import KeepsMagnitude
 from lora_fast.reference import dora_gain
@@ -15,7 +14,7 @@ from lora_fast.wrappers import fsdp1
 from lora_fast.wrappers.gather import whole
 
 
-class DoRALinear(KeepsNorm, KeepsMagnitude, LoRALinear):
+class DoRALinear(KeepsMagnitude, LoRALinear):
     """:class:`LoRALinear` whose output rows have a length of their own: ``y = (m / n) * z + bias`` with
     ``z = x W^T + scaling * (drop(x) A^T) B^T`` and ``n = |W + scaling * B A|`` per row, a constant in the backward
     and kept in evaluation (:class:`lora_fast.layers.keeping.KeepsNorm`).
@@ -55,7 +54,7 @@ class DoRALinear(KeepsNorm, KeepsMagnitude, LoRALinear):
             self.reset_magnitude()
 
     def _norm(self) -> torch.Tensor:
-        return dora_norm(whole(self.base_weight), self.lora_A, self.lora_B, self.scaling)
+        return dora_norm(self.turned(whole(self.base_weight)), self.lora_A, self.lora_B, self.scaling)
 
     def as_layer(self, x: torch.Tensor) -> Layer | str | None:
         if not (self._magnitude_is_set or self._magnitude_came()):
@@ -78,7 +77,7 @@ class DoRALinear(KeepsNorm, KeepsMagnitude, LoRALinear):
             weight = fsdp1.as_asked(weight, self)
         return dora_linear(
             x,
-            weight,
+            self.turned(weight),
             lora_A,
             lora_B,
             magnitude,
@@ -88,13 +87,12 @@ class DoRALinear(KeepsNorm, KeepsMagnitude, LoRALinear):
             training=self.training,
             save=self.save,
             save_x=self.save_x,
-            kept=self.kept_norm(),
+            kept=None if self.fan_in_fan_out else self.kept_norm(),  # each call's W is another view
         )
 
-    def merged_weight(self, original: torch.Tensor | None = None) -> torch.Tensor:
-        """``(m / n) * (W + scaling * B A)`` [out, in], in float32 or better; W, also in n, is the base weight, or
-        ``original`` [out, in]."""
+    def _merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """``(m / n) * (W + scaling * B A)``, W also in n."""
         if not (self._magnitude_is_set or self._magnitude_came()):
             self.reset_magnitude()
-        v = super().merged_weight(original)
+        v = super()._merged(weight)
         return v * dora_gain(self.lora_magnitude_vector.detach(), torch.linalg.vector_norm(v, dim=1))[:, None]

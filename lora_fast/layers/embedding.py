@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fast.bases.packed import is_opaque
+from lora_fast.checks import FLOATS
 from lora_fast.dispatch import has_data
 from lora_fast.embedding import lora_embedding
-from lora_fast.functional import FLOATS
 from lora_fast.layers.magnitude import KeepsMagnitude
 from lora_fast.layers.merging import Merging
 from lora_fast.layers.replacing import cleared, tell_of_freezing

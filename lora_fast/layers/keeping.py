@@ -1,4 +1,4 @@
-"""Layers that keep DoRA's norm in evaluation, and when they drop it."""
+"""Layers that keep in evaluation what their forward makes of the weights alone, and when they drop it."""
 
 from typing import Any, Self
 
@@ -13,15 +13,17 @@ KEPT_NORM = "_kept_norm"  # in a layer's __dict__
 
 
 class KeepsNorm(nn.Module):
-    """A layer whose forward may keep DoRA's norm for the next one: in evaluation mode and without gradients.
+    """A layer whose forward may keep DoRA's norm for the next one: in evaluation mode and without gradients. With it
+    goes what else few rows need of the adapters, their copies in the products' dtype; LoRA, which has nothing but
+    these, keeps them where ``keep_in_graphs`` says that the weights do not change.
 
     It is dropped by train() and eval(), to() and its like, merge, and any forward with gradients. The next forward
     makes it anew, too, if one of the tensors that it was made of is another one or was changed (load_state_dict), if
     the scaling was, and after a step of any optimizer.
 
     Attributes:
-        keep_in_graphs: whether CUDA graphs are captured with the norm that is kept, and not with a launch that makes
-            it: for weights that do not change as long as the graph is replayed.
+        keep_in_graphs: whether CUDA graphs are captured with what is kept, and not with a launch that makes it: for
+            weights that do not change as long as the graph is replayed.
     """
 
     keep_in_graphs: bool = False
@@ -41,6 +43,10 @@ class KeepsNorm(nn.Module):
             kept = own[KEPT_NORM] = Kept()
         kept.in_graphs = in_graphs or self.keep_in_graphs
         return kept
+
+    def kept_copies(self) -> Kept | None:
+        """Where this forward of LoRA may keep the copies of its adapters."""
+        return self.kept_norm() if self.keep_in_graphs else None
 
     def drop_kept_norm(self) -> None:
         """Have the next forward make the norm anew."""

@@ -11,10 +11,13 @@ from lora_fast import dispatch
 from lora_fast.bases import packed_as
 from lora_fast.bases.packed import PackedWeight
 from lora_fast.blocks.form import Layer
+from lora_fast.blocks.recognise import is_conv1d
 from lora_fast.blocks.siblings import SIBLINGS, Joins
-from lora_fast.functional import FLOATS, lora_linear
+from lora_fast.checks import FLOATS
+from lora_fast.functional import lora_linear
 from lora_fast.kept import PLAIN
-from lora_fast.layers.fp8_linears import holds_fp8, plain_linear
+from lora_fast.layers.held_linears import is_held, plain_linear
+from lora_fast.layers.keeping import KeepsNorm
 from lora_fast.layers.merging import MergingLinear
 from lora_fast.layers.replacing import cleared, tell_of_freezing
 from lora_fast.layers.rules import (
@@ -23,6 +26,7 @@ from lora_fast.layers.rules import (
     check_hyperparameters,
     check_init,
     check_quantisable,
+    features,
     init_adapter,
     kind_asked_for,
     why_not_lora,
@@ -32,8 +36,9 @@ from lora_fast.wrappers.gather import whole
 from lora_fast.wrappers.placement import offloading
 
 
-class LoRALinear(Joins, MergingLinear):
-    """A frozen ``nn.Linear`` plus a trainable low-rank update: ``y = x W^T + bias + scaling * (drop(x) A^T) B^T``.
+class LoRALinear(KeepsNorm, Joins, MergingLinear):
+    """A frozen ``nn.Linear``, or transformers' Conv1D, plus a trainable low-rank update:
+    ``y = x W^T + bias + scaling * (drop(x) A^T) B^T``.
 
     Hu et al. 2021 (arXiv 2106.09685); ``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``
     (Kalajdzievski 2023, arXiv 2312.03732). Dropout acts on the low-rank branch alone.
@@ -48,9 +53,11 @@ class LoRALinear(Joins, MergingLinear):
             Kaiming-uniform: the layer then differs from its base from the start), as in PEFT.
 
     Attributes:
-        weight [out, in], bias [out] or None: the frozen base.
+        weight [out, in], bias [out] or None: the frozen base. With ``fan_in_fan_out``, of a Conv1D, the weight is
+            [in, out], as it was.
         lora_A [r, in], lora_B [out, r]: trainable; float32 on a 16-bit base, else the base's dtype.
         merged, enabled: the layer's state.
+        keep_in_graphs: True lets evaluation keep the adapter's copies (:class:`lora_fast.layers.keeping.KeepsNorm`).
         save_x: "x" or "fp8", what the backward of lora_A reads (see :func:`lora_fast.functional.lora_linear`).
 
     Raises:
@@ -99,7 +106,8 @@ class LoRALinear(Joins, MergingLinear):
         base_dtype: str | None = None,
         base_compute: str | None = None,
     ) -> Self:
-        """Wrap ``linear``: its weight and bias are shared (no copy) and frozen; its training flag is kept.
+        """Wrap ``linear``, or transformers' Conv1D (GPT-2's): its weight and bias are shared (no copy) and frozen; its
+        training flag is kept.
 
         With a ``base_dtype`` the layer's weight is made from ``linear``'s, which stays as it is; a ``linear`` that has
         such a weight shares it. ``"float8_e4m3"``: a :class:`lora_fast.fp8.Fp8Weight`, products of 8-bit operands,
@@ -110,21 +118,21 @@ class LoRALinear(Joins, MergingLinear):
         has already, ``base_compute`` goes without a ``base_dtype``.
 
         Raises:
-            TypeError: not an ``nn.Linear`` itself, or one with hooks, a replaced forward or a quantised weight.
-            ValueError: a hyperparameter outside its range; a weight to quantise that is not finite.
+            TypeError: not an ``nn.Linear`` or Conv1D itself, or one with hooks, a replaced forward or a quantised
+                weight.
+            ValueError: a hyperparameter outside its range; a weight to quantise that is not finite, or a Conv1D's.
             RuntimeError: fp8 on a GPU that has no units for it (unless ``set_backend("reference")`` is on).
         """
         check_base_dtype(base_dtype, base_compute)
         if why := why_not_lora(linear):
             raise TypeError(f"linear: expected a plain nn.Linear, got one that {why}")
-        if holds_fp8(linear):
+        if is_held(linear):
             linear = plain_linear(linear)
-        kind = None
+        kind, fan_in_fan_out = None, is_conv1d(linear)
         if base_dtype is not None or base_compute is not None:
-            kind = kind_asked_for(linear.weight, base_dtype, base_compute)
+            kind = kind_asked_for(linear.weight, base_dtype, base_compute, fan_in_fan_out)
         layer = cls(
-            linear.in_features,
-            linear.out_features,
+            *features(linear),
             r,
             lora_alpha,
             lora_dropout,
@@ -134,6 +142,8 @@ class LoRALinear(Joins, MergingLinear):
             init_lora_weights=init_lora_weights,
         )
         layer.weight, layer.bias = linear.weight, linear.bias
+        if fan_in_fan_out:
+            layer.fan_in_fan_out = True
         if kind is not None:
             check_quantisable(linear.weight, kind)
         layer._add_adapter(init_lora_weights)
@@ -169,7 +179,7 @@ class LoRALinear(Joins, MergingLinear):
         check_base_dtype(base_dtype, base_compute)
         if self.merged:
             raise ValueError("quantise_base: the layer is merged; unmerge it first")
-        kind = kind_asked_for(self.weight, base_dtype, base_compute)
+        kind = kind_asked_for(self.weight, base_dtype, base_compute, self.fan_in_fan_out)
         check_quantisable(self.weight, kind)
         if (packed := packed_as(self.weight, kind)) is not self.weight:
             self.weight = nn.Parameter(packed, requires_grad=False)
@@ -196,7 +206,7 @@ class LoRALinear(Joins, MergingLinear):
             y = self.joined(x) if SIBLINGS in vars(self) else None
             return self._adapted(x) if y is None else y
         weight = self.weight if self.enabled else whole(self.base_weight).to(x.device)  # kept in shards, or offloaded
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, self.turned(weight), self.bias)
 
     def as_layer(self, x: torch.Tensor) -> Layer | str | None:
         if not self.enabled or self._buffers["unmerged_weight"] is not None:
@@ -217,7 +227,7 @@ class LoRALinear(Joins, MergingLinear):
         if x.dtype != weight.dtype and dispatch.autocast_dtype(x.device) is None:
             return f"the input is {x.dtype} and the base weight {weight.dtype}, without autocast"
         p = self.lora_dropout if self.training else 0.0
-        return Layer(weight, self.lora_A, self.lora_B, self.scaling, self.bias, p)
+        return Layer(self.turned(weight), self.lora_A, self.lora_B, self.scaling, self.bias, p)
 
     def _adapted(self, x: torch.Tensor) -> torch.Tensor:
         own: dict[str, Any] = self._parameters
@@ -229,7 +239,7 @@ class LoRALinear(Joins, MergingLinear):
             weight = fsdp1.as_asked(weight, self)
         return lora_linear(
             x,
-            weight,
+            self.turned(weight),
             lora_A,
             lora_B,
             self.scaling,
@@ -237,6 +247,7 @@ class LoRALinear(Joins, MergingLinear):
             dropout_p=self.lora_dropout,
             training=self.training,
             save_x=self.save_x,
+            kept=self.kept_copies(),
         )
 
     def enable(self) -> None:
@@ -253,13 +264,19 @@ class LoRALinear(Joins, MergingLinear):
         return self.scaling * (self.lora_B.detach().to(dtype) @ self.lora_A.detach().to(dtype))
 
     def merged_weight(self, original: torch.Tensor | None = None) -> torch.Tensor:
-        """``W + scaling * B A`` [out, in], in float32 or better; W is the base weight, or ``original`` [out, in]."""
+        """``W + scaling * B A``, in float32 or better, as the weight is stored: [out, in], or [in, out] with
+        ``fan_in_fan_out``. W is the base weight, or ``original`` [out, in]."""
+        return self.turned(self._merged(self.turned(self.base_weight) if original is None else original)).contiguous()
+
+    def _merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight [out, in] with the adapter in it."""
         delta = self.delta_weight()
-        return (self.base_weight if original is None else original).detach().to(delta) + delta
+        return weight.detach().to(delta) + delta
 
     def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` that shares this layer's present weight (merged, if it is) and bias, and may be put in
-        this layer's place: any other layer that is assigned there, which would drop the adapter, is refused."""
+        """A plain ``nn.Linear``, or a Conv1D, that shares this layer's present weight (merged, if it is) and bias, and
+        may be put in this layer's place: any other layer that is assigned there, which would drop the adapter, is
+        refused."""
         return cleared(self.plain())
 
     def parts_of_adapter(self) -> tuple[str, ...]:
@@ -269,5 +286,10 @@ class LoRALinear(Joins, MergingLinear):
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
         text += arguments_of_base(self.base_weight)
-        flags = {"use_rslora=True": self.use_rslora, "merged": self.merged, "disabled": not self.enabled}
+        flags = {
+            "use_rslora=True": self.use_rslora,
+            "fan_in_fan_out=True": self.fan_in_fan_out,
+            "merged": self.merged,
+            "disabled": not self.enabled,
+        }
         return ", ".join([text, *(name for name, on in flags.items() if on)])

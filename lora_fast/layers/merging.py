@@ -1,6 +1,7 @@
 """Merging an adapter into its layer's weight and taking it out, bit for bit; what a state dict holds of that."""
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -192,7 +193,13 @@ class Merging(nn.Module):
 
 
 class MergingLinear(Merging, nn.Linear):
-    """An ``nn.Linear`` whose adapter can be merged."""
+    """An ``nn.Linear`` whose adapter can be merged, or transformers' Conv1D.
+
+    Attributes:
+        fan_in_fan_out: whether the weight is stored as [in, out], as Conv1D's is.
+    """
+
+    fan_in_fan_out: bool = False
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
@@ -201,11 +208,22 @@ class MergingLinear(Merging, nn.Linear):
         self.register_buffer("unmerged_weight", None)
 
     def plain(self) -> nn.Linear:
-        """An ``nn.Linear`` that shares the present weight and bias; it is still refused in this layer's place."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        """An ``nn.Linear``, or a Conv1D, that shares the present weight and bias; it is still refused in this layer's
+        place."""
+        linear: Any
+        if self.fan_in_fan_out:
+            with torch.device("meta"):
+                linear = import_module("transformers.pytorch_utils").Conv1D(self.out_features, self.in_features)
+        else:
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
 
+    def turned(self, weight: torch.Tensor) -> torch.Tensor:
+        """[out, in] of a weight as the layer stores it, and the other way round."""
+        return weight.t() if self.fan_in_fan_out else weight
+
     @property
     def whole_shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
+        n, k = self.out_features, self.in_features
+        return (k, n) if self.fan_in_fan_out else (n, k)

@@ -40,13 +40,14 @@ class NamedLinear(Joins, MergingLinear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.base_is_tied, self.choice, self.enabled = linear.base_is_tied, choice, True
+        self.fan_in_fan_out = linear.fan_in_fan_out
         self.train(linear.training)
 
     def adopt(self, layer: LoRALinear, name: str) -> None:
         """Take the adapter of a layer over the same base, which from now on has this one's."""
         for own in ("weight", "bias"):
             del layer._parameters[own]
-        for own in ("enabled", "base_is_tied", SIBLINGS, LAST):
+        for own in ("enabled", "base_is_tied", "fan_in_fan_out", SIBLINGS, LAST):
             vars(layer).pop(own, None)
         layer.__class__ = NamedDoRA if isinstance(layer, DoRALinear) else NamedLoRA
         vars(layer).update(name=name, _home=(self,))  # in a tuple, where nn.Module does not take it for a child
@@ -81,7 +82,7 @@ class NamedLinear(Joins, MergingLinear):
 
     def _plain(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight if self.enabled else whole(self.base_weight).to(x.device)
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, self.turned(weight), self.bias)
 
     def _each_its_own(self, x: torch.Tensor, names: BatchNames) -> torch.Tensor:
         if x.dim() < 2 or len(x) != names.samples:
@@ -95,7 +96,7 @@ class NamedLinear(Joins, MergingLinear):
         weight = self.weight
         if type(weight) is torch.Tensor:
             weight = fsdp1.as_asked(weight, self)
-        given = x, weight, [one.as_adapter() for one in there], which, self.bias, self.training
+        given = x, self.turned(weight), [one.as_adapter() for one in there], which, self.bias, self.training
         if isinstance(there[0], DoRALinear):
             return dora_linear_batch(*given, save="z" if any(one.save == "z" for one in there) else "auto")
         return lora_linear_batch(*given)
@@ -177,6 +178,10 @@ class InNamedLinear(LoRALinear):
     @property
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]
         return self.home.bias
+
+    @property
+    def fan_in_fan_out(self) -> bool:  # type: ignore[override]
+        return self.home.fan_in_fan_out
 
     @property
     def base_weight(self) -> torch.Tensor:

@@ -11,6 +11,7 @@ from lora_fast.bases.four_bits import FourBitWeight, Mxfp4Weight
 from lora_fast.bases.fp8 import E4M3
 from lora_fast.bases.packed import PackedWeight, packed_in
 from lora_fast.bases.scaled import ScaledFp8Weight
+from lora_fast.bases.stack import PackedStack
 from lora_fast.bases.written import WrittenWeight
 from lora_fast.wrappers.gather import is_sharded
 
@@ -23,14 +24,24 @@ class Form(NamedTuple):
     make: Callable[..., WrittenWeight]  # the weight of these
 
 
+STACKED_NAMES = {four_bit_files.BLOCKS, four_bit_files.SCALES, *scaled.NAMES}
 FORMS = (
     Form(four_bit_files.NAMES, torch.uint8, four_bit_files.from_tensors),
     Form(scaled.NAMES, E4M3, ScaledFp8Weight.from_tensors),
 )
 
 
+def _by_experts(name: str, t: torch.Tensor) -> bool:
+    """Whether the first dimension of this part of a stack is the experts'."""
+    return name in STACKED_NAMES or t.dtype == E4M3
+
+
 def tensors_of(weight: Any) -> dict[str, torch.Tensor]:
-    """The plain tensors of such a weight, by what follows its name; none of another one."""
+    """The plain tensors of such a weight, by what follows its name; none of another one. Those of experts are their
+    matrix's, with a dimension of experts ahead, but for NF4's, which bitsandbytes has flat."""
+    if isinstance(weight, PackedStack):
+        found, experts = tensors_of(weight.matrix), len(weight)
+        return {name: t.unflatten(0, (experts, -1)) if _by_experts(name, t) else t for name, t in found.items()}
     if isinstance(weight, PackedWeight) and weight.WHOLE:
         if isinstance(weight, ScaledFp8Weight):
             return weight.tensors()
@@ -46,8 +57,27 @@ def spread(state_dict: dict[str, Any], key: str) -> None:
         state_dict.update({key + name: t for name, t in tensors.items()})
 
 
-def collect(state_dict: dict[str, Any], key: str, own: torch.Tensor, shape: tuple[int, int], assign: bool) -> None:
-    """The other way round, of a state dict that is about to be loaded over ``own`` [N, K], or put in its place.
+class Stack(NamedTuple):
+    """What makes a weight of experts of their matrix."""
+
+    experts: int
+    turned: bool
+
+    def rows(self, name: str, t: Any) -> Any:
+        """A tensor of their state dict, as the matrix has it."""
+        return t.flatten(0, 1) if isinstance(t, torch.Tensor) and _by_experts(name, t) and t.dim() > 1 else t
+
+
+def collect(
+    state_dict: dict[str, Any],
+    key: str,
+    own: torch.Tensor,
+    shape: tuple[int, int],
+    assign: bool,
+    stack: Stack | None = None,
+) -> None:
+    """The other way round, of a state dict that is about to be loaded over ``own`` [N, K], or put in its place; of a
+    ``stack`` of experts [E, N, K] ``shape`` is their matrix's.
 
     Raises:
         ValueError: the tensors make no such weight, or one that is packed in another way than ``own``.
@@ -59,10 +89,15 @@ def collect(state_dict: dict[str, Any], key: str, own: torch.Tensor, shape: tupl
             break
     else:
         return
-    found: Any = form.make(parts if given is None else {"": given, **parts}, shape, own.dtype, key)
-    _check(key, found, own, assign)
+    parts = parts if given is None else {"": given, **parts}
+    if stack is not None:
+        parts = {name: stack.rows(name, t) for name, t in parts.items()}
+    found: Any = form.make(parts, shape, own.dtype, key)
+    _check(key, found, own.matrix if isinstance(own, PackedStack) else own, assign)
     for name in parts:
         del state_dict[key + name]
+    if stack is not None:
+        found = PackedStack.of(found, *stack)
     state_dict[key] = found.for_e4m3() if isinstance(own, WrittenWeight) and own.E4M3_PRODUCTS else found
 
 
@@ -104,7 +139,8 @@ def pack_given(state_dict: dict[str, Any], key: str, own: torch.Tensor) -> None:
     if isinstance(own, PackedWeight) and isinstance(given, torch.Tensor) and given.shape == own.shape:
         if not isinstance(given, PackedWeight) and not is_sharded(given):
             try:
-                state_dict[key] = packed_as(given, type(own))
+                alike = own.quantised_alike(given) if isinstance(own, PackedStack) else packed_as(given, type(own))
+                state_dict[key] = alike
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{key}: {error}") from None
 

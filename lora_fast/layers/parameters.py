@@ -30,6 +30,10 @@ class AdaptedModule(nn.Module):
         """Each :class:`ParameterLoRA` that it has."""
         return [child for child in self._modules.values() if isinstance(child, ParameterLoRA)]
 
+    def is_adapted(self) -> bool:
+        """Whether it needs this class."""
+        return any(self.adapters())
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _bare, (self.ADAPTED, self.WAY), vars(self).copy()  # the class itself is in no file
 
@@ -130,7 +134,7 @@ class ParameterLoRA(nn.Module):
         """Leave the module, which is as before: with the adapter in its weight if it is merged."""
         owner = self.owner
         del owner._modules[CHILD + self.parameter]
-        if isinstance(owner, AdaptedModule) and not any(owner.adapters()):
+        if isinstance(owner, AdaptedModule) and not owner.is_adapted():
             owner.__class__ = type(owner).ADAPTED
 
     @property
@@ -198,7 +202,7 @@ class ParameterLoRA(nn.Module):
         if self.merged:
             return
         if original is not None:
-            raise ValueError(f"original: got a tensor, expected None for {self.parameter}, which is not 8-bit")
+            raise ValueError(f"original: got a tensor, expected None for {self.parameter}, a parameter of a module")
         self.check_place()
         weight = self.weight
         with kind_of(weight):

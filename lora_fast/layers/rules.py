@@ -10,8 +10,9 @@ from lora_fast import dispatch
 from lora_fast.bases import COMPUTE, PACKED, is_kept_as, kind_of_base
 from lora_fast.bases.packed import PackedWeight, is_opaque, packed_in
 from lora_fast.bases.written import WrittenWeight, check_for_e4m3
-from lora_fast.functional import FLOATS
-from lora_fast.layers.fp8_linears import holds_fp8, why_not_held
+from lora_fast.blocks.recognise import is_conv1d
+from lora_fast.checks import FLOATS
+from lora_fast.layers.held_linears import is_held, why_not_held
 
 
 def check_base_dtype(base_dtype: Any, base_compute: Any = None) -> None:
@@ -21,13 +22,18 @@ def check_base_dtype(base_dtype: Any, base_compute: Any = None) -> None:
         raise ValueError(f"base_compute: got {base_compute!r}, expected {' or '.join(map(repr, COMPUTE))}")
 
 
-def kind_asked_for(weight: torch.Tensor, base_dtype: str | None, base_compute: str | None) -> type[PackedWeight]:
+def kind_asked_for(
+    weight: torch.Tensor, base_dtype: str | None, base_compute: str | None, fan_in_fan_out: bool = False
+) -> type[PackedWeight]:
     """The kind that the weight is to become. Without a ``base_dtype`` it is one that is written out for its products,
     is kept as it is, and has those of ``base_compute``.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or stored as [in, out].
     """
+    if fan_in_fan_out:
+        name, got = ("base_compute", base_compute) if base_dtype is None else ("base_dtype", base_dtype)
+        raise ValueError(f"{name}: got {got!r}, expected None over a Conv1D, whose weight is stored as [in, out]")
     if base_dtype is not None:
         return kind_of_base(base_dtype, base_compute)
     if not isinstance(weight, WrittenWeight):
@@ -67,12 +73,22 @@ def has_hooks(module: nn.Module) -> bool:
     return any(value for key, value in vars(module).items() if key.endswith("_hooks"))
 
 
+def is_linear(module: Any) -> bool:
+    """Whether it is linear and not hidden in another module: an ``nn.Linear`` or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) of what :func:`is_linear`."""
+    return tuple(linear.weight.shape) if is_conv1d(linear) else (linear.in_features, linear.out_features)  # type: ignore[arg-type]
+
+
 def why_not_lora(module: nn.Module) -> str | None:
     """Why a :class:`LoRALinear` could not stand in for the module, in words; None where it can."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "is the output projection of nn.MultiheadAttention, which reads its weight and would skip the adapter"
-    fp8 = holds_fp8(module)
-    if type(module) is not nn.Linear and not fp8:
+    fp8 = is_held(module)
+    if type(module) is not nn.Linear and not fp8 and not is_conv1d(module):
         return f"is a {type(module).__name__}, not a plain nn.Linear"
     replaced = "forward" in vars(module) and not (fp8 and hasattr(module, "quantization_scheme"))  # compressed-tensors'
     if replaced or has_hooks(module):

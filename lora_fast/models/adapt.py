@@ -8,17 +8,18 @@ from typing import Any
 
 from torch import nn
 
+from lora_fast.bases.stack import PackedStack
 from lora_fast.bases.written import WrittenWeight
 from lora_fast.blocks.joining import join, part
 from lora_fast.layers.dora import DoRALinear
 from lora_fast.layers.embedding import LoRAEmbedding
-from lora_fast.layers.experts import adapter_of
-from lora_fast.layers.fp8_linears import dtype_beside, holds_fp8, plain_linear
+from lora_fast.layers.experts import AdaptedExperts, ExpertsLoRA, adapter_of, check_packable
+from lora_fast.layers.held_linears import dtype_beside, is_held, plain_linear
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.layers.named import NamedLinear
 from lora_fast.layers.parameters import ParameterLoRA
 from lora_fast.layers.replacing import forget_adapted, note_adapted
-from lora_fast.layers.rules import check_quantisable, kind_asked_for
+from lora_fast.layers.rules import check_quantisable, is_linear, kind_asked_for
 from lora_fast.models.adapters import BEFORE, SAVED, TRAINED, check_adapted, names_in, standing
 from lora_fast.models.all_linear import layers_before
 from lora_fast.models.config import LoRAConfig
@@ -32,16 +33,16 @@ from lora_fast.wrappers.placement import keeper
 
 
 def add_lora(model: nn.Module, config: Any, *, name: str | None = None, blocks: str | bool = "auto") -> nn.Module:
-    """Replace the targeted ``nn.Linear`` layers of ``model`` by LoRALinear, or DoRALinear, and the targeted
-    ``nn.Embedding`` s by LoRAEmbedding, in place, give the targeted parameters adapters, freeze the rest, return
-    ``model``.
+    """Replace the targeted ``nn.Linear`` layers of ``model``, and transformers' ``Conv1D`` (GPT-2's), by LoRALinear, or
+    DoRALinear, and the targeted ``nn.Embedding`` s by LoRAEmbedding, in place, give the targeted parameters adapters,
+    freeze the rest, return ``model``.
 
     ``config`` is a :class:`LoRAConfig`, or PEFT's ``LoraConfig``: what of it means nothing here (``task_type``) is
     dropped, what our layers have not is an error that says how to get it.
 
     "all-linear" also means what was an ``nn.Linear`` in transformers 4, as it does to PEFT: experts, and the routers of
     Mixtral's and Qwen's families. Other parameters that ``target_modules`` speaks of and that are no ``nn.Linear``'s
-    get no adapter, and a warning names them: fused experts, routers, transformers' ``Conv1D``.
+    get no adapter, and a warning names them: fused experts, routers.
 
     Layers that hold fp8 (transformers' FP8Linear, compressed-tensors') keep their bytes, as a
     :class:`lora_fast.bases.ScaledFp8Weight`, which acts as most elements of the model's other parameters do.
@@ -56,7 +57,7 @@ def add_lora(model: nn.Module, config: Any, *, name: str | None = None, blocks: 
     (:func:`lora_fast.set_adapter`), or each sample of a batch names its own (:func:`lora_fast.use_adapters`). One that
     came without a name is then called "default".
 
-    With ``blocks="auto"`` gated MLPs (``down(act(gate(x)) * up(x))``) run as one step each, and layers that their
+    With ``blocks="auto"`` MLPs run as one step each, and layers that their
     parent calls with one input as a group (:mod:`lora_fast.blocks`); with False every layer runs by itself. Where
     several adapters come the last call decides.
 
@@ -87,19 +88,23 @@ def add_lora(model: nn.Module, config: Any, *, name: str | None = None, blocks: 
         )
     if fsdp1.holds(model):
         raise ValueError("model: is wrapped by FSDP1 (FullyShardedDataParallel); call add_lora first, then wrap it")
-    if isinstance(unwrapped(model), nn.Linear):
-        raise ValueError("model: got an nn.Linear, which cannot be replaced in place; use LoRALinear.from_linear")
+    if is_linear(own := unwrapped(model)):
+        raise ValueError(
+            f"model: got a {type(own).__name__}, which cannot be replaced in place; use LoRALinear.from_linear"
+        )
     if name is None:
         _convert(model, config)
     else:
         with taken_out(model) as before:
             _convert(model, config, named=True)
         under_name(model, name, before)
-    beside = [f"{type(layer.owner).ADAPTED.__name__}.{layer.parameter}" for layer in _beside(model)]
+    matrices = [layer for layer in _beside(model) if not isinstance(layer, ExpertsLoRA)]
+    beside = [f"{type(layer.owner).ADAPTED.__name__}.{layer.parameter}" for layer in matrices]
     beside += [type(module).__name__ for module in model.modules() if isinstance(module, LoRAEmbedding)]
+    beside += ["Conv1D" for module in model.modules() if isinstance(module, LoRALinear) and module.fan_in_fan_out]
     if config.base_dtype is not None and beside:
         warnings.warn(
-            f"add_lora: base_dtype={config.base_dtype!r} is for nn.Linear layers; these stay as they are: "
+            f"add_lora: base_dtype={config.base_dtype!r} is for nn.Linear layers and experts; these stay as they are: "
             f"{some(list(dict.fromkeys(beside)))}",
             stacklevel=2,
         )
@@ -123,8 +128,8 @@ def _convert(model: nn.Module, config: LoRAConfig, named: bool = False) -> None:
         layer.quantise_base(config.base_dtype, config.base_compute)
 
 
-def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALinear]:
-    """The layers that are to get bases of another kind, each of which can."""
+def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[Any]:
+    """The layers that are to get bases of another kind, each of which can, and experts."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in plain_modules(model, remove_duplicate=False):
         if name:
@@ -149,10 +154,12 @@ def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALi
     if tied := [names[m][0] for m in targets if m.weight in to_train]:
         raise ValueError(f"modules_to_save: would train the base weight of {some(tied)}, which is tied to it")
 
-    kept = matching("base_dtype_exclude", config.base_dtype_exclude, {m: names[m] for m in targets})
+    excludable: dict[Any, list[str]] = {m: names[m] for m in targets}
+    excludable |= {target: full + names[target.module] for target, full in parameters.items()}
+    kept = matching("base_dtype_exclude", config.base_dtype_exclude, excludable)
     owners = holders(model)
-    dtype = dtype_beside(model) if any(map(holds_fp8, targets)) else None
-    own: dict[Any, Any] = {m: plain_linear(m, dtype) if holds_fp8(m) else m for m in targets}
+    dtype = dtype_beside(model) if any(map(is_held, targets)) else None
+    own: dict[Any, Any] = {m: plain_linear(m, dtype) if is_held(m) else m for m in targets}
     eight = _to_quantise(
         config,
         {
@@ -164,6 +171,7 @@ def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALi
     before = {m: {n: p.requires_grad for n, p in m._parameters.items() if p is not None} for m in model.modules()}
     layers: dict[nn.Module, Any] = {}
     beside: list[ParameterLoRA] = []
+    stacks: list[ExpertsLoRA] = []  # those to be packed
     kind = DoRALinear if config.use_dora else LoRALinear
     try:
         for linear, stand_in in own.items():
@@ -188,6 +196,9 @@ def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALi
             with noting(f"while converting {full[0]!r}"):
                 one = adapter_of(target.module)(*target, *hyper, init_lora_weights=config.init_lora_weights)
                 beside.append(one)
+                if target not in kept and isinstance(one, ExpertsLoRA) and owners[id(one.weight)] == 1:
+                    if _packs(one, full[0], config):
+                        stacks.append(one)
         for parameter in model.parameters():
             parameter.requires_grad = parameter in to_train and parameter.is_floating_point()
     except BaseException:
@@ -205,7 +216,20 @@ def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[LoRALi
         note = {SAVED: True} if module in saved and trained[module] else {}
         flags = vars(module).get(BEFORE, flags)  # of the first of several adapters
         vars(layers.get(module, module)).update({BEFORE: flags, TRAINED: trained[module], **note})
-    return [layers[linear] for linear in eight]
+    return [*(layers[linear] for linear in eight), *stacks]
+
+
+def _packs(experts: ExpertsLoRA, name: str, config: LoRAConfig) -> bool:
+    """Whether the config has the experts of this name packed, which then can be."""
+    if config.base_compute is not None and (config.base_dtype is not None or isinstance(experts.weight, PackedStack)):
+        raise ValueError(
+            f"base_compute: got {config.base_compute!r}, expected None for experts, whose products are of 16 bits: "
+            f"base_dtype_exclude=[{name!r}] leaves them as they are"
+        )
+    if config.base_dtype is None:
+        return False
+    check_packable(experts.weight, config.base_dtype, experts.form.transposed)
+    return True
 
 
 def _beside(model: nn.Module) -> list[ParameterLoRA]:
@@ -224,9 +248,9 @@ def _to_quantise(config: LoRAConfig, targets: dict[nn.Linear, nn.Linear]) -> lis
 
 
 def remove_lora(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Put plain ``nn.Linear`` layers back in place, and requires_grad as before :func:`add_lora`; return ``model``.
-    With a ``name`` only the adapter of this name goes, if there are others; where it was the active one, the first of
-    these is.
+    """Put plain ``nn.Linear`` and ``Conv1D`` layers back in place, and requires_grad as before :func:`add_lora`; return
+    ``model``. With a ``name`` only the adapter of this name goes, if there are others; where it was the active one, the
+    first of these is.
 
     The weights are the base's, bit for bit, or the merged ones where a layer is merged: merge_lora, then remove_lora.
 
@@ -280,7 +304,7 @@ def _trained_names(module: nn.Module, bias: str, is_target: bool, is_saved: bool
 def _set_flags(module: nn.Module, flags: dict[str, bool]) -> None:
     for name, flag in flags.items():
         if (parameter := module._parameters.get(name)) is not None:
-            parameter.requires_grad = flag
+            parameter.requires_grad = flag and not isinstance(module, AdaptedExperts)  # packed ones stay frozen
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fast.functional import FLOATS
+from lora_fast.blocks.recognise import is_conv1d
+from lora_fast.checks import FLOATS
 from lora_fast.layers.bottleneck import BottleneckAdapter
+from lora_fast.layers.rules import features
 from lora_fast.models.targets import matching, some
 
 _NAME = "bottleneck"  # of the adapter in the module whose output passes through it
@@ -28,7 +30,7 @@ def add_bottleneck(
     Args:
         model: changed in place.
         target_modules: full names or their last parts, or a regex that must match the full name; modules with
-            ``out_features``, which return one tensor.
+            ``out_features``, or transformers' Conv1D, which return one tensor.
         r, activation, bias: as of :class:`BottleneckAdapter`.
         freeze: switch off the gradients of all that is there. False leaves them as they are, so that LoRA that was
             added before trains beside.
@@ -56,7 +58,7 @@ def add_bottleneck(
     for module in targets:
         place = next(module.parameters(), torch.empty(0))
         dtype = place.dtype if place.dtype in FLOATS else None
-        adapters.append(BottleneckAdapter(module.out_features, r, activation, bias, place.device, dtype))
+        adapters.append(BottleneckAdapter(_width(module), r, activation, bias, place.device, dtype))
     if freeze:
         model.requires_grad_(False)
     for module, adapter in zip(targets, adapters, strict=True):
@@ -78,10 +80,16 @@ def _through(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
     return module.bottleneck(output)
 
 
+def _width(module: Any) -> Any:
+    """Of the module's output, as far as it says."""
+    width = features(module)[1] if is_conv1d(module) else getattr(module, "out_features", None)
+    return width if isinstance(width, int) else None
+
+
 def _why_not(module: nn.Module) -> str | None:
     """Why the module's output cannot pass through an adapter, in words; None where it can."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "is the output projection of nn.MultiheadAttention, which does not call it"
-    if not isinstance(getattr(module, "out_features", None), int):
+    if _width(module) is None:
         return f"is a {type(module).__name__} without out_features"
     return f"has something else called {_NAME!r}" if hasattr(module, _NAME) else None

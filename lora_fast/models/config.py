@@ -18,7 +18,7 @@ WITHOUT_MEANING = {
     "peft_type": "it is always LoRA",
     "peft_version": "it is PEFT's",
     "ensure_weight_tying": "what is tied trains together anyway",
-    "fan_in_fan_out": "an nn.Linear's weight is never transposed",
+    "fan_in_fan_out": "each layer's class says how its weight is stored",
 }
 WAY_OUT = "PEFT has it: get_peft_model(model, LoraConfig(...)), then lora_fast.patch_peft(model)"
 # Its other fields.
@@ -37,21 +37,24 @@ class LoRAConfig:
     Args:
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in :class:`lora_fast.LoRALinear`.
         base_dtype: None, "float8_e4m3", "nf4" or "mxfp4": the frozen weights of the converted layers are kept so (an
-            :class:`lora_fast.fp8.Fp8Weight`, or 4 bits), one after the other, the original freed; one that is tied to
-            another parameter stays as it is. remove_lora leaves them so.
+            :class:`lora_fast.fp8.Fp8Weight`, or 4 bits; of experts a :class:`lora_fast.bases.PackedStack`), one after
+            the other, the original freed; one that is tied to another parameter stays as it is. remove_lora leaves
+            them so.
         base_compute: None, or "float8_e4m3": the products over a base of 4 bits are made from 8-bit operands; without a
-            base_dtype those over weights that are in 4 bits already, or as an fp8 checkpoint holds them.
+            base_dtype those over weights that are in 4 bits already, or as an fp8 checkpoint holds them. Experts have
+            none.
         base_dtype_exclude: a list or a regex, as exclude_modules: converted layers that keep their weight as it is.
             None: all are quantised ("all-linear" leaves the output head out by itself).
         use_dora: convert to :class:`lora_fast.DoRALinear`, which also trains the lengths of the weight's rows.
         target_modules: a list of full module names or their last parts ("q_proj", "attn.q_proj"), a regex that must
-            match the full name, or "all-linear": every ``nn.Linear`` but the model's ``get_output_embeddings()``, and,
-            as in PEFT, what was one in transformers 4 in the families of Mixtral and Qwen: the router's ``gate.weight``
-            and experts, whose ``gate_up_proj``, once two layers, gets twice r and lora_alpha. What else projects and is
-            no ``nn.Linear`` (gpt-oss' experts) gets no adapter by it, and add_lora's warning names it. A layer
-            among them that no adapter can stand in for (of an ``nn.MultiheadAttention``, say) is an error. An
-            ``nn.Embedding`` that is named becomes a :class:`lora_fast.LoRAEmbedding`: without dropout, its weight in
-            no other base_dtype, and with use_dora its columns have lengths of their own.
+            match the full name, or "all-linear": every ``nn.Linear`` and transformers' ``Conv1D`` but the model's
+            ``get_output_embeddings()``, and, as in PEFT, what was one in transformers 4 in the families of Mixtral and
+            Qwen: the router's ``gate.weight`` and experts, whose ``gate_up_proj``, once two layers, gets twice r and
+            lora_alpha. What else projects and is no ``nn.Linear`` (gpt-oss' experts) gets no adapter by it, and
+            add_lora's warning names it. A layer among them that no adapter can stand in for (of an
+            ``nn.MultiheadAttention``, say) is an error. An ``nn.Embedding`` that is named becomes a
+            :class:`lora_fast.LoRAEmbedding`: without dropout, its weight in no other base_dtype, and with use_dora its
+            columns have lengths of their own.
         target_parameters: a list of names of parameters, or of their last parts ("mlp.experts.gate_up_proj"): those of
             transformers' experts, "gate_up_proj" and "down_proj", whose adapters have rank r for each expert, and
             matrices of modules that are no layers of torch's ("mlp.gate.weight", a router's). It stands beside

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
+from lora_fast.blocks.recognise import is_conv1d
 from lora_fast.layers.parameters import CHILD, is_torchs
 from lora_fast.wrappers.names import plain_modules
 
@@ -17,8 +18,7 @@ OTHERS = ("embed", "norm", "bias", "token", "position", "_log", "_scale")
 
 
 def projections(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: parameter} of fused experts [E, N, K], routers and transformers' ``Conv1D``, as far as names and shapes
-    tell."""
+    """{name: parameter} of fused experts [E, N, K] and routers, as far as names and shapes tell."""
     return {
         f"{prefix}.{name}" if prefix else name: parameter
         for prefix, module in plain_modules(model)
@@ -28,8 +28,8 @@ def projections(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _projects(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
-    if is_torchs(module):
-        return False  # a Linear, which can have an adapter, or one of torch's other layers
+    if is_torchs(module) or is_conv1d(module):
+        return False  # linear, which can have an adapter, or one of torch's other layers
     words = f"{type(module).__name__} {name}".lower()
     if f"{CHILD}{name}" in module._modules:
         return False  # has an adapter

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fast.layers.embedding import why_no_embedding
 from lora_fast.layers.experts import why_not_adapted
-from lora_fast.layers.rules import why_not_lora
+from lora_fast.layers.rules import is_linear, why_not_lora
 from lora_fast.models.all_linear import check_adapters, is_all_linear
 from lora_fast.models.config import SUFFIX, LoRAConfig
 from lora_fast.models.projections import patterns as name_patterns
@@ -29,7 +29,7 @@ def find_targets(
     names: dict[nn.Module, list[str]],
     saved: set[nn.Module],
     beside: Collection[nn.Module] = (),
-) -> dict[nn.Linear | nn.Embedding, None]:
+) -> dict[Any, None]:
     """The layers to convert, linear ones and embeddings, in the model's order; ValueError if there is none or one that
     cannot be. exclude_modules may also speak of modules ``beside`` these."""
     patterns = config.target_modules
@@ -39,7 +39,7 @@ def find_targets(
         raise ValueError('target_modules: got None, expected a list of module names, a regex or "all-linear"')
     head: Any = None
     if is_all_linear(patterns):
-        found: set[nn.Module] = {module for module in names if isinstance(module, nn.Linear)}
+        found: set[nn.Module] = {module for module in names if is_linear(module)}
         if callable(get_output_embeddings := getattr(unwrapped(model), "get_output_embeddings", None)):
             head = unwrapped(get_output_embeddings())
     else:
@@ -56,7 +56,7 @@ def find_targets(
             parents.setdefault(child, []).append(parent)
     if unfit := [f"{names[m][0]} {why}" for m in targets if (why := _why_not(m, parents[m]))]:
         raise ValueError(f"target_modules: cannot convert {'; '.join(unfit)} (exclude_modules leaves layers out)")
-    return {m: None for m in targets if isinstance(m, (nn.Linear, nn.Embedding))}
+    return {m: None for m in targets if is_linear(m) or isinstance(m, nn.Embedding)}
 
 
 class ParameterTarget(NamedTuple):
@@ -133,21 +133,19 @@ def _why_not(module: nn.Module, parents: list[nn.Module]) -> str | None:
     return None
 
 
-def matching(
-    argument: str, patterns: str | Collection[str] | None, names: dict[nn.Module, list[str]]
-) -> set[nn.Module]:
-    """The modules that a regex (a string) or full names or suffixes (a list) stand for; each entry must match."""
-    found = set()
+def matching(argument: str, patterns: str | Collection[str] | None, names: Mapping[Target, list[str]]) -> set[Target]:
+    """The targets that a regex (a string) or full names or suffixes (a list) stand for; each entry must match."""
+    found: set[Target] = set()
     for entry in [patterns] if isinstance(patterns, str) else patterns or []:
         hits = {
-            module
-            for module, own in names.items()
+            target
+            for target, own in names.items()
             for name in own
             if (re.fullmatch(entry, name) if isinstance(patterns, str) else f".{name}".endswith(f".{entry}"))
         }
         if not hits:
-            known = [own[0] for module, own in names.items() if isinstance(module, nn.Linear)]
-            raise ValueError(f"{argument}: {entry!r} matches nothing (nn.Linear layers: {some(known) or 'none'})")
+            known = [own[0] for target, own in names.items() if is_linear(target)]
+            raise ValueError(f"{argument}: {entry!r} matches nothing (linear layers: {some(known) or 'none'})")
         found |= hits
     return found
 

@@ -1,117 +1,166 @@
-"""An adapted embedding on its kernels (kernels/embedding.py): an autograd Function, under torch.compile an operator."""
+"""An adapted embedding on its kernels (kernels/embedding): an autograd Function, under torch.compile an operator."""
 
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_fast.kernels.embedding import Needs, embedding_bwd, embedding_fwd, embedding_norm
-from lora_fast.ops.parts import on, some
+from lora_fast.kernels.embedding.step import Needs, Problem, backward, forward
+from lora_fast.kernels.memo import Memo
+from lora_fast.kernels.operands import kind
+from lora_fast.ops.parts import on, one_gpu, some
 
 MaybeTensor = torch.Tensor | None
 
 
-def embedding(
-    ids: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    scaling: float | torch.Tensor,
-    magnitude: MaybeTensor,
-    embed_scale: float | torch.Tensor | None,
-    padding_idx: int | None,
-    round_norm: bool,
-) -> torch.Tensor:
-    """The fused form of :func:`lora_fast.reference.lora_embedding`, for arguments that were checked."""
-    number, at = (1.0, scaling) if isinstance(scaling, torch.Tensor) else (scaling, None)
-    if torch.compiler.is_compiling() and at is None:
-        at = torch.ones((), device=weight.device, dtype=torch.float32) * number  # a constant would recompile
-    if embed_scale is not None and not isinstance(embed_scale, torch.Tensor):
-        embed_scale = torch.full((), embed_scale, device=weight.device, dtype=torch.float32)
-    padding = -1 if padding_idx is None else padding_idx
-    given = ids, weight, lora_A, lora_B, magnitude, 1.0 if at is not None else number, at, embed_scale
-    if not torch.compiler.is_compiling():
-        found: torch.Tensor = _Embedding.apply(*given, padding, round_norm)
-        return found
-    return torch.ops.lora_fast.lora_embedding(*given, padding, round_norm)[0]
+class FusedEmbedding:
+    """The fused form of :func:`lora_fast.reference.lora_embedding` for calls, checked before, whose tensors agree in
+    dtype, shape, strides, device and in whether they ask for a gradient: what follows from that is decided once. The
+    host's time is most of an embedding's."""
 
+    def __init__(
+        self,
+        ids: torch.Tensor,
+        weight: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        magnitude: MaybeTensor,
+        padding_idx: int | None,
+        round_norm: bool,
+    ) -> None:
+        self.problem, self.shape = Problem(round_norm), (*ids.shape, weight.shape[1])
+        self.padding = -1 if padding_idx is None else padding_idx
+        self.factors: dict[float, torch.Tensor] = {}
+        adapter = lora_A, lora_B, magnitude
+        self.needs = Needs(*(t is not None and torch.is_grad_enabled() and t.requires_grad for t in adapter))
+        self.kind, self.records = None if magnitude is None else magnitude.dtype, any(self.needs)
+        self.flat, self.compiling = ids.dim() == 1 and ids.is_contiguous(), torch.compiler.is_compiling()
+        self.elsewhere = None if self.compiling or weight.device.type != "cuda" or one_gpu() else weight.device
 
-def _flat(ids: torch.Tensor) -> torch.Tensor:
-    return ids.reshape(-1).contiguous()
-
-
-def _forward(
-    ids: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    magnitude: MaybeTensor,
-    scaling: float,
-    scaling_at: MaybeTensor,
-    embed_scale: MaybeTensor,
-    padding: int,
-    round_norm: bool,
-) -> tuple[torch.Tensor, MaybeTensor, MaybeTensor]:
-    """y [..., N]; DoRA's norm and gain [N]. The scaling is a number or ``scaling_at``; the backward has padding."""
-    by, norm, gain = scaling if scaling_at is None else scaling_at, None, None
-    with on(weight.device):
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        weight: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        scaling: float | torch.Tensor,
+        magnitude: MaybeTensor,
+        factor: float | torch.Tensor | None,
+    ) -> torch.Tensor:
+        """y."""
+        if self.elsewhere is not None and self.elsewhere.index != torch.cuda.current_device():
+            with torch.cuda.device(self.elsewhere):
+                return self(ids, weight, lora_A, lora_B, scaling, magnitude, factor)
+        if factor is not None and not isinstance(factor, torch.Tensor):
+            factor = self._as_tensor(factor, weight)
+        if self.compiling:
+            return self._compiled(ids, weight, lora_A, lora_B, scaling, magnitude, factor)
+        if not self.flat:
+            ids = ids.reshape(-1).contiguous()
         if magnitude is not None:
-            norm, gain = embedding_norm(weight, lora_A, lora_B, by, magnitude.contiguous(), round_norm)
-        y = embedding_fwd(_flat(ids), weight, lora_A, lora_B, by, embed_scale, gain)
-    return y.view(*ids.shape, y.shape[1]), norm, gain
+            magnitude = magnitude.contiguous()
+        if not self.records:
+            return forward(self.problem, ids, weight, lora_A, lora_B, scaling, factor, magnitude)[0].view(self.shape)
+        apply = _Embedding.apply if torch._C._are_functorch_transforms_active() else _apply
+        y: torch.Tensor = apply(lora_A, lora_B, magnitude, self, ids, weight, scaling, factor)
+        return y
 
+    def _as_tensor(self, factor: float, like: torch.Tensor) -> torch.Tensor:
+        if self.compiling or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return torch.full((), factor, device=like.device, dtype=torch.float32)
+        if (found := self.factors.get(factor)) is None:
+            found = self.factors[factor] = torch.full((), factor, device=like.device, dtype=torch.float32)
+        return found
 
-def _gradients(
-    dy: torch.Tensor,
-    ids: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    norm: MaybeTensor,
-    gain: MaybeTensor,
-    scaling: float,
-    scaling_at: MaybeTensor,
-    embed_scale: MaybeTensor,
-    padding: int,
-    needs: list[bool],
-) -> tuple[MaybeTensor, MaybeTensor, MaybeTensor]:
-    """Of lora_A, lora_B and the magnitude, each None where ``needs`` does not ask for it."""
-    by = scaling if scaling_at is None else scaling_at
-    with on(dy.device):
-        rows = dy.reshape(-1, dy.shape[-1]).contiguous()
-        return embedding_bwd(
-            rows, _flat(ids), weight, lora_A, lora_B, by, embed_scale, norm, gain, padding, Needs(*needs)
-        )
+    def _compiled(
+        self, ids: Any, weight: Any, lora_A: Any, lora_B: Any, scaling: Any, magnitude: Any, factor: Any
+    ) -> torch.Tensor:
+        if not isinstance(scaling, torch.Tensor):  # a constant would recompile
+            scaling = torch.ones((), device=weight.device, dtype=torch.float32) * scaling
+        given = ids, weight, lora_A, lora_B, magnitude, scaling, factor, self.padding, self.problem.round_norm
+        y: torch.Tensor = torch.ops.lora_fast.lora_embedding(*given)[0]
+        return y
 
 
 class _Embedding(torch.autograd.Function):
     """In eager mode, where an operator costs the host more than its launches."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Any:
-        made = _forward(*given)
-        _setup_context(ctx, given, made)
-        return made[0]
+    def forward(
+        ctx: Any, lora_A: Any, lora_B: Any, magnitude: Any, fused: Any, ids: Any, weight: Any, scaling: Any, factor: Any
+    ) -> Any:
+        y, norm, gain = forward(fused.problem, ids, weight, lora_A, lora_B, scaling, factor, magnitude)
+        at, ctx.scaling = (scaling, None) if isinstance(scaling, torch.Tensor) else (None, scaling)
+        ctx.save_for_backward(ids, weight, lora_A, lora_B, factor, norm, gain, at)
+        ctx.fused = fused
+        return y.view(fused.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Any) -> Any:
-        return _backward(ctx, dy, by=_gradients)
+        # once_differentiable takes its time even where nobody will differentiate again.
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward_of(ctx, dy)
+
+
+# What Function.apply comes to where no transform of functorch is at work, and in less time.
+_apply = super(torch.autograd.Function, _Embedding).apply
+
+
+def _backward_of(ctx: Any, dy: Any) -> Any:
+    ids, weight, lora_A, lora_B, factor, norm, gain, at = ctx.saved_tensors
+    fused, scaling = ctx.fused, ctx.scaling if at is None else at
+    da, db, dm = backward(
+        fused.problem,
+        _rows(dy),
+        ids,
+        weight,
+        lora_A,
+        lora_B,
+        scaling,
+        factor,
+        norm=norm,
+        gain=gain,
+        padding=fused.padding,
+        needs=fused.needs,
+    )
+    return da, db, None if dm is None else dm.to(fused.kind), *(None,) * 5
+
+
+_backward_once = once_differentiable(_backward_of)
+
+
+def _rows(dy: torch.Tensor) -> torch.Tensor:
+    return dy.reshape(-1, dy.shape[-1]).contiguous()
+
+
+_problems = Memo()
+
+
+def _problem(*given: Any) -> Problem:
+    """That of an operator's call, of which the last is whether the norm is rounded."""
+    key = tuple(map(kind, given))
+    found: Problem | None = _problems.get(key)
+    return found or _problems.keep(key, Problem(given[-1]))
 
 
 _ADAPTED = "Tensor ids, Tensor weight, Tensor lora_A, Tensor lora_B"
-_SCALED = "float scaling, Tensor? scaling_at, Tensor? embed_scale, int padding"
+_SCALED = "Tensor scaling, Tensor? embed_scale, int padding, bool round_norm"
 
 
 @torch.library.custom_op(
     "lora_fast::lora_embedding",
     mutates_args=(),
-    schema=f"({_ADAPTED}, Tensor? magnitude, {_SCALED}, bool round_norm) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_ADAPTED}, Tensor? magnitude, {_SCALED}) -> (Tensor, Tensor, Tensor)",
 )
-def _embedding_op(*given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``_forward``, with empty tensors for None."""
-    y, norm, gain = _forward(*given)
-    return y, some(norm, y), some(gain, y)
+def _embedding_op(
+    ids: Any, weight: Any, lora_A: Any, lora_B: Any, magnitude: Any, scaling: Any, factor: Any, _: int, round_norm: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y [..., N], DoRA's norm and gain [N], or empty tensors for these."""
+    given = ids.reshape(-1).contiguous(), weight, lora_A, lora_B, scaling, factor
+    if magnitude is not None:
+        magnitude = magnitude.contiguous()
+    with on(weight.device):
+        y, norm, gain = forward(_problem(*given, magnitude, round_norm), *given, magnitude)
+    return y.view(*ids.shape, y.shape[1]), some(norm, y), some(gain, y)
 
 
 @_embedding_op.register_fake
@@ -127,9 +176,14 @@ def _(ids: Any, weight: Any, lora_A: Any, lora_B: Any, magnitude: Any, *_: Any) 
     mutates_args=(),
     schema=f"(Tensor dy, {_ADAPTED}, Tensor? norm, Tensor? gain, {_SCALED}, bool[] needs) -> Tensor[]",
 )
-def _embedding_bwd_op(dy: torch.Tensor, *given: Any) -> list[torch.Tensor]:
-    """``_gradients``, with empty tensors for None."""
-    return [some(t, dy) for t in _gradients(dy, *given)]
+def _embedding_bwd_op(dy: torch.Tensor, ids: torch.Tensor, *given: Any) -> list[torch.Tensor]:
+    """The gradients of lora_A, lora_B and the magnitude, or empty tensors."""
+    weight, lora_A, lora_B, norm, gain, scaling, factor, padding, round_norm, needs = given
+    read = ids.reshape(-1).contiguous(), weight, lora_A, lora_B, scaling, factor
+    with on(dy.device):
+        problem = _problem(*read, norm, round_norm)
+        found = backward(problem, _rows(dy), *read, norm=norm, gain=gain, padding=padding, needs=needs)
+    return [some(t, dy) for t in found]
 
 
 @_embedding_bwd_op.register_fake
@@ -143,18 +197,17 @@ def _(dy: Any, ids: Any, weight: Any, lora_A: Any, lora_B: Any, norm: Any, *rest
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    ids, weight, lora_A, lora_B, magnitude, ctx.scaling, scaling_at, embed_scale, ctx.padding, _ = inputs
+    ids, weight, lora_A, lora_B, magnitude, scaling, factor, ctx.padding, ctx.round_norm = inputs
     norm, gain = (None, None) if magnitude is None else output[1:]
-    ctx.save_for_backward(ids, weight, lora_A, lora_B, norm, gain, scaling_at, embed_scale)
+    ctx.save_for_backward(ids, weight, lora_A, lora_B, norm, gain, scaling, factor)
     ctx.kind, ctx.needs = magnitude is not None and magnitude.dtype, list(ctx.needs_input_grad[2:5])
 
 
-def _backward(ctx: Any, dy: Any, *_: Any, by: Any = None) -> Any:
-    *saved, scaling_at, embed_scale = ctx.saved_tensors
-    rest = ctx.scaling, scaling_at, embed_scale, ctx.padding, ctx.needs
-    found = (by or torch.ops.lora_fast.lora_embedding_bwd)(dy, *saved, *rest)
+def _backward(ctx: Any, dy: Any, *_: Any) -> Any:
+    rest = ctx.padding, ctx.round_norm, ctx.needs
+    found = torch.ops.lora_fast.lora_embedding_bwd(dy, *ctx.saved_tensors, *rest)
     da, db, dm = (grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
-    return None, None, da, db, None if dm is None else dm.to(ctx.kind), *(None,) * 5
+    return None, None, da, db, None if dm is None else dm.to(ctx.kind), *(None,) * 4
 
 
 _embedding_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,6 +1,7 @@
 """The fused kernels as one differentiable operator: an autograd Function in eager, a custom op (custom_op.py) under
 torch.compile."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,8 @@ class FusedLinear:
             with torch.cuda.device(self.elsewhere):
                 return self(x, weight, lora_A, lora_B, scaling, bias, p, magnitude, kept)
         held = (weight,) if self.tensors_of is None else self.tensors_of(weight)
-        sources = (*held, lora_A, lora_B, magnitude) if kept is not None else ()
+        # what is kept is made of these: LoRA's copies of the adapter alone, DoRA's norm of the base, too
+        of_base, adapter = ((), (lora_A, lora_B)) if magnitude is None else (held, (lora_A, lora_B, magnitude))
         if not self.as_given:
             if self.casts:
                 x = x.to(self.kind)
@@ -100,10 +102,9 @@ class FusedLinear:
         if not self.records:
             x = x if self.addressable else addressable(x)
             made = None
-            if kept is not None:
-                made = kept.get(
-                    sources, scaling, self.how, lambda: make_kept(self.problem, call, lora_A, lora_B, magnitude)
-                )
+            if kept is not None and self.problem.lasting:
+                make = partial(make_kept, self.problem, call, lora_A, lora_B, magnitude)
+                made = kept.get(of_base, adapter, scaling, self.how, make)
             return forward(self.problem, call, x, lora_A, lora_B, bias, magnitude, made)[0]
         apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply
         y = apply(x, lora_A, lora_B, bias, magnitude, self, call)

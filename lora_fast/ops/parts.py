@@ -79,22 +79,9 @@ def to_save(
     lora_B: torch.Tensor,
     y: torch.Tensor,
 ) -> tuple[MaybeTensor, ...]:
-    """What the backward will read, and nothing else (but in the room, where all is small): the fields of ``Saved``, and
-    the base's tensors, ``held``."""
-    need_x, need_a, need_b, _, need_m = problem.needs
-    casts, keep_x8, again, need_ds = problem.casts, problem.keep_x8, problem.z_again, need_x or need_a
-    room = need_b or need_m or (need_ds and (casts or problem.dora)) or (need_a and keep_x8)
-    return (
-        x if (need_a and not keep_x8) or again else None,
-        lora_A if need_x and not casts else None,
-        lora_B if (need_ds or again) and not casts else None,
-        y if again else None,
-        made.room if room else None,
-        made.bits if need_ds else None,
-        made.z if need_m else None,
-        made.x8 if need_a and keep_x8 else None,
-        *held[problem.saved],
-    )
+    """What the backward will read, see ``Problem.save``."""
+    saved: tuple[MaybeTensor, ...] = problem.save((None, x, lora_A, lora_B, y, *made, *held))
+    return saved
 
 
 def dtype_of(t: MaybeTensor) -> torch.dtype | None:

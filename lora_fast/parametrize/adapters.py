@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_fast import dispatch, reference
-from lora_fast.functional import FLOATS, dora_norm
+from lora_fast.checks import FLOATS
+from lora_fast.functional import dora_norm
 from lora_fast.layers.rules import check_hyperparameters, init_adapter
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding)

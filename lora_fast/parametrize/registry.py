@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from lora_fast.bases.packed import is_opaque
-from lora_fast.functional import FLOATS
+from lora_fast.checks import FLOATS
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.models.config import LoRAConfig
 from lora_fast.models.targets import matching, some

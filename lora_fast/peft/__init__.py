@@ -11,7 +11,7 @@ from lora_fast.bases import packed_as
 from lora_fast.bases.written import WrittenWeight
 from lora_fast.blocks.joining import join, part
 from lora_fast.kept import PLAIN
-from lora_fast.layers.fp8_linears import dtype_beside, holds_fp8, make_plain
+from lora_fast.layers.held_linears import dtype_beside, is_held, make_plain
 from lora_fast.layers.rules import check_base_dtype, check_quantisable, kind_asked_for
 from lora_fast.models.targets import holders, matching
 from lora_fast.peft.report import PeftReport, experts_layers, lora_layers, peft_report
@@ -54,7 +54,7 @@ def patch_peft(
         base_compute: None, or "float8_e4m3": products over a base of 4 bits, bitsandbytes' too, or as an fp8 checkpoint
             holds it, are made from 8-bit operands.
         base_dtype_exclude: a list of names or last parts, or a regex: more layers whose base stays as it is.
-        blocks: "auto": gated MLPs (``down(act(gate(x)) * up(x))``) run as one step each, and layers that their parent
+        blocks: "auto": MLPs run as one step each, and layers that their parent
             calls with one input as a group (:mod:`lora_fast.blocks`): faster, and with fewer activations kept. The
             report names them. False: every layer by itself.
 
@@ -197,7 +197,7 @@ def _is_written_out(layer: Any) -> bool:
     """Whether the base is kept so that its products could be made from 8-bit operands."""
     weight = getattr(layer.base_layer, "weight", None)
     four_bits = type(layer).__name__.endswith("Linear4bit")
-    return four_bits or isinstance(weight, WrittenWeight) or holds_fp8(layer.base_layer)
+    return four_bits or isinstance(weight, WrittenWeight) or is_held(layer.base_layer)
 
 
 def adopt(layer: Any, base_compute: str | None, dtype: torch.dtype | None) -> None:
@@ -212,7 +212,7 @@ def adopt(layer: Any, base_compute: str | None, dtype: torch.dtype | None) -> No
         return
     if type(layer).__name__ != "Linear4bit":
         FastLinear.adopt(layer)
-        if holds_fp8(layer.base_layer):
+        if is_held(layer.base_layer):
             make_plain(layer.base_layer, dtype)
         return
     FastLinear4bit.adopt(layer)

@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_fast.batch.form import Adapter
 from lora_fast.batch.functional import dora_linear_batch, lora_linear_batch
-from lora_fast.batch.names import BASE, Names, numbers_on
+from lora_fast.batch.names import BASE, LAST, Names, numbers_on
 from lora_fast.peft.rules import examine, is_dora, rate, why_not_this_call
 
 _names = Names()
@@ -92,6 +92,11 @@ def names_of(layer: Any, kwargs: dict[str, Any]) -> Sequence[str] | None:
     Raises RuntimeError as :meth:`Names.of`."""
     names: Sequence[str] | None = _names.of(layer, kwargs.get("adapter_names"))
     return names
+
+
+def unnamed(layer: Any) -> bool:
+    """Whether it is plain that a call that is given no names has none."""
+    return _names.here.names is None and LAST not in layer.__dict__
 
 
 def named_call(layer: Any, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor | str:

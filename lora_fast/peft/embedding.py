@@ -7,8 +7,8 @@ from peft.tuners.lora import Embedding
 
 from lora_fast import dispatch
 from lora_fast.blocks.gated import hooked
+from lora_fast.checks import FLOATS
 from lora_fast.embedding import lora_embedding
-from lora_fast.functional import FLOATS
 from lora_fast.kept import PLAIN
 from lora_fast.peft.merging import NOT_KEPT, base_is_lent
 from lora_fast.peft.rules import is_scaled, parameter, why_embedding_never_fused, why_hooked

@@ -8,30 +8,33 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear, LoraModel
 from torch import nn
+from torch.compiler import is_compiling
 
 from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.bases.scaled import ScaledFp8Weight
 from lora_fast.batch.names import LAST
 from lora_fast.blocks.form import Layer
+from lora_fast.blocks.recognise import is_conv1d
 from lora_fast.blocks.siblings import SIBLINGS, Joins
-from lora_fast.functional import FLOATS, dora_linear, lora_linear
-from lora_fast.layers.fp8_linears import make_as_before
+from lora_fast.checks import FLOATS
+from lora_fast.functional import dora_linear, lora_linear
+from lora_fast.layers.held_linears import make_as_before
 from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm
 from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
 from lora_fast.peft import norms as peft_norms
-from lora_fast.peft.batches import named_call, names_of, naming
+from lora_fast.peft.batches import named_call, names_of, naming, unnamed
 from lora_fast.peft.merging import NOT_KEPT, KeepingLinear, base_is_lent, for_an_adapters_file, spread_scaled
 from lora_fast.peft.rules import (
     BASES,
     active,
     examine,
     hooked,
-    is_conv1d,
     is_dora,
     kind_of,
     parameter,
+    plainly,
     why_hooked,
     why_not_this_call,
 )
@@ -154,6 +157,11 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         DoRA's dropout acts on the low-rank branch alone, and several adapters share one mask; stock PEFT, in contrast,
         also drops the input of DoRA's base product, and draws a mask for each adapter.
         """
+        if not (args or kwargs or is_compiling()) and unnamed(self) and (plain := plainly(self, x)) is not None:
+            if SIBLINGS in vars(self) and (y := self.joined(x)) is not None:
+                return y
+            weight, a, b, scaling, bias, p = plain
+            return lora_linear(x, weight, a, b, scaling, bias, dropout_p=p, save_x=self.save_x, kept=self.kept_copies())
         if (names := names_of(self, kwargs)) is not None and not self.disable_adapters:
             return self.named_call(x, names, *args, **kwargs)
         if SIBLINGS in vars(self) and not args and not kwargs and (y := self.joined(x)) is not None:
@@ -257,7 +265,9 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
         """The forward with what :func:`examine` found to be plain."""
         weight, a, b, scaling, bias, p, magnitude, _, save = self._layer(x, parts)
         if magnitude is None:
-            return lora_linear(x, weight, a, b, scaling, bias, dropout_p=p, save_x=self.save_x)  # type: ignore[arg-type]
+            several = len(parts) > 1  # whose A and B are other tensors in each call
+            kept = None if several else self.kept_copies()
+            return lora_linear(x, weight, a, b, scaling, bias, dropout_p=p, save_x=self.save_x, kept=kept)  # type: ignore[arg-type]
         caching = peft_norms.wanted(self.lora_magnitude_vector[parts[0][0]])
         return dora_linear(
             x,

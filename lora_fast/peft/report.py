@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_fast import dispatch
-from lora_fast.bases.packed import is_packed, packed_in
+from lora_fast.bases.packed import PackedWeight, is_packed, packed_in
 from lora_fast.blocks.joining import joined_in
 from lora_fast.tables import aligned, grouped, shared, told_once
 from lora_fast.wrappers import fsdp1, zero3
@@ -41,7 +41,7 @@ class PeftReport:
 
     Attributes:
         layers: all of them.
-        blocks: names of gated MLPs whose three layers run as one step, where nothing in a call speaks against it.
+        blocks: names of MLPs whose layers run as one step, where nothing in a call speaks against it.
         groups: of layers that run together where they are given one input, their names.
     """
 
@@ -112,14 +112,15 @@ def joined_report(model: nn.Module, layers: tuple[PeftLayer, ...]) -> PeftReport
         found = {reasons.get(_under(name, child)) for child in own}
         return zero3.APART if split else TENSOR_PARALLEL if TENSOR_PARALLEL in found else ""
 
-    for name, glu in joined.blocks.items():
-        own = glu.gate, glu.up, glu.down
+    for name, mlp in joined.blocks.items():
+        own = mlp.layers
         if why := why_apart(name, own):
             lines.append((name, "no block", why))
             continue
         blocks.append(name)
         in_blocks += sum(_under(name, child) in names for child in own)
-        what = f"{', '.join(own)} in one step ({glu.activation}); the product is made again in the backward"
+        again = "product" if len(own) > 2 or mlp.gate else "activation"
+        what = f"{', '.join(own)} in one step ({mlp.activation}); the {again} is made again in the backward"
         lines.append((name, "block", what))
     for name, of_module in joined.groups.items():
         for own_names in of_module:
@@ -205,14 +206,17 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[Any, ...]:
     if zero3.is_split(weight):
         remarks.append(zero3.GATHERED)
     if packed is not None:
-        products = ", 8-bit products" if packed.BASE_COMPUTE else ""
-        remarks.append(f"{layer.label_of_base(packed)} base{products}")
+        remarks.append(remark_of_base(layer.label_of_base(packed), packed))
     if is_dora(layer, names[0]):
         drops = isinstance(layer, FastLinear) and isinstance(layer.lora_dropout[names[0]], nn.Dropout)
         remarks.append("DoRA, dropout in the low-rank branch alone" if drops else "DoRA")
     if len(names) > 1:
         remarks.append(f"{len(names)} adapters as one")
     return slow is None, slow or "", "; ".join(remarks)
+
+
+def remark_of_base(label: str, packed: PackedWeight) -> str:
+    return f"{label} base{', 8-bit products' if packed.BASE_COMPUTE else ''}"
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from torch.compiler import is_compiling
 
 from lora_fast.bases import KINDS
 from lora_fast.blocks import gated
+from lora_fast.blocks.recognise import is_conv1d
+from lora_fast.checks import FLOATS
 from lora_fast.kept import PLAIN
 from lora_fast.layers.embedding import asked_of
-from lora_fast.layers.fp8_linears import holds_fp8, why_not_held
+from lora_fast.layers.held_linears import is_held, why_not_held
 from lora_fast.wrappers import zero3
 from lora_fast.wrappers.gather import TENSOR_PARALLEL, is_sharded
 
@@ -46,7 +48,7 @@ def why_never_fused(module: Any) -> str | None:
         hint = " (if FSDP made it: patch before fully_shard)" if isinstance(module, Linear) else ""
         return f"PEFT's {kind if kind != 'Linear' else kind_of(module)}, not its LoRA Linear{hint}"
     base = module.base_layer
-    if holds_fp8(base):
+    if is_held(base):
         why = why_not_held(base)
         return why and f"the base layer {why}"
     if is_conv1d(base) and module.fan_in_fan_out:
@@ -75,11 +77,6 @@ def is_scaled(base: nn.Module) -> bool:
     named = kind.__name__.endswith("ScaledWordEmbedding") and kind.__module__.startswith("transformers.models.")
     known = named and hasattr(Embedding, "_get_embed_scale")
     return known and isinstance(base, nn.Embedding) and hasattr(base, "embed_scale")
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D itself: a linear layer whose weight is stored as [in, out]."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def kind_of(module: nn.Module) -> str:
@@ -163,6 +160,41 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
     if not gathered and zero3.manages(modules["base_layer"]) and zero3.any_empty(_read(layer, names)):
         return zero3.EMPTY
     return parts
+
+
+def plainly(layer: Any, x: torch.Tensor) -> tuple[Any, ...] | None:
+    """(weight, lora_A, lora_B, scaling, bias, probability of dropout) of the plainest call there is: one LoRA adapter
+    over a linear layer of x's dtype, with nothing that :func:`examine` or ``why_not_this_call`` could find. None where
+    they are to look. The host waits for this in every call, so it looks where things are kept, and at nothing twice."""
+    own = layer.__dict__
+    modules, name = own["_modules"], own["_active_adapter"]
+    if type(name) is list and len(name) == 1:
+        (name,) = name
+    base, scalings = modules["base_layer"], own["_scalings"]
+    if own["_disable_adapters"] or own["merged_adapters"] or type(base) is not nn.Linear or type(name) is not str:
+        return None
+    if (own["lora_variant"] if DoraLinearVariant is not None else own["use_dora"]).get(name):
+        return None
+    down, up = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
+    if type(down) is not nn.Linear or type(up) is not nn.Linear or name not in scalings.mirrors:
+        return None
+    dropout, p = modules["lora_dropout"]._modules[name], 0.0
+    if type(dropout) is nn.Dropout and dropout.p < 1:
+        p = dropout.p if dropout.training else p
+    elif type(dropout) is not nn.Identity:
+        return None
+    hooks = gated.hooked
+    if hooks(base) or hooks(down) or hooks(up) or hooks(dropout) or zero3.manages(base):
+        return None
+    own, of_a, of_b = base._parameters, down._parameters, up._parameters
+    weight, a, b = own.get("weight"), of_a.get("weight"), of_b.get("weight")
+    if not type(weight) is type(a) is type(b) is nn.Parameter or type(x) not in PLAIN or "bias" not in own:
+        return None
+    if of_a.get("bias", a) is not None or of_b.get("bias", b) is not None:
+        return None
+    if weight.requires_grad or (dtype := x.dtype) != weight.dtype or dtype not in FLOATS:
+        return None
+    return weight, a, b, scalings[name], own["bias"], p
 
 
 def _read(layer: Any, names: list[str]) -> Iterator[torch.Tensor | None]:

@@ -152,8 +152,10 @@ def place_of_weight(layer: Any) -> torch.Tensor | None:
 
 
 def _shape_of(layer: Any) -> tuple[int, int]:
-    """That of the whole weight, by the layer's own attributes: an ``nn.Linear``'s, transformers' Conv1D's, or an
-    ``nn.Embedding``'s."""
+    """That of the whole weight, by the layer's own attributes: one of ours has, an ``nn.Linear``'s, transformers'
+    Conv1D's, or an ``nn.Embedding``'s."""
+    if (own := getattr(layer, "whole_shape", None)) is not None:
+        return own
     names = ("out_features", "in_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim")
     rows, columns = next(pair for pair in names if hasattr(layer, pair[0]))
     return getattr(layer, rows), getattr(layer, columns)

@@ -130,6 +130,9 @@ def test_adapters_are_as_the_layer_makes_them():
 KERNELS = """
 import torch
 from benchmarks import bench_kernels
+from lora_fast.bases.four_bits import Nf4Weight
+from lora_fast.bases.scaled import ScaledFp8Weight
+from lora_fast.fp8 import Fp8Weight
 from lora_fast.kernels import mask
 case = bench_kernels.Case("fp32", 48, 64, 96, 16)
 t = bench_kernels.inputs(case, "cpu", 2)
@@ -160,6 +163,16 @@ for i in range(2):
             torch.testing.assert_close(t.grad_b, (dy * g).T @ t.s, **close)
             torch.testing.assert_close(t.dz[i], dy * g, **close)
             torch.testing.assert_close(t.columns[3], (dy * t.dy[i - 1]).sum(0) / n, **close)
+ws = torch.randn(2, 32, 128, dtype=torch.bfloat16)
+kernels, floors = bench_kernels.fills(ws)
+assert {k.floor for k in kernels} == floors.keys()
+assert floors["fill_16"](0).nbytes == 2 * floors["fill_8"](0).nbytes == ws[0].nbytes
+for kernel in kernels:
+    kind = Nf4Weight if "nf4" in kernel.name else ScaledFp8Weight
+    dense = kind.quantise(ws[1]).dequantise()
+    eight = Fp8Weight.quantise(dense)
+    want = {"whole": dense, "rows": eight.rows, "columns": eight.columns}[kernel.name.rpartition("_")[2]]
+    assert torch.equal(kernel.run(1).view(torch.uint8), want.view(torch.uint8)), kernel.name
 print("all right")
 """.replace("**close", "atol=1e-3, rtol=1e-4")
 

@@ -15,7 +15,7 @@ def small(block, p=0.0, dtype="fp32"):
 
 def test_cases():
     cases = bench_blocks.CASES
-    assert len(cases) == len(set(cases)) == 8
+    assert len(cases) == len(set(cases)) == 14
     assert {(case.block, case.M, case.hidden, case.other) for case in cases} == set(bench_blocks.SHAPES)
 
 
@@ -34,7 +34,7 @@ def test_bad_arguments(argv, message, capsys):
     assert done.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("block", ["mlp", "qkv"])
+@pytest.mark.parametrize("block", ["mlp", "gate_up", "fc", "qkv"])
 def test_candidates_compute_the_same(block):
     candidates = bench_blocks.build(small(block), bench_blocks.IMPLS, "cpu")
     peft = importlib.util.find_spec("peft")
@@ -44,7 +44,9 @@ def test_candidates_compute_the_same(block):
         candidate.step()
         candidate.step()  # gradients are dropped, not added up
         grads = [leaf.grad for leaf in candidate.leaves]
-        assert len(grads) == 1 + 3 * (0 if "frozen" in impl else 3 if "dora" in impl else 2)
+        assert len(grads) == 1 + len(bench_blocks.sizes(small(block))) * (
+            0 if "frozen" in impl else 3 if "dora" in impl else 2
+        )
         found[impl] = [t.detach().clone() for t in (*candidate.forward(), *grads)]
     for form in ("lora", "dora"):
         ours = found[f"lora_fast_{form}"]

@@ -5,11 +5,12 @@ import csv
 import pytest
 import torch
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 for package in ("peft", "transformers"):
     pytest.importorskip(package)
 
-from benchmarks import bench_distributed, check_distributed  # noqa: E402
+from benchmarks import bench_distributed, check_distributed, distributed  # noqa: E402
 from benchmarks.bench_distributed import Case  # noqa: E402
 from benchmarks.distributed import MODES  # noqa: E402
 from benchmarks.models import TINY  # noqa: E402
@@ -23,8 +24,6 @@ NONE = not torch.cuda.is_available()
 @pytest.fixture(autouse=True)
 def as_shell(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1" if NONE else "0")  # --check sets it
-    yield
-    set_backend("auto")
 
 
 def test_all_cases():
@@ -33,6 +32,8 @@ def test_all_cases():
     assert len(bench_distributed.all_cases(1)) == len(cases) / 2
     of_experts = bench_distributed.all_cases(4, "30b")
     assert {(case.mode, case.p) for case in of_experts} == {("fsdp2_checkpointing", 0)} and len(of_experts) == 4
+    sharded = bench_distributed.all_cases(4, "70b")
+    assert {(case.mode, case.p, case.gpus) for case in sharded} == {("fsdp2_checkpointing", 0, 4)} and len(sharded) == 4
 
 
 def test_arguments_choose_the_cases():
@@ -50,6 +51,7 @@ def test_arguments_choose_the_cases():
         ("--only impl=frozen", "expected impls"),
         ("--gpus 2 --only gpus=4", "leaves nothing"),
         ("--gpus 0", ">= 1"),
+        ("--check --size 70b", "--check: got --size 70b, expected one that a card holds whole"),
     ],
 )
 def test_bad_arguments(argv, message, capsys):
@@ -77,10 +79,35 @@ def test_scaling_and_table():
     ]
 
 
+@pytest.fixture
+def alone():
+    """In this process alone, in plain torch."""
+    set_backend("reference")
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+def test_models_that_are_made_sharded(alone):
+    """All candidates of a seed are one model: a step's loss is stock's, or near where the base is packed. No weight is
+    left without its values, and each is a shard."""
+    losses = {}
+    for impl in bench_distributed.LORA_ALONE["70b"]:
+        model = distributed.sharded(
+            Case("fsdp2_checkpointing", 0, 1, impl).of_model(), SIZE, distributed.group_of(1, "cpu")
+        )
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        ids = torch.arange(8).reshape(2, 4)
+        losses[impl] = distributed.step_of(model, [ids], 1e-3)().item()
+    stock = losses.pop("peft_lora")
+    assert losses.pop("lora_fast_lora") == pytest.approx(stock, rel=1e-6)
+    assert all(loss != stock and abs(loss - stock) < 1e-2 for loss in losses.values())
+
+
 @pytest.mark.medium
 @pytest.mark.parametrize("fault", [False, True])
-def test_checks_find_faults(fault, monkeypatch, tmp_path, capsys):
-    """In this process alone, in plain torch: the layers are named as not fused, with the reason. And with ours spoiled
+def test_checks_find_faults(fault, monkeypatch, tmp_path, capsys, alone):
+    """The layers are named as not fused, with the reason. And with ours spoiled
     on the way to many GPUs, losses and files are wrong too."""
     wrap = check_distributed.wrap
 
@@ -93,12 +120,7 @@ def test_checks_find_faults(fault, monkeypatch, tmp_path, capsys):
 
     if fault:
         monkeypatch.setattr(check_distributed, "wrap", spoil)
-    set_backend("reference")
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    try:
-        wrong = check_distributed.checked(SIZE, ["lora"], ["fsdp2"], 3, tmp_path)
-    finally:
-        dist.destroy_process_group()
+    wrong = check_distributed.checked(SIZE, ["lora"], ["fsdp2"], 3, tmp_path)
     assert len(wrong) == (3 if fault else 1), wrong
     assert "0 layers fused, 7 not" in (wrong[1] if fault else wrong[0])
     assert 'set_backend("reference") is on' in capsys.readouterr().out

@@ -26,6 +26,8 @@ def test_the_candidates_are_named_after_their_bases():
         assert bases[f"lora_fast_{kind}"] is None and bases[f"lora_fast_fp8_{kind}"] == ("fp8", True)
         assert bases[f"lora_fast_nf4_{kind}"] == ("nf4", False) and bases[f"lora_fast_nf4_fp8_{kind}"] == ("nf4", True)
         assert bases[f"lora_fast_mxfp4_{kind}"] == ("mxfp4", False)
+        assert bases[f"lora_fast_fp8_blocks_{kind}"] == ("scaled fp8", False)
+        assert bases[f"lora_fast_fp8_blocks_fp8_{kind}"] == ("scaled fp8", True)
 
 
 def test_the_cases_and_the_summary():

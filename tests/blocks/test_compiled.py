@@ -8,9 +8,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 if not TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
+from base_calls import scaled
 from blocks import a_layer, close, results, trained
 
 from lora_fast import lora_glu, lora_group
+from lora_fast.bases.four_bits import Mxfp4Weight, Nf4Weight
+from lora_fast.fp8 import Fp8Weight
 
 FLOAT = torch.float32
 
@@ -98,6 +101,46 @@ def test_glu(device, compiled, form, p):
     else:
         same(results(once, x, layers, dys), results(fn, x, layers, dys))
     assert compiled.counter.frame_count == 1
+
+
+PACKED = {
+    "nf4": Nf4Weight.quantise,
+    "mxfp4": Mxfp4Weight.quantise,
+    "fp8": Fp8Weight.quantise,
+    "checkpoint": lambda w: scaled("float32", w.shape[0], w.shape[1], w.dtype, str(w.device)),
+}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("block", ["group", "glu"])
+@pytest.mark.parametrize("base", PACKED)
+def test_packed_bases(device, compiled, base, block):
+    """Each layer's tensors go in by themselves; x is read once, and h is not kept."""
+    gen = torch.Generator(device).manual_seed(0)
+    x = torch.randn(24, 64, generator=gen, device=device)
+    sizes = [(128, 64), (128, 64), (64, 128)] if block == "glu" else [(128, 64), (64, 64)]
+    forms = {"nf4": [{}, {"r": 0}, {"dora": True, "bias": True}], "fp8": [{"dora": True}, {}, {}]}.get(base, [{}] * 3)
+    dense = [
+        a_layer(*size, dtype=FLOAT, device=device, gen=gen, **{"r": 4, **what})
+        for size, what in zip(sizes, forms, strict=False)
+    ]
+    weights = [PACKED[base](layer.weight) for layer in dense]
+    dys = [torch.randn(24, n, generator=gen, device=device) for n in ([64] if block == "glu" else [128, 64])]
+
+    def fn(x, layers):
+        layers = [layer._replace(weight=weight) for layer, weight in zip(layers, weights, strict=True)]
+        if block == "glu":
+            return lora_glu(x, *layers, backend="triton")
+        return lora_group(x, layers, backend="triton")
+
+    same(results(compiled(fn), x, dense, dys), results(fn, x, dense, dys))
+    assert compiled.counter.frame_count == 1
+    graph = []
+    torch._dynamo.reset()
+    torch.compile(lambda x: fn(x, dense), backend=lambda made, _: graph.append(made.graph) or made.forward)(x)
+    called = [str(node.target) for node in graph[0].nodes if "lora_fast" in str(node.target)]
+    name = "mlp" if block == "glu" else "group"
+    assert called == [f"lora_fast.lora_{name}"], "one operator, not the layers'"
 
 
 @pytest.mark.medium

@@ -12,7 +12,7 @@ from blocks import a_layer, close, keep_mask, results, trained
 from torch.utils.checkpoint import checkpoint
 
 from lora_fast import SlowPathWarning, dispatch, lora_glu
-from lora_fast.blocks import functional, glu, reference
+from lora_fast.blocks import mlp, paths, reference
 from lora_fast.kernels import activations, mask, program
 from lora_fast.kernels import glu as glu_kernels
 from lora_fast.kernels import mlp as mlp_kernels
@@ -137,7 +137,7 @@ def test_graph_that_is_kept(device, form):
 def test_without_knowing_whether_it_is_kept(device, monkeypatch):
     x, layers, dys = drawn("dora", SMALL, HALF, device)
     expected = results(fused(), x, layers, dys)
-    monkeypatch.setattr(glu, "_keeps_graph", lambda: True)
+    monkeypatch.setattr(mlp, "_keeps_graph", lambda: True)
     found = results(fused(), x, layers, dys)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -294,7 +294,7 @@ def test_only_what_asks_for_a_gradient_gets_one(device):
 
 def test_comes_apart_and_says_so(device, monkeypatch):
     monkeypatch.setattr(dispatch, "_told", set())
-    monkeypatch.setattr(functional, "_calls", {})
+    monkeypatch.setattr(paths, "calls", {})
     x, layers, _ = drawn("lora", SMALL, FLOAT, device)
     layers[1] = layers[1]._replace(dropout_p=0.5)
     with pytest.warns(SlowPathWarning, match="runs a gated MLP layer by layer: .*differ in their dropout"):
@@ -313,7 +313,7 @@ def test_mutants_fail(device, monkeypatch):
         launch.args = (*launch.args[:5], launch.args[4], *launch.args[6:])
         return launch
 
-    monkeypatch.setattr(functional, "_calls", {})
+    monkeypatch.setattr(paths, "calls", {})
     monkeypatch.setattr(mlp_kernels, "glu_grad", elsewhere)
     with pytest.raises(AssertionError, match="A2: "):
         compare([results(fused("gelu"), x, layers, dys)], [eager], [truth], FLOAT)

@@ -65,7 +65,7 @@ def nets(**settings):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """How often groups and gated MLPs ran as one."""
+    """How often groups and MLPs ran as one."""
     counts = {"group": 0, "glu": 0}
 
     def counting(name, run):
@@ -77,6 +77,7 @@ def ran(monkeypatch):
 
     monkeypatch.setattr(siblings, "lora_group", counting("group", siblings.lora_group))
     monkeypatch.setattr(gated, "lora_glu", counting("glu", gated.lora_glu))
+    monkeypatch.setattr(gated, "lora_mlp", counting("glu", gated.lora_mlp))
     dispatch._told.clear()
     yield counts
     dispatch._told.clear()
@@ -261,7 +262,7 @@ def test_merge_and_remove():
     torch.testing.assert_close(joined(x), apart(x))
     plain = remove_lora(joined)
     assert type(plain.mlp) is Mlp and not plain.attention._forward_hooks and not plain.attention._forward_pre_hooks
-    assert not any(key in vars(module) for module in plain.modules() for key in (siblings.SIBLINGS, gated.GLU))
+    assert not any(key in vars(module) for module in plain.modules() for key in (siblings.SIBLINGS, gated.MLP))
 
 
 def test_copies_are_their_own(ran):
@@ -305,7 +306,7 @@ def test_a_forward_that_tracing_takes_for_another():
     net = Sly()
     expected = copy.deepcopy(net)
     add_lora(net, LoRAConfig(4, target_modules="all-linear"))
-    assert isinstance(net, gated.FastGlu)
+    assert isinstance(net, gated.FastMlp)
     x = torch.randn(2, 8)
     with pytest.warns(SlowPathWarning, match="gives other numbers"):
         torch.testing.assert_close(net(x), expected(x))
@@ -356,6 +357,11 @@ def test_packed_bases(base_dtype, ran):
     for ours, theirs in zip(results(joined, x), results(apart, x), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert ran == {"group": 0, "glu": 1}
+    torch._dynamo.reset()
+    compiled = torch.compile(joined, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(results(compiled, x), results(apart, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert ran == {"group": 0, "glu": 2}
 
 
 def test_bad_blocks():
@@ -428,7 +434,7 @@ def test_a_gelu_by_its_type(ran):
         apart = add_lora(copy.deepcopy(net), LoRAConfig(4, target_modules="all-linear"), blocks=False)
         joined = add_lora(net, LoRAConfig(4, target_modules="all-linear"))
         joined.load_state_dict(apart.state_dict())
-        assert joined.mlp._glu.activation == {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate]
+        assert joined.mlp._mlp.activation == {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate]
         same(joined, apart)
     assert ran["glu"] == 2
 
@@ -448,3 +454,223 @@ def test_its_own_dropout(ran):
     assert ran["glu"] == 0
     net.eval()(torch.randn(2, 8, requires_grad=True))
     assert ran["glu"] == 1
+
+
+class Fc(nn.Module):
+    """GPT-2's form, with a dropout between, too, which T5 has."""
+
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.fc1, self.fc2, self.act = nn.Linear(8, 12), nn.Linear(12, 8), nn.GELU()
+        self.inner, self.dropout = nn.Dropout(p), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(self.fc2(self.inner(self.act(self.fc1(x)))))
+
+
+class GateUp(nn.Module):
+    """Phi-3's."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up, self.down, self.act = nn.Linear(8, 24, bias=False), nn.Linear(12, 8, bias=False), nn.SiLU()
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(up * self.act(gate))
+
+
+TWO = pytest.mark.parametrize("kind", [Fc, GateUp])
+
+
+def with_mlp(kind, **settings):
+    """As ``nets``, with another MLP."""
+    torch.manual_seed(0)
+    net = Net()
+    net.mlp = kind()
+    config = LoRAConfig(4, 8, target_modules="all-linear", init_lora_weights=False, **settings)
+    apart = add_lora(net, config, blocks=False)
+    joined = copy.deepcopy(apart)
+    joining.join(joined)
+    return apart, joined
+
+
+@TWO
+@pytest.mark.parametrize("dora", [False, True])
+def test_two_layers(kind, dora, ran):
+    apart, joined = with_mlp(kind, use_dora=dora, lora_dropout=0.3)
+    assert list(joined_in(joined).blocks) == ["mlp"] and type(joined.mlp).__name__ == kind.__name__
+    joined(torch.randn(2, 8))
+    assert ran == {"group": 1, "glu": 1}
+    same(joined.eval(), apart.eval())
+    twin = copy.deepcopy(joined)
+    again = pickle.loads(pickle.dumps(joined))
+    same(twin, apart)
+    same(again, apart)
+    assert ran == {"group": 4, "glu": 4}
+    merge_lora(joined)
+    merge_lora(apart)
+    same(joined, apart)
+    assert ran["glu"] == 4 and type(remove_lora(joined).mlp) is kind
+    assert not any(gated.MLP in vars(module) for module in joined.modules())
+
+
+@TWO
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_of_two_layers(kind, reentrant, ran):
+    """The module's own dropout draws the same mask again."""
+    _, joined = with_mlp(kind, lora_dropout=0.3)
+
+    def run(step):
+        torch.manual_seed(3)
+        joined.zero_grad()
+        step(torch.randn(4, 8, requires_grad=True)).square().sum().backward()
+        return [p.grad for p in joined.parameters() if p.requires_grad]
+
+    found = run(lambda x: torch.utils.checkpoint.checkpoint(joined, x, use_reentrant=reentrant))
+    assert ran == {"group": 2, "glu": 2}
+    for ours, theirs in zip(found, run(joined), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@TWO
+def test_hooks_on_two_layers(kind, ran):
+    apart, joined = with_mlp(kind)
+    seen = []
+    for net in (apart.eval(), joined.eval()):
+        net.mlp.act.register_forward_hook(lambda *given: seen.append(given[2].shape))
+    with pytest.warns(SlowPathWarning, match="block layer by layer: act has hooks"):
+        same(joined, apart)
+    assert ran["glu"] == 0 and len(seen) == 2
+
+
+def test_dropout_within_two_layers(ran):
+    """Active it comes apart, which is told; with p = 0, or in evaluation with gradients, it is a block. The one behind
+    the block is the module's own."""
+    apart, joined = with_mlp(lambda: Fc(0.5))
+    with pytest.warns(SlowPathWarning, match="drops elements itself"):
+        joined(torch.randn(2, 8))
+    assert ran["glu"] == 0
+    joined.mlp.inner.p = 0.0
+    called = []
+    joined.mlp.dropout.register_forward_hook(lambda *given: called.append(given))
+    joined(torch.randn(2, 8))
+    assert ran["glu"] == 1 and called
+    same(joined.eval(), apart.eval())
+    assert ran["glu"] == 2
+
+
+@TWO
+@pytest.mark.medium
+def test_two_layers_compiled(kind, ran):
+    apart, joined = with_mlp(kind)
+    apart, joined = apart.eval(), joined.eval()
+    torch._dynamo.reset()
+    same(torch.compile(joined, fullgraph=True, backend="aot_eager"), apart)
+    assert ran == {"group": 1, "glu": 1}
+
+
+@TWO
+def test_patched_two_layers(kind, ran):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    net = Net()
+    net.mlp = kind()
+    names = [name for name, module in net.mlp.named_modules() if isinstance(module, nn.Linear)]
+    config = peft.LoraConfig(r=4, target_modules=names, lora_dropout=0.3, init_lora_weights=False)
+    stock = peft.get_peft_model(net, config)
+    model = copy.deepcopy(stock)
+    report = patch_peft(model)
+    assert report.blocks == ("base_model.model.mlp",) and report.in_blocks == 2
+    again = "activation" if kind is Fc else "product"
+    assert f"{', '.join(names)} in one step" in str(report) and f"the {again} is made again" in str(report)
+    model(torch.randn(2, 8))
+    assert ran["glu"] == 1
+    same(model.eval(), stock.eval())
+    unpatch_peft(model)
+    assert type(model.base_model.model.mlp) is kind
+    same(model, stock)
+
+
+def test_only_one_of_two_layers_adapted(ran):
+    torch.manual_seed(0)
+    config = LoRAConfig(4, target_modules=["fc2"], init_lora_weights=False)
+    net = add_lora(nn.Sequential(Fc()), config).eval()
+    apart = add_lora(nn.Sequential(Fc()), config, blocks=False).eval()
+    apart.load_state_dict(net.state_dict())
+    x = torch.randn(3, 8)
+    for ours, theirs in zip(results(net, x), results(apart, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert ran["glu"] == 1
+
+
+def test_a_sequential(ran):
+    """And parts of it, which are made by its class."""
+    torch.manual_seed(0)
+    parts = nn.Linear(8, 12), nn.ReLU(), nn.Dropout(0.0), nn.Linear(12, 8), nn.Dropout(0.5)
+    config = LoRAConfig(4, target_modules="all-linear", init_lora_weights=False)
+    net = add_lora(nn.Sequential(nn.Sequential(*parts)), config).eval()
+    apart = copy.deepcopy(net)
+    joining.part(apart)
+    assert type(apart[0]) is nn.Sequential and isinstance(net[0], gated.FastMlp)
+    x = torch.randn(3, 8)
+    for ours, theirs in zip(results(net, x), results(apart, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert ran["glu"] == 1
+    torch.testing.assert_close(net[0][:2](x), apart[0][:2](x))
+
+
+def test_masks_drawn_in_another_order(ran):
+    """A forward that calls up ahead of gate, with dropout."""
+
+    class Other(Mlp):
+        def forward(self, x):
+            return self.down(self.up(x) * self.act(self.gate(x)))
+
+    gated._probed.clear()
+    net = add_lora(Other(), LoRAConfig(4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False))
+    net(torch.randn(2, 8))
+    assert ran["glu"] == 1
+
+
+def _models():
+    """Tiny ones of transformers: {name: (class, settings, targets, an input)}."""
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    ids = {"input_ids": torch.arange(12).view(2, 6) + 3}
+    return {
+        "GPT2Model": ({"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32}, ["c_fc", "c_proj"], ids),
+        "Phi3Model": ({**small, "vocab_size": 32, "pad_token_id": 0}, ["gate_up_proj", "down_proj"], ids),
+        "ModernBertModel": ({**small, "vocab_size": 32, "pad_token_id": 0}, ["Wi", "Wo"], ids),
+        "ViTModel": (
+            {**small, "image_size": 8, "patch_size": 4}, ["fc1", "fc2"], {"pixel_values": torch.randn(2, 3, 8, 8)},
+        ),
+        "DistilBertModel": (
+            {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 32}, ["lin1"], ids,
+        ),
+        "T5EncoderModel": (
+            {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "dropout_rate": 0},
+            ["wi", "wo"], ids,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", _models())
+def test_models_of_transformers(name, ran):
+    """Each layer's MLP is a block; numbers are those of the layers."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    settings, targets, given = _models()[name]
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**settings)).eval()
+    apart = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    joined = copy.deepcopy(apart)
+    assert len(patch_peft(joined).blocks) == 2 and not patch_peft(apart, blocks=False).blocks
+    found = []
+    for one in (joined, apart):
+        y = one(**given).last_hidden_state
+        (y * torch.linspace(-1, 1, 16)).sum().backward()
+        found.append([y, *(p.grad for p in one.parameters() if p.requires_grad)])
+    assert ran["glu"] == 2
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)

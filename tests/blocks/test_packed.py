@@ -103,15 +103,26 @@ def plain(block, p, shape, device):
 
 def cases(bases, fast):
     found = [
-        pytest.param("cpu", FLOAT, base, form, 0.3 if base == "nf4" else 0.0, SMALL, id=f"cpu-{base}-{form}",
-            marks=CPU.marks if (base, form) in fast else (*CPU.marks, pytest.mark.medium))
-        for base in bases if base != "nf4 e4m3"  # a minute each
-        for form in FORMS if base in ("nf4", "fp8") or form == "dora"
-    ]  # fmt: skip
+        pytest.param(
+            "cpu",
+            FLOAT,
+            base,
+            form,
+            0.3 if base == "nf4" else 0.0,
+            SMALL,
+            id=f"cpu-{base}-{form}",
+            marks=CPU.marks if (base, form) in fast else (*CPU.marks, pytest.mark.medium),
+        )
+        for base in bases
+        if base != "nf4 e4m3"  # a minute each
+        for form in FORMS
+        if base in ("nf4", "fp8") or form == "dora"
+    ]
     return found + [
         pytest.param("cuda", BF16, base, form, 0.1, LARGE, id=f"cuda-{base}-{form}", marks=CUDA.marks)
-        for base in bases for form in FORMS
-    ]  # fmt: skip
+        for base in bases
+        for form in FORMS
+    ]
 
 
 @pytest.mark.parametrize("block", ["group", "glu"])
@@ -132,7 +143,7 @@ def test_products_of_8_bits(device, dtype, base, form, p, shape, block):
 
     def alone(x, layers):
         if block == "glu":
-            return apart.lora_glu(x, *layers, True, activation="silu", backend="triton")
+            return apart.lora_mlp(x, layers, True, activation="silu", gate=None, backend="triton")
         return apart.lora_group(x, layers, True, backend="triton")
 
     ours, other = results(fused(block), x, layers, dys), results(alone, x, layers, dys)

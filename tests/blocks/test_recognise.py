@@ -1,18 +1,23 @@
-"""Which modules are gated MLPs, by their own forward; which layers share an input."""
+"""Which modules are MLPs, by their own forward; which layers share an input."""
 
 import contextlib
 import importlib
 import inspect
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
-from lora_fast.blocks.recognise import Glu, glu_of, siblings_of
+from lora_fast.blocks.predict import siblings_of
+from lora_fast.blocks.recognise import Mlp as Found
+from lora_fast.blocks.recognise import mlp_of
+from lora_fast.blocks.reference import ACTIVATIONS
 
 
 def is_linear(module):
@@ -48,9 +53,9 @@ ACCEPTED = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_forms_of_a_gated_mlp(name):
     forward, activation = ACCEPTED[name]
-    found = glu_of(mlp(forward), is_linear)
-    assert isinstance(found, Glu) and found.activation == activation and found.down == "down"
-    assert found.gate == ("up" if name == "names" else "gate")
+    found = mlp_of(mlp(forward), is_linear)
+    assert isinstance(found, Found) and found.activation == activation and found.down == "down"
+    assert found.inner[0] == ("up" if name == "names" else "gate")
     assert (found.dropout == "drop") == (name == "dropout")
 
 
@@ -59,18 +64,24 @@ def test_forms_of_a_gated_mlp(name):
     [(nn.SiLU(), "silu"), (nn.GELU(), "gelu"), (nn.GELU(approximate="tanh"), "gelu_tanh")],
 )
 def test_an_activation_is_known_by_its_type(act, activation):
-    found = glu_of(Mlp(act), is_linear)
-    assert isinstance(found, Glu) and found.activation == activation and found.act == "act"
+    found = mlp_of(Mlp(act), is_linear)
+    assert isinstance(found, Found) and found.activation == activation and found.act == "act"
 
 
 def test_activations_of_transformers():
-    """Configurations call the GELU by the error function "gelu" and Gemma's "gelu_pytorch_tanh"."""
+    """Configurations call the GELU by the error function "gelu" and Gemma's "gelu_pytorch_tanh". The number is that of
+    the activation that we take it for."""
     from transformers.activations import ACT2FN
 
-    for name, activation in (("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh")):
-        found = glu_of(Mlp(ACT2FN[name]), is_linear)
-        assert isinstance(found, Glu) and found.activation == activation
-    assert isinstance(glu_of(Mlp(ACT2FN["quick_gelu"]), is_linear), str)
+    ours = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate"), "gelu_tanh")
+    ours |= {name: name for name in ("silu", "gelu", "quick_gelu", "relu", "relu2")}
+    e = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    for name, activation in ours.items():
+        found = mlp_of(Mlp(ACT2FN[name]), is_linear)
+        assert isinstance(found, Found) and found.activation == activation
+        torch.testing.assert_close(ACT2FN[name](e), ACTIVATIONS[activation](e), rtol=1e-6, atol=1e-6)
+    for name in ("gelu_10", "mish", "tanh", "relu6", "leaky_relu"):
+        assert isinstance(mlp_of(Mlp(ACT2FN[name]), is_linear), str)
 
 
 REFUSED = {
@@ -78,10 +89,12 @@ REFUSED = {
     "multiplier": (lambda s, x: s.down(s.act(s.gate(x)) * s.up(x)) * 2, "returns"),
     "inner multiplier": (lambda s, x: s.down(s.act(s.gate(x)) * s.up(x) * 2), "not given act"),
     "cast": (lambda s, x: s.down((s.act(s.gate(x)) * s.up(x)).float()), "product of two"),
-    "other inputs": (lambda s, x: s.down(s.act(s.gate(x)) * s.up(x + 1)), "not given act"),
+    "other inputs": (lambda s, x: s.down(s.act(s.gate(x)) * s.up(x + 1)), "something else than its input"),
     "two inputs": (lambda s, x, z: s.down(s.act(s.gate(x)) * s.up(z)), "2 inputs"),
     "branch on data": (lambda s, x: s.down(s.act(s.gate(x)) * s.up(x)) if x.sum() > 0 else x, "cannot be traced"),
-    "relu": (lambda s, x: s.down(F.relu(s.gate(x)) * s.up(x)), "not given act"),
+    "an activation that is not known": (lambda s, x: s.down(F.mish(s.gate(x)) * s.up(x)), "not given act"),
+    "the square of another": (lambda s, x: s.down(F.silu(s.gate(x)) ** 2 * s.up(x)), "not given act"),
+    "dropout of its own": (lambda s, x: s.down(F.dropout(s.act(s.gate(x)), 0.5) * s.up(x)), "not given act"),
     "one more step": (lambda s, x: (s.up(x + 1), s.down(s.act(s.gate(x)) * s.up(x)))[1], "also does"),
 }
 
@@ -89,8 +102,106 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_gated_mlp(name):
     forward, why = REFUSED[name]
-    found = glu_of(mlp(forward), is_linear)
+    found = mlp_of(mlp(forward), is_linear)
     assert isinstance(found, str) and why in found
+
+
+class Two(nn.Module):
+    def __init__(self, act=None, wide=6):
+        super().__init__()
+        self.fc1, self.fc2, self.act = nn.Linear(4, wide), nn.Linear(6, 4), act or nn.GELU()
+        self.drop, self.after = nn.Dropout(0.1), nn.Dropout(0.1)
+
+
+def two(forward, act=None, wide=6):
+    return mlp_of(type("Variant", (Two,), {"forward": forward})(act, wide), is_linear)
+
+
+def _chunked(s, x):
+    gate, up = s.fc1(x).chunk(2, dim=-1)
+    return s.fc2(up * s.act(gate))
+
+
+def _split(s, x):
+    up, gate = torch.split(s.fc1(x), 6, dim=-1)
+    return s.fc2(s.act(gate) * up)
+
+
+def _sliced(s, x):
+    y = s.fc1(x)
+    return s.fc2(s.act(y[..., 6:]) * y[..., :6])
+
+
+def _relu2(s, x):
+    return s.fc2(torch.square(F.relu(s.fc1(x))))
+
+
+TWO = {  # the forward, the rows of fc1, then activation, gate, dropout and what comes after
+    "plain": (lambda s, x: s.fc2(s.act(s.fc1(x))), 6, "gelu", None, None, None),
+    "dropouts": (lambda s, x: s.after(s.fc2(s.drop(s.act(s.fc1(x))))), 6, "gelu", None, "drop", "after"),
+    "no dropout": (lambda s, x: F.dropout(s.fc2(s.act(s.fc1(x))), p=0.0), 6, "gelu", None, None, None),
+    "relu": (lambda s, x: s.fc2(torch.relu(s.fc1(x))), 6, "relu", None, None, None),
+    "a method": (lambda s, x: s.fc2(s.fc1(x).relu()), 6, "relu", None, None, None),
+    "squared": (_relu2, 6, "relu2", None, None, None),
+    "a power": (lambda s, x: s.fc2(F.relu(s.fc1(x)) ** 2), 6, "relu2", None, None, None),
+    "chunk": (_chunked, 12, "gelu", "first", None, None),
+    "split": (_split, 12, "gelu", "second", None, None),
+    "slices": (_sliced, 12, "gelu", "second", None, None),
+}
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_forms_of_two_layers(name):
+    forward, wide, *expected = TWO[name]
+    found = two(forward, wide=wide)
+    assert isinstance(found, Found) and found.layers == ("fc1", "fc2")
+    assert [found.activation, found.gate, found.dropout, found.after] == expected
+
+
+def _thirds(s, x):
+    gate, up, _ = s.fc1(x).chunk(3, dim=-1)
+    return s.fc2(up * s.act(gate))
+
+
+def _interleaved(s, x):
+    y = s.fc1(x)
+    return s.fc2(s.act(y[..., ::2]) * y[..., 1::2])
+
+
+def _unequal(s, x):
+    up, gate = s.fc1(x).split([5, 7], dim=-1)
+    return s.fc2(s.act(gate)[..., :5] * up)
+
+
+def _rows(s, x):
+    gate, up = s.fc1(x).chunk(2, dim=0)
+    return s.fc2(up * s.act(gate))
+
+
+def _twice(s, x):
+    gate, _ = s.fc1(x).chunk(2, dim=-1)
+    return s.fc2(gate * s.act(gate))
+
+
+NOT_TWO = {
+    "a residual": (lambda s, x: x + s.fc2(s.act(s.fc1(x))), 6, "returns"),
+    "a norm between": (lambda s, x: s.fc2(F.layer_norm(s.act(s.fc1(x)), (6,))), 6, "neither a product"),
+    "dropout ahead of the activation": (lambda s, x: s.fc2(s.act(s.drop(s.fc1(x)))), 6, "nor act of a layer's"),
+    "dropout with a number": (lambda s, x: F.dropout(s.fc2(s.act(s.fc1(x))), p=0.1), 6, "returns"),
+    "one layer twice": (lambda s, x: s.fc2(s.act(s.fc2(x))), 6, "two things"),
+    "thirds": (_thirds, 18, "not given act"),
+    "interleaved": (_interleaved, 12, "not given act"),
+    "unequal parts": (_unequal, 12, "not given act"),
+    "halves of the rows": (_rows, 12, "not given act"),
+    "one half twice": (_twice, 12, "not given act"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TWO)
+def test_what_is_no_mlp_of_two_layers(name):
+    forward, wide, why = NOT_TWO[name]
+    found = two(forward, wide=wide)
+    assert isinstance(found, str) and why in found, found
 
 
 def test_a_branch_is_taken_as_the_instance_takes_it():
@@ -101,7 +212,7 @@ def test_a_branch_is_taken_as_the_instance_takes_it():
 
     plain, limited = mlp(forward), mlp(forward)
     plain.limit, limited.limit = None, 7.0
-    assert isinstance(glu_of(plain, is_linear), Glu) and isinstance(glu_of(limited, is_linear), str)
+    assert isinstance(mlp_of(plain, is_linear), Found) and isinstance(mlp_of(limited, is_linear), str)
 
 
 class Attention(nn.Module):
@@ -144,13 +255,18 @@ def test_layers_with_one_input():
 
 
 GATED = re.compile(r"^class (\w+)\(.*?\):\n(.*?)(?=^class |^def |^@|\Z)", re.M | re.S)
-NO_MLP = re.compile("Attention|Mixer|DeltaNet|Model|ForCausal")
+NO_MLP = re.compile("Attention|Mixer|DeltaNet|Model|ForCausal|Head|Pooler|Classif|Layer")
+
+
+def is_a_layer(module):
+    return type(module) in (nn.Linear, transformers.pytorch_utils.Conv1D)
 
 
 def candidates(path):
-    """Names of the classes of a file of transformers' that have three linear layers and multiply."""
+    """Names of the classes of a file of transformers' that have two linear layers."""
     for name, body in GATED.findall(path.read_text()):
-        if not NO_MLP.search(name) and body.count("nn.Linear(") >= 3 and " * " in body and "def forward" in body:
+        layers = re.findall(r"nn\.Linear\(|Conv1D\(", body)
+        if not NO_MLP.search(name) and len(layers) >= 2 and "def forward" in body:
             yield name
 
 
@@ -166,8 +282,8 @@ def built(kind, configs):
 
 @pytest.mark.slow
 def test_the_mlps_of_transformers():
-    """Every gated MLP of transformers that can be built on the meta device is one; those with clamps, multipliers or
-    casts are none."""
+    """Every MLP of transformers that can be built on the meta device is one, gated or not; those with clamps,
+    multipliers or casts are none."""
     logging.disable(logging.WARNING)
     root = Path(importlib.import_module("transformers.models").__path__[0])
     accepted, refused = {}, {}
@@ -182,15 +298,22 @@ def test_the_mlps_of_transformers():
             continue
         configs = [c for n, c in vars(configurations).items() if n.endswith("Config") and inspect.isclass(c)]
         for name in names:
-            verdicts = [glu_of(module, is_linear) for module in built(getattr(modules, name), configs)]
-            found = next((verdict for verdict in verdicts if isinstance(verdict, Glu)), None)
+            verdicts = [mlp_of(module, is_a_layer) for module in built(getattr(modules, name), configs)]
+            found = next((verdict for verdict in verdicts if isinstance(verdict, Found)), None)
             if found is not None:
-                accepted[name] = found.activation
+                form = "glu" if len(found.inner) == 2 else "fc" if found.gate is None else "halves"
+                accepted[name] = form, found.activation
             elif verdicts:
                 refused[name] = verdicts[0]
     logging.disable(logging.NOTSET)
-    assert len(accepted) >= 140
-    assert {accepted[f"{name}MLP"] for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Granite")} == {"silu"}
-    assert {accepted[f"{name}MLP"] for name in ("Gemma", "Gemma2", "Gemma3")} == {"gelu_tanh"}
-    for name in ("FalconH1MLP", "DeepseekV4MLP", "Step3p7MLP", "SeedOssMLP", "T5DenseGatedActDense"):
+    forms = Counter(form for form, _ in accepted.values())
+    assert forms["glu"] >= 146 and forms["halves"] >= 15 and forms["fc"] >= 170, forms
+    known = {name.removesuffix("MLP"): found for name, found in accepted.items()}
+    assert {known[name] for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Granite")} == {("glu", "silu")}
+    assert {known[name] for name in ("Gemma", "Gemma2", "Gemma3")} == {("glu", "gelu_tanh")}
+    assert {known[name] for name in ("Phi3", "Glm", "Glm4")} == {("halves", "silu")}
+    assert known["ModernBert"] == ("halves", "gelu") and known["T5DenseActDense"] == ("fc", "relu")
+    assert {known[name] for name in ("GPT2", "GPTNeo", "Phi")} == {("fc", "gelu_tanh")}
+    assert known["CLIP"] == ("fc", "quick_gelu") and known["ViT"] == known["FFN"] == ("fc", "gelu")
+    for name in ("FalconH1MLP", "DeepseekV4MLP", "Step3p7MLP", "BloomMLP", "Kosmos2TextFFN", "ApertusMLP"):
         assert name in refused, name

@@ -225,7 +225,7 @@ def test_model(target, package, quick, capsys):
             "output projection of nn.MultiheadAttention, which reads its weight and would skip "
             "the adapter",
         ],
-        ["5", "1", "plain", "Linear 8 -> 4, bfloat16: add_lora can convert it"],
+        ["5", "1", "plain", "Linear 8 -> 4, bfloat16"],
         [f"not fused: {why}"],
         ["0 fused, 2 not fused, 3 without an adapter"],
     ]
@@ -237,11 +237,8 @@ def test_require_fused(package, quick, capsys):
     package("def build():\n    return nn.Sequential(lora_fast.LoRALinear(8, 8))\n")
     assert main(["doctor", "my_model:build", "--require-fused"]) == 1
     lora_fast.set_backend("triton")
-    try:
-        assert main(["doctor", "my_model:build", "--require-fused"]) == 0
-        assert "0  1  fused  LoRALinear" in capsys.readouterr().out
-    finally:
-        lora_fast.set_backend("auto")
+    assert main(["doctor", "my_model:build", "--require-fused"]) == 0
+    assert "0  1  fused  LoRALinear" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, word", [("merge", "merged"), ("disable", "disabled")])
@@ -254,10 +251,7 @@ def test_layers_that_are_switched_off(change, word, package, quick, capsys):
 def test_the_whole_model_is_a_layer(package, quick, capsys):
     package("def build():\n    return lora_fast.LoRALinear(8, 8)\n")
     lora_fast.set_backend("reference")
-    try:
-        assert main(["doctor", "my_model:build"]) == 0
-    finally:
-        lora_fast.set_backend("auto")
+    assert main(["doctor", "my_model:build"]) == 0
     assert (
         '(itself)  1  not fused  LoRALinear 8 -> 8, float32, r=8: set_backend("reference") is on'
         in capsys.readouterr().out
@@ -315,13 +309,48 @@ def build():
 """)
     assert main(["doctor", "my_model:build"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"base_model.model.0 +1  not fused  peft\.tuners\.lora\.layer\.Linear: not patched", said)
+    assert re.search(r"base_model.model.0 +1  not fused  PEFT's Linear 8 -> 8, float32, r=2: not patched", said)
     assert "lora_A" not in said and "base_layer" not in said  # told with the layer
     assert "  0 fused, 1 not fused, 1 without an adapter\n" in said and "call lora_fast.patch_peft(model)" in said
     assert main(["doctor", "my_model:build", "--as-if", "sm_90", "--require-fused"]) == 0
     said = capsys.readouterr().out
     assert "as if on a GPU of sm_90" in said and "  1 fused, 0 not fused, 1 without an adapter\n" in said
     assert "as after lora_fast.patch_peft(model)" in said
+    assert re.search(r"base_model.model.0 +1  fused  PEFT's Linear 8 -> 8, float32, r=2\n", said)
+
+
+@pytest.mark.parametrize("chip, fused", [("sm_80", "0 fused, 1 not fused"), ("sm_90", "1 fused, 0 not fused")])
+def test_a_base_in_8_bits_is_fused_where_the_card_has_units_for_it(chip, fused, package, capsys):
+    package("""
+def build():
+    model = nn.Sequential(nn.Linear(32, 32))
+    config = lora_fast.LoRAConfig(target_modules=["0"], base_dtype="float8_e4m3")
+    return lora_fast.add_lora(model, config)
+""")
+    assert main(["doctor", "my_model:build", "--as-if", chip]) == 0
+    said = capsys.readouterr().out
+    assert fused in said and re.search(r"LoRALinear 32 -> 32, float32, r=8 \(.* base\)", said)
+    assert ("has no fp8 matrix units" in said.partition("as if on a GPU of sm_80:")[0]) == (chip == "sm_80")
+
+
+def test_conv1d_and_adapters_under_names(package, capsys):
+    pytest.importorskip("transformers")
+    package("""
+from transformers.pytorch_utils import Conv1D
+def build():
+    model = nn.Sequential(Conv1D(6, 8), nn.Linear(6, 4))
+    for name in ("a", "b"):
+        lora_fast.add_lora(model, lora_fast.LoRAConfig(target_modules=["0"]), name=name)
+    return model
+def plain():
+    return nn.Sequential(Conv1D(6, 8))
+""")
+    assert main(["doctor", "my_model:build", "--as-if", "sm_90"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"0\.adapter_b +1  fused  LoRALinear 8 -> 6, float32, r=8\n", said)
+    assert "2 fused, 0 not fused, 1 without an adapter" in said and "cannot be converted" not in said
+    assert main(["doctor", "my_model:plain", "--as-if", "sm_90"]) == 0
+    assert "0  1  plain  Conv1D 8 -> 6, float32: add_lora can convert it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -377,10 +406,7 @@ def build():
     return model
 """)
     lora_fast.set_backend("triton")
-    try:
-        assert main(["doctor", "my_model:build", "--require-fused"]) == 0
-    finally:
-        lora_fast.set_backend("auto")
+    assert main(["doctor", "my_model:build", "--require-fused"]) == 0
     assert "  1 fused, 0 not fused, 1 without an adapter\n" in capsys.readouterr().out
 
 

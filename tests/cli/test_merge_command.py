@@ -280,7 +280,6 @@ BREAKS = {
     "integers": (as_integers, "fc1.weight: has dtype I8"),
     "no adapter": (lambda f, a: (a / TENSORS).unlink(), "No such file"),
     "no config": (lambda f, a: (a / CONFIG).write_text("{"), "no JSON"),
-    "transposed": (lambda f, a: rewrite(a / CONFIG, lambda c: c.update(fan_in_fan_out=True)), "fan_in_fan_out"),
     "no base": (lambda f, a: (f / "model.safetensors").unlink(), "no safetensors file"),
     "cut off": (lambda f, a: os.truncate(f / "model.safetensors", 500), "model.safetensors: is no safetensors file"),
     "bad index": (lambda f, a: (f / INDEX).write_text('{"weight_map": {"x": "../y"}}'), "weight_map"),

@@ -18,9 +18,6 @@ def test_models_of_ones_own(tmp_path, monkeypatch):
     model = nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
     model.forward = lambda x: model["other"](model["down"](model["up"](x)))
     names = {"torch": torch, "model": model, "x": torch.randn(4, 3, 8)}
-    try:
-        exec(snippet, names)
-    finally:
-        set_backend("auto")
+    exec(snippet, names)
     assert (tmp_path / "large" / "adapter_model.safetensors").exists()
     assert all(p.grad is not None for name in ("small", "large") for p in names["lora_parameters"](model, name))

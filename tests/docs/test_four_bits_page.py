@@ -2,6 +2,7 @@
 
 import re
 
+import smollm2_quality
 import torch
 from checkout import ROOT
 from torch import nn
@@ -35,6 +36,11 @@ def test_its_snippets(tmp_path, monkeypatch):
     x = torch.randn(3, 64, dtype=torch.bfloat16)
     assert torch.equal(names["other"](x), model(x))
     assert all(t.dtype in (torch.uint8, torch.float32, torch.bfloat16) for t in names["base"].values())
+
+
+def test_its_perplexities():
+    _, results = smollm2_quality.read([ROOT / "benchmarks" / "results" / "smollm2_quality_h200.csv"])
+    assert smollm2_quality.table(results) in PAGE and len(results) == 41
 
 
 def test_what_it_names():

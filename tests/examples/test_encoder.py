@@ -133,8 +133,7 @@ def tiny(tmp_path):
     model = encoder.Classifier(BertModel(config, add_pooling_layer=False), 3).eval()
     texts = [encoder.Text(f"{word} text", package, "") for word in ("one", "another") for package in FEW]
     args = encoder.parse(["--steps", "1", "--rank", "2", "--batch", "2", "--out", str(tmp_path)])
-    yield args, model, encoder.Data(letters, FEW, CPU), texts, texts[:2]
-    lora_fast.set_backend("auto")
+    return args, model, encoder.Data(letters, FEW, CPU), texts, texts[:2]
 
 
 @pytest.mark.medium

@@ -18,12 +18,6 @@ from rich.progress import Progress  # noqa: E402
 pytestmark = pytest.mark.usefixtures("as_scripts")
 
 
-@pytest.fixture(autouse=True)
-def backend():
-    yield
-    set_backend("auto")
-
-
 @pytest.fixture
 def rates(monkeypatch):
     """What the finders suggest, one after the other."""

@@ -28,9 +28,17 @@ def test_help(name, capsys):
     assert stop.value.code == 0 and "--seed" in said and "--steps" in said
 
 
-@pytest.mark.parametrize("name", [*NAMES, "lightning_mnist", "encoder"])
+@pytest.mark.parametrize("name", [*NAMES, "in_blocks", "lightning_mnist", "encoder"])
 def test_the_gallery_shows_it(name):
     assert f"python examples/{name}.py" in (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.medium
+def test_blocks(capsys):
+    found = importlib.import_module("in_blocks").main(["--only", "GPT2", "ViT", "--rank", "4"])
+    assert [(len(report.blocks), len(report.groups)) for report in found.values()] == [(12, 0), (12, 12)]
+    printed = capsys.readouterr().out
+    assert "24 of 48 layers in 12 blocks, 0 in 0 groups" in printed and "fc1, fc2 in one step (gelu)" in printed
 
 
 @pytest.mark.medium
@@ -58,6 +66,15 @@ def test_experts(capsys):
         assert len(ours.losses) == len(stock.losses) == 3 and ours.losses[-1] < ours.losses[0]
         assert ours.off <= (2 * stock.off + 0.02 if exact else 1e-4)
     assert f"{12 if GPU else 0} fused" in printed
+
+
+@pytest.mark.medium
+def test_experts_in_four_bits(capsys):
+    experts = pytest.importorskip("experts", exc_type=ImportError)
+    found = experts.main(["--steps", "2", "--batch", "1", "--length", "16", "--no-stock", "--experts", "nf4"])
+    assert "lora_fast, experts in nf4, r=8" in capsys.readouterr().out
+    for packed, plain in found.values():
+        assert 0 < packed.off < 0.2 and packed.parameters == plain.parameters
 
 
 def test_parts_of_experts():

@@ -169,9 +169,32 @@ def test_quality_over_several_bases(first_layers, tmp_path, monkeypatch, capsys)
         assert plain["after"] < plain["before"] and packed["after"] < packed["before"]
         assert all(plain[name] == pytest.approx(stock[name], rel=1e-4) for name in plain)
         assert packed["before"] != pytest.approx(plain["before"], rel=1e-3)
-    assert "| NF4 |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| NF4 |" in told
+    again = [*argv, str(tmp_path), "--bases", *bases]
+    assert smollm2_quality.main(again) == 0 and "seed 0:" not in capsys.readouterr().out  # nothing is left to do
+    assert smollm2_quality.main([*again, "--lr", "0.1"]) == 1  # other settings, another file
+    assert "lr: 0.0005 for 0.1" in capsys.readouterr().err
 
 
 def test_quality_table():
     results = [smollm2_quality.Result("NF4", "LoRA", seed, 20.0, after) for seed, after in enumerate((10.0, 12.0))]
     assert smollm2_quality.table(results).splitlines()[2:] == ["| NF4 | 20.000 | 11.000 (10.000 to 12.000) |  |  |"]
+
+
+def test_quality_of_several_machines(tmp_path, capsys):
+    """Files are told about, and written, together; of a run that is in two of them the last counts."""
+    results = [smollm2_quality.Result("NF4", "LoRA", seed, 20.0, after) for seed, after in enumerate((10.0, 12.0))]
+    files = [tmp_path / part / "smollm2_quality.csv" for part in "ab"]
+    smollm2_quality.append(files[0], {"steps": "2"}, [results[0]._replace(after=5.0)])
+    for result in results:  # one line at a time, as runs end
+        smollm2_quality.append(files[1], {"steps": "2"}, [result])
+    argv = ["--table", *map(str, files), "--csv", str(tmp_path / "both")]
+    assert smollm2_quality.main(argv) == 0
+    assert "| NF4 | 20.000 | 11.000 (10.000 to 12.000) |" in capsys.readouterr().out
+    joined = smollm2_quality.read([tmp_path / "both" / "smollm2_quality.csv"])
+    assert joined[0] == {"steps": "2"} and [result[:5] for result in joined[1]] == [result[:5] for result in results]
+    assert smollm2_quality.main(argv) == 1 and "is there already" in capsys.readouterr().err
+    smollm2_quality.append(other := tmp_path / "c.csv", {"steps": "3"}, results)
+    assert smollm2_quality.main(["--table", str(files[0]), str(other)]) == 1
+    assert "steps: 3 for 2" in capsys.readouterr().err

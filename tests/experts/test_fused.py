@@ -96,7 +96,8 @@ def test_one_target_or_none(ranks, form):
 @pytest.mark.interpreted
 @pytest.mark.parametrize("wanted", [(), ("dx",), ("dw",), ("dA1",), ("dB1",), ("dA2", "dB2"), NAMES[3:]], ids="+".join)
 def test_what_asks_for_a_gradient_gets_it_alone(wanted):
-    hold([draw(9, bias=True)], wanted)
+    draws = 3 if wanted == ("dw",) else 1  # of so few numbers that eager's error of one draw is chance
+    hold([draw(9, bias=True, seed=seed) for seed in range(draws)], wanted)
 
 
 @pytest.mark.interpreted

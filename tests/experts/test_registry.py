@@ -19,7 +19,6 @@ def plain(monkeypatch):
     monkeypatch.setattr(dispatch, "_told", set())
     set_backend("reference")
     yield
-    set_backend("auto")
     from_moe.ExpertsInterface._global_mapping.pop("lora_fast", None)
 
 

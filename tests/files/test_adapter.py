@@ -229,7 +229,6 @@ ATTACKS = {
     "other bias": (lambda d: edit(d, config={"bias": "some"}), "bias: got"),
     "not LoRA": (lambda d: edit(d, config={"peft_type": "IA3"}), "peft_type"),
     "another base": (lambda d: edit(d, config={"init_lora_weights": "pissa"}), "not supported"),
-    "transposed weights": (lambda d: edit(d, config={"fan_in_fan_out": True}), "not supported"),
     "expert parameters": (lambda d: edit(d, config={"target_parameters": ["x"]}), "names no parameter of experts"),
     "no JSON": (lambda d: (d / CONFIG).write_text("{"), "no JSON"),
     "deep JSON": (lambda d: (d / CONFIG).write_text("[" * 10**5), "no JSON"),

@@ -14,8 +14,6 @@ from lora_fast.files.format import CONFIG, TENSORS
 @pytest.fixture(autouse=True)
 def plain():
     set_backend("reference")
-    yield
-    set_backend("auto")
 
 
 def mixtral():
@@ -47,6 +45,7 @@ MORE: list[dict] = [
     {"rank_pattern": {"down_proj": 2}},
     {"rank_pattern": {r"layers\.1\.mlp\.experts\.down_proj": 2}},
     {"use_rslora": True},
+    {"alpha_pattern": {"down_proj": 7}},
 ]
 
 
@@ -74,12 +73,7 @@ def test_every_expert_has_its_own(tmp_path, kind, more):
     targets = {"gate_up_proj": {gate, up}, "down_proj": {down}}
     own = [name for entry in more.get("target_parameters", BOTH) for name in targets[entry.rpartition(".")[2]]]
     assert config["target_modules"] == sorted(own) and "target_parameters" not in config
-    if "rank_pattern" not in more:
-        assert config["rank_pattern"] == {}
-    elif "down_proj" in more["rank_pattern"]:
-        assert config["rank_pattern"] == {down: 2}
-    else:
-        assert set(config["rank_pattern"].values()) == {2} and len(config["rank_pattern"]) == 4
+    assert config["rank_pattern"] == config["alpha_pattern"] == {} and config["r"] == 3
     scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
     for at, layer in enumerate(model.model.layers):
         for lora in layer.mlp.experts.adapters():
@@ -93,7 +87,7 @@ def test_every_expert_has_its_own(tmp_path, kind, more):
                     parts = list(zip((gate, up), halves, strict=True))
                 for name, part in parts:
                     own = [tensors.pop(f"{prefix}{name}.lora_{x}.weight") for x in "AB"]
-                    assert own[0].shape[0] == own[1].shape[1] == lora.r
+                    assert own[0].shape[0] == own[1].shape[1] == 3
                     torch.testing.assert_close(scaling * own[1] @ own[0], part)
     assert not tensors
 
@@ -120,6 +114,23 @@ def test_other_layers_stay_as_they_are(tmp_path):
     assert others == {key for key in exported if "experts" not in key} and others
     assert all(torch.equal(saved[key], exported[key]) for key in others)
     assert {"q_proj", "v_proj", "gate_proj"} < set(config["target_modules"])
+
+
+def test_one_rank_and_scaling_is_all_that_a_server_reads(tmp_path):
+    """Of linear layers, too: servers do not read patterns."""
+    more = {"rank_pattern": {"v_proj": 6}, "alpha_pattern": {"q_proj": 9}, "target_modules": ["q_proj", "v_proj"]}
+    model = adapted("qwen3_moe", **more)
+    export_experts(model, tmp_path)
+    tensors, config = read(tmp_path)
+    assert config["r"] == 6 and not config["rank_pattern"] and not config["alpha_pattern"]
+    scaling = config["lora_alpha"] / config["r"]
+    for name in ("q_proj", "v_proj"):
+        a, b = (tensors[f"base_model.model.model.layers.0.self_attn.{name}.lora_{x}.weight"] for x in "AB")
+        assert a.shape[0] == b.shape[1] == 6
+        expected = model.model.layers[0].self_attn.get_submodule(name).delta_weight()
+        torch.testing.assert_close(scaling * b @ a, expected)
+    theirs = peft.PeftModel.from_pretrained(moe_model(), tmp_path)
+    torch.testing.assert_close(theirs(ids()).logits, model(ids()).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_without_adapters_of_experts(tmp_path):

@@ -130,10 +130,11 @@ def test_8_bit_products(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["cpu", CUDA])
-def test_no_weight_of_a_linear_is_ever_in_16_bits(where, tmp_path):
+@pytest.mark.parametrize("form", ["blocks", "rows"])
+def test_no_weight_of_a_linear_is_ever_in_16_bits(where, form, tmp_path):
     """Nothing as large as one of them in 16 bits is there but the embedding, while it loads nor after a step."""
     config = config_of("llama", tied=True, dtype=torch.bfloat16)
-    write(tmp_path, config, "blocks")
+    write(tmp_path, config, form)
     made = []
 
     class Recorded(torch.overrides.TorchFunctionMode):
@@ -155,7 +156,7 @@ def test_no_weight_of_a_linear_is_ever_in_16_bits(where, tmp_path):
     assert not [t for t in kept if tuple(t.shape) in shapes and t.dtype.itemsize > 1]
     held = sum(linear.weight.stored.nbytes + linear.weight.scale.nbytes for linear in linears(model).values())
     elements = sum(linear.weight.numel() for linear in linears(model).values())
-    assert elements < held < 1.01 * elements
+    assert elements < held < 1.02 * elements  # scales of short rows
 
 
 def test_saved_as_it_was(tmp_path):

@@ -13,7 +13,7 @@ if not TRITON:
 
 from fused import forgetful, fused, fused_dora, masked
 
-from lora_fast import functional
+from lora_fast import functional, paths
 from lora_fast.kernels import decode, few_rows, layer, magnitudes, pair, tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -48,7 +48,7 @@ def made(monkeypatch):
             return honest(kernel, *args, **given)
 
         monkeypatch.setattr(module, "launch", seen)
-    monkeypatch.setattr(functional, "_calls", {})
+    monkeypatch.setattr(paths, "calls", {})
     return found
 
 
@@ -172,6 +172,6 @@ def test_mutants_fail(device, name, monkeypatch):
     adapter = FLOAT if name == "product" else None  # whose copies the launch that makes S ahead of it makes, too
     inputs = draw(40, 64, 48, 16, dtype, device, adapter=adapter, b_std=0.002)
     monkeypatch.setattr(layer, name, forgetful(getattr(layer, name)))
-    monkeypatch.setattr(functional, "_calls", {})
+    monkeypatch.setattr(paths, "calls", {})
     with pytest.raises(AssertionError, match="error too large"):
         check(fused(), [inputs])

@@ -19,7 +19,7 @@ from dora_forms import magnitude
 from triton.runtime.jit import JITFunction
 
 import lora_fast.kernels
-from lora_fast import functional
+from lora_fast import functional, paths
 from lora_fast.kernels import operands
 from lora_fast.kernels.chip import Chip, assume
 from lora_fast.kernels.program import Program
@@ -88,7 +88,7 @@ def test_few_variants_are_planned(dtype, k, n, dora, train, p, monkeypatch):
 
     monkeypatch.setattr(Program, "run", look)
     monkeypatch.setattr(operands, "INTERPRETED", False)  # dependent launches are planned, too
-    monkeypatch.setattr(functional, "_calls", {})
+    monkeypatch.setattr(paths, "calls", {})
     x, dy = torch.empty(4096, k, dtype=dtype), torch.empty(4096, n, dtype=dtype)
     inputs = draw(1, k, n, 16, dtype)
     with assume(Chip(90, 132)):

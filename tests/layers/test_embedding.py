@@ -169,7 +169,7 @@ def test_all_linear_leaves_embeddings_and_a_base_dtype_too():
     assert type(net.embed) is nn.Embedding
     net = Net()
     net.head = nn.Linear(8, 32)
-    with pytest.warns(UserWarning, match="is for nn.Linear layers; these stay as they are: LoRAEmbedding"):
+    with pytest.warns(UserWarning, match="is for nn.Linear layers and experts; these stay as they are: LoRAEmbedding"):
         add_lora(net, LoRAConfig(r=3, target_modules=["embed", "head"], base_dtype="mxfp4"))
     assert type(net.embed.weight) is nn.Parameter and "mxfp4" in repr(net.head)
 

@@ -36,8 +36,6 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 @pytest.fixture(autouse=True)
 def plain():
     set_backend("reference")
-    yield
-    set_backend("auto")
 
 
 def adapted(kind="qwen3_moe", experts=4, parameters=BOTH, **more):
@@ -208,12 +206,6 @@ def test_quantised_experts_are_refused_and_said_to_stay():
         add_lora(model, LoRAConfig(target_parameters=BOTH))
     with pytest.warns(UserWarning, match=r"get no adapter and stay frozen: .*experts.down_proj \(2\)"):
         add_lora(model, LoRAConfig(target_modules="all-linear"))
-
-
-def test_base_dtype_says_that_experts_stay():
-    with pytest.warns(UserWarning, match="base_dtype='nf4' is for nn.Linear layers; these stay .*Experts.gate_up_proj"):
-        model = add_lora(moe_model(), LoRAConfig(r=2, target_modules="all-linear", base_dtype="nf4"))
-    assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.float32
 
 
 def edited(folder, config=None, tensors=None):

@@ -1,5 +1,6 @@
 """Whole models over 4-bit bases: quantised layer by layer where they are, moved, made without data and loaded."""
 
+import gc
 import weakref
 
 import pytest
@@ -47,14 +48,17 @@ def test_each_weight_is_freed_before_the_next_is_quantised(base_dtype, base_comp
 @choices
 @dora
 def test_memory_while_a_model_is_quantised(where, base_dtype, base_compute, dora):
-    """What is added to a model in 16 bits is of one layer's size, however many there are."""
+    """What is added to a model in 16 bits is of one layer's size, however many there are. Counted are the bytes that
+    were asked for: what the allocator gives is up to 1 MiB more a tensor, as earlier tests left its blocks. What they
+    left in cycles is collected first: freed in between, it would be taken from the peak."""
 
     def added(layers):
         model = net(where, 1024, layers)
-        start = torch.cuda.memory_allocated()
+        gc.collect()
         torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_stats()["requested_bytes.all.current"]
         add_lora(model, config(base_dtype, base_compute, dora))
-        return torch.cuda.max_memory_allocated() - start
+        return torch.cuda.memory_stats()["requested_bytes.all.peak"] - start
 
     assert added(1) <= 100 * 1024**2 and added(12) <= added(1) + 2**20
 

@@ -73,8 +73,6 @@ class Mixed(nn.Module):
 def fresh(monkeypatch):
     monkeypatch.setattr(dispatch, "_told", set())
     monkeypatch.setattr(dispatch, "_decided", {})
-    yield
-    set_backend("auto")
 
 
 def size(path):

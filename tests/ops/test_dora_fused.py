@@ -197,17 +197,14 @@ def losses(reversed_rows=False, backend="reference"):
     optimizer = torch.optim.AdamW(lora_fast.lora_parameters(model), lr=1e-3, weight_decay=0.0, fused=True)
     gen, found = torch.Generator().manual_seed(0), []
     lora_fast.set_backend(backend)
-    try:
-        for _ in range(200):
-            batch = torch.randint(len(labels), (128,), generator=gen).to(device)
-            batch = batch.flip(0) if reversed_rows else batch
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            loss.backward()
-            optimizer.step()
-            found.append(loss.detach())
-    finally:
-        lora_fast.set_backend("auto")
+    for _ in range(200):
+        batch = torch.randint(len(labels), (128,), generator=gen).to(device)
+        batch = batch.flip(0) if reversed_rows else batch
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images[batch]), labels[batch])
+        loss.backward()
+        optimizer.step()
+        found.append(loss.detach())
     return torch.stack(found).double().cpu()
 
 

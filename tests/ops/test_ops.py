@@ -15,7 +15,7 @@ if not TRITON:
 
 from fused import forgetful, fused, masked, seed_drawn
 
-from lora_fast import functional
+from lora_fast import paths
 from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.kernels import down, layer, operands, program
 from lora_fast.ops import custom_op
@@ -74,7 +74,7 @@ def test_mutant_that_drops_the_lora_term_fails(device, dtype, monkeypatch):
     check(fused(), [inputs])
     for honest in (layer.product, layer.product_with_s):
         monkeypatch.setattr(layer, honest.__name__, forgetful(honest))
-    monkeypatch.setattr(functional, "_calls", {})
+    monkeypatch.setattr(paths, "calls", {})
     with pytest.raises(AssertionError, match="y: .*dx: "):
         check(fused(), [inputs])
 
@@ -143,7 +143,7 @@ def test_rows_of_a_wider_tensor_are_read_where_they_lie(device, monkeypatch):
 def test_adapters_are_cast_with_the_first_pass_or_ahead_of_it(device, first, monkeypatch):
     monkeypatch.setattr(down, "casts_first", lambda *problem, **others: first)
     monkeypatch.setattr(operands, "_programs", operands.Memo())
-    monkeypatch.setattr(functional, "_calls", {})
+    monkeypatch.setattr(paths, "calls", {})
     inputs = draw(33, 64, 45, 19, HALF, device, bias=False, adapter=FLOAT)
     check(fused(0.3), [masked(inputs, 0.3)])
     s, a, b = down.down_cast_fwd(inputs.x, inputs.lora_A, inputs.lora_B, 1.0)
@@ -151,7 +151,7 @@ def test_adapters_are_cast_with_the_first_pass_or_ahead_of_it(device, first, mon
     torch.testing.assert_close(s[:, :19], inputs.x @ a.T, rtol=2e-3, atol=2e-3)
     (alone,) = [made for key, made in operands._programs.items() if key[0] is down.cast_and_down]
     assert len(alone.launches) == 1 + first
-    (call,) = functional._calls.values()
+    (call,) = paths.calls.values()
     (forward,) = [made for key, made in call.problem.programs.items() if key[0] is layer.forward_launches]
     assert len(forward.launches) == 3 + first
 

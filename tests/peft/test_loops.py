@@ -40,13 +40,12 @@ def way(request):
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Accelerate keeps a device and a precision for the whole process, and lora_fast its backend."""
+    """Accelerate keeps a device and a precision for the whole process."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-    set_backend("auto")
 
 
 def check_losses(found, expected, tol=1e-4, micro=1):

@@ -1,6 +1,7 @@
 """patch_peft on small modules: the numbers of stock PEFT, what is fused, and why the rest is not."""
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft_nets import Net, config, inputs, patched, peft, results, same, stir, s
 from torch import nn
 
 from lora_fast import SlowPathWarning, dispatch, patch_peft, peft_report, set_backend, unpatch_peft
+from lora_fast.peft.rules import examine, plainly
 
 KINDS = {
     "lora": {},
@@ -338,6 +340,26 @@ def test_what_is_out_of_the_ordinary_runs_stock_audibly(change, first):
         same(results(ours, inputs()), results(stock, inputs()))
         ours(inputs())
     assert len(heard) == 1 and heard[0].filename == results.__code__.co_filename  # who called
+
+
+@pytest.mark.parametrize("change", [None, *REASONS], ids=lambda change: change and change.__name__)
+def test_the_plainest_call(change):
+    """Told by few looks, and given what the long way gives; where anything is out of the ordinary that has to look."""
+    ours, x = patched(stock_model(lora_dropout=0.25)), inputs()
+    layer = ours.base_model.model.up
+    for mode in (True, False):
+        layer.train(mode)
+        long_way = layer._layer(x, examine(layer, ["default"]))
+        assert all(map(operator.is_, plainly(layer, x)[:3], long_way)) and plainly(layer, x) == long_way[:6]
+        assert plainly(layer, x.double()) is None and plainly(layer, nn.Parameter(x)) is not None
+    for flag in ("_disable_adapters", "merged_adapters"):
+        before = vars(layer)[flag]
+        vars(layer)[flag] = ["default"]
+        assert plainly(layer, x) is None
+        vars(layer)[flag] = before
+    if change is not None:
+        change(layer)
+        assert plainly(layer, x) is None
 
 
 def test_a_forward_on_the_instance_is_reported():

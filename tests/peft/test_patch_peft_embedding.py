@@ -245,4 +245,3 @@ def test_several_in_a_batch_are_stocks():
     ours = patched(stir(stock), ("triton", "cpu")).eval()
     names = ["default", "more"]
     torch.testing.assert_close(ours(ids(), adapter_names=names), stock.eval()(ids(), adapter_names=names))
-    set_backend("auto")

@@ -20,8 +20,7 @@ LoraConfig, get_peft_model = peft.LoraConfig, peft.get_peft_model
 def place(request):
     device, backend = ("cuda", "triton") if request.param == "cuda" else request.param
     set_backend(backend)
-    yield device
-    set_backend("auto")
+    return device
 
 
 def stock(device, *, dora=False, nested=True, quant_type="nf4", compute=torch.float16, bias=True, p=0.0, **config):

@@ -22,11 +22,8 @@ def trained(one, dtype=None):
     """The adapter with leaves, in another dtype if one is given."""
     leaves = {name: getattr(one, name) for name in NAMES}
     return one._replace(
-        **{
-            name: t if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
-            for name, t in leaves.items()
-        }
-    )  # fmt: skip
+        **{name: t if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for name, t in leaves.items()}
+    )
 
 
 def results(fn, x, weight, adapters, which, bias, dy, dtype=None) -> Results:

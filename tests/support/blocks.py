@@ -36,9 +36,15 @@ def a_layer(
     if dora and magnitude is None:
         magnitude = normal(n, kind=kind).abs() + 0.5
     return Layer(
-        weight, normal(r, k, std=k**-0.5, kind=kind), normal(n, r, std=0.3, kind=kind), scaling, offset, p, magnitude,
+        weight,
+        normal(r, k, std=k**-0.5, kind=kind),
+        normal(n, r, std=0.3, kind=kind),
+        scaling,
+        offset,
+        p,
+        magnitude,
         **others,
-    )  # fmt: skip
+    )
 
 
 def trained(layer, dtype=None):

@@ -14,8 +14,8 @@ from torch import nn
 from lora_fast import PeftReport, peft_report
 from lora_fast.blocks import gated
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.glu import FusedGlu
 from lora_fast.blocks.group import FusedGroup
+from lora_fast.blocks.mlp import FusedMlp
 from lora_fast.ops import linear as ops
 from lora_fast.peft.report import PeftLayer
 
@@ -106,9 +106,8 @@ class Seen:
 
 
 def layers_in(args: tuple) -> int:
-    """Of a call of a fused operator: a gated MLP is given its layers, a group a list of them, a layer none."""
-    given = [layer for arg in args for layer in ([arg] if isinstance(arg, Layer) else arg if type(arg) is list else [])]
-    return len(given) or 1
+    """Of a call of a fused operator: a block is given its layers, a layer none."""
+    return sum(isinstance(one, Layer) for arg in args if type(arg) in (list, tuple) for one in arg) or 1
 
 
 @contextmanager
@@ -117,7 +116,7 @@ def watched() -> Iterator[Seen]:
     from lora_fast.kernels.program import Program
 
     seen, start, probe, inside = Seen(), Program.run, gated._same_numbers, [False]
-    plain = {kind: kind.__call__ for kind in (ops.FusedLinear, FusedGroup, FusedGlu)}
+    plain = {kind: kind.__call__ for kind in (ops.FusedLinear, FusedGroup, FusedMlp)}
 
     def counting(run):
         def operator(self, x, *args, **kwargs):

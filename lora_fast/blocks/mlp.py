@@ -1,7 +1,8 @@
-"""A gated MLP as one differentiable operator."""
+"""An MLP as one differentiable operator: inner layers, one or two, and down (see kernels/mlp.py)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -26,31 +27,31 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 
 def why_apart(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> str | None:
-    """Why these gate, up and down do not run as one step, in words; None where they do."""
-    return group.why_apart(x, layers[:2], training) or group.why_apart(x, layers[2:], training)
+    """Why such layers do not run as one step, in words; None where they do."""
+    return group.why_apart(x, layers[:-1], training) or group.why_apart(x, layers[-1:], training)
 
 
 def rates(layers: Sequence[Layer], training: bool) -> tuple[float, float]:
-    """Of the dropout of x, which gate and up share, and of h."""
+    """Of the dropout of x, which the inner layers share, and of h."""
     if not training:
         return 0.0, 0.0
-    inner = [layer.dropout_p for layer in layers[:2] if layer.adapted]
-    return (inner[0] if inner else 0.0), (layers[2].dropout_p if layers[2].adapted else 0.0)
+    *inner, down = layers
+    of_x = [layer.dropout_p for layer in inner if layer.adapted]
+    return (of_x[0] if of_x else 0.0), (down.dropout_p if down.adapted else 0.0)
 
 
-def mlp_of(lead: Size, k: int, each: Sequence[Sibling], needs_x: bool, activation: str) -> Mlp:
-    """What decides the launches for an x [*lead, k], from what does for gate, up and down."""
-    *both, down = each
-    # dm of gate and up comes from e and g, which are kept anyway, where no bias is in these.
-    dots = [one.z_again for one in both]
-    inner = tuple(map(_over_dz, both))
-    pair = Siblings(lead, k, inner, needs_x)
-    outer = Siblings((pair.m,), both[0].n, (down,), True)
-    return Mlp(pair, outer, activation, dots, [one.kinds.m for one in both])
+def mlp_of(lead: Size, k: int, each: Sequence[Sibling], needs_x: bool, activation: str, gate: str | None) -> Mlp:
+    """What decides the launches for an x [*lead, k], from what does for the inner layers and down."""
+    *inner, down = each
+    # dm of inner layers comes from e and g, which are kept anyway, where no bias is in these.
+    dots = [one.z_again for one in inner]
+    group = Siblings(lead, k, tuple(map(_over_dz, inner)), needs_x)
+    outer = Siblings((group.m,), inner[0].n // (1 if gate is None else 2), (down,), True)
+    return Mlp(group, outer, activation, gate, dots, [one.kinds.m for one in inner])
 
 
 def _over_dz(one: Sibling) -> Sibling:
-    """Gate or up as its group's backward sees it: over dZ, where it wants nothing else of dY."""
+    """An inner layer as its group's backward sees it: over dZ, where it wants nothing else of dY."""
     needs = one.needs._replace(m=one.needs.m and one.keep_z)
     return replace(one, needs=needs, scaled=one.dora and not needs.bias and not needs.m)
 
@@ -65,15 +66,16 @@ class Call(NamedTuple):
     late: list[Deferred]  # filled: a launch for once what the backward reads is saved
 
 
-class FusedGlu:
-    """The fused form of ``reference.lora_glu`` for calls, checked before, that are alike (see ``FusedLinear``)."""
+class FusedMlp:
+    """The fused form of ``reference.lora_glu`` and ``lora_mlp`` for calls, checked before, that are alike (see
+    ``FusedLinear``)."""
 
-    def __init__(self, x: torch.Tensor, layers: Sequence[Layer], activation: str) -> None:
+    def __init__(self, x: torch.Tensor, layers: Sequence[Layer], activation: str, gate: str | None) -> None:
         dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
         self.kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
         needs_x = train and x.requires_grad
         each = [sibling(layer, self.kind, train) for layer in layers]
-        self.mlp = mlp_of(tuple(x.shape[:-1]), x.shape[-1], each, needs_x, activation)
+        self.mlp = mlp_of(tuple(x.shape[:-1]), x.shape[-1], each, needs_x, activation, gate)
         self.bases, self.casts = Bases(layers, self.kind), x.dtype != self.kind
         self.contiguous = all(t is None or t.is_contiguous() for layer in layers for t in layer.tensors[1:])
         self.elsewhere = x.device.type == "cuda" and not one_gpu()
@@ -81,11 +83,11 @@ class FusedGlu:
             train and t is not None and t.requires_grad for layer in layers for t in layer.tensors[1:]
         )
 
-    def __call__(self, x: torch.Tensor, gate: Layer, up: Layer, down: Layer, training: bool) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, layers: Sequence[Layer], training: bool) -> torch.Tensor:
         if self.elsewhere:
             with on(x.device):
-                return self.run(x, (gate, up, down), training)
-        return self.run(x, (gate, up, down), training)
+                return self.run(x, layers, training)
+        return self.run(x, layers, training)
 
     def run(self, x: torch.Tensor, layers: Sequence[Layer], training: bool) -> torch.Tensor:
         """y, on the current device."""
@@ -108,7 +110,7 @@ class FusedGlu:
         return y
 
     def forward(self, x: torch.Tensor, call: Call, *small: Any) -> tuple[torch.Tensor, Made]:
-        each = [given(call.held[i], small[4 * i : 4 * i + 4], call.scalings[i]) for i in range(3)]
+        each = [given(held, small[4 * i : 4 * i + 4], call.scalings[i]) for i, held in enumerate(call.held)]
         y, made, late = mlp_kernels.forward(self.mlp, addressable(x), each, call.seeds, call.rates)
         if late is not None:
             call.late.append(late)
@@ -117,7 +119,7 @@ class FusedGlu:
     def to_save(
         self, x: torch.Tensor, call: Call, small: Sequence[Any], y: torch.Tensor, made: Made
     ) -> list[MaybeTensor]:
-        """What the backward will read: x, e and g, the rooms, the masks' bits, and ``Kept`` of each layer."""
+        """What the backward will read: x, the inner outputs, the rooms, the masks' bits, and ``Kept`` of each layer."""
         inner, down, dots = self.mlp.inner, self.mlp.down, self.mlp.dots
         again = any(dots)
         saved: list[MaybeTensor] = [x if inner.needs_a or again else None, *made[:6]]
@@ -133,29 +135,41 @@ class FusedGlu:
     def backward(
         self, dy: torch.Tensor, saved: Sequence[Any], scalings: Sequence[Any], rates: tuple[float, float]
     ) -> tuple[MaybeTensor, ...]:
-        """dX, then dA, dB, dbias and dm of gate, up and down."""
+        """dX, then dA, dB, dbias and dm of the inner layers and down."""
         x, kept, at = saved[0], [], 7
         for one in (*self.mlp.inner.each, self.mlp.down):
             kept.append(saved[at : at + 3 + one.held])
             at += 3 + one.held
-        found = Made(*saved[1:7])
-        x = None if x is None else addressable(x)
-        de, dg, of_down, dms = mlp_kernels.backward(
-            self.mlp, as_rows(dy), x, found, kept, scalings[2], rates[1], in_place=not _keeps_graph()
-        )
-        shared = MadeOfGroup(found.room, found.bits, ())
-        dx, both = group_kernels.backward(
-            self.mlp.inner, (de, dg), x, shared, (*kept[0], *kept[1]), scalings[:2], rates[0], in_place=True
-        )
-        grads = [(*three, own if dm is None else dm) for (*three, own), dm in zip(both, dms, strict=True)]
-        return dx, *(grad for four in (*grads, of_down) for grad in four)
+        x, made = None if x is None else addressable(x), Made(*saved[1:7])
+        dx, grads = gradients(self.mlp, dy, x, made, kept, scalings, rates, in_place=not _keeps_graph())
+        return dx, *chain.from_iterable(grads)
 
 
-class _Glu(torch.autograd.Function):
+def gradients(
+    mlp: Mlp,
+    dy: torch.Tensor,
+    x: MaybeTensor,
+    made: Made,
+    kept: Sequence[Sequence[Any]],
+    scalings: Sequence[Any],
+    rates: tuple[float, float],
+    in_place: bool,
+) -> tuple[MaybeTensor, list[Sequence[MaybeTensor]]]:
+    """dX, and dA, dB, dbias and dm of each layer; arguments as of the two kernels' ``backward``."""
+    *inner, _ = kept
+    d_outs, of_down, dms = mlp_kernels.backward(mlp, as_rows(dy), x, made, kept, scalings[-1], rates[1], in_place)
+    shared = MadeOfGroup(made.room, made.bits, ())
+    flat = list(chain.from_iterable(inner))
+    dx, found = group_kernels.backward(mlp.inner, d_outs, x, shared, flat, scalings[:-1], rates[0], in_place=True)
+    grads = [(*three, own if dm is None else dm) for (*three, own), dm in zip(found, dms, strict=True)]
+    return dx, [*grads, of_down]
+
+
+class _Mlp(torch.autograd.Function):
     """The last product waits until what the backward reads is saved: a checkpoint's second forward ends there."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, fused: FusedGlu, call: Call, *small: Any) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, fused: FusedMlp, call: Call, *small: Any) -> torch.Tensor:
         y, made = fused.forward(x, call, *small)
         scalings = list(call.scalings)
         tensors = [i for i, scaling in enumerate(scalings) if isinstance(scaling, torch.Tensor)]
@@ -172,7 +186,7 @@ class _Glu(torch.autograd.Function):
 
 
 # What Function.apply comes to where no transform of functorch is at work, and in less time.
-_apply = super(torch.autograd.Function, _Glu).apply
+_apply = super(torch.autograd.Function, _Mlp).apply
 
 
 def _backward_of(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:

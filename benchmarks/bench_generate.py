@@ -1,0 +1,176 @@
+"""Generation by a whole model, greedy: frozen, under stock PEFT, patched; microseconds a new token.
+
+Run from the repository root, on a machine with an NVIDIA GPU: python -m benchmarks.bench_generate
+or on any machine, a tiny model on the CPU:  python -m benchmarks.bench_generate --tiny
+
+transformers' ``generate``, without gradients. Random weights in bf16, LoRA at r=16 on all linears of a layer, adapters
+in the model's dtype and not zero: Llama-3.2-1B's widths, 8 layers, a prompt of 32 tokens, 128 new ones, for 1 and for
+8 texts. Models of one mode and batch share one set of base weights and run in random order each round.
+
+--mode eager   launch by launch, the cache grows
+       static  cache_implementation="static": transformers compiles the forward of a token, in a CUDA graph on a GPU
+
+frozen     the model without adapters; frozen_again is the same once more, to show the noise
+peft_lora  stock PEFT; lora_fast_lora  the same model after lora_fast.patch_peft
+peft_dora, lora_fast_dora  the same with DoRA
+
+A patched model must never be slower than stock's. With --only impl=... others stay as they are in the file.
+"""
+
+import argparse
+import functools
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import common, models
+from benchmarks.bench_lora import FROZEN, only, positive
+from benchmarks.models import SMALL, TINY, Case, R, Size, base_model, model_of, stock_of
+from lora_fast import set_backend, timing
+
+COLUMNS = (
+    "gpu torch triton commit dtype layers batch prompt new r what mode impl median_us p20_us p80_us ratio_to_frozen"
+).split()
+SAME = ("layers", "batch", "mode", "impl")  # of a row that is measured again
+IMPLS = (*FROZEN, "peft_lora", "lora_fast_lora", "peft_dora", "lora_fast_dora")
+MODES = ("eager", "static")
+PROMPT, NEW = 32, 128
+BATCHES = (1, 8)
+
+
+def size_of(batch: int, tiny: bool, new: int) -> Size:
+    of = TINY._replace(layers=2) if tiny else SMALL._replace(layers=8)
+    return of._replace(batch=batch, length=PROMPT + new)
+
+
+def build(impls: Sequence[str], size: Size, mode: str, new: int) -> dict[str, Callable[[], Any]]:
+    """What generates, by the candidate's name: [batch, prompt + new] ids."""
+    base = base_model(size)
+    ids = torch.randint(3, size.vocabulary, (size.batch, PROMPT), device=size.device)
+    more: dict[str, Any] = {"cache_implementation": "static"} if mode == "static" else {}
+
+    def call_of(impl: str) -> Callable[[], Any]:
+        model: Any = model_of(Case(0, impl, 0), base)
+        model.disable_input_require_grads()
+        model.eval()
+        return lambda: model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            use_cache=True,
+            min_new_tokens=new,
+            max_new_tokens=new,
+            pad_token_id=0,
+            **more,
+        )
+
+    return {impl: call_of(impl) for impl in impls}
+
+
+def measured(
+    impls: Sequence[str], size: Size, mode: str, rounds: int, new: int, about: common.Row, frozen: float | None = None
+) -> list[common.Row]:
+    """A row for each candidate; ``frozen``: the time of a frozen model that is not among them."""
+    calls = build(impls, size, mode, new)
+    for impl, call in calls.items():  # compiled, if that is asked for, and warm
+        call()
+        found = call()
+        assert found.shape == (size.batch, PROMPT + new), f"{impl} generated {tuple(found.shape)}"
+    times = models.measure(calls, rounds, size.device)
+    if "frozen" in times:
+        frozen = timing.summary(times["frozen"])[0]
+    rows = []
+    for impl, found in times.items():
+        median, p20, p80 = timing.summary(found)
+        rows.append(
+            {
+                **about,
+                "dtype": size.dtype,
+                "layers": size.layers,
+                "batch": size.batch,
+                "prompt": PROMPT,
+                "new": new,
+                "r": R,
+                "what": "generate",
+                "mode": mode,
+                "impl": impl,
+                "median_us": round(median / new, 1),
+                "p20_us": round(p20 / new, 1),
+                "p80_us": round(p80 / new, 1),
+                "ratio_to_frozen": "" if frozen is None else round(median / frozen, 4),
+            }
+        )
+    return rows
+
+
+def summarise(rows: Sequence[common.Row]) -> str:
+    """All rows as a table, ours also as parts of stock's time."""
+    found = {(row["batch"], row["mode"], row["impl"]): row["median_us"] for row in rows}
+
+    def of_stock(row: common.Row) -> str:
+        stock = found.get((row["batch"], row["mode"], stock_of(row["impl"])))
+        return f"{row['median_us'] / stock:.3f}" if stock and row["impl"].startswith("lora_fast") else ""
+
+    header = "batch,mode,impl,us a token,times frozen,times stock (must 1)".split(",")
+    names = "batch", "mode", "impl", "median_us", "ratio_to_frozen"
+    return common.markdown(header, [[*(row[name] for name in names), of_stock(row)] for row in rows])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.bench_generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, in fp32")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="default both")
+    parser.add_argument("--batch", nargs="+", type=positive, default=list(BATCHES), help="default 1 and 8")
+    parser.add_argument("--new", type=positive, default=NEW, help=f"tokens to generate (default {NEW})")
+    parser.add_argument("--rounds", type=positive, default=8)
+    parser.add_argument(
+        "--only",
+        type=functools.partial(only, kinds={"impl": str}),
+        action="append",
+        default=[],
+        metavar="impl=VALUE[,VALUE]",
+        help=f"a part only, of {', '.join(IMPLS)}",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=common.RESULTS,
+        metavar="DIR",
+        help="where bench_generate_CARD.csv is (default benchmarks/results)",
+    )
+    parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
+    args = parser.parse_args(argv)
+    impls = [impl for impl in IMPLS if all(impl in values for _, values in args.only)]
+    if not impls:
+        parser.error("--only leaves nothing to measure")
+    if not args.tiny and (reason := common.why_no_gpu()) is not None:
+        print(f"{reason} --tiny runs on the CPU.", file=sys.stderr)
+        return 1
+    if not args.tiny:
+        set_backend("triton")  # never the slow path unawares
+    about = common.run_columns(args.commit, "cpu" if args.tiny else "cuda")
+    path, rows = args.out / f"bench_generate_{common.card(about['gpu'])}.csv", list[common.Row]()
+    for mode, batch in common.progress([(mode, batch) for mode in args.mode for batch in args.batch], "bench_generate"):
+        # Compiled models one after the other, so that each is in the file once it is there.
+        parts = [[impl] for impl in impls] if mode == "static" else [impls]
+        frozen = None
+        for part in parts:
+            found = measured(part, size_of(batch, args.tiny, args.new), mode, args.rounds, args.new, about, frozen)
+            frozen = next((row["median_us"] * args.new for row in found if row["impl"] == "frozen"), frozen)
+            common.write_csv(path, COLUMNS, common.others(path, found, SAME) + found)
+            rows += found
+            torch.compiler.reset()
+            gc.collect()
+    print(f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}\n")
+    print(summarise(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
