@@ -266,9 +266,9 @@ def batch(case: BatchCase) -> None:
         kinds, needs = Kinds(dtype, adapter, adapter, None, adapter), Needs(True, True, True, False, dora)
         problem = Problem((m,), k, n, ranks, kinds, needs, dora)
         numbers = numbers_of(ranks, [2.0] * len(of), [p] * len(of), problem.lifted, x.device)
-        call = run.Call(weight, torch.zeros(m, dtype=torch.int64), numbers, 1 if p else None)
+        call = run.Call((weight,), torch.zeros(m, dtype=torch.int64), numbers, 1 if p else None)
         y, made = run.forward(problem, call, x, a, b, None, magnitudes)
-        run.backward(problem, torch.empty_like(y), run.to_save(problem, numbers.scales, x, made, weight, y))
+        run.backward(problem, torch.empty_like(y), run.to_save(problem, (weight,), numbers.scales, x, made, y))
 
 
 def experts(

@@ -47,30 +47,34 @@ class Forward(NamedTuple):
     tables: Operand  # see ``Ranks.tables``, and ``Numbers``
     scales: Operand
     counts: Maybe
-    rest: tuple[Operand, ...]  # the weight
+    held: tuple[Operand, ...]  # the base's tensors
 
 
 def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     x, ranks, room, tables = at.x.rows(), problem.ranks, problem.room(at.room), problem.ranks.tables(at.tables)
-    scratch, (weight,) = Scratch(x.device), at.rest
+    scratch = Scratch(x.device)
+    w = problem.base.y(at.held, problem.wanted(scratch))
     lift = at.scales.block(1, 0, 1, ranks.total)
     packed, bad = pack(at.a, at.b, tables.groups, lift, room.a, room.b, ranks, problem.lifted, scratch)
     launches = [packed, places(at.which, x, tables.firsts, bad, at.scales, ranks, room.places)]
     if at.seed is not None:
         launches.append(mask(at.seed, at.bits, None, at.n_words, own=room.places.own, counts=at.counts))
-    own, y, last = None, at.y.rows(), list[Launch]()
+    own, y, last = None, at.y.rows(), [*w.launches]
     if room.gain is not None and room.norm is not None:
         own, low = Own(room.places.whole, ROWS), at.scales.block(2, 0, 1, ranks.total)
         of = Packed(room.a, room.b, low, room.places.scales, tables)
-        launches += gains(weight, of, at.magnitudes, room.norm, room.gain, ranks, problem.round_norm, scratch)
-        last.append(gain_mixed(y, room.gain, at.bias, room.places.own, room.places.whole))
+        launches += [
+            *w.launches,
+            *gains(w.matrix, of, at.magnitudes, room.norm, room.gain, ranks, problem.round_norm, scratch),
+        ]
+        last = [gain_mixed(y, room.gain, at.bias, room.places.own, room.places.whole)]
     launches.append(
         down(x, room.a, room.s, None, None, bits=at.bits, scales=room.places.scales, owned=room.owned(tables.owner))
     )
     z = None if at.z is None else at.z.rows()
     made = product(
         x,
-        weight,
+        w.matrix,
         room.s,
         room.b,
         y,
@@ -81,7 +85,7 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
         z=z,
         units=room.units,
     )
-    last.insert(0, made)
+    last = [made, *last] if problem.dora else [*last, made]
     for launch in last:
         launch.late = not problem.needs.m
     return [*launches, *last]
@@ -103,11 +107,11 @@ class Backward(NamedTuple):
     room: Maybe
     bits: Maybe
     kept: Maybe  # z, or y
-    rest: tuple[Maybe, ...]  # the weight
+    held: tuple[Operand, ...]  # the base's tensors, where they are read
 
 
 def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
-    dy, ranks, needs, (weight,) = at.dy.rows(), problem.ranks, problem.needs, at.rest
+    dy, ranks, needs = at.dy.rows(), problem.ranks, problem.needs
     scratch, launches = Scratch(dy.device), list[Launch]()
     if needs.bias:
         launches += launches_of([ColumnPass(z=dy, r=0, sums=at.grad_bias)], wide(dy), scratch)
@@ -115,6 +119,10 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
         return launches
     room, tables = problem.room(at.room), ranks.tables(at.tables)
     scales, needs_ds = room.places.scales, needs.x or needs.a
+    w: Any = problem.base.dx(at.held, problem.wanted(scratch)) if problem.reads_w else None
+    if problem.z_again:
+        launches += w.launches
+        w = w._replace(launches=())
     where: Any = None
     if needs.a or needs.b or problem.dora:
         listed, found = lists(room.places.here, scratch)
@@ -127,7 +135,7 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
     if room.gain is not None and room.norm is not None:
         kept, again = None if at.kept is None else at.kept.rows(), None
         if problem.z_again:
-            again = Again(at.x.rows(), weight, room.s, room.b, tables.firsts)
+            again = Again(at.x.rows(), w.matrix, room.s, room.b, tables.firsts)
         dora = Gains(room.gain, room.norm, kept, at.grad_m, at.dz, again)
         source = at.dz
     if needs.b or dora is not None:
@@ -149,7 +157,8 @@ def backward_launches(at: Backward, problem: Problem) -> list[Launch]:
         x = at.x.rows()
         launches += columns(x, ds, at.grad_a, where, ranks, ranks_first=True, scratch=scratch, bits=at.bits)
     if needs.x:
+        launches += w.launches
         launches.append(
-            product(source, weight, ds, room.a, at.dx.rows(), transposed=False, bits=at.bits, units=room.units)
+            product(source, w.matrix, ds, room.a, at.dx.rows(), transposed=False, bits=at.bits, units=room.units)
         )
     return launches

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_fast.kernels.bases import BASES, PLAIN, Base, Wanted
 from lora_fast.kernels.batch.places import Places
 from lora_fast.kernels.batch.ranks import ROWS, UNIT, Ranks
 from lora_fast.kernels.down import Owned
 from lora_fast.kernels.gemm import Units
-from lora_fast.kernels.operands import Operand, Size
+from lora_fast.kernels.operands import Operand, Scratch, Size
 from lora_fast.kernels.problem import Kinds, Needs, Shapes
 from lora_fast.kernels.program import Program
 
@@ -48,6 +49,7 @@ class Problem:
     needs: Needs
     dora: bool = False
     round_norm: bool = False
+    base_name: str = PLAIN.name  # see the problem of a single layer; of those that are not e4m3
     keep_z: bool = False  # for the gradients of magnitudes, which else read y
     programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
 
@@ -56,6 +58,19 @@ class Problem:
         self.x_shape, self.y_shape = (*self.lead, self.k), (*self.lead, self.n)
         self.z_again = self.needs.m and not self.keep_z
         self.is_float32, self.lifted = self.kind == torch.float32, self.kind == torch.float16
+
+    @cached_property
+    def base(self) -> Base:
+        return BASES[self.base_name]
+
+    @property
+    def reads_w(self) -> bool:
+        """Whether the backward does."""
+        return self.needs.x or self.z_again
+
+    def wanted(self, scratch: Scratch) -> Wanted:
+        """What a launch that writes W must know, and where it may."""
+        return Wanted(self.n, self.k, self.kind, self.base.room(self.n, self.k, self.kind, scratch))
 
     @cached_property
     def shapes(self) -> Shapes:

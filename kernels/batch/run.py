@@ -24,9 +24,9 @@ class Call:
     x: torch.Tensor  # as the launches read it
 
     def __init__(
-        self, weight: torch.Tensor, which: torch.Tensor, numbers: Numbers, seed: torch.Tensor | int | None
+        self, held: tuple[torch.Tensor, ...], which: torch.Tensor, numbers: Numbers, seed: torch.Tensor | int | None
     ) -> None:
-        self.weight, self.which, self.numbers, self.seed = weight, which, numbers, seed
+        self.held, self.which, self.numbers, self.seed = held, which, numbers, seed
 
 
 class Made(NamedTuple):
@@ -38,14 +38,13 @@ class Made(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward reads, each None where it does not."""
+    """What a backward reads, each None where it does not; then the base's tensors, where it does."""
 
     scales: torch.Tensor
     x: MaybeTensor  # [..., K]
     room: MaybeTensor
     bits: MaybeTensor
     kept: MaybeTensor  # z or y [*lead, N]
-    weight: MaybeTensor
 
 
 def forward(
@@ -61,7 +60,7 @@ def forward(
 
     x [..., K], contiguous or the matrix of its rows; a [sum of R, K], A's one below the other, and b [N * sum of R],
     B's one after the other, contiguous, in any dtype, and DoRA's magnitudes [adapters, N] likewise; the
-    call's weight [N, K]; its ``which`` contiguous, with a seed its numbers with counts.
+    base's tensors in call.held; its ``which`` contiguous, with a seed its numbers with counts.
     """
     y = x.new_empty(problem.y_shape)
     words = -(-problem.k // 32)
@@ -89,10 +88,10 @@ def forward(
         tables,
         call.numbers.scales,
         counts,
-        call.weight,
+        *call.held,
     )
     seed = None if call.seed is None else kind_of(call.seed)
-    key = forward_launches, which.dtype, which.shape, x.stride(), call.weight.stride(), seed, _exact(problem)
+    key = forward_launches, which.dtype, which.shape, x.stride(), call.held[0].stride(), seed, _exact(problem)
     program, bound = _bound(problem, key, Forward, given)
     if call.defers:
         program.run(bound, 0, -program.late)
@@ -120,10 +119,10 @@ def backward(problem: Problem, dy: torch.Tensor, saved: Sequence[Any]) -> tuple[
             if grad is not None:
                 grad.zero_()
         return grads
-    scales, x, room, bits, kept, weight = saved
+    scales, x, room, bits, kept, *held = saved
     dz = dy.new_empty(problem.m, problem.n) if problem.dora and (needs.x or needs.a) else None
-    given = dy, *grads, dz, tables_on(problem.ranks, dy.device), scales, x, room, bits, kept, weight
-    strides = (None if t is None else t.stride() for t in (x, weight))
+    given = dy, *grads, dz, tables_on(problem.ranks, dy.device), scales, x, room, bits, kept, *held
+    strides = (None if t is None else t.stride() for t in (x, *held))
     key = backward_launches, dy.stride(), *strides, bits is None, _exact(problem)
     program, bound = _bound(problem, key, Backward, given)
     program.run(bound)
@@ -131,19 +130,18 @@ def backward(problem: Problem, dy: torch.Tensor, saved: Sequence[Any]) -> tuple[
 
 
 def to_save(
-    problem: Problem, scales: torch.Tensor, x: torch.Tensor, made: Made, weight: torch.Tensor, y: torch.Tensor
-) -> Saved:
-    """What ``backward`` reads, and nothing else."""
+    problem: Problem, held: Sequence[torch.Tensor], scales: torch.Tensor, x: torch.Tensor, made: Made, y: torch.Tensor
+) -> tuple[MaybeTensor, ...]:
+    """What ``backward`` reads, and nothing else, as in ``Saved``."""
     needs = problem.needs
     low = needs.x or needs.a or needs.b or needs.m
-    return Saved(
+    return *Saved(
         scales,
         x if needs.a or problem.z_again else None,
         made.room if low else None,
         made.bits if needs.x or needs.a else None,
         y if problem.z_again else made.z,
-        weight if needs.x or problem.z_again else None,
-    )
+    ), *(held if problem.reads_w else ())
 
 
 def _exact(problem: Problem) -> str | bool:

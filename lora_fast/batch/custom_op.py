@@ -1,4 +1,5 @@
-"""Several adapters in one batch as an operator for torch.compile: ``torch.ops.lora_fast.lora_batch``, y of a layer.
+"""Several adapters in one batch as an operator for torch.compile: ``torch.ops.lora_fast.lora_batch``, y of a layer, of
+LoRA and of DoRA.
 
 Under autograd it becomes ``lora_batch_fwd``, and its gradients ``lora_batch_bwd``, else ``lora_batch_alone``, as
 ``lora_linear`` does (ops/custom_op.py).
@@ -9,43 +10,66 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_fast.bases.packed import rounds_norm, tensors_of
 from lora_fast.batch.form import Adapter
 from lora_fast.dispatch import autocast_dtype
+from lora_fast.kernels.bases import PLAIN
 from lora_fast.kernels.batch.problem import Problem
 from lora_fast.kernels.batch.ranks import Ranks, numbers_of
-from lora_fast.kernels.batch.run import Call, Made, Saved, backward, forward, to_save
+from lora_fast.kernels.batch.run import Call, Made, backward, forward, to_save
 from lora_fast.kernels.memo import Memo
 from lora_fast.kernels.problem import Kinds, MaybeTensor, Needs
 from lora_fast.ops.linear import draw_seed
-from lora_fast.ops.parts import addressable, contiguous, dtype_of, on
+from lora_fast.ops.parts import addressable, base_of, contiguous, dtype_of, on, saved_by
 from lora_fast.ops.registering import register
 
-_GIVEN = """(Tensor x, Tensor? bias, Tensor[] small, Tensor which, Tensor weight, Tensor[] scalings, Tensor? seed,
-    float[] rates)"""
+_GIVEN = """(Tensor x, Tensor? bias, Tensor[] small, Tensor which, Tensor[] held, Tensor[] scalings, Tensor? seed,
+    float[] rates, bool round_norm, str base, bool keep_z)"""
 _library = torch.library.Library("lora_fast", "FRAGMENT")
 _library.define(f"lora_batch{_GIVEN} -> Tensor")
 _library.define(f"lora_batch_alone{_GIVEN} -> Tensor")
 _library.define(f"lora_batch_fwd{_GIVEN} -> Tensor[]")
 _library.define("""lora_batch_bwd(Tensor dy, Tensor?[] saved, SymInt k, int[] ranks, ScalarType a_kind,
-    ScalarType b_kind, ScalarType bias_kind, bool[] needs) -> Tensor[]""")
+    ScalarType b_kind, ScalarType bias_kind, ScalarType m_kind, bool[] needs, bool dora, str base,
+    bool keep_z) -> Tensor[]""")
 _problems = Memo()
 
 
 class _Given(NamedTuple):
-    """The arguments of ``lora_batch``; ``small``: all A's, then all B's."""
+    """The arguments of ``lora_batch``; ``small``: all A's, then all B's, then DoRA's magnitudes."""
 
     x: torch.Tensor
     bias: MaybeTensor
     small: Sequence[torch.Tensor]
     which: torch.Tensor
-    weight: torch.Tensor
+    held: Sequence[torch.Tensor]  # by the base
     scalings: Sequence[torch.Tensor]
     seed: MaybeTensor
     rates: Sequence[float]
+    round_norm: bool
+    base: str
+    keep_z: bool
+
+    @property
+    def groups(self) -> list[Sequence[torch.Tensor]]:
+        """A's, B's and magnitudes."""
+        n = len(self.rates)
+        return [self.small[:n], self.small[n : 2 * n], self.small[2 * n :]]
 
     def problem(self, *needs: bool) -> Problem:
-        n = len(self.small) // 2
-        return problem_of(self.x.shape, self.x.dtype, self.small[:n], self.small[n:], self.bias, Needs(*needs))
+        a, b, m = self.groups
+        return problem_of(
+            self.x.shape,
+            self.x.dtype,
+            a,
+            b,
+            self.bias,
+            Needs(*needs),
+            m,
+            self.round_norm,
+            self.base,
+            keep_z=self.keep_z,
+        )
 
 
 def problem_of(
@@ -57,14 +81,41 @@ def problem_of(
     needs: Needs,
     m: Sequence[torch.Tensor] = (),
     round_norm: bool = False,
-    save: str = "auto",
+    base: str = PLAIN.name,
+    *,
+    keep_z: bool = False,
 ) -> Problem:
     """For x of this shape, and products in this dtype."""
     kinds = Kinds(kind, common(a), common(b), dtype_of(bias), common(m) if m else None)
     ranks = Ranks(tuple(t.shape[0] for t in a))
-    # As for one adapter (ops/linear.py): y lacks what a bias drowns, and z again takes all that A's and B's keep.
-    keep_z = needs.m and not (save == "auto" and bias is None and needs.a and needs.b)
-    return Problem(tuple(shape[:-1]), shape[-1], b[0].shape[0], ranks, kinds, needs, len(m) > 0, round_norm, keep_z)
+    return Problem(
+        tuple(shape[:-1]), shape[-1], b[0].shape[0], ranks, kinds, needs, len(m) > 0, round_norm, base, keep_z
+    )
+
+
+def held_by(weight: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The tensors of a base, a plain one in the dtype of the products."""
+    inner = tensors_of(weight)
+    return (weight.to(kind),) if inner is None else inner(weight)
+
+
+def needs_of(
+    x: torch.Tensor,
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    bias: MaybeTensor,
+    m: Sequence[torch.Tensor],
+    save: str,
+) -> tuple[Needs, bool]:
+    """What asks for gradients, and whether z is kept for those of the magnitudes. As for one adapter (ops/linear.py): y
+    lacks what a bias drowns, and z again takes all that A's and B's keep."""
+    train = torch.is_grad_enabled()
+
+    def asks(*tensors: MaybeTensor) -> bool:
+        return train and any(t is not None and t.requires_grad for t in tensors)
+
+    needs = Needs(asks(x), asks(*a), asks(*b), asks(bias), asks(*m))
+    return needs, needs.m and not (save == "auto" and bias is None and needs.a and needs.b)
 
 
 def common(tensors: Sequence[torch.Tensor]) -> torch.dtype:
@@ -116,33 +167,52 @@ def kinds_of(*groups: Sequence[torch.Tensor]) -> list[torch.dtype] | None:
     return None if all(len(set(some)) <= 1 for some in kinds) else [kind for some in kinds for kind in some]
 
 
-def gradients(problem: Problem, dy: torch.Tensor, saved: Saved) -> tuple[MaybeTensor, ...]:
+def gradients(problem: Problem, dy: torch.Tensor, saved: Sequence[MaybeTensor]) -> tuple[MaybeTensor, ...]:
     """What ``backward`` gives, of tensors as autograd has them."""
     if not dy.is_contiguous():
         dy = addressable(dy)
         if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
             dy = dy.contiguous()
-    return backward(problem, dy, saved._replace(x=None if saved.x is None else addressable(saved.x)))
+    scales, x, *others = saved
+    return backward(problem, dy, (scales, None if x is None else addressable(x), *others))
 
 
-def lora_linear_batch(
+def linear_batch(
     x: torch.Tensor,
     weight: torch.Tensor,
     adapters: Sequence[Adapter],
     which: torch.Tensor,
     bias: MaybeTensor,
     training: bool,
+    round_norm: bool = False,
+    save: str = "auto",
 ) -> torch.Tensor:
-    """y, by way of the operator."""
+    """y, by way of the operator; DoRA's where the adapters have magnitudes."""
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.dtype != torch.float64:
-        x, weight = x.to(dtype), weight.to(dtype)
+        x = x.to(dtype)
+    held = held_by(weight, x.dtype)
     rates = [float(one.dropout_p) if training else 0.0 for one in adapters]
     number = torch.ones((), device=x.device, dtype=torch.float32)  # torch.full would recompile
     scalings = [one.scaling if isinstance(one.scaling, torch.Tensor) else number * one.scaling for one in adapters]
-    small = [one.lora_A for one in adapters] + [one.lora_B for one in adapters]
+    a, b = [one.lora_A for one in adapters], [one.lora_B for one in adapters]
+    m = [one.lora_magnitude_vector for one in adapters if one.lora_magnitude_vector is not None]
+    keep_z = needs_of(x, a, b, bias, m, save)[1]
     seed = draw_seed(x.device) if any(rates) else None
-    return torch.ops.lora_fast.lora_batch(x, bias, small, which, weight, scalings, seed, rates)
+    given = (
+        x,
+        bias,
+        [*a, *b, *m],
+        which,
+        held,
+        scalings,
+        seed,
+        rates,
+        round_norm and rounds_norm(weight),
+        base_of(weight),
+        keep_z,
+    )
+    return torch.ops.lora_fast.lora_batch(*given)
 
 
 def _alone(*args: Any) -> torch.Tensor:
@@ -150,17 +220,28 @@ def _alone(*args: Any) -> torch.Tensor:
 
 
 def _forward(*args: Any) -> list[torch.Tensor]:
-    """y, the scales, the room, and the mask's bits if there are any."""
+    """y, the scales, the room, and what there is of the mask's bits and z."""
     given = _Given(*args)
-    x, bias, small, which, weight, scalings, seed, rates = given
+    x, bias, small, which, held, scalings, seed, rates, *flags = given
     forms = [(t.dtype, t.shape) for t in small]
-    key = x.device, x.dtype, x.shape, x.stride(), *forms, dtype_of(bias), weight.stride()
+    key = (
+        x.device,
+        x.dtype,
+        x.shape,
+        x.stride(),
+        *forms,
+        dtype_of(bias),
+        *(t.stride() for t in held),
+        len(rates),
+        *flags,
+    )
     problem = _problems.get(key) or _problems.keep(key, given.problem())
     with on(x.device):
         numbers = numbers_of(problem.ranks, scalings, rates, problem.lifted, x.device)
-        call = Call(weight, which.contiguous(), numbers, seed)
-        y, made = forward(problem, call, addressable(x), *beside(small, len(small) // 2)[:2], contiguous(bias))
-    return [t for t in (y, numbers.scales, made.room, made.bits) if t is not None]
+        call = Call(tuple(held), which.contiguous(), numbers, seed)
+        a, b, m = beside(small, len(rates))
+        y, made = forward(problem, call, addressable(x), a, b, contiguous(bias), m)
+    return [t for t in (y, numbers.scales, made.room, made.bits, made.z) if t is not None]
 
 
 def _forward_fake(*args: Any) -> list[torch.Tensor]:
@@ -173,53 +254,57 @@ def _forward_fake(*args: Any) -> list[torch.Tensor]:
     ]
     if given.seed is not None:
         found.append(x.new_empty(problem.m, -(-problem.k // 32), dtype=torch.int32))
+    if given.keep_z:
+        found.append(torch.empty_like(found[0]))
     return found
 
 
 def _gradients(dy: torch.Tensor, saved: Sequence[MaybeTensor], k: int, *rest: Any) -> list[torch.Tensor]:
-    """dx and the gradients of A's, B's and bias that are needed, in this order."""
-    ranks, *kinds, needs = rest
+    """dx and the gradients of A's, B's, bias and magnitudes that are needed, in this order."""
+    ranks, *kinds, needs, dora, base, keep_z = rest
     strides = (None if t is None else (t.dtype, t.stride()) for t in saved)
-    key = dy.device, dy.dtype, dy.shape, k, *ranks, *kinds, *needs, *strides
+    key = dy.device, dy.dtype, dy.shape, k, *ranks, *kinds, *needs, dora, base, keep_z, *strides
     problem = _problems.get(key)
     if problem is None:
-        every = Kinds(dy.dtype, *kinds)
-        problem = Problem(dy.shape[:-1], k, dy.shape[-1], Ranks(tuple(ranks)), every, Needs(*needs))
+        every, asks = Kinds(dy.dtype, *kinds), Needs(*needs)
+        problem = Problem(dy.shape[:-1], k, dy.shape[-1], Ranks(tuple(ranks)), every, asks, dora, False, base, keep_z)
         _problems.keep(key, problem)
     with on(dy.device):
-        grads = gradients(problem, dy, Saved(*saved))  # type: ignore[arg-type]
+        grads = gradients(problem, dy, saved)
     return [grad for grad in grads if grad is not None]
 
 
 def _gradients_fake(dy: torch.Tensor, saved: Any, k: int, *rest: Any) -> list[torch.Tensor]:
-    ranks, *kinds, needs = rest
-    shapes = (*dy.shape[:-1], k), (sum(ranks) * k,), (sum(ranks) * dy.shape[-1],), (dy.shape[-1],)
-    made = zip(shapes, (dy.dtype, *kinds), needs[:4], strict=True)
+    ranks, *kinds, needs, _, _, _ = rest
+    n = dy.shape[-1]
+    shapes = (*dy.shape[:-1], k), (sum(ranks) * k,), (sum(ranks) * n,), (n,), (len(ranks), n)
+    made = zip(shapes, (dy.dtype, *kinds), needs, strict=True)
     return [dy.new_empty(shape, dtype=kind) for shape, kind, need in made if need]
 
 
 class _Batch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: MaybeTensor, *rest: Any) -> torch.Tensor:
-        *small, which, weight, scalings, seed, rates = rest
-        n, needed = len(small) // 2, ctx.needs_input_grad
-        given = _Given(x, bias, small, which, weight, scalings, seed, rates)
-        needs = needed[0], any(needed[2 : 2 + n]), any(needed[2 + n : 2 + 2 * n]), needed[1]
+        *small, which, held, scalings, seed, rates, round_norm, base, keep_z = rest
+        given = _Given(x, bias, small, which, held, scalings, seed, rates, round_norm, base, keep_z)
+        n, (asks_x, asks_bias, *asks) = len(rates), ctx.needs_input_grad[: 2 + len(small)]
+        needs = asks_x, any(asks[:n]), any(asks[n : 2 * n]), asks_bias, any(asks[2 * n :])
         problem = given.problem(*needs)
-        y, scales, room, *bits = torch.ops.lora_fast.lora_batch_fwd(*given)
-        made = Made(room, bits[0] if bits else None)
-        ctx.save_for_backward(*to_save(problem, scales, x, made, weight, y))
-        kinds = [kind or x.dtype for kind in problem.kinds[1:4]]
-        ctx.rest = problem.k, list(problem.ranks.of), *kinds, [*needs, False]
-        ctx.problem, ctx.small = problem, kinds_of(small[:n], small[n:])
+        y, scales, room, *others = torch.ops.lora_fast.lora_batch_fwd(*given)
+        bits = None if seed is None else others.pop(0)
+        made = Made(room, bits, others.pop() if keep_z else None)
+        ctx.save_for_backward(*to_save(problem, held, scales, x, made, y))
+        kinds = [kind or x.dtype for kind in problem.kinds[1:]]
+        ctx.rest = problem.k, list(problem.ranks.of), *kinds, list(needs), problem.dora, base, keep_z
+        ctx.problem, ctx.asks, ctx.small = problem, asks, kinds_of(*given.groups)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        found = torch.ops.lora_fast.lora_batch_bwd(dy, ctx.saved_tensors, *ctx.rest)
-        needs = ctx.rest[-1]
-        dx, grad_a, grad_b, grad_bias = (found.pop(0) if need else None for need in needs[:4])
-        return dx, grad_bias, *each(ctx.problem, (grad_a, grad_b), ctx.small, ctx.needs_input_grad[2:-5]), *(None,) * 5
+        found = torch.ops.lora_fast.lora_batch_bwd(dy, saved_by(ctx), *ctx.rest)
+        dx, grad_a, grad_b, grad_bias, grad_m = (found.pop(0) if need else None for need in ctx.problem.needs)
+        grads = (grad_a, grad_b, grad_m) if ctx.problem.dora else (grad_a, grad_b)
+        return dx, grad_bias, *each(ctx.problem, grads, ctx.small, ctx.asks), *(None,) * 8
 
 
 def _recorded(*args: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch.compiler import is_compiling
 
 from lora_fast import dispatch
-from lora_fast.bases.packed import PackedWeight
+from lora_fast.bases.packed import PackedWeight, first_of
 from lora_fast.batch import reference
 from lora_fast.batch.form import Adapter
 from lora_fast.checks import check_dora, check_linear
@@ -129,13 +129,11 @@ def _settle(
     from lora_fast.batch.fused import FusedBatch, why_apart
 
     why = why_apart(weight)
-    if form == "dora" and is_compiling():
-        why = "DoRA in a batch is no operator for torch.compile yet"
     if why:
         dispatch.tell("runs the adapters of a batch one after the other", why)
         return plain
     if is_compiling():
-        return custom_op.lora_linear_batch
+        return partial(custom_op.linear_batch, **dict(zip(("round_norm", "save"), options, strict=False)))
     return FusedBatch(x, weight, adapters, bias, *options)
 
 
@@ -191,14 +189,16 @@ def _recall(
     x: Any, weight: Any, adapters: Any, which: Any, bias: Any, training: Any, *asked: Any
 ) -> tuple[Facts | None, Any]:
     """(facts, what takes calls with these facts), as for a single layer; no facts where numbers are wrong or something
-    is no tensor, which the checks will say, for packed weights, and under compilation."""
-    if is_compiling() or type(training) is not bool or isinstance(weight, PackedWeight):
+    is no tensor, which the checks will say, and under compilation."""
+    if is_compiling() or type(training) is not bool:
         return None, None
     try:
         a, b, scalings, rates, magnitudes = zip(*adapters, strict=True)
         if not {*map(type, rates)} <= NUMBERS or not all(0 <= p < 1 for p in rates):
             return None, None
-        tensors = None
+        tensors, base, acts_as = None, weight, None
+        if isinstance(weight, PackedWeight):
+            base, acts_as = first_of(weight), (weight.traits, weight.requires_grad)
         if {*map(type, scalings)} <= NUMBERS:
             if not all(map(math.isfinite, scalings)):
                 return None, None
@@ -208,7 +208,8 @@ def _recall(
                 return None, None
         found = (
             facts_of(x),
-            facts_of(weight),
+            facts_of(base),
+            acts_as,
             (which.dtype, which.shape, which.device),
             None if bias is None else facts_of(bias),
             *map(FORM, a),

@@ -6,16 +6,15 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_fast.bases.packed import PackedWeight
-from lora_fast.batch.custom_op import beside, each, gradients, kinds_of, problem_of
+from lora_fast.bases.packed import PackedWeight, rounds_norm, tensors_of
+from lora_fast.batch.custom_op import beside, each, gradients, kinds_of, needs_of, problem_of
 from lora_fast.batch.form import Adapter, MaybeTensor
 from lora_fast.dispatch import autocast_dtype
 from lora_fast.kernels.batch.problem import Problem
 from lora_fast.kernels.batch.ranks import numbers_of
-from lora_fast.kernels.batch.run import Call, Made, Saved, forward, to_save
-from lora_fast.kernels.problem import Needs
+from lora_fast.kernels.batch.run import Call, Made, forward, to_save
 from lora_fast.ops.linear import draw_seed
-from lora_fast.ops.parts import addressable, contiguous, on, saved_by
+from lora_fast.ops.parts import addressable, base_of, contiguous, on, saved_by
 
 
 def why_apart(weight: torch.Tensor) -> str | None:
@@ -23,7 +22,7 @@ def why_apart(weight: torch.Tensor) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is at work"
     if isinstance(weight, PackedWeight):
-        return f"the base weight is an {type(weight).__name__}"
+        return f"products over an {type(weight).__name__} take x in 8 bits" if weight.E4M3_PRODUCTS else None
     return None if weight.stride(1) == 1 else "rows of the base weight are not contiguous"
 
 
@@ -40,18 +39,15 @@ class FusedBatch:
         round_norm: bool = False,
         save: str = "auto",
     ) -> None:
-        dtype, train = autocast_dtype(x.device), torch.is_grad_enabled()
+        dtype = autocast_dtype(x.device)
         self.kind = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
         a, b = [one.lora_A for one in adapters], [one.lora_B for one in adapters]
         m = [one.lora_magnitude_vector for one in adapters if one.lora_magnitude_vector is not None]
-
-        def asks(*tensors: MaybeTensor) -> bool:
-            return train and any(t is not None and t.requires_grad for t in tensors)
-
-        needs = Needs(asks(x), asks(*a), asks(*b), asks(bias), asks(*m))
-        self.problem = problem_of(x.shape, self.kind, a, b, bias, needs, m, round_norm, save)
+        needs, keep_z = needs_of(x, a, b, bias, m, save)
+        rounds = round_norm and rounds_norm(weight)
+        self.problem = problem_of(x.shape, self.kind, a, b, bias, needs, m, rounds, base_of(weight), keep_z=keep_z)
         self.records, self.kinds = any(needs), kinds_of(a, b, m)
-        self.casts = x.dtype != self.kind or weight.dtype != self.kind
+        self.casts, self.tensors_of = x.dtype != self.kind, tensors_of(weight)
 
     def __call__(
         self,
@@ -64,14 +60,15 @@ class FusedBatch:
     ) -> torch.Tensor:
         with on(x.device):
             if self.casts:
-                x, weight = x.to(self.kind), weight.to(self.kind)
+                x = x.to(self.kind)
+            held = (weight.to(self.kind),) if self.tensors_of is None else self.tensors_of(weight)
             a, b, scalings, rates, m = zip(*adapters, strict=True)
             if not training:
                 rates = (0.0,) * len(rates)
             seed = draw_seed(x.device) if any(rates) else None
             small = (*a, *b, *m) if self.problem.dora else (*a, *b)
             numbers = numbers_of(self.problem.ranks, scalings, rates, self.problem.lifted, x.device)
-            call = Call(weight, which.contiguous(), numbers, seed)
+            call = Call(held, which.contiguous(), numbers, seed)
             if not self.records:
                 return _forward(self.problem, call, x, small, contiguous(bias))[0]
             y = _apply(x, contiguous(bias), self, call, *small)
@@ -99,7 +96,7 @@ class _Batch(torch.autograd.Function):
         problem = fused.problem
         call.defers = not problem.needs.m  # the gradient of a magnitude reads z
         y, made = _forward(problem, call, x, small, bias)
-        ctx.save_for_backward(*to_save(problem, call.numbers.scales, x, made, call.weight, y))
+        ctx.save_for_backward(*to_save(problem, call.held, call.numbers.scales, x, made, y))
         ctx.rest = problem, fused.kinds
         return y
 
@@ -115,7 +112,7 @@ _apply = super(torch.autograd.Function, _Batch).apply
 
 def _backward_of(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
     problem, kinds = ctx.rest
-    dx, grad_a, grad_b, grad_bias, grad_m = gradients(problem, dy, Saved(*saved_by(ctx)))
+    dx, grad_a, grad_b, grad_bias, grad_m = gradients(problem, dy, saved_by(ctx))
     grads = (grad_a, grad_b, grad_m) if problem.dora else (grad_a, grad_b)
     return dx, grad_bias, None, None, *each(problem, grads, kinds, ctx.needs_input_grad[4:])
 

@@ -1,6 +1,8 @@
 """Several adapters in one batch on the kernels: the error rule, blocks of rows that adapters share, NaN, dropout, many
 adapters, and what autograd makes of it."""
 
+import warnings
+
 import pytest
 import torch
 from accuracy import compare
@@ -12,7 +14,8 @@ if not TRITON:
 from batches import an_adapter, results
 from fused import seed_drawn
 
-from lora_fast import dora_linear_batch, lora_linear_batch
+from lora_fast import SlowPathWarning, dora_linear_batch, lora_linear_batch
+from lora_fast.bases.four_bits import BlockWeight, Mxfp4Weight, Nf4Weight
 from lora_fast.batch import reference
 from lora_fast.kernels import mask
 
@@ -101,6 +104,19 @@ def test_error_rule_with_rows_in_any_order(dtype):
 def test_dora(device, dtype, bias, p):
     seeds = range(2 if device == "cpu" else 16)
     hold([drawn((33, 70, 45), (16, 3, 40), dtype, device, seed, p, bias, True) for seed in seeds], dtype)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", [BlockWeight, Nf4Weight, Mxfp4Weight])
+def test_packed_bases_have_the_bits_of_their_dense_form(device, kind, dora):
+    x, weight, adapters, which, _, dy = drawn((40, 64, 48), (8, 5), HALF, device, bias=False, dora=dora)
+    packed = kind.quantise(weight)
+    expected = results(fused, x, packed.multiplied(), adapters, which, None, dy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowPathWarning)
+        for _ in range(2):  # the second by what was settled for such calls
+            found = results(fused, x, packed, adapters, which, None, dy)
+            assert all(torch.equal(t, expected[name]) for name, t in found.items())
 
 
 @pytest.mark.parametrize("dtype, bias", [(FLOAT, True), (HALF, False)], ids=str)

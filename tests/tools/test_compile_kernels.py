@@ -35,6 +35,8 @@ BATCH = (
     "_squares_kernel",
     "_dots_kernel",
     "_gains_kernel",
+    "_mixed_kernel",
+    "_magnitudes_kernel",
 )
 EXPERTS = "_place_kernel", "_experts_rows_kernel", "_experts_kernel", "_experts_columns_kernel", "_collect_kernel"
 
