@@ -191,8 +191,10 @@ def _recall(
     x: Any, weight: Any, adapters: Any, which: Any, bias: Any, training: Any, *asked: Any
 ) -> tuple[Facts | None, Any]:
     """(facts, what takes calls with these facts), as for a single layer; no facts where numbers are wrong or something
-    is no tensor, which the checks will say, for packed weights, and under compilation."""
-    if is_compiling() or type(training) is not bool or isinstance(weight, PackedWeight):
+    is no tensor, which the checks will say, for packed weights, and under compilation and transforms of torch.func."""
+    if is_compiling() or torch._C._are_functorch_transforms_active():
+        return None, None
+    if type(training) is not bool or isinstance(weight, PackedWeight):
         return None, None
     try:
         a, b, scalings, rates, magnitudes = zip(*adapters, strict=True)
