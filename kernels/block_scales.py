@@ -65,7 +65,8 @@ def _scaled_kernel(
     """``over``: the scales of the rows, TURNED of the columns, over which W, rounded to KIND, goes to e4m3; without
     them W stays in KIND. With a gain only the rows for which it is below WEAK. BLOCK None: a scale for each row."""
     wait_for_stream(PDL)
-    row, col = tl.program_id(1) * ROWS, tl.program_id(0) * COLUMNS
+    across = tl.cdiv(K, COLUMNS)  # programs; a second axis of the grid would end at 65535 of them
+    row, col = tl.program_id(0) // across * ROWS, tl.program_id(0) % across * COLUMNS
     rows, cols = row + tl.arange(0, ROWS)[:, None], col + tl.arange(0, COLUMNS)[None, :]
     inside = (rows < N) & (cols < K)
     if gain_ptr is not None:
@@ -134,7 +135,7 @@ def _written(
     units = COMPILED.value and Chip.of(out.device).capability >= 89
     return launch(
         _scaled_kernel,
-        (triton.cdiv(k, columns), triton.cdiv(n, rows)),
+        (triton.cdiv(k, columns) * triton.cdiv(n, rows),),
         {"num_warps": 4},
         out,
         short=True,

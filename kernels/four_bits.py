@@ -115,7 +115,9 @@ def _rows_kernel(
     PDL: tl.constexpr,
 ):
     """With a gain only the rows for which it is below WEAK."""
-    row, lane = tl.program_id(1) * ROWS, tl.program_id(0) * THREADS + tl.arange(0, THREADS)
+    across = tl.cdiv(K16, THREADS)  # programs; a second axis of the grid would end at 65535 of them
+    row = tl.program_id(0) // across * ROWS
+    lane = tl.program_id(0) % across * THREADS + tl.arange(0, THREADS)
     wait_for_stream(PDL)
     w = Stored(packed_ptr, absmax_ptr, table_ptr, code2_ptr, absmax2_ptr, offset_ptr)
     words, scales, factors, places, wanted = (), (), (), (), ()
@@ -248,7 +250,7 @@ def by_rows(
     n, k = out.shape
     return launch(
         _rows_kernel,
-        (triton.cdiv(k // 16, THREADS), triton.cdiv(n, ROWS)),
+        (triton.cdiv(k // 16, THREADS) * triton.cdiv(n, ROWS),),
         {"num_warps": THREADS // 32},
         out,
         short=True,

@@ -143,7 +143,7 @@ def forward(
         program, bound = bound_program(group, key, Forward, given)
     first = len(program.launches) - program.late
     program.run(bound, 0, first)
-    return ys, made, Deferred(program, bound, first, (x,)) if program.late else None
+    return ys, made, Deferred(program, bound, first) if program.late else None
 
 
 def backward(

@@ -254,7 +254,7 @@ def forward(
         program, bound = bound_program(mlp, tuple(key), Forward, given)
     first = len(program.launches) - program.late
     program.run(bound, 0, first)
-    return y, made, Deferred(program, bound, first, (h,)) if program.late else None
+    return y, made, Deferred(program, bound, first) if program.late else None
 
 
 def backward(

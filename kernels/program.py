@@ -95,7 +95,7 @@ class Bound(NamedTuple):
 
     launches: list[tuple[Any, ...]] | None  # None: Triton launches, and the values are tensors and numbers
     values: list[Any]
-    own: torch.Tensor | None  # memory among the values
+    held: tuple[Any, ...]  # what addresses among the values are of: launches that wait need it as it is
 
 
 class Program:
@@ -134,7 +134,6 @@ class Program:
     def bind(self, *args: Any) -> Bound | None:
         """The arguments, of which the first is a tensor, as the launches take them; None where the launches do not
         hold for where they start."""
-        own = None
         if self.own is not None:
             own = allocator(args[0])(self.own, dtype=torch.uint8)
             args = *args, own
@@ -142,7 +141,7 @@ class Program:
         if self.direct is None:
             if self.aligned and starts(args) is not None:
                 return None
-            return Bound(None, [*values, *(view.of(args) for view in self.views), None], own)
+            return Bound(None, [*values, *(view.of(args) for view in self.views), None], args)
         bits = 0
         for i in self.tensors:
             values[i] = address = values[i].data_ptr()
@@ -155,7 +154,7 @@ class Program:
         for i, maps in self.maps:
             values.append(maps.known.get(values[i]) or maps.encode(values[i]))
         values += self.fixed
-        return Bound(self.direct, values, own)
+        return Bound(self.direct, values, args)
 
     def run(self, bound: Bound, first: int = 0, last: int | None = None) -> None:
         """Launch these of the steps, all but the last for ``last=-1``, on the device's current stream."""

@@ -237,12 +237,11 @@ class Kept(NamedTuple):
 
 
 class Deferred(NamedTuple):
-    """Launches that wait until what the backward reads is saved, and tensors that they read."""
+    """Launches that wait until what the backward reads is saved."""
 
     program: Program
     bound: Bound
     first: int
-    held: tuple[torch.Tensor, ...]
 
     def run(self) -> None:
         self.program.run(self.bound, self.first)

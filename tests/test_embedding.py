@@ -175,6 +175,19 @@ def test_a_gradient_that_is_not_finite_stays_with_its_id(device, value):
     torch.testing.assert_close(found, clean)
 
 
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
+def test_tf32_is_as_torch_is_set_now(device):
+    """Forward and backward, whatever it was in the step before."""
+    given, dy = draw((40, 30, 48, 24), FLOAT, device)
+    steps = {}
+    for allowed in (True, False, True):
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        found = list(results(ours("triton"), given, dy, True).values())
+        steps.setdefault(allowed, found)
+        assert all(map(torch.equal, steps[allowed], found))
+    assert not any(map(torch.equal, steps[True], steps[False]))
+
+
 @pytest.mark.interpreted
 def test_gradcheck():
     given, _ = draw((5, 7, 4, 2), DOUBLE, "cpu")

@@ -21,7 +21,6 @@ class Call:
 
     defers = False
     deferred: tuple[Program, Bound, int] | None = None
-    x: torch.Tensor  # as the launches read it
 
     def __init__(
         self, held: tuple[torch.Tensor, ...], which: torch.Tensor, numbers: Numbers, seed: torch.Tensor | int | None

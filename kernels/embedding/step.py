@@ -10,7 +10,7 @@ import triton
 from lora_fast.kernels import pass_tiles
 from lora_fast.kernels.binding import bound_program
 from lora_fast.kernels.chip import Chip
-from lora_fast.kernels.common import padded_rank, wide
+from lora_fast.kernels.common import padded_rank, precision, wide
 from lora_fast.kernels.embedding.grad import column_sums, down_of_dy, runs_of_ids, sums_of_parts
 from lora_fast.kernels.embedding.norm import column_norms
 from lora_fast.kernels.embedding.rows import rows_of_y
@@ -126,7 +126,7 @@ def forward(
         gain = torch.empty_like(norm)
     if m is not None or y.numel():
         program, bound = bound_program(
-            problem, (forward_launches,), Forward, (weight, ids, a, b, scaling, factor, m, y, norm, gain)
+            problem, (forward_launches, _exact()), Forward, (weight, ids, a, b, scaling, factor, m, y, norm, gain)
         )
         program.run(bound)
     return y, norm, gain
@@ -160,6 +160,11 @@ def backward(
         if of_a:
             found, order = torch.sort(ids, stable=True)
         given = dy, ids, found, order, weight, a, b, scaling, factor, norm, gain, padding, da, db, dm
-        program, bound = bound_program(problem, (backward_launches, *needs), Backward, given)
+        program, bound = bound_program(problem, (backward_launches, _exact(), *needs), Backward, given)
         program.run(bound)
     return da, db, dm
+
+
+def _exact() -> str:
+    """How float32 products are made: torch's setting may change."""
+    return precision(torch.float32, 256)

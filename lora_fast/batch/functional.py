@@ -189,8 +189,8 @@ def _recall(
     x: Any, weight: Any, adapters: Any, which: Any, bias: Any, training: Any, *asked: Any
 ) -> tuple[Facts | None, Any]:
     """(facts, what takes calls with these facts), as for a single layer; no facts where numbers are wrong or something
-    is no tensor, which the checks will say, and under compilation."""
-    if is_compiling() or type(training) is not bool:
+    is no tensor, which the checks will say, and under compilation and transforms of torch.func."""
+    if is_compiling() or torch._C._are_functorch_transforms_active() or type(training) is not bool:
         return None, None
     try:
         a, b, scalings, rates, magnitudes = zip(*adapters, strict=True)

@@ -82,8 +82,7 @@ def _forward(
     problem: Problem, call: Call, x: torch.Tensor, small: Sequence[torch.Tensor], bias: MaybeTensor
 ) -> tuple[torch.Tensor, Made]:
     a, b, magnitudes = beside(small, len(problem.ranks.of))
-    call.x = addressable(x)  # which the launch that waits reads, as an address alone
-    return forward(problem, call, call.x, a, b, bias, magnitudes)
+    return forward(problem, call, addressable(x), a, b, bias, magnitudes)
 
 
 class _Batch(torch.autograd.Function):

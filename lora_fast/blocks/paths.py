@@ -20,8 +20,8 @@ calls: dict[Facts, Callable[..., Any]] = {}  # what takes them, by their facts
 
 def recall(x: Any, layers: Sequence[Any], training: Any, *asked: Any) -> tuple[Facts | None, Any]:
     """(facts, what takes calls with these facts), as for a single layer; no facts where numbers are wrong or something
-    is no tensor, which the checks will say, and under compilation."""
-    if is_compiling() or type(training) is not bool:
+    is no tensor, which the checks will say, and under compilation and transforms of torch.func."""
+    if is_compiling() or type(training) is not bool or torch._C._are_functorch_transforms_active():
         return None, None
     facts: list[Any] = []
     try:

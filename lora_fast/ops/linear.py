@@ -140,7 +140,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, x: Any, lora_A: Any, lora_B: Any, bias: Any, magnitude: Any, fused: Any, call: Any) -> Any:
         problem, scaling = fused.problem, call.scaling
         call.defers = not problem.needs.m  # the gradient of the magnitude reads y or z
-        rows = call.x = x if fused.addressable else addressable(x)  # which the launch that waits reads, by its address
+        rows = x if fused.addressable else addressable(x)
         y, made = forward(problem, call, rows, lora_A, lora_B, bias, magnitude)
         saved = to_save(problem, made, call.held, x, lora_A, lora_B, y)
         if isinstance(scaling, torch.Tensor):

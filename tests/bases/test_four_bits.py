@@ -179,6 +179,23 @@ def test_a_layer_has_the_bits_of_one_over_the_dense_weight(device, kind, e4m3, c
             assert all(t.isfinite().all() for t in ours)
 
 
+@needs_triton
+def test_rows_that_several_programs_write(device):
+    from lora_fast.kernels import four_bits
+    from lora_fast.kernels.nibbles import Stored
+    from lora_fast.kernels.operands import run
+
+    def fill(out, scale, packed, absmax, table):
+        told = {"low_first": False, "kind": torch.float16, "gain": None, "weak": 0.0}
+        return four_bits.by_rows(Stored(packed, absmax, table), out, scale, **told)
+
+    weight = BlockWeight.quantise(normal(16, 2112, torch.float16, device))
+    dense = Fp8Weight.quantise(weight.dequantise())
+    out = torch.zeros_like(dense.rows)
+    run(fill, out=out, scale=dense.row_scale, packed=weight.packed, absmax=weight.absmax, table=weight.table)
+    assert torch.equal(out.view(torch.uint8), dense.rows.view(torch.uint8))
+
+
 @pytest.mark.parametrize("kind", EXACT)
 def test_the_reference_is_that_over_the_dense_weight(kind):
     for call in (CALLS[0], CALLS[3]):

@@ -10,7 +10,7 @@ from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.kernels import bases
 from lora_fast.kernels.common import wait_for_stream
-from lora_fast.kernels.operands import launch
+from lora_fast.kernels.operands import Operand, launch
 
 
 @triton.jit
@@ -78,3 +78,22 @@ def test_acts_as_its_dense_form():
     assert type(moved) is Halves and moved.dtype == torch.bfloat16
     packed.copy_(-weight)
     assert torch.equal(as_plain(packed), -weight)
+
+
+@pytest.mark.parametrize("name", [name for name, base in bases.BASES.items() if base.unpack_y])
+def test_no_number_of_rows_is_too_many(name):
+    """A grid has 65535 programs on its second axis, and a vocabulary or the experts of a layer have more rows."""
+
+    def operand(*shape, kind=torch.uint8):
+        strides = tuple(torch.empty(shape, device="meta").stride())
+        return Operand(0, shape, strides, kind, torch.device("cpu"))
+
+    base, n, k, wide = bases.BASES[name], 2**22, 2048, torch.float32
+    shapes = {"stored": (n, k), "scale": (n // 128, k // 128), "packed": (n * k // 2,), "absmax": (n * k // 64,)}
+    shapes |= {"row_scale": (n,), "col_scale": (k,), "table": (16,)}
+    kinds = {"stored": torch.uint8, "packed": torch.uint8}
+    held = [operand(*shapes.get(tensor, (1,)), kind=kinds.get(tensor, wide)) for tensor in base.tensors]
+    wanted = bases.Wanted(n, k, torch.bfloat16, operand(2 * n * k))
+    for read in (base.y(held, wanted), base.dx(held, wanted)):
+        (made,) = read.launches
+        assert max(made.grid[1:]) <= 65535 and made.grid[0] < 2**31

@@ -13,6 +13,7 @@ if not TRITON:
 
 from batches import an_adapter, results
 from fused import seed_drawn
+from kept import launched
 
 from lora_fast import SlowPathWarning, dora_linear_batch, lora_linear_batch
 from lora_fast.bases.four_bits import BlockWeight, Mxfp4Weight, Nf4Weight
@@ -266,6 +267,22 @@ def test_only_what_asks_for_a_gradient_gets_one(device):
     assert torch.equal(leaf.grad, truth["dlora_B1"])
     with torch.no_grad():
         assert torch.equal(fused(x, weight, adapters, which, bias), y)
+
+
+@pytest.mark.filterwarnings("ignore:.*transform of torch.func")
+def test_a_transform_after_a_step(device):
+    """Runs the adapters one after the other; what took the step before does not serve it, nor this a step."""
+    x, weight, (adapter,), which, bias, dy = drawn((24, 32, 24), (5,), FLOAT, device)
+    leaf = adapter.lora_B.clone().requires_grad_()
+
+    def of(b):
+        return (fused(x, weight, [adapter._replace(lora_B=b)], which, bias) * dy).sum()
+
+    for _ in range(2):
+        with launched() as started:
+            (expected,) = torch.autograd.grad(of(leaf), leaf)
+        assert started
+        torch.testing.assert_close(torch.func.grad(of)(leaf.detach()), expected)
 
 
 def test_two_runs_give_the_same_bits_and_write_nothing_else(device):

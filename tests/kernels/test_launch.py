@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,6 +122,20 @@ def test_a_part_of_a_program(seen):
     assert [launched[0] for launched in seen[4:]] == ["first", "second"]
 
 
+def test_what_waits_holds_what_it_reads(seen):
+    """A launch that waits has addresses: nobody else may get the memory before it is started."""
+    program = Program(2, [launch("first", 0, 0), launch("second", 1, 1)])
+    program(torch.zeros(2), torch.zeros(2))
+    room = torch.zeros(2)
+    bound, there = program.bind(torch.zeros(2), room), weakref.ref(room)
+    program.run(bound, 0, -1)
+    del room
+    assert there() is not None
+    program.run(bound, -1)
+    del bound
+    assert there() is None
+
+
 def test_memory_of_its_own(seen):
     """Made anew in each run, for the launches' views into it."""
     program = Program(
@@ -132,8 +147,9 @@ def test_memory_of_its_own(seen):
         seen.clear()
         bound = program.bind(x, 3)
         program.run(bound)
-        assert bound.own.nbytes == 192
-    start = bound.own.data_ptr()
+    own = bound.held[-1]
+    start = own.data_ptr()
+    assert own.nbytes == 192
     assert seen[0][-1] == (x.data_ptr(), start + 128) and seen[1][-1] == (start, 3)
 
 
