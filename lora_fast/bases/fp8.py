@@ -71,7 +71,8 @@ class Fp8Weight(PackedWeight):
     def check(cls, weight: torch.Tensor) -> None:
         """Raise what :meth:`quantise` would."""
         if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32) or isinstance(weight, PackedWeight):
-            raise TypeError(f"weight: got {weight.dtype}, expected float16, bfloat16 or float32 to quantise")
+            got = f"one in {weight.LABEL}" if isinstance(weight, PackedWeight) else weight.dtype
+            raise TypeError(f"weight: got {got}, expected float16, bfloat16 or float32 to quantise")
         if weight.dim() != 2 or not weight.numel():
             raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, K], not empty")
         if dispatch.has_data(weight) and not torch.isfinite(weight.detach()).all():

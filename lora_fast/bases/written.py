@@ -48,7 +48,7 @@ class WrittenWeight(PackedWeight):
     def check(cls, weight: torch.Tensor) -> None:
         """Raise what :meth:`quantise` would."""
         if isinstance(weight, PackedWeight):
-            raise TypeError(f"weight: got an {type(weight).__name__}, expected a plain one to quantise")
+            raise TypeError(f"weight: got one in {weight.LABEL}, expected a plain one to quantise")
         Fp8Weight.check(weight)
         if cls.E4M3_PRODUCTS:
             check_for_e4m3(weight.shape)

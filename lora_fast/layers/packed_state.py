@@ -63,9 +63,17 @@ class Stack(NamedTuple):
     experts: int
     turned: bool
 
-    def rows(self, name: str, t: Any) -> Any:
-        """A tensor of their state dict, as the matrix has it."""
-        return t.flatten(0, 1) if isinstance(t, torch.Tensor) and _by_experts(name, t) and t.dim() > 1 else t
+    def rows(self, key: str, name: str, t: Any) -> Any:
+        """A tensor of their state dict, as the matrix has it.
+
+        Raises:
+            ValueError: it is that of another number of experts.
+        """
+        if not (isinstance(t, torch.Tensor) and _by_experts(name, t) and t.dim() > 1):
+            return t
+        if len(t) != self.experts:
+            raise ValueError(f"{key}{name}: got shape {tuple(t.shape)}, expected {self.experts} experts first")
+        return t.flatten(0, 1)
 
 
 def collect(
@@ -91,7 +99,7 @@ def collect(
         return
     parts = parts if given is None else {"": given, **parts}
     if stack is not None:
-        parts = {name: stack.rows(name, t) for name, t in parts.items()}
+        parts = {name: stack.rows(key, name, t) for name, t in parts.items()}
     found: Any = form.make(parts, shape, own.dtype, key)
     _check(key, found, own.matrix if isinstance(own, PackedStack) else own, assign)
     for name in parts:

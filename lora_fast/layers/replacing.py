@@ -122,6 +122,7 @@ def note_adapted(model: nn.Module) -> None:
     """Note on each module which of its children have adapters, in whatever depth, for :func:`lost`: not every
     replacement is seen."""
     for module in model.modules():
+        forget_adapted(module)
         if names := [name for name, child in module.named_children() if _has_adapter(child)]:
             vars(module)[_CHILDREN] = len(module._modules), names
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_fast.bases.packed import PackedWeight
 from lora_fast.bases.stack import PackedStack
 from lora_fast.bases.written import WrittenWeight
 from lora_fast.blocks.joining import join, part
@@ -24,6 +25,7 @@ from lora_fast.models.adapters import BEFORE, SAVED, TRAINED, check_adapted, nam
 from lora_fast.models.all_linear import layers_before
 from lora_fast.models.config import LoRAConfig
 from lora_fast.models.named import check_addition, remove_named, swap, taken_out, under_name
+from lora_fast.models.packing import guard_saving
 from lora_fast.models.peft_config import from_peft, is_pefts
 from lora_fast.models.projections import missed_by, patterns
 from lora_fast.models.targets import find_parameters, find_targets, holders, matching, resolve_pattern, some
@@ -126,6 +128,8 @@ def _convert(model: nn.Module, config: LoRAConfig, named: bool = False) -> None:
     weights are freed one by one."""
     for layer in _converted(model, config, named):
         layer.quantise_base(config.base_dtype, config.base_compute)
+    if any(isinstance(p, PackedStack) for p in model.parameters()):
+        guard_saving(model)
 
 
 def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[Any]:
@@ -153,6 +157,8 @@ def _converted(model: nn.Module, config: LoRAConfig, named: bool) -> list[Any]:
     to_train = {p for m, own in trained.items() for n, p in m._parameters.items() if n in own and p is not None}
     if tied := [names[m][0] for m in targets if m.weight in to_train]:
         raise ValueError(f"modules_to_save: would train the base weight of {some(tied)}, which is tied to it")
+    if packed := [name for name, p in model.named_parameters() if isinstance(p, PackedWeight) and p in to_train]:
+        raise ValueError(f"modules_to_save: would train {some(packed)}, expected weights that are not in 8 or 4 bits")
 
     excludable: dict[Any, list[str]] = {m: names[m] for m in targets}
     excludable |= {target: full + names[target.module] for target, full in parameters.items()}

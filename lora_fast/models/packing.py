@@ -1,13 +1,18 @@
 """Frozen experts of a model in 8 or 4 bits, with or without adapters."""
 
+import sys
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_fast.bases.four_bits import Mxfp4Weight
+from lora_fast.bases.stack import PackedStack
 from lora_fast.experts.known import DOWN, GATE_UP, form_of, holds_fp8, is_experts
 from lora_fast.layers.experts import AdaptedExperts, check_packable, pack, take_fp8, why_no_experts, why_not_taken
 from lora_fast.layers.held_linears import dtype_beside
+from lora_fast.models.adapters import standing
 from lora_fast.models.targets import holders, some
 from lora_fast.wrappers.names import plain_modules
 
@@ -47,7 +52,64 @@ def pack_experts(model: nn.Module, base_dtype: str) -> nn.Module:
             continue
         for key in (GATE_UP, DOWN):
             pack(module, key, base_dtype)
+    guard_saving(model)
     return model
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Have ``save_pretrained`` of the transformers models in ``model`` go through :class:`Saving`, where it is still
+    their own."""
+    kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    for module in model.modules():
+        if kind is not None and isinstance(module, kind) and "save_pretrained" not in vars(module):
+            vars(module)["save_pretrained"] = Saving(module)
+
+
+class Saving:
+    """``save_pretrained`` of a transformers model with packed experts, which transformers would split up by the names
+    of their weights and read again without their scales.
+
+    Whole where the model's own config says that its checkpoint has such experts. With adapters the file is the state
+    dict, as Trainer's checkpoints need it; without them only ``save_original_format=False`` asks for that.
+
+    Raises:
+        ValueError: packed experts that from_pretrained would not read.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)  # which nothing is to keep
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Saving, (self.model(),)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model()
+        packed = {name: p for name, p in model.named_parameters() if isinstance(p, PackedStack)}
+        unread = [name for name, p in packed.items() if _written_as(p) != _quantisation_of(model)]
+        if unread and not getattr(model, "_hf_peft_config_loaded", False):  # which writes adapters alone
+            if standing(model):
+                kwargs["save_original_format"] = False
+            elif kwargs.get("save_original_format", True):
+                raise ValueError(
+                    f"save_pretrained: has packed experts ({some(unread)}), which from_pretrained would not read; save "
+                    "state_dict(), for a model whose experts are packed alike, or with save_original_format=False"
+                )
+        return type(model).save_pretrained(model, *args, **kwargs)
+
+
+def _written_as(weight: PackedStack) -> str:
+    """The quant_method of checkpoints in transformers that hold such experts by these names; "" without one."""
+    matrix: Any = weight.matrix
+    if weight.base_dtype == "float8_e4m3" and not matrix.by_rows:
+        return "fp8"
+    return "mxfp4" if weight.base_dtype == "mxfp4" and not weight.stored_shape[2] % Mxfp4Weight.BLOCK else ""
+
+
+def _quantisation_of(model: Any) -> Any:
+    """The quant_method of the model's own checkpoint, as its config has it; None without one."""
+    config = getattr(model.config, "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return getattr(method, "value", method)
 
 
 def _is_fp8(module: nn.Module) -> bool:
@@ -65,6 +127,8 @@ def _why_not(module: Any, name: str, base_dtype: str, owners: Any) -> list[str]:
     unfit = []
     for key in (GATE_UP, DOWN):
         weight, why = module._parameters.get(key), why_no_experts(module, key)
+        if isinstance(module, AdaptedExperts) and any(one.merged for one in module.adapters() if one.parameter == key):
+            why = "has an adapter merged into it; unmerge_lora first, or remove_lora"
         if weight is not None and owners[id(weight)] > 1:
             why = "is tied to another parameter"
         if why is not None:

@@ -40,6 +40,9 @@ def test_layers_over_it(make):
         ours, dense = (kind.from_linear(base, r=4) for base in (linear, plain))
         ours.load_state_dict({name: getattr(dense, name) for name in dense.adapter_names}, strict=False)
         assert torch.equal(ours(x), dense(x)) and "4-bit" in str(ours)
+    for base_dtype in ("float8_e4m3", "nf4"):
+        with pytest.raises(TypeError, match="weight: got one in 4-bit, expected"):
+            LoRALinear.from_linear(linear, base_dtype=base_dtype)
     model = add_lora(nn.Sequential(linear), LoRAConfig(r=4, target_modules="all-linear", base_compute="float8_e4m3"))
     assert model[0].weight.BASE == "four_bits_e4m3"
 

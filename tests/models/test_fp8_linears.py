@@ -58,7 +58,7 @@ def test_base_compute():
     plain = nn.Sequential(nn.Linear(16, 16))
     with pytest.raises(ValueError, match="base_compute: got 'float8_e4m3', expected None without a base_dtype"):
         add_lora(plain, LoRAConfig(target_modules="all-linear", base_compute="float8_e4m3"))
-    with pytest.raises(TypeError, match="got an ScaledFp8Weight, expected a plain one to quantise"):
+    with pytest.raises(TypeError, match="got one in scaled fp8, expected a plain one to quantise"):
         add_lora(Net(MAKERS["rows"]), LoRAConfig(target_modules=["first"], base_dtype="nf4"))
 
 

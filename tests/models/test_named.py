@@ -719,6 +719,18 @@ def test_removing_one_and_all():
     several(model, "ab")
 
 
+def test_a_module_that_has_no_adapter_left_lost_none():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4)))
+    add_lora(model, LoRAConfig(r=2, target_modules=["0.0", "1.0"]), name="a")
+    add_lora(model, LoRAConfig(r=2, target_modules=["1.0"]), name="b")
+    remove_lora(model, "a")
+    set_adapter(model, "b")
+    assert len(list(lora_parameters(model))) == 2
+    model[1]._modules["0"] = nn.Linear(4, 4)  # which nothing sees at once
+    with pytest.raises(ValueError, match="has lost adapters"):
+        set_adapter(model, "b")
+
+
 @pytest.mark.medium
 def test_compiled_once_for_all_names():
     from torch._dynamo.testing import CompileCounter

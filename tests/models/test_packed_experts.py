@@ -141,6 +141,23 @@ def test_what_cannot_be_is_an_error_and_leaves_the_model():
     merge_lora(packed)
     with pytest.raises(ValueError, match="merged"):
         layer.quantise_base("nf4")
+    with pytest.raises(ValueError, match=r"cannot pack .*layers.0.mlp.experts.gate_up_proj: has an adapter merged"):
+        pack_experts(packed, "nf4")
+    frozen = pack_experts(moe_model(**SIZES), "nf4")
+    with pytest.raises(ValueError, match="modules_to_save: would train .*experts.gate_up_proj.* 8 or 4 bits"):
+        add_lora(frozen, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp.experts"]))
+    assert all(p.requires_grad != isinstance(p, PackedStack) for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("base_dtype", ["mxfp4", "float8_e4m3"])
+def test_tensors_of_another_number_of_experts_are_refused(base_dtype):
+    model = pack_experts(moe_model(**SIZES), base_dtype)
+    state = model.state_dict()
+    for key in [key for key in state if "experts." in key]:
+        t = state[key]
+        state[key] = t.reshape(2, 2 * t.shape[1], *t.shape[2:])
+    with pytest.raises(RuntimeError, match=r"got shape \(2, 96, .*, expected 4 experts first"):
+        model.load_state_dict(state)
 
 
 @KINDS
@@ -181,6 +198,43 @@ def test_state_dicts_hold_plain_tensors(tmp_path, kind, base_dtype):
         cut = {key: t[:2] if "experts.gate_up_proj" in key and t.dim() > 2 else t for key, t in state.items()}
         cut = cut if base_dtype != "nf4" else {key: t for key, t in state.items() if not key.endswith(".absmax")}
         adapted(kind, base_dtype).load_state_dict(cut)
+
+
+@KINDS
+@DTYPES
+def test_what_save_pretrained_would_scatter_is_an_error(tmp_path, kind, base_dtype):
+    model = pack_experts(moe_model(kind, **SIZES), base_dtype)
+    logits = model(ids()).logits
+    for made in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=r"save_pretrained: has packed experts .*from_pretrained would not read"):
+            made.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+    def check(folder):
+        again = pack_experts(moe_model(kind, **SIZES), base_dtype)
+        state = {key: t for key, t in load_file(folder / "model.safetensors").items() if "lora_" not in key}
+        again.load_state_dict(state, strict=kind == "gpt_oss")  # a tied head is written once
+        assert torch.equal(again(ids()).logits, logits)
+
+    model.save_pretrained(tmp_path / "own", save_original_format=False)
+    check(tmp_path / "own")
+    add_lora(model, LoRAConfig(r=2, target_parameters=BOTH))
+    model.save_pretrained(tmp_path / "adapted")  # as Trainer does
+    check(tmp_path / "adapted")
+    remove_lora(merge_lora(model)).save_pretrained(tmp_path / "merged")
+    assert torch.equal(type(model).from_pretrained(tmp_path / "merged").eval()(ids()).logits, model(ids()).logits)
+    alive = weakref.ref(model)
+    del model, made
+    assert alive() is None
+
+
+def test_save_pretrained_in_the_checkpoints_own_form(tmp_path):
+    model = pack_experts(moe_model("gpt_oss", hidden_size=32, intermediate_size=32), "mxfp4")
+    model.config.quantization_config = transformers.Mxfp4Config(dequantize=True)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    for name, held in stacks(model).items():
+        assert torch.equal(again.get_parameter(name).float(), held.dequantise())
 
 
 def test_blocks_of_128_are_transformers_own_layout():
