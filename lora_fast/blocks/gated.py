@@ -1,7 +1,7 @@
 """Modules that are MLPs, with a gate or without, and have a forward that is one step."""
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,13 +11,34 @@ from torch.nn.modules import module as torch_module
 from lora_fast import dispatch
 from lora_fast.blocks.form import Layer
 from lora_fast.blocks.functional import lora_glu, lora_mlp
-from lora_fast.blocks.recognise import Mlp, is_conv1d
+from lora_fast.blocks.recognise import HOLDERS, Mlp, activation_of, is_conv1d
 from lora_fast.blocks.reference import ACTIVATIONS, halved
-from lora_fast.blocks.siblings import Joins
+from lora_fast.blocks.siblings import SIBLINGS, Joins
+from lora_fast.layers.replacing import CHILDREN
 
 # In the __dict__ of a module, so that it follows deepcopy and pickle: what an MLP is, or why a module that looks like
-# one is none.
-MLP = "_mlp"
+# one is none; and beside an MLP what it was traced with.
+MLP, TRACED = "_mlp", "_mlp_traced"
+NO_SETTINGS = {*vars(nn.Module()), MLP, TRACED, SIBLINGS, CHILDREN}
+
+
+class Traced(NamedTuple):
+    """What an MLP's forward rests on beside its linear layers, as it was when it was traced."""
+
+    children: tuple[str, ...]  # their names
+    activation: str | None  # of the child that is one
+    settings: dict[str, Any]  # but for those that are lists and the like, which have no changes that could be seen
+
+    @classmethod
+    def of(cls, module: nn.Module, mlp: Mlp) -> "Traced":
+        activation = None if mlp.act is None else activation_of(module._modules[mlp.act])  # type: ignore[arg-type]
+        plain = {name: value for name, value in settings(module).items() if not isinstance(value, HOLDERS)}
+        return cls(tuple(module._modules), activation, plain)
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """The instance's own attributes: what its forward may depend on beside its class and its children."""
+    return {name: value for name, value in vars(module).items() if name not in NO_SETTINGS}
 
 
 class FastMlp:
@@ -53,9 +74,11 @@ def why_apart_now(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if len(args) != 1 or kwargs:
         return "it was called with more than x"
     x, modules = args[0], module._modules
+    if (changed := _changed(module, mlp)) is not None:
+        return f"its {changed} changed since it was joined"
     if mlp.dropout is not None and (dropout := modules[mlp.dropout]).training and dropout.p > 0:
         return "it drops elements itself, ahead of its last linear layer"
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if torch_module._has_any_global_hook():
         return "there are hooks on all modules"
     for name in (*mlp.layers, mlp.act, mlp.dropout):
         if name is not None and hooked(modules[name]):
@@ -71,6 +94,23 @@ def why_apart_now(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if not any(layer.adapted for layer in found):
         return None
     return tuple(found) if is_compiling() or _proved(module, x) else "its forward gives other numbers than its layers"
+
+
+def _changed(module: Any, mlp: Mlp) -> str | None:
+    """The name of what its forward rests on, beside linear layers, and was another one when it was traced."""
+    own, modules = vars(module), module._modules
+    traced: Traced = own[TRACED]
+    if traced.children != tuple(modules):
+        return "list of children"
+    if mlp.act is not None and activation_of(modules[mlp.act]) != traced.activation:
+        return mlp.act
+    if mlp.dropout is not None and type(modules[mlp.dropout]) is not nn.Dropout:
+        return mlp.dropout
+    for name, value in traced.settings.items():
+        now = own.get(name)
+        if now is not value and not (type(now) is type(value) in (int, float, str) and now == value):
+            return name
+    return None
 
 
 def _layer_of(module: Any, x: torch.Tensor) -> Layer | str | None:
@@ -96,14 +136,15 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-_probed: dict[tuple[type, Mlp], bool] = {}
+_probed: dict[tuple[Any, ...], bool] = {}
 
 
 def _proved(module: Any, x: torch.Tensor) -> bool:
     """Whether two rows of x give the same bits through the module's own forward as through its layers: looked at once
-    for each class, with the same random numbers for both. Tracing cannot see what a forward asks of its input's type.
-    """
-    key = module.PLAIN, vars(module)[MLP]
+    for each class and each mode, with the same random numbers for both. Tracing cannot see what a forward asks of its
+    input's type."""
+    dtype = dispatch.autocast_dtype(x.device)
+    key = module.PLAIN.forward, vars(module)[MLP], module.training, x.dtype, dtype
     if key not in _probed:
         if x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return True  # no numbers to look at; by the trace alone

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fast.blocks.gated import MLP, FastMlp, fast
+from lora_fast.blocks.gated import MLP, TRACED, FastMlp, Traced, fast, settings
 from lora_fast.blocks.predict import siblings_of
 from lora_fast.blocks.recognise import Mlp, activation_of, is_conv1d, mlp_of
 from lora_fast.blocks.siblings import HOOK, SIBLINGS, Joins, Siblings
@@ -45,10 +45,10 @@ def _made_a_block(module: nn.Module, verdicts: dict[tuple[Any, ...], Mlp | str])
     if "forward" in vars(module):
         mlp: Mlp | str = "its forward was replaced on the instance"
     else:
-        key = type(module), _settings(module)
+        key = type(module), _kind(module)
         mlp = verdicts.get(key) or verdicts.setdefault(key, mlp_of(module, _is_linear))
     if isinstance(mlp, Mlp):
-        vars(module)[MLP] = mlp
+        vars(module).update({MLP: mlp, TRACED: Traced.of(module, mlp)})
         _ungroup(module)
         plain: Any = type(module)
         module.__class__ = fast(plain)
@@ -64,12 +64,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, Joins) or type(module) is nn.Linear or is_conv1d(module)
 
 
-def _settings(module: nn.Module) -> tuple[Any, ...]:
+def _kind(module: nn.Module) -> tuple[Any, ...]:
     """What a trace may depend on beside the class: the instance's numbers, words, configuration and children."""
     own: list[tuple[str, Any]] = [
         (name, value if isinstance(value, (bool, int, float, str, type(None))) else id(value))
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training"
+        for name, value in settings(module).items()
     ]
     for name, child in module.named_children():
         own.append((name, (type(child), activation_of(child), getattr(child, "out_features", None))))
@@ -100,7 +99,8 @@ def part(model: nn.Module) -> None:
     """Undo :func:`join`."""
     for module in model.modules():
         _ungroup(module)
-        vars(module).pop(MLP, None)
+        for name in (MLP, TRACED):
+            vars(module).pop(name, None)
         if isinstance(module, FastMlp):
             module.__class__ = module.PLAIN
 

@@ -2,7 +2,9 @@
 instance itself, which takes the branches of its configuration and sees a forward that somebody else has put there.
 """
 
+import copy
 import operator
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+
+from lora_fast.dispatch import autocast_dtype
 
 PRODUCTS = (operator.mul, operator.imul, torch.mul)
 
@@ -32,11 +36,65 @@ class Mlp:
         return *self.inner, self.down
 
 
+class _Refused(Exception):
+    """Why a forward is no MLP, in words."""
+
+
 class _Leaves(fx.Tracer):
-    """Traces a module's own forward; its children are what it calls."""
+    """Traces a module's own forward; its children are what it calls, and what it does to a buffer is a step, too.
+
+    Raises :class:`_Refused` where a step is taken in another mode than that of the call.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise _Refused("it does something under no_grad, autocast or a checkpoint of its own")
+        return super().create_node(*args, **kwargs)
+
+
+def _modes() -> tuple[Any, ...]:
+    """What a step depends on beside its arguments, and a graph does not show."""
+    autocasts = [autocast_dtype(torch.device(kind)) for kind in ("cpu", "cuda")]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocasts, hooks
+
+
+def _traced(module: nn.Module, training: bool) -> fx.Graph:
+    """The graph of its forward, which runs on a copy of its ``__dict__``: raises :class:`_Refused` where it writes
+    there, whatever else a forward does with a proxy."""
+    twin = type(module).__new__(type(module))
+    own = vars(twin)
+    own.update(
+        {name: copy.copy(value) if isinstance(value, HOLDERS) else value for name, value in vars(module).items()}
+    )
+    own["training"] = training
+    before = _contents(own)
+    graph = _Leaves().trace(twin)
+    after = _contents(own)
+    if changed := [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]:
+        raise _Refused(f"it also writes to {', '.join(sorted(changed))}")
+    return graph
+
+
+HOLDERS = (dict, list, set, deque, tuple)
+
+
+def _contents(own: dict[str, Any]) -> dict[str, list[int]]:
+    """What the attributes are, by identity, and what those of them hold that can be written to."""
+    found = {}
+    for name, value in own.items():
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, HOLDERS) else ()
+        found[name] = [id(value), *map(id, held)]
+    return found
 
 
 def mlp_of(module: nn.Module, is_linear: Callable[[nn.Module], bool]) -> Mlp | str:
@@ -46,10 +104,13 @@ def mlp_of(module: nn.Module, is_linear: Callable[[nn.Module], bool]) -> Mlp | s
     if sum(map(is_linear, children.values())) < 2:
         return "it has fewer than two linear layers"
     try:
-        graph = _Leaves().trace(module)
+        graphs = [_traced(module, training) for training in (True, False)]
+    except _Refused as why:
+        return str(why)
     except Exception as error:  # whatever a forward does with a proxy
         return f"its forward cannot be traced ({type(error).__name__})"
-    return _Traced(graph, children, is_linear).mlp()
+    found, other = (_Traced(graph, children, is_linear).mlp() for graph in graphs)
+    return found if isinstance(found, str) or found == other else "its forward is another one in evaluation"
 
 
 class _Traced:
@@ -99,7 +160,7 @@ class _Traced:
     def _undropped(self, node: Any) -> tuple[Any, str | None]:
         """(what a dropout is given, its name); another node as it is. ``F.dropout`` with p = 0 does nothing."""
         name = None
-        if isinstance(self._child(node), nn.Dropout):
+        if type(self._child(node)) is nn.Dropout:
             name = node.target
         elif _calls(node, F.dropout) and node.kwargs.get("p", node.args[1:2]) in (0, (0,)):
             pass

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lora_fast.wrappers.gather import is_sharded
 
 # In the __dict__ of a module: how many children it had when the adapters came, and which of them got one.
-_CHILDREN = "_adapted_children"
+CHILDREN = "_adapted_children"
 _EMPTY = nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict  # without children they are nothing at all
 _CLEARED = "_in_place_of_lora"  # in the __dict__ of a module that may take an adapted layer's place
 
@@ -124,7 +124,7 @@ def note_adapted(model: nn.Module) -> None:
     for module in model.modules():
         forget_adapted(module)
         if names := [name for name, child in module.named_children() if _has_adapter(child)]:
-            vars(module)[_CHILDREN] = len(module._modules), names
+            vars(module)[CHILDREN] = len(module._modules), names
 
 
 def lost(model: nn.Module) -> list[str]:
@@ -132,7 +132,7 @@ def lost(model: nn.Module) -> list[str]:
     :func:`note_adapted`."""
     found = []
     for at, module in model.named_modules():
-        count, names = vars(module).get(_CHILDREN, (0, ()))
+        count, names = vars(module).get(CHILDREN, (0, ()))
         if names and len(module._modules) == count:
             children = [(name, module._modules.get(name)) for name in names]
             found += [f"{at}.{name}".lstrip(".") for name, m in children if m is not None and _is_strange(m)]
@@ -141,8 +141,8 @@ def lost(model: nn.Module) -> list[str]:
 
 def _is_strange(module: nn.Module) -> bool:
     """Whether nothing in it has an adapter, or had one when the adapters came."""
-    return not _is_innocent(module) and not any(_CHILDREN in vars(m) for m in module.modules())
+    return not _is_innocent(module) and not any(CHILDREN in vars(m) for m in module.modules())
 
 
 def forget_adapted(module: nn.Module) -> None:
-    vars(module).pop(_CHILDREN, None)
+    vars(module).pop(CHILDREN, None)

@@ -4,9 +4,11 @@ apart, and that numbers, state and copies are as without."""
 import copy
 import pickle
 import threading
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lora_fast import LoRAConfig, SlowPathWarning, add_lora, dispatch, merge_lora, patch_peft, remove_lora, unpatch_peft
@@ -480,6 +482,10 @@ class GateUp(nn.Module):
         return self.down(up * self.act(gate))
 
 
+def _sequential():
+    return nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+
+
 TWO = pytest.mark.parametrize("kind", [Fc, GateUp])
 
 
@@ -542,6 +548,95 @@ def test_hooks_on_two_layers(kind, ran):
     with pytest.warns(SlowPathWarning, match="block layer by layer: act has hooks"):
         same(joined, apart)
     assert ran["glu"] == 0 and len(seen) == 2
+
+
+class Flagged(Fc):
+    """Whose forward rests on the instance's own attributes, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.residual, self.function, self._private = False, F.gelu, 0.0
+
+    def forward(self, x):
+        y = self.fc2(self.inner(self.function(self.fc1(x))))
+        y = y + x if self.residual else y
+        return 2 * y if self._private else y
+
+
+LATER = {
+    "another activation": (Fc, lambda mlp: setattr(mlp, "act", nn.Tanh()), "its act changed"),
+    "an activation's form": (Fc, lambda mlp: setattr(mlp.act, "approximate", "tanh"), "its act changed"),
+    "no dropout": (Fc, lambda mlp: setattr(mlp, "inner", nn.Identity()), "its inner changed"),
+    "another child there": (Fc, lambda mlp: setattr(mlp, "inner", nn.Tanh()), "its inner changed"),
+    "a flag": (Flagged, lambda mlp: setattr(mlp, "residual", True), "its residual changed"),
+    "one of its own": (Flagged, lambda mlp: setattr(mlp, "_private", 1.0), "its _private changed"),
+    "a function": (Flagged, lambda mlp: setattr(mlp, "function", torch.tanh), "its function changed"),
+    "one more step": (_sequential, lambda mlp: mlp.append(nn.Tanh()), "its list of children changed"),
+    "a step less": (_sequential, lambda mlp: mlp.pop(1), "its list of children changed"),
+    "a step put in": (_sequential, lambda mlp: mlp.insert(2, nn.Tanh()), "its list of children changed"),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_changes_later_is_seen(name, ran):
+    """After the first call, and after a copy. What comes back is joined again."""
+    kind, change, why = LATER[name]
+    apart, joined = with_mlp(kind)
+    apart, joined = apart.eval(), joined.eval()
+    same(joined, apart)
+    assert ran["glu"] == 1
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(joined)))
+    same(twin, apart)
+    assert ran["glu"] == 2
+    change(apart.mlp)
+    for net in (joined, twin):
+        change(net.mlp)
+    with pytest.warns(SlowPathWarning, match=f"block layer by layer: {why}"):
+        same(joined, apart)
+    same(twin, apart)
+    assert ran["glu"] == 2
+
+
+def test_a_forward_that_is_replaced_in_the_class(monkeypatch, ran):
+    apart, joined = with_mlp(Fc)
+    apart, joined = apart.eval(), joined.eval()
+    same(joined, apart)
+    monkeypatch.setattr(Fc, "forward", lambda self, x: self.fc2(torch.tanh(self.fc1(x))))
+    with pytest.warns(SlowPathWarning, match="gives other numbers"):
+        same(joined, apart)
+    assert ran["glu"] == 1
+
+
+@pytest.mark.parametrize("order", [(False, True), (True, False)])
+def test_a_forward_that_switches_autocast_off(order, ran):
+    """Which nobody sees where there is none."""
+
+    class Exact(Fc):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return self.fc2(self.act(self.fc1(x)))
+
+    apart, joined = with_mlp(Exact)
+    for enabled in order:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            same(joined.mlp, apart.mlp)
+    assert ran["glu"] == 1
+
+
+def _see(seen, module, *_):
+    seen.append(type(module))
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_all_modules(kind, ran):
+    counts = []
+    for net in with_mlp(Fc):
+        seen = []
+        handle = getattr(torch.nn.modules.module, f"register_module_{kind}_hook")(partial(_see, seen))
+        with handle:
+            net.eval().mlp(torch.randn(2, 8, requires_grad=True)).sum().backward()
+        counts.append(len(seen))
+    assert counts[0] == counts[1] > 3 and ran["glu"] == 0
 
 
 def test_dropout_within_two_layers(ran):

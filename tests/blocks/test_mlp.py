@@ -357,6 +357,25 @@ def test_mutants_fail(device, monkeypatch):
         compare([results(fused("silu", "first"), x, layers, dys)], [eager], [truth], FLOAT)
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("first", [True, False])
+def test_functorch_is_refused(monkeypatch, first):
+    """As of a layer by itself; and what a call comes to rests on it, whichever was there first."""
+    monkeypatch.setattr(paths, "calls", {})
+    x, layers, _ = drawn("lora", None, SMALL, FLOAT, "cpu")
+    x, layers = x.requires_grad_(), [layer._replace(lora_A=layer.lora_A.requires_grad_()) for layer in layers]
+
+    def run(x):
+        return lora_mlp(x, *layers, backend="triton").sum()
+
+    if first:
+        run(x).backward()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(run)(x)
+    run(x).backward()
+    assert any(isinstance(call, FusedMlp) for call in paths.calls.values())
+
+
 def test_comes_apart_and_says_so(device, monkeypatch):
     monkeypatch.setattr(dispatch, "_told", set())
     monkeypatch.setattr(paths, "calls", {})

@@ -1,6 +1,7 @@
 """Which modules are MLPs, by their own forward; which layers share an input."""
 
 import contextlib
+import copy
 import importlib
 import inspect
 import logging
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_fast.blocks.predict import siblings_of
 from lora_fast.blocks.recognise import Mlp as Found
@@ -106,15 +108,29 @@ def test_what_is_no_gated_mlp(name):
     assert isinstance(found, str) and why in found
 
 
+class AlwaysDropout(nn.Dropout):
+    """In evaluation, too."""
+
+    def forward(self, x):
+        return F.dropout(x, self.p, training=True)
+
+
 class Two(nn.Module):
     def __init__(self, act=None, wide=6):
         super().__init__()
         self.fc1, self.fc2, self.act = nn.Linear(4, wide), nn.Linear(6, 4), act or nn.GELU()
-        self.drop, self.after = nn.Dropout(0.1), nn.Dropout(0.1)
+        self.drop, self.after, self.other = nn.Dropout(0.1), nn.Dropout(0.1), AlwaysDropout(0.1)
+        self.seen = []
+        self.register_buffer("calls", torch.zeros(()))
 
 
 def two(forward, act=None, wide=6):
-    return mlp_of(type("Variant", (Two,), {"forward": forward})(act, wide), is_linear)
+    """What it is found to be; which leaves the module as it was."""
+    module = type("Variant", (Two,), {"forward": forward})(act, wide)
+    before = {name: copy.copy(value) for name, value in vars(module).items()}
+    found = mlp_of(module, is_linear)
+    assert vars(module) == before and module.calls == 0
+    return found
 
 
 def _chunked(s, x):
@@ -183,7 +199,55 @@ def _twice(s, x):
     return s.fc2(gate * s.act(gate))
 
 
+def _frozen_half(s, x):
+    with torch.no_grad():
+        y = s.fc1(x)
+    return s.fc2(s.act(y))
+
+
+def _in_16_bits(s, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return s.fc2(s.act(s.fc1(x)))
+
+
+def _checkpointed(s, x):
+    return checkpoint(lambda x: s.fc2(s.act(s.fc1(x))), x, use_reentrant=False)
+
+
+def _remembered(s, x):
+    s.last = s.act(s.fc1(x))
+    return s.fc2(s.last)
+
+
+def _listed(s, x):
+    s.seen.append(s.act(s.fc1(x)))
+    return s.fc2(s.seen[-1])
+
+
+def _counted(s, x):
+    s.calls.add_(1)
+    return s.fc2(s.act(s.fc1(x)))
+
+
+def _in_training(s, x):
+    y = s.fc2(s.act(s.fc1(x)))
+    return y + x if s.training else y
+
+
+def _in_evaluation(s, x):
+    return s.fc2(s.act(s.fc1(x))) if s.training else s.fc2(F.relu(s.fc1(x)))
+
+
 NOT_TWO = {
+    "no_grad": (_frozen_half, 6, "under no_grad"),
+    "autocast": (_in_16_bits, 6, "under no_grad, autocast"),
+    "a checkpoint": (_checkpointed, 6, "a checkpoint"),
+    "an attribute set": (_remembered, 6, "writes to last"),
+    "a list": (_listed, 6, "writes to seen"),
+    "a buffer": (_counted, 6, "also does calls, add_"),
+    "a branch of training": (_in_training, 6, "returns"),
+    "a branch of evaluation": (_in_evaluation, 6, "another one in evaluation"),
+    "a dropout of its own kind": (lambda s, x: s.fc2(s.other(s.act(s.fc1(x)))), 6, "neither a product"),
     "a residual": (lambda s, x: x + s.fc2(s.act(s.fc1(x))), 6, "returns"),
     "a norm between": (lambda s, x: s.fc2(F.layer_norm(s.act(s.fc1(x)), (6,))), 6, "neither a product"),
     "dropout ahead of the activation": (lambda s, x: s.fc2(s.act(s.drop(s.fc1(x)))), 6, "nor act of a layer's"),
