@@ -44,8 +44,8 @@ def from_nf4tensor(weight: Any) -> BlockWeight:
 
 
 def nf4tensor_again(weight: Any) -> Callable[[BlockWeight], Any]:
-    """What makes the NF4Tensor again of the weight that was made from it, wherever that is by now. It holds no packed
-    bytes itself."""
+    """What makes the NF4Tensor again of the weight that was made from it, wherever that is by now; None where others'
+    numbers were loaded into that, or its dtype changed. It holds no packed bytes itself."""
     names, about = weight.__tensor_flatten__()
     small = {name: getattr(weight, name) for name in names if name != "quantized_data"}
     return partial(_again, type(weight), small, about)
@@ -54,4 +54,7 @@ def nf4tensor_again(weight: Any) -> Callable[[BlockWeight], Any]:
 def _again(kind: Any, small: dict[str, torch.Tensor], about: dict[str, Any], weight: BlockWeight) -> Any:
     inner = {name: t.to(weight.device) for name, t in small.items()}
     about = {**about, "tensor_meta": replace(about["tensor_meta"], device=weight.device, requires_grad=False)}
-    return kind.__tensor_unflatten__({**inner, "quantized_data": weight.packed}, about, weight.shape, weight.stride())
+    made = kind.__tensor_unflatten__({**inner, "quantized_data": weight.packed}, about, weight.shape, weight.stride())
+    before = from_nf4tensor(made)
+    same = torch.equal(before.absmax, weight.absmax) and torch.equal(before.table, weight.table)
+    return made if same and made.dtype == weight.dtype else None

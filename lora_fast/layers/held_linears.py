@@ -89,12 +89,13 @@ def make_as_before(module: Any) -> None:
     another one by now."""
     *_, (kind, again) = vars(module).get(BEFORE, ((torch.Tensor, None),))
     weight = module.weight
-    if again is None or not isinstance(weight, kind):
+    if again is None or not isinstance(weight, kind) or (before := again(weight)) is None:
         return
     module.__class__, scales, forward, _ = vars(module).pop(BEFORE)
-    module.weight = nn.Parameter(again(weight), requires_grad=False)
-    for name, scale in scales.items():
-        module.register_parameter(name, nn.Parameter(scale.detach().to(weight.device), requires_grad=False))
+    module.weight = nn.Parameter(before, requires_grad=False)
+    for name, scale in scales.items():  # as it is now
+        _, now = weight.tensors().values()
+        module.register_parameter(name, nn.Parameter(now.detach().reshape(scale.shape), requires_grad=False))
     if forward is not None:
         module.forward = forward
 

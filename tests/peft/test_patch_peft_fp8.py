@@ -1,5 +1,7 @@
 """patch_peft on PEFT models whose base is held in fp8: results as over the dequantised base, keys, merges, refusals."""
 
+import copy
+
 import pytest
 import torch
 from fp8_nets import BAD, MAKERS, Net, dense, step
@@ -53,6 +55,20 @@ def test_patch_peft(make):
     assert {name: type(m) for name, m in model.named_modules()} == before
     again = model.state_dict()
     assert list(again) == keys and all(torch.equal(t, state[name]) for name, t in again.items())
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_a_copy_that_others_weights_were_loaded_into_goes_back_with_their_scales(make):
+    model, *_ = adapted(Net(make))
+    patch_peft(model)
+    model = copy.deepcopy(model)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    scale = next(name for name in state if "first.base_layer.weight_scale" in name)
+    state[scale] = (2 * state[scale].float()).to(state[scale].dtype)
+    model.load_state_dict(state)
+    unpatch_peft(model)
+    again = model.state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in again.items()) and len(again) == len(state)
 
 
 def test_patch_peft_with_8_bit_products_and_its_refusals():

@@ -57,3 +57,18 @@ def test_8_bit_products():
     assert all(torch.isfinite(t).all() for t in step(model, x))
     unpatch_peft(model)
     assert {type(layer.base_layer.weight).__name__ for layer in model.base_model.model} == {"NF4Tensor"}
+
+
+def test_what_others_weights_were_loaded_into_is_written_out():
+    """Their scales are no NF4Tensor's, or another one's: unpatch_peft keeps the numbers, not the class."""
+    x = torch.randn(5, 256)
+    for change in (lambda w: w.copy_(torch.randn(w.shape)), lambda w: w.absmax.mul_(2)):
+        model = net(MAKERS[0], dora=False)
+        patch_peft(model)
+        with torch.no_grad():
+            change(model.base_model.model[0].base_layer.weight)
+        y = model(x).detach()
+        unpatch_peft(model)
+        first, second = (layer.base_layer.weight for layer in model.base_model.model)
+        assert type(first) is nn.Parameter and type(second).__name__ == "NF4Tensor"
+        torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
