@@ -147,6 +147,11 @@ class PackedStack(PackedWeight):
                 return first._expert(rest[1])
             if func is aten.unbind.int and rest in ([], [0], [-3]):
                 return [first._expert(e) for e in range(len(first))]
+            if func is aten.add_.Tensor:
+                raise RuntimeError(
+                    f"experts in {first.LABEL} cannot be added to, as PEFT merges: load_adapter what PEFT saved into a "
+                    "model with such experts, then merge_lora"
+                )
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def sharded(self, func: Any, *args: Any) -> Any:

@@ -43,6 +43,7 @@ def export_experts(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         raise ValueError("model: has no adapters of experts; save_adapter writes the others")
     r0, rslora = config["r"], config["use_rslora"]
     scaling = config["lora_alpha"] / (math.sqrt(r0) if rslora else r0)
+    scaling = scaling or next((layer.scaling for layer in layers.values() if layer.scaling), 0.0)
     wrappers, names = wrappers_of(model, parameters.values()), _names(unwrapped(model), experts)
     others = {name: layer for name, layer in layers.items() if not isinstance(layer, ExpertsLoRA)}
     others = {wrappers.get(parameters.get(name, ""), name): layer for name, layer in others.items()}
@@ -50,7 +51,7 @@ def export_experts(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     def put(name: str, keys: tuple[str, ...], pair: tuple[torch.Tensor, torch.Tensor], layer: Any) -> None:
         down, up = pair
-        if layer.scaling != scaling:
+        if layer.scaling != scaling:  # which is 0 only if all are
             up = (up.float() * (layer.scaling / scaling)).to(up.dtype)
         padded = F.pad(down, (0, 0, 0, r - layer.r)), F.pad(up, (0, r - layer.r))
         tensors.update({f"{PREFIX}{name}.{key}": t.contiguous() for key, t in zip(keys, padded, strict=True)})

@@ -133,6 +133,14 @@ def test_one_rank_and_scaling_is_all_that_a_server_reads(tmp_path):
     torch.testing.assert_close(theirs(ids()).logits, model(ids()).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_scaling_of_zero_beside_another(tmp_path):
+    zero = {"lora_alpha": 0, "alpha_pattern": {"q_proj": 3}, "target_modules": ["q_proj", "v_proj"]}
+    model = adapted("qwen3_moe", **zero)
+    export_experts(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(moe_model(), tmp_path)
+    torch.testing.assert_close(theirs(ids()).logits, model(ids()).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_without_adapters_of_experts(tmp_path):
     model = add_lora(moe_model(), LoRAConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="model: has no adapters of experts; save_adapter writes the others"):

@@ -307,6 +307,10 @@ def test_pefts_adapters_over_packed_experts(kind):
     layers = patch_peft(ours).layers
     assert len(layers) == 4 and {layer.reason for layer in layers} == {'set_backend("reference") is on'}
     same(loss_and_gradients(ours), loss_and_gradients(stock), 1e-5)
+    logits = ours(ids()).logits
+    with pytest.raises(RuntimeError, match="experts in nf4 cannot be added to.*load_adapter.*merge_lora"):
+        ours.merge_adapter()
+    assert torch.equal(ours(ids()).logits, logits)
 
 
 @DTYPES
