@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Embedding
+from torch.nn.modules import module as torch_module
 
 from lora_fast import dispatch
 from lora_fast.blocks.gated import hooked
@@ -11,7 +12,7 @@ from lora_fast.checks import FLOATS
 from lora_fast.embedding import lora_embedding
 from lora_fast.kept import PLAIN
 from lora_fast.peft.merging import NOT_KEPT, base_is_lent
-from lora_fast.peft.rules import is_scaled, parameter, why_embedding_never_fused, why_hooked
+from lora_fast.peft.rules import HOOKS_ON_ALL, is_scaled, parameter, why_embedding_never_fused, why_hooked
 from lora_fast.wrappers import fsdp1, zero3
 from lora_fast.wrappers.placement import settle
 
@@ -134,7 +135,7 @@ class FastEmbedding(Embedding):
             return f"forward was given more than x: {', '.join(kwargs) or 'positional arguments'}"
         if type(x) not in PLAIN or x.dtype not in (torch.int32, torch.int64):
             return f"the input is a {type(x).__name__} of {getattr(x, 'dtype', None)}, not of ids"
-        return None
+        return HOOKS_ON_ALL if torch_module._has_any_global_hook() else None
 
     def _fused(self, x: torch.Tensor, parts: list[Part]) -> torch.Tensor:
         base, (name, a, b) = self.base_layer, parts[0]

@@ -8,6 +8,7 @@ from peft.tuners.lora import Embedding, Linear
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 from torch.compiler import is_compiling
+from torch.nn.modules import module as torch_module
 
 from lora_fast.bases import KINDS
 from lora_fast.blocks import gated
@@ -26,6 +27,7 @@ except ImportError:  # before PEFT had variants, DoRA was the only one
     DoraLinearVariant = None
 
 QUANTISED = {"aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "torchao"}  # PEFT's files of such layers
+HOOKS_ON_ALL = "there are hooks on all modules"
 BASES = (*PLAIN, *KINDS)  # types of the base weights of layers that are fused
 
 
@@ -184,6 +186,8 @@ def plainly(layer: Any, x: torch.Tensor) -> tuple[Any, ...] | None:
     elif type(dropout) is not nn.Identity:
         return None
     hooks = gated.hooked
+    if torch_module._has_any_global_hook():
+        return None
     if hooks(base) or hooks(down) or hooks(up) or hooks(dropout) or zero3.manages(base):
         return None
     own, of_a, of_b = base._parameters, down._parameters, up._parameters
@@ -217,6 +221,8 @@ def why_not_this_call(layer: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs
             return f"forward was given more than x: {', '.join(kwargs) or 'positional arguments'}"
     if type(x) not in PLAIN:
         return f"the input is a {type(x).__name__}"
+    if torch_module._has_any_global_hook():
+        return HOOKS_ON_ALL
     return layer.why_not_dtype(x)
 
 

@@ -8,6 +8,7 @@ import torch
 from accuracy import compare, error
 from peft_nets import Net, config, inputs, patched, peft, results, same, stir, stock_model
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from lora_fast import SlowPathWarning, dispatch, patch_peft, peft_report, set_backend, unpatch_peft
 from lora_fast.peft.rules import examine, plainly
@@ -360,6 +361,17 @@ def test_the_plainest_call(change):
     if change is not None:
         change(layer)
         assert plainly(layer, x) is None
+
+
+def test_hooks_on_all_modules_run():
+    """Those of a layer's parts, too, whatever they give."""
+    stock = stock_model()
+    ours = patched(copy.deepcopy(stock))
+    same(results(ours, inputs()), results(stock, inputs()))
+    with register_module_forward_hook(lambda module, _, y: 2 * y if module.__class__ is nn.Linear else None):
+        with pytest.warns(SlowPathWarning, match="leaves a layer to stock PEFT: there are hooks on all modules"):
+            same(results(ours, inputs()), results(stock, inputs()))
+    assert plainly(ours.base_model.model.up, inputs()) is not None
 
 
 def test_a_forward_on_the_instance_is_reported():
