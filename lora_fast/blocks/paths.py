@@ -50,7 +50,6 @@ def recall(x: Any, layers: Sequence[Any], training: Any, *asked: Any) -> tuple[F
             facts_of(x),
             *facts,
             torch.is_grad_enabled(),
-            torch._C._are_functorch_transforms_active(),
             dispatch.autocast_dtype(x.device) if torch._C._is_any_autocast_enabled() else None,
             dispatch.get_backend(),
             *asked,
