@@ -56,6 +56,8 @@ class FastMlp:
                 y = lora_glu(args[0], inner[0], inner[1], down, mlp.activation)
             else:
                 y = lora_mlp(args[0], inner[0], down, mlp.activation, gate=mlp.gate)
+            if all(getattr(self._modules[name], "casts_back", False) for name in mlp.layers):  # type: ignore[attr-defined]
+                y = y.to(args[0].dtype)
             return y if mlp.after is None else getattr(self, mlp.after)(y)
         if layers is not None:
             dispatch.tell("runs a block layer by layer", layers)

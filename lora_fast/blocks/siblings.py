@@ -24,6 +24,8 @@ HOOK = -0x10FA
 class Joins:
     """A layer that can be computed beside others: the mixin of our LoRA layers."""
 
+    casts_back = False  # its output has its input's dtype, whatever it computes in
+
     def as_layer(self, x: torch.Tensor) -> Layer | str | None:
         """What this layer computes in a call with x; why it can be in no block now, in words; or None where there is
         nothing to join (adapters that are disabled, merged or not there)."""
@@ -127,7 +129,8 @@ class Siblings:
             layers.append(made)
         if not is_compiling():
             self.calls += 1
-        return dict(zip(self.names, lora_group(x, layers), strict=True))
+        ys = lora_group(x, layers)
+        return {name: y.to(x.dtype) if modules[name].casts_back else y for name, y in zip(self.names, ys, strict=True)}
 
 
 def _thread() -> int:

@@ -104,6 +104,7 @@ class FastLinear4bit(FastLinear, Linear4bit):
     """
 
     STOCK = Linear4bit
+    casts_back = True
     e4m3: bool = False
     _view: View
 
