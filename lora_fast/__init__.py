@@ -1,5 +1,8 @@
 """Fused-kernel LoRA and DoRA layers for PyTorch: drop-in replacements of ``nn.Linear``."""
 
+from lora_fast import interrupted as interrupted  # first: it imports torch
+
+# isort: split
 from lora_fast import fp8 as fp8
 from lora_fast import functional, parametrize, reference
 from lora_fast.batch.form import Adapter

@@ -29,7 +29,7 @@ ROOMS = [
     {"ops"},
     {"reference", "fp8", "kept"},
     {"bases"},
-    {"dispatch", "kernels", "tables"},
+    {"dispatch", "interrupted", "kernels", "tables"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(reversed(ROOMS)) for room in rooms}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "kernels"))

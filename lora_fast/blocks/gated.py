@@ -13,8 +13,7 @@ from lora_fast.blocks.form import Layer
 from lora_fast.blocks.functional import lora_glu, lora_mlp
 from lora_fast.blocks.recognise import HOLDERS, Mlp, activation_of, is_conv1d
 from lora_fast.blocks.reference import ACTIVATIONS, halved
-from lora_fast.blocks.siblings import SIBLINGS, Joins
-from lora_fast.layers.replacing import CHILDREN
+from lora_fast.blocks.siblings import CHILDREN, SIBLINGS, Joins
 
 # In the __dict__ of a module, so that it follows deepcopy and pickle: what an MLP is, or why a module that looks like
 # one is none; and beside an MLP what it was traced with.

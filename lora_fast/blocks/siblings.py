@@ -17,6 +17,7 @@ from lora_fast.blocks.functional import lora_group
 
 # In the __dict__ of modules: so it follows deepcopy and pickle.
 SIBLINGS = "_siblings"  # a layer's group; a parent's groups
+CHILDREN = "_adapted_children"  # how many a module had when the adapters came, and which of them got one
 # The hooks' key, the same in all parents: torch.compile guards it, and would compile each layer of a model anew.
 HOOK = -0x10FA
 

@@ -13,10 +13,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils.parametrize import is_parametrized
 
+from lora_fast.blocks.siblings import CHILDREN
 from lora_fast.wrappers.gather import is_sharded
 
-# In the __dict__ of a module: how many children it had when the adapters came, and which of them got one.
-CHILDREN = "_adapted_children"
 _EMPTY = nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict  # without children they are nothing at all
 _CLEARED = "_in_place_of_lora"  # in the __dict__ of a module that may take an adapted layer's place
 

@@ -210,6 +210,18 @@ def test_interrupted_during_imports(capsys, monkeypatch):
     assert capsys.readouterr().err == "lora-fast demo: interrupted\n"
 
 
+@pytest.mark.parametrize("argv", [["-m", "lora_fast", "doctor"], ["-c", "import lora_fast"]])
+def test_interrupted_while_torch_is_imported(argv, tmp_path):
+    """The command says so; a program gets its exception."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *argv], env=environment, capture_output=True, text=True)
+    if argv[0] == "-m":
+        assert (done.returncode, done.stderr) == (130, "lora-fast: interrupted\n")
+    else:
+        assert done.stderr.endswith("KeyboardInterrupt\n")
+
+
 @pytest.mark.parametrize("name", COMMANDS["demo"].imports)
 def test_missing_extra(name, tmp_path, capsys, monkeypatch):
     needed = COMMANDS["demo"].imports
