@@ -136,7 +136,7 @@ def test_bad_weights():
         (torch.ones(2, 64).double(), TypeError, "float64"),
         (torch.full((2, 64), torch.nan), ValueError, "not finite"),
         (torch.ones(128), ValueError, r"expected \[N, K\]"),
-        (Nf4Weight.quantise(torch.ones(2, 64)), TypeError, "got an Nf4Weight, expected a plain one"),
+        (Nf4Weight.quantise(torch.ones(2, 64)), TypeError, "got one in nf4, expected a plain one"),
     ):
         with pytest.raises(error, match=message):
             Nf4Weight.quantise(weight)

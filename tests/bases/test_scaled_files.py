@@ -134,7 +134,7 @@ def test_base_compute_without_a_base_dtype():
     assert "base_dtype='scaled fp8', base_compute='float8_e4m3'" in repr(layer)
     layer.quantise_base(None, None)
     assert type(layer.weight) is ScaledFp8Weight and layer.weight.stored is stored
-    with pytest.raises(TypeError, match="got an ScaledFp8Weight, expected a plain one"):
+    with pytest.raises(TypeError, match="got one in scaled fp8, expected a plain one"):
         layer.quantise_base("nf4")
     with pytest.raises(
         ValueError, match="base_compute: got 'float8_e4m3', expected None without a base_dtype, but over"
