@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from lora_fast import dispatch, reference
 from lora_fast.bases.packed import PackedWeight, is_opaque
 from lora_fast.checks import FLOATS
-from lora_fast.paths import Facts, facts_of
+from lora_fast.paths import Facts, facts_of, remember
 
 
 def lora_embedding(
@@ -64,10 +64,7 @@ def lora_embedding(
     if call is None:
         _check(*tensors, scaling, magnitude, embed_scale, padding_idx, round_norm)
         call = _settle(*tensors, magnitude, padding_idx, round_norm, backend)
-        if facts is not None:
-            if len(_calls) >= 4096:  # numbers of ids that never repeat
-                _calls.clear()
-            _calls[facts] = call
+        remember(_calls, facts, call)
     if isinstance(scaling, torch.Tensor):
         scaling = scaling.detach()
     if isinstance(embed_scale, torch.Tensor):

@@ -78,11 +78,17 @@ def settle(
         call = FusedLinear(*tensors, save_x=save_x, **options)
     else:
         call = partial(_plain, detach_norm=detach_norm, round_norm=options.get("round_norm", False))
-    if facts is not None:
-        if len(calls) >= 4096:  # batch sizes that never repeat
-            calls.clear()
-        calls[facts] = call
+    remember(calls, facts, call)
     return call
+
+
+def remember(known: dict[Facts, Callable[..., Any]], facts: Facts | None, call: Callable[..., Any]) -> None:
+    """What takes calls with these facts, from now on; all else is forgotten when 4096 are known (batch sizes that never
+    repeat)."""
+    if facts is not None:
+        if len(known) >= 4096:
+            known.clear()
+        known[facts] = call
 
 
 def _plain(

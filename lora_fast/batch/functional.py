@@ -15,7 +15,7 @@ from lora_fast.bases.packed import PackedWeight, first_of
 from lora_fast.batch import reference
 from lora_fast.batch.form import Adapter
 from lora_fast.checks import check_dora, check_linear
-from lora_fast.paths import Facts, facts_of
+from lora_fast.paths import Facts, facts_of, remember
 
 _calls: dict[Facts, Callable[..., torch.Tensor]] = {}  # what takes them, by their facts
 NUMBERS = {float, int}
@@ -99,10 +99,7 @@ def _call(
     if call is None:
         dtype = _check(form, x, weight, adapters, which, bias, *options)
         call = _settle(form, (x, weight, which, bias), adapters, training, backend, dtype, *options)
-        if facts is not None:
-            if len(_calls) >= 4096:  # batch sizes that never repeat
-                _calls.clear()
-            _calls[facts] = call
+        remember(_calls, facts, call)
     if which.device.type == "cpu" and not is_compiling() and dispatch.has_data(which):
         _check_numbers(which, len(adapters))
     return call(x, weight, adapters, which, bias, training)

@@ -13,7 +13,7 @@ from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight, first_of
 from lora_fast.blocks import apart, reference
 from lora_fast.blocks.form import Layer
-from lora_fast.paths import Facts, facts_of
+from lora_fast.paths import Facts, facts_of, remember
 
 calls: dict[Facts, Callable[..., Any]] = {}  # what takes them, by their facts
 
@@ -78,10 +78,7 @@ def settle(
         call = _fused_group(x, layers, training, backend)
     else:
         call = _fused_mlp(x, layers, training, backend, asked, gate)
-    if facts is not None:
-        if len(calls) >= 4096:  # batch sizes that never repeat
-            calls.clear()
-        calls[facts] = call
+    remember(calls, facts, call)
     return call
 
 

@@ -14,7 +14,7 @@ from lora_fast.bases.stack import PackedStack
 from lora_fast.checks import check_tensors
 from lora_fast.experts import reference
 from lora_fast.experts.form import Adapter, ExpertsForm
-from lora_fast.paths import Facts, facts_of
+from lora_fast.paths import Facts, facts_of, remember
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -65,10 +65,7 @@ def lora_experts(
     if call is None:
         dtype = _check(given, form)
         call = _settle(given, form, dtype, backend)
-        if facts is not None:
-            if len(_calls) >= 4096:  # numbers of tokens that never repeat
-                _calls.clear()
-            _calls[facts] = call
+        remember(_calls, facts, call)
     return call(*given)
 
 
