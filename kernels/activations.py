@@ -31,7 +31,7 @@ def act_and_slope(e, ACT: tl.constexpr):
         slope = tl.where(e <= 0, 0.0, 1.0)
     elif ACT == "relu2":
         part = tl.where(e <= 0, 0.0, e)
-        f = part * part
+        f = tl.where(e <= 0, 0.0, e * e)
         slope = 2 * part
     else:
         part = tl.sigmoid((e + e * e * e * CUBE) * TWICE)

@@ -84,19 +84,23 @@ def patch(model: Any) -> None:
 
 
 def count_fused_calls() -> None:
+    """Where a layer's forward takes the fused path: at once, or once it has looked at everything."""
     import torch
 
-    from lora_fast.peft.layers import FastLinear
+    from lora_fast.peft import layers
 
-    fused = FastLinear._fused
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            if not torch.compiler.is_compiling():
+                counts["fused"] += result is not None
+            return result
 
-    @functools.wraps(fused)
-    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if not torch.compiler.is_compiling():
-            counts["fused"] += 1
-        return fused(*args, **kwargs)
+        return counted
 
-    FastLinear._fused = counted  # type: ignore[method-assign]
+    layers.plainly = counting(layers.plainly)  # type: ignore[attr-defined]
+    layers.FastLinear._fused = counting(layers.FastLinear._fused)  # type: ignore[method-assign]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
