@@ -5,7 +5,7 @@ takes dY's place, as in grad.py: it is written, and sums over an adapter's rows 
 A program has some columns of Z and some ranks of one adapter and walks over the blocks of rows that hold rows of it
 (places.py), or over a part of these: first those that are its own from end to end, which come tile by tile as they
 are; then those that it shares, of which it loads its own rows alone. So what others' rows hold, NaN say, does not reach
-it, and each row is read once. Parts are added up in a fixed order (sums.py, and ``_ds_kernel``). A gradient lies where
+it, and each row is read once. Parts are added up in a fixed order (sums.py, and ds.py). A gradient lies where
 the adapter lies in A's one below the other, or B's one after the other; of an adapter without rows it is zero.
 """
 
@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
+from lora_fast.kernels.batch.ds import LowRank, add_ds
 from lora_fast.kernels.batch.magnitudes import Again, magnitudes
-from lora_fast.kernels.batch.ranks import FIELDS, ROWS, UNIT, Ranks, Tables
+from lora_fast.kernels.batch.places import Where
+from lora_fast.kernels.batch.ranks import FIELDS, ROWS, Ranks
 from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import (
     TL,
@@ -38,8 +40,6 @@ from lora_fast.kernels.operands import Operand, Scratch, Tiles, launch
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.sums import Parts, add_parts
 from lora_fast.kernels.tiles import tma_fits
-
-DS_ROWS = 16  # rows that a program adds up the parts of dS for
 
 
 class Rows(NamedTuple):
@@ -295,76 +295,6 @@ def _batch_columns_kernel(
         tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=(cols < N)[:, None] & (ranks < r - rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])
-def _ds_kernel(
-    parts_ptr,
-    own_ptr,
-    owner_ptr,
-    within_ptr,
-    units_ptr,
-    scales_ptr,
-    ds_ptr,
-    M,
-    PARTS,
-    TOTAL,
-    stride_units,
-    BLOCK_M: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-    ACC: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """dS of these rows, of the units of ranks that they use: its parts added up where a rank is of the row's adapter,
-    else 0."""
-    wait_for_stream(PDL)
-    row = tl.program_id(0) * BLOCK_M
-    size, i = M.to(tl.int64) * WIDTH, row.to(tl.int64) * WIDTH + tl.arange(0, BLOCK_M * WIDTH)
-    total = tl.zeros([BLOCK_M * WIDTH], dtype=ACC)
-    for first in range(0, PARTS, 4):  # four loads under way at a time
-        part = first + tl.arange(0, 4)
-        inside = (part < PARTS)[:, None] & (i < size)[None, :]
-        total += tl.sum(tl.load(parts_ptr + part[:, None] * size + i[None, :], mask=inside, other=0.0), 0)
-    total = tl.reshape(total, (BLOCK_M, WIDTH))
-    rows = row + tl.arange(0, BLOCK_M)
-    own = tl.load(own_ptr + rows, mask=rows < M, other=-1)
-    units, count = units_ptr, 1
-    if units_ptr is not None:
-        units += row // ROWS * stride_units
-        count = tl.load(units)
-    for unit in range(0, count):
-        if units_ptr is not None:
-            unit = tl.load(units + 1 + unit)
-        ranks = unit * UNIT + tl.arange(0, UNIT)
-        owner = tl.load(owner_ptr + ranks, mask=ranks < TOTAL, other=-2)
-        within = tl.load(within_ptr + ranks, mask=ranks < TOTAL, other=0)
-        scale = tl.load(scales_ptr + ranks, mask=ranks < TOTAL, other=0.0)
-        its = tl.gather(total, tl.broadcast_to(within[None, :], (BLOCK_M, UNIT)), 1)
-        ds = tl.where(own[:, None] == owner[None, :], its * scale[None, :], 0.0)
-        ds_ptrs = ds_ptr + rows.to(tl.int64)[:, None] * TOTAL + ranks[None, :]
-        tl.store(ds_ptrs, ds.to(DTYPE), mask=(rows < M)[:, None] & (ranks < TOTAL)[None, :])
-
-
-class Where(NamedTuple):
-    """Whose rows are where: own [M], the lists [adapters, 2 + blocks of rows], units (see ``Places``), and what of
-    ranks kernels look up."""
-
-    own: Operand
-    lists: Operand
-    units: Operand | None
-    tables: Tables
-
-
-class LowRank(NamedTuple):
-    """dS = scales * dZ B, which is made on the way of dB: ds [M, ranks in all], b [N, ranks in all], scales [ranks in
-    all]."""
-
-    ds: Operand
-    b: Operand
-    scales: Operand
-
-
 class Gains(NamedTuple):
     """DoRA's, with which dZ = g * dY takes the place of Z = dY: gain and norm [adapters, N]; dz [M, N] is filled, and
     dm [adapters, N], from kept [M, N], contiguous: z, or y where z can be made ``again`` (magnitudes.py)."""
@@ -426,7 +356,7 @@ def columns(
     added = list[Launch]()
     if low is not None:
         parts = scratch.part((grid[0], m, width), wide(z))
-        added.append(_add_ds(parts, z, where, low, ranks))
+        added.append(add_ds(parts, z, where, low, ranks))
     block = [tile.m, tile.n]
     made = launch(
         _batch_columns_kernel,
@@ -473,30 +403,3 @@ def columns(
         DTYPE=TL[kind],
     )
     return [made, *added, *sums]
-
-
-def _add_ds(parts: Operand, z: Operand, where: Where, low: LowRank, ranks: Ranks) -> Launch:
-    count, m, width = parts.shape
-    return launch(
-        _ds_kernel,
-        (triton.cdiv(m, DS_ROWS),),
-        {"num_warps": 4},
-        z,
-        parts_ptr=parts,
-        own_ptr=where.own,
-        owner_ptr=where.tables.owner,
-        within_ptr=where.tables.within,
-        units_ptr=where.units,
-        scales_ptr=low.scales,
-        ds_ptr=low.ds,
-        M=m,
-        PARTS=count,
-        TOTAL=ranks.total,
-        WIDTH=width,
-        stride_units=0 if where.units is None else where.units.stride(0),
-        BLOCK_M=DS_ROWS,
-        ROWS=ROWS,
-        UNIT=UNIT,
-        ACC=acc_dtype(z.dtype),
-        DTYPE=TL[z.dtype],
-    )

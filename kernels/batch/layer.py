@@ -9,14 +9,16 @@ made for each adapter from its own rows (columns.py).
 
 from typing import Any, NamedTuple
 
-from lora_fast.kernels.batch.columns import Gains, LowRank, Where, columns
-from lora_fast.kernels.batch.gain import Packed, gains
+from lora_fast.kernels.batch.columns import Gains, columns
+from lora_fast.kernels.batch.ds import LowRank
+from lora_fast.kernels.batch.gain import gains
 from lora_fast.kernels.batch.magnitudes import Again
 from lora_fast.kernels.batch.mixed import gain_mixed
 from lora_fast.kernels.batch.pack import pack
-from lora_fast.kernels.batch.places import lists, places
+from lora_fast.kernels.batch.places import Where, lists, places
 from lora_fast.kernels.batch.problem import Problem
 from lora_fast.kernels.batch.ranks import ROWS
+from lora_fast.kernels.batch.terms import Packed
 from lora_fast.kernels.common import wide
 from lora_fast.kernels.down import down
 from lora_fast.kernels.gemm import Own, product

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_fast.kernels.batch.ranks import ROWS, UNIT, Ranks
+from lora_fast.kernels.batch.ranks import ROWS, UNIT, Ranks, Tables
 from lora_fast.kernels.common import wait_for_stream
 from lora_fast.kernels.gemm import MIXED
 from lora_fast.kernels.operands import Operand, Scratch, launch
@@ -40,6 +40,16 @@ class Places(NamedTuple):
         if ranks.units > 1:
             found["units"] = (blocks, 1 + ranks.units), torch.int32
         return found
+
+
+class Where(NamedTuple):
+    """Whose rows are where: own [M], the lists [adapters, 2 + blocks of rows], units (see ``Places``), and what of
+    ranks kernels look up."""
+
+    own: Operand
+    lists: Operand
+    units: Operand | None
+    tables: Tables
 
 
 @triton.jit(do_not_specialize=["M", "EACH"])

@@ -83,8 +83,9 @@ def patch_peft(
         raise ValueError(f"base_dtype_exclude: got {base_dtype_exclude!r}, expected None without a base_dtype")
     from peft.tuners.lora import LoraModel
 
-    from lora_fast.peft.layers import FastLinear, FastLoraModel
+    from lora_fast.peft.layers import FastLinear
     from lora_fast.peft.merging import mark_ties
+    from lora_fast.peft.model import FastLoraModel
     from lora_fast.peft.rules import why_never_fused
 
     asked = Asked(save, base_dtype, base_compute, base_dtype_exclude, bool(blocks))
@@ -255,7 +256,8 @@ def unpatch_peft(model: nn.Module) -> None:
     from peft.tuners.lora import LoraModel
 
     from lora_fast.peft.embedding import FastEmbedding
-    from lora_fast.peft.layers import FastLinear, FastLoraModel
+    from lora_fast.peft.layers import FastLinear
+    from lora_fast.peft.model import FastLoraModel
 
     part(model)
     for layer in layers.values():

@@ -1,12 +1,11 @@
-"""PEFT's LoRA linear layer, and its tuner, with a fused forward: what ``patch_peft`` makes of instances of theirs."""
+"""PEFT's LoRA linear layer with a fused forward: what ``patch_peft`` makes of instances of theirs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear, LoraModel
+from peft.tuners.lora import Linear
 from torch import nn
 from torch.compiler import is_compiling
 
@@ -24,7 +23,7 @@ from lora_fast.layers.keeping import KEPT_NORM, KeepsNorm
 from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
 from lora_fast.peft import norms as peft_norms
-from lora_fast.peft.batches import named_call, names_of, naming, unnamed
+from lora_fast.peft.batches import named_call, names_of, unnamed
 from lora_fast.peft.merging import NOT_KEPT, KeepingLinear, base_is_lent, for_an_adapters_file, spread_scaled
 from lora_fast.peft.rules import (
     BASES,
@@ -38,53 +37,9 @@ from lora_fast.peft.rules import (
     why_hooked,
     why_not_this_call,
 )
+from lora_fast.peft.scalings import Scalings
 from lora_fast.wrappers import fsdp1, zero3
 from lora_fast.wrappers.gather import whole
-
-
-class Scalings(dict[str, Any]):
-    """PEFT's dict {adapter: scaling}, each number mirrored into a 0-dim float32 tensor on ``device``, which compiled
-    graphs read: there a Python float would be a constant, and a new value a new compilation."""
-
-    def __init__(
-        self, values: Mapping[str, Any], device: torch.device, mirrors: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        super().__init__()
-        self.device = device
-        self.mirrors: dict[str, torch.Tensor] = dict(mirrors or {})
-        self.update(values)
-
-    def of(self, name: str, device: torch.device) -> float | torch.Tensor:
-        """The scaling of an adapter in the form that is best just now."""
-        if torch.compiler.is_compiling() and self.mirrors[name].device == device:
-            return self.mirrors[name]
-        return self[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, value)
-        if not isinstance(value, (int, float)):
-            self.mirrors.pop(name, None)
-        elif name in self.mirrors and self.mirrors[name].device == self.device:
-            self.mirrors[name].fill_(value)
-        else:
-            with torch.inference_mode(False):
-                self.mirrors[name] = torch.tensor(value, dtype=torch.float32, device=self.device)
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        for name, value in dict(*args, **kwargs).items():
-            self[name] = value
-
-    def __ior__(self, other: Any) -> "Scalings":  # type: ignore[override, misc]
-        self.update(other)
-        return self
-
-    def setdefault(self, name: str, default: Any = None) -> Any:
-        if name not in self:
-            self[name] = default
-        return self[name]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self), torch.device("cpu"))  # a pickle may be read where there is no such device
 
 
 class FastLinear(KeepsNorm, Joins, KeepingLinear):
@@ -313,22 +268,3 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._scalings = Scalings(self.scaling, self.base_layer.weight.device)
-
-
-class FastLoraModel(LoraModel):
-    """PEFT's tuner that also makes the layers of adapters fast that come later, as ``patch_later`` does."""
-
-    patch_later: Callable[[LoraModel], None] | None = None
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with naming(self, super()._enable_peft_forward_hooks, args, kwargs):
-            yield
-
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(*args, **kwargs)
-        if self.patch_later is not None:
-            self.patch_later(self)
-
-
-FastLoraModel.__name__ = LoraModel.__name__  # which tools compare; a pickle finds the class by __qualname__
