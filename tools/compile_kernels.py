@@ -1,8 +1,10 @@
 """Compile every kernel for one chip without a GPU, as the launchers would for real problems, and report what came out.
 
 ``python tools/compile_kernels.py 90`` prints one JSON line a compiled kernel: its name, the problem, its products and
-matrix instructions, shared memory, registers and stack bytes (spills). With ``--once`` a kernel is compiled once for
-each kind of problem (16 bits or 32, with dropout or without, a batch, a group and so on), a quarter of all.
+matrix instructions, shared memory, registers and stack bytes (spills). What is wrong with one (:func:`faults`) goes to
+stderr, and makes the exit code 1. With ``--once-a kind`` a kernel is compiled once for each kind of problem (16 bits or
+32, with dropout or without, a batch, a group and so on), a quarter of all; with ``--once-a width`` once for 16 bits and
+once for 32, a tenth.
 Runs in a process of its own, since it puts a driver in Triton's place that knows its target and nothing else, and
 turns launches into compilations.
 """
@@ -12,15 +14,16 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import triton
-from kernel_problems import kind_of, problems
+from kernel_problems import is_wide, kind_of, problems
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -99,7 +102,19 @@ def overwritten(ttgir: str) -> int:
     return found
 
 
+ONCE_A: dict[str, Callable[[str], Any]] = {"kind": kind_of, "width": is_wide}
 PRODUCTS = "_gemm_kernel", "_products_kernel", "_fan_kernel", "_few_rows_kernel", "_decode_kernel", "_experts_kernel"
+PASSES = (
+    "_down_fwd_kernel",
+    "_glu_down_kernel",
+    "_grad_kernel",
+    "_weight_kernel",
+    "_weight_bwd_kernel",
+    "_batch_columns_kernel",
+)
+INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+# Bytes: on 10.0, where nothing was ever run, a few passes keep 2 to 16 registers in memory; a sum in float32 four.
+SPILLS = {80: 16, 86: 16, 89: 16, 100: 64}
 
 
 def facts(name: str, kernel: Any, chip: Chip) -> dict[str, int]:
@@ -116,8 +131,26 @@ def facts(name: str, kernel: Any, chip: Chip) -> dict[str, int]:
     }
 
 
-def compile_for(chip: Chip, *, once: bool = False) -> list[dict[str, Any]]:
-    """One record a compiled kernel."""
+def faults(chip: Chip, kernel: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with one compiled kernel, in words."""
+    name, sixteen_bit = kernel["kernel"], not is_wide(kernel["problem"])
+    wanted = INSTRUCTION[chip.capability]
+    if kernel["shared"] > chip.shared_memory:
+        yield f"{kernel['shared']} bytes of shared memory, the chip has {chip.shared_memory}"
+    if kernel["stack"] > SPILLS.get(chip.capability, 0):
+        yield f"spills: {kernel['stack']} bytes of stack"
+    if sixteen_bit and name in (*PRODUCTS, *PASSES) and kernel["dots"] and not kernel[wanted]:
+        # A pass's product, 16 ranks wide, may take the warp's own instruction on a newer chip.
+        if name in PRODUCTS or not kernel["mma.sync"]:
+            yield f"no {wanted}"
+    if chip.capability == 90 and name in PRODUCTS and sixteen_bit and kernel["run"] < 2:
+        yield "its wgmma wait for each other: ptxas has serialised them"
+    if kernel["overwritten"]:
+        yield "a tile is loaded over one that is still multiplied"
+
+
+def compile_for(chip: Chip, once_a: Callable[[str], Any] | None = None) -> list[dict[str, Any]]:
+    """One record a compiled kernel, of which ``once_a`` tells the problems that need not be told apart."""
     from lora_fast.kernels import launchers
     from lora_fast.kernels.program import Launch
 
@@ -129,18 +162,18 @@ def compile_for(chip: Chip, *, once: bool = False) -> list[dict[str, Any]]:
     ):
         setattr(owner, name, value)
     found: list[dict[str, Any]] = []
-    compiled: dict[tuple[Any, ...], Any] = {}  # by kernel and kind of problem
+    compiled: dict[tuple[Any, ...], Any] = {}  # by kernel, and what its problem counts as
     run = JITFunction.run
 
     def compile_for_problem(problem: str) -> Callable[..., Any]:
         def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            kind = (self.__name__, *kind_of(problem))
-            if once and kind in compiled:
-                return compiled[kind]
+            key = self.__name__, once_a and once_a(problem)
+            if once_a and key in compiled:
+                return compiled[key]
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
             if hasattr(kernel, "result"):
                 kernel = kernel.result()
-            compiled[kind] = kernel
+            compiled[key] = kernel
             found.append({"kernel": self.__name__, "problem": problem} | facts(self.__name__, kernel, chip))
             return kernel
 
@@ -156,7 +189,12 @@ def compile_for(chip: Chip, *, once: bool = False) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chip", type=int, choices=SHARED_MEMORY, help="its compute capability, times ten")
-    parser.add_argument("--once", action="store_true", help="each kernel once for each kind of problem")
+    parser.add_argument("--once-a", choices=ONCE_A, help="compile each kernel once for each, not for each problem")
     args = parser.parse_args()
-    for row in compile_for(Chip(args.chip, 132), once=args.once):
+    chip, wrong = Chip(args.chip, 132), False
+    for row in compile_for(chip, ONCE_A.get(args.once_a)):
         print(json.dumps(row))
+        for fault in faults(chip, row):
+            print(f"{row['kernel']} {row['problem']}: {fault}", file=sys.stderr)
+            wrong = True
+    sys.exit(wrong)

