@@ -228,8 +228,15 @@ WAYS = [in_place, by_attribute, magnitudes_before_the_rest, by_accelerate, by_dc
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("use", ["forward", "merge", "merged_weight", "compile", "later"])
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize(
+    "way, use",
+    [
+        *((way, "forward") for way in WAYS),
+        *((in_place, use) for use in ("merge", "merged_weight", "compile", "later")),
+        *((magnitudes_before_the_rest, use) for use in ("merge", "later")),
+    ],
+    ids=lambda given: getattr(given, "__name__", given),
+)
 def test_a_magnitude_that_comes_into_a_model_without_data(way, use):
     """By whatever way, it is the one that counts, not the norm at the first use."""
     source, x = nn.Sequential(trained(), nn.ReLU(), DoRALinear(5, 4, r=3)), torch.randn(3, 7)

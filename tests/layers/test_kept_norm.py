@@ -62,7 +62,6 @@ def evaluated(layer, x):
     "dtype, r, base_dtype",
     [
         (FLOAT, 5, None),
-        (FLOAT, 130, "float8_e4m3"),
         (HALF, 16, None),
         (HALF, 5, "float8_e4m3"),
         (HALF, 130, None),
@@ -172,6 +171,7 @@ def another(name):
     return changed
 
 
+OF_PARTS = [*of_each_part(write), *of_each_part(new_data), *of_each_part(step), *map(another, PARTS)]
 CHANGES = [
     train_and_back,
     evaluate_again,
@@ -183,16 +183,15 @@ CHANGES = [
     load_in_inference_mode,
     load_by_assigning,
     rescale,
-    *of_each_part(write),
-    *of_each_part(new_data),
-    *of_each_part(step),
-    *map(another, PARTS),
+    *OF_PARTS,
 ]
 
 
 @pytest.mark.medium
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_it_is_made_anew(path, change):
+    if path == ("triton", "cpu") and change in OF_PARTS and not change.__name__.endswith("lora_B"):
+        pytest.skip("one part stands for the others there: the interpreter is slow")
     layer, x = made(path[1]), torch.randn(3, 64, device=path[1])
     assert [evaluated(layer, x) for _ in range(2)] == [1, 0]
     change(layer, x)
@@ -205,7 +204,7 @@ def test_other_data_where_the_former_was(path):
     if path[1] != "cpu":
         pytest.skip("memory of the test's own")
     layer, x, memory = made("cpu"), torch.randn(3, 64), bytearray(48 * 64 * 4)
-    for _ in range(3):
+    for _ in range(2):
         layer.weight.data = torch.frombuffer(memory, dtype=FLOAT).view(48, 64)
         torch.frombuffer(memory, dtype=FLOAT).normal_()
         gc.collect()  # Triton's interpreter leaves cycles
