@@ -139,6 +139,12 @@ class PackedStack(PackedWeight):
         dense = weight.mT if self.turned else weight
         return self.matrix.is_made_from(dense.reshape(-1, self.stored_shape[2]))
 
+    def why_not_added_to(self) -> str:
+        return (
+            f"experts in {self.LABEL} cannot be added to, as PEFT merges: load_adapter what PEFT saved into a model "
+            "with such experts, then merge_lora"
+        )
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         first, *rest = args or (None,)
@@ -148,10 +154,7 @@ class PackedStack(PackedWeight):
             if func is aten.unbind.int and rest in ([], [0], [-3]):
                 return [first._expert(e) for e in range(len(first))]
             if func is aten.add_.Tensor:
-                raise RuntimeError(
-                    f"experts in {first.LABEL} cannot be added to, as PEFT merges: load_adapter what PEFT saved into a "
-                    "model with such experts, then merge_lora"
-                )
+                raise RuntimeError(first.why_not_added_to())
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def sharded(self, func: Any, *args: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from lora_fast import dispatch
 from lora_fast.blocks.gated import hooked
@@ -13,7 +14,7 @@ from lora_fast.experts.form import Adapter, ExpertsForm
 from lora_fast.experts.functional import lora_experts
 from lora_fast.experts.known import DOWN, GATE_UP, Frozen, form_of, frozen_of, is_experts, why_not_now
 from lora_fast.kept import PLAIN
-from lora_fast.peft.rules import active, kind_of, parameter
+from lora_fast.peft.rules import HOOKS_ON_ALL, active, kind_of, parameter
 from lora_fast.wrappers import zero3
 
 
@@ -149,6 +150,8 @@ def why_never_fused(wrapper: Any) -> str | None:
 
 
 def _why_not_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    if torch_module._has_any_global_hook():
+        return HOOKS_ON_ALL
     if kwargs.get("adapter_names") is not None:
         return "several adapters in one batch (adapter_names)"
     if kwargs or len(args) != 2:

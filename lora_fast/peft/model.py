@@ -1,16 +1,19 @@
-"""PEFT's tuner as ``patch_peft`` makes it: adapters that come later are fused, too."""
+"""PEFT's tuner as ``patch_peft`` makes it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.lora import LoraModel
+from torch import nn
 
+from lora_fast.bases.stack import PackedStack
 from lora_fast.peft.batches import naming
 
 
 class FastLoraModel(LoraModel):
-    """PEFT's tuner that also makes the layers of adapters fast that come later, as ``patch_later`` does."""
+    """PEFT's tuner that also makes the layers of adapters fast that come later, as ``patch_later`` does; and merges all
+    layers or none."""
 
     patch_later: Callable[[LoraModel], None] | None = None
 
@@ -23,6 +26,23 @@ class FastLoraModel(LoraModel):
         super().inject_adapter(*args, **kwargs)
         if self.patch_later is not None:
             self.patch_later(self)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; RuntimeError where an adapter is on packed experts, before anything is merged."""
+        self._refuse_packed_experts()
+        super().merge_adapter(*args, **kwargs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As in PEFT, and as :meth:`merge_adapter`."""
+        self._refuse_packed_experts()
+        return super().merge_and_unload(*args, **kwargs)
+
+    def _refuse_packed_experts(self) -> None:
+        for module in self.modules():
+            if (name := getattr(module, "parameter_name", None)) is not None:
+                experts = getattr(module.get_base_layer(), name, None)  # type: ignore[operator]
+                if isinstance(experts, PackedStack):
+                    raise RuntimeError(experts.why_not_added_to())
 
 
 FastLoraModel.__name__ = LoraModel.__name__  # which tools compare; a pickle finds the class by __qualname__

@@ -300,16 +300,18 @@ def test_frozen_and_packed(kind):
 
 @KINDS
 def test_pefts_adapters_over_packed_experts(kind):
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=BOTH)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=BOTH)
     model = pack_experts(moe_model(kind, **SIZES), "nf4")
     dense = written_out(model)
     ours, stock = (stir(peft.get_peft_model(one, config)) for one in (model, dense))
     layers = patch_peft(ours).layers
-    assert len(layers) == 4 and {layer.reason for layer in layers} == {'set_backend("reference") is on'}
+    assert len(layers) == 6 and {layer.reason for layer in layers} == {'set_backend("reference") is on'}
     same(loss_and_gradients(ours), loss_and_gradients(stock), 1e-5)
     logits = ours(ids()).logits
-    with pytest.raises(RuntimeError, match="experts in nf4 cannot be added to.*load_adapter.*merge_lora"):
-        ours.merge_adapter()
+    for merge in (ours.merge_adapter, ours.merge_and_unload):
+        with pytest.raises(RuntimeError, match="experts in nf4 cannot be added to.*load_adapter.*merge_lora"):
+            merge()
+        assert not ours.get_model_status().merged_adapters and len(patch_peft(ours).layers) == 6
     assert torch.equal(ours(ids()).logits, logits)
 
 

@@ -9,6 +9,7 @@ import torch
 from expert_nets import BOTH, eagerly, ids, loss_and_gradients, moe_model, moe_peft
 from peft_nets import peft, same, stir
 from torch.distributed.fsdp import fully_shard
+from torch.nn.modules.module import register_module_forward_hook
 
 from lora_fast import SlowPathWarning, patch_peft, peft_report, set_backend, unpatch_peft
 from lora_fast.peft.experts import FastExperts
@@ -256,6 +257,18 @@ def test_what_is_out_of_the_ordinary_runs_stock_and_says_so(reason):
     same(results, loss_and_gradients(stock), 1e-6)
     said = {layer.reason for layer in peft_report(ours).layers if "layers.1." in layer.name}
     assert len(said) == 1 and match in said.pop()
+
+
+def test_hooks_on_all_modules_run():
+    """Those of the module of experts, too, which ours does not call."""
+    stock = moe_peft()
+    ours = patched(stock)
+
+    def doubled(module, _, y):
+        return 2 * y if "act_fn" in module._modules and hasattr(module, "num_experts") else None
+
+    with register_module_forward_hook(doubled), pytest.warns(SlowPathWarning, match="hooks on all modules"):
+        same(loss_and_gradients(ours), loss_and_gradients(stock), 1e-6)
 
 
 NEVER = {
