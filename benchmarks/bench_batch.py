@@ -14,19 +14,18 @@ lora_fast_lora    lora_linear_batch
 lora_fast_dora    dora_linear_batch
 """
 
-import argparse
 import gc
 import importlib.util
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import common
+from benchmarks import arguments, common
+from benchmarks.arguments import positive
 from lora_fast import Adapter, dora_linear_batch, lora_linear_batch, set_backend, timing
 from lora_fast.functional import dora_linear, lora_linear
 from lora_fast.timing import Candidate
@@ -184,17 +183,12 @@ def summarise(rows: list[common.Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.bench_batch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rounds", type=int, default=24)
+    parser = arguments.parser_of("bench_batch", __doc__)
+    parser.add_argument("--rounds", type=positive, default=24)
     parser.add_argument("--quick", action="store_true", help="the first shape and few rows, a third of the rounds")
     parser.add_argument("--impls", default=",".join(IMPLS), help="some of them, by commas; frozen always runs")
     parser.add_argument("--adapters", default="4,16,64", help="how many, by commas (default 4,16,64)")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="DIR")
-    parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
+    arguments.add_files(parser, "bench_batch_CARD.csv and bench_batch_graph_CARD.csv are rewritten")
     args = parser.parse_args(argv)
     wanted = {"frozen", *args.impls.split(",")}
     if unknown := wanted - {*IMPLS}:

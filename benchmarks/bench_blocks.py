@@ -23,15 +23,15 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import common
-from benchmarks.bench_lora import only, peft_layer, positive
+from benchmarks import arguments, common
+from benchmarks.arguments import positive
+from benchmarks.bench_lora import peft_layer
 from lora_fast import DoRALinear, Layer, LoRALinear, lora_glu, lora_group, lora_mlp, set_backend, timing
 
 FROZEN = ("frozen", "frozen_again")
@@ -203,26 +203,10 @@ def table(rows: Sequence[common.Row]) -> str:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case], list[str]]:
     """(arguments, the cases to run, the impls to run)."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.bench_blocks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser_of("bench_blocks", __doc__)
     parser.add_argument("--rounds", type=positive, default=24, help="default 24")
-    parser.add_argument(
-        "--only",
-        type=lambda text: only(text, KINDS),
-        action="append",
-        default=[],
-        metavar="KEY=VALUE[,VALUE]",
-        help=f"a part only, for instance --only block=mlp; KEY is one of {', '.join(KINDS)}; frozen always runs",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=common.RESULTS,
-        metavar="DIR",
-        help="where bench_blocks_CARD.csv is rewritten (default benchmarks/results)",
-    )
-    parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
+    arguments.add_only(parser, KINDS)
+    arguments.add_files(parser, "bench_blocks_CARD.csv is rewritten")
     args = parser.parse_args(argv)
     impls, cases = list(IMPLS), CASES
     for key, values in args.only:

@@ -27,7 +27,6 @@ model needs there: weights, gradients, optimiser and activations. scaling is tok
 """
 
 import argparse
-import functools
 import gc
 import itertools
 import sys
@@ -41,8 +40,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from benchmarks import check_distributed, common, models
-from benchmarks.bench_lora import only, positive
+from benchmarks import arguments, check_distributed, common, models
+from benchmarks.arguments import positive
 from benchmarks.distributed import MODES, group_of, of_all, processes, sharded, step_of, wrap
 from benchmarks.models import EXPERTS, LARGE, TINY, Size
 from lora_fast import timing
@@ -247,11 +246,7 @@ def summarise(rows: list[common.Row]) -> str:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     """(arguments, the cases to run)."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.bench_distributed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.parser_of("bench_distributed", __doc__)
     parser.add_argument("--gpus", type=positive, help="default: all that there are; 2 processes with --tiny")
     parser.add_argument(
         "--check",
@@ -279,25 +274,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
         type=positive,
         help=f"default {LARGE.layers}; {check_distributed.LAYERS} with --check; 1 with --tiny",
     )
-    parser.add_argument(
-        "--only",
-        type=functools.partial(only, kinds=KINDS),
-        action="append",
-        default=[],
-        metavar="KEY=VALUE[,VALUE]",
-        help="a part only, for instance --only p=0 --only mode=ddp; "
-        f"KEY is one of {', '.join(KINDS)}; --check goes by mode and, for LoRA or DoRA, "
-        "impl",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=common.RESULTS,
-        metavar="DIR",
-        help="where bench_distributed_CARD_xGPUS.csv is (default benchmarks/results); "
-        "rows that are not measured stay in it",
-    )
-    parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
+    arguments.add_only(parser, KINDS, "--check goes by mode and, for LoRA or DoRA, impl")
+    arguments.add_files(parser, "bench_distributed_CARD_xGPUS.csv is; rows that are not measured stay in it")
     args = parser.parse_args(argv)
     if args.check and args.size in SHARDED:
         parser.error(f"--check: got --size {args.size}, expected one that a card holds whole")

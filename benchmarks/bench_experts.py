@@ -15,18 +15,16 @@ peft          PEFT's target_parameters, where PEFT is installed; not in graphs
 lora_fast     the fused kernels, and lora_fast_frozen the same without adapters
 """
 
-import argparse
-import functools
 import gc
 import importlib.metadata
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import bench_lora, common, experts
+from benchmarks import arguments, common, experts
+from benchmarks.arguments import positive
 from lora_fast import set_backend, timing
 
 IMPLS = ("frozen", "frozen_again", "eager", "peft", "lora_fast", "lora_fast_frozen")
@@ -130,27 +128,11 @@ def summarise(rows: list[common.Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.bench_experts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=bench_lora.positive, default=8)
-    parser.add_argument(
-        "--only",
-        type=functools.partial(bench_lora.only, kinds=KINDS),
-        action="append",
-        default=[],
-        metavar="KEY=VALUE[,VALUE]",
-        help=f"a part only; KEY is one of {', '.join(KINDS)}; frozen always runs",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=common.RESULTS,
-        metavar="DIR",
-        help="where bench_experts_CARD.csv is (default benchmarks/results); rows that are not measured stay in it",
-    )
+    parser = arguments.parser_of("bench_experts", __doc__)
+    parser.add_argument("--rounds", type=positive, default=8)
+    arguments.add_only(parser, KINDS)
+    arguments.add_files(parser, "bench_experts_CARD.csv is; rows that are not measured stay in it")
     parser.add_argument("--installed", action="store_true", help="frozen is the installed transformers' own function")
-    parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
     args = parser.parse_args(argv)
     wanted = cases()
     impls: tuple[str, ...] = IMPLS

@@ -17,18 +17,16 @@ peft_dora, lora_fast_dora  the same with DoRA
 A patched model must never be slower than stock's. With --only impl=... others stay as they are in the file.
 """
 
-import argparse
-import functools
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import common, models
-from benchmarks.bench_lora import FROZEN, only, positive
+from benchmarks import arguments, common, models
+from benchmarks.arguments import positive
+from benchmarks.bench_lora import FROZEN
 from benchmarks.models import SMALL, TINY, Case, R, Size, base_model, model_of, stock_of
 from lora_fast import set_backend, timing
 
@@ -121,30 +119,14 @@ def summarise(rows: Sequence[common.Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.bench_generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser_of("bench_generate", __doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, in fp32")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="default both")
     parser.add_argument("--batch", nargs="+", type=positive, default=list(BATCHES), help="default 1 and 8")
     parser.add_argument("--new", type=positive, default=NEW, help=f"tokens to generate (default {NEW})")
     parser.add_argument("--rounds", type=positive, default=8)
-    parser.add_argument(
-        "--only",
-        type=functools.partial(only, kinds={"impl": str}),
-        action="append",
-        default=[],
-        metavar="impl=VALUE[,VALUE]",
-        help=f"a part only, of {', '.join(IMPLS)}",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=common.RESULTS,
-        metavar="DIR",
-        help="where bench_generate_CARD.csv is (default benchmarks/results)",
-    )
-    parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
+    arguments.add_only(parser, {"impl": str}, f"it is one of {', '.join(IMPLS)}")
+    arguments.add_files(parser, "bench_generate_CARD.csv is")
     args = parser.parse_args(argv)
     impls = [impl for impl in IMPLS if all(impl in values for _, values in args.only)]
     if not impls:

@@ -11,7 +11,6 @@ lora_fast_dora     DoRALinear
 lora_fast_patched  the PEFT layer under patch_peft
 """
 
-import argparse
 import csv
 import sys
 from collections.abc import Callable
@@ -20,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks import bench_dora, bench_lora, common
+from benchmarks import arguments, bench_dora, bench_lora, common
+from benchmarks.arguments import positive
 from benchmarks.bench_lora import COLUMNS, FROZEN, Case
 from lora_fast import patch_peft, set_backend, timing
 from lora_fast.timing import Candidate
@@ -79,18 +79,9 @@ def of_other_versions(path: Path, triton: str) -> list[common.Row]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.bench_host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=bench_lora.positive, default=48)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=common.RESULTS,
-        metavar="DIR",
-        help="where bench_host_CARD.csv is written (default benchmarks/results)",
-    )
-    parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
+    parser = arguments.parser_of("bench_host", __doc__)
+    parser.add_argument("--rounds", type=positive, default=48)
+    arguments.add_files(parser, "bench_host_CARD.csv is written")
     args = parser.parse_args(argv)
     if (reason := common.why_no_gpu()) is not None:
         print(reason, file=sys.stderr)

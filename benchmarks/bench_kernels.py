@@ -18,18 +18,15 @@ nf4_whole, nf4_rows, nf4_columns    NF4 in bf16, in e4m3 by rows and by columns
 fp8_blocks_whole, _rows, _columns   e4m3 over blocks of 128 x 128, as fp8 checkpoints have it, likewise
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from benchmarks import common
-from benchmarks.bench_lora import positive
+from benchmarks import arguments, common
 from lora_fast import timing
 
 COLUMNS = "gpu torch triton commit dtype M K N r p kernel median_us floor_us ratio bound".split()
@@ -277,24 +274,10 @@ def table(rows: list[common.Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.bench_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--rounds",
-        type=positive,
-        default=24,
-        help="in bf16 (default 24); a third of it, but 3 at least, in fp16 and fp32",
-    )
+    parser = arguments.parser_of("bench_kernels", __doc__)
+    arguments.add_rounds_of_dtypes(parser)
     parser.add_argument("--quick", action="store_true", help="the first shape alone, in bf16 at r=16")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=common.RESULTS,
-        metavar="DIR",
-        help="where bench_kernels_CARD.csv is rewritten (default benchmarks/results)",
-    )
-    parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
+    arguments.add_files(parser, "bench_kernels_CARD.csv is rewritten")
     args = parser.parse_args(argv)
     reason = common.why_no_gpu()
     if reason is not None:

@@ -26,13 +26,12 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import common, fp8
+from benchmarks import arguments, common, fp8
 from benchmarks.summary import summarise
 from lora_fast import DoRALinear, LoRALinear, reference, set_backend, timing
 from lora_fast.timing import Candidate
@@ -195,55 +194,14 @@ def measured(built: dict[Case, dict[str, Candidate]], rounds: int, graph: bool, 
     return rows
 
 
-def only(text: str, kinds: dict[str, Callable[[str], Any]] = KINDS) -> tuple[str, set[Any]]:
-    """``r=16,64`` -> ("r", {16, 64})."""
-    key, _, values = text.partition("=")
-    if key not in kinds or not values:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected KEY=VALUE[,VALUE], KEY one of {', '.join(kinds)}")
-    try:
-        found = {kinds[key](value) for value in values.split(",")}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers for {key}") from None
-    return key, found
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= 1")
-    return int(text)
-
-
 def parse(argv: list[str] | None, suite: Suite) -> tuple[argparse.Namespace, list[Case], tuple[str, ...]]:
     """(arguments, the cases to run, the impls to run)."""
-    parser = argparse.ArgumentParser(
-        f"python -m benchmarks.{suite.name}",
-        description=suite.doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--rounds",
-        type=positive,
-        default=24,
-        help="in bf16 (default 24); a third of it, but 3 at least, in fp16 and fp32",
-    )
-    parser.add_argument(
-        "--only",
-        type=only,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE[,VALUE]",
-        help=f"a part only, for instance --only r=16 --only p=0; KEY is one of {', '.join(KINDS)}; frozen always runs",
-    )
+    parser = arguments.parser_of(suite.name, suite.doc)
+    arguments.add_rounds_of_dtypes(parser)
+    arguments.add_only(parser, KINDS)
     parser.add_argument("--quick", action="store_true", help="a first look: r=16 in bf16, a third of the rounds")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=common.RESULTS,
-        metavar="DIR",
-        help=f"where {suite.name}_CARD.csv and, for M={suite.graphed} under CUDA graphs, "
-        f"{suite.name}_graph_CARD.csv are rewritten (default benchmarks/results)",
-    )
-    parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
+    graphs = f"for M={suite.graphed} under CUDA graphs, {suite.name}_graph_CARD.csv"
+    arguments.add_files(parser, f"{suite.name}_CARD.csv and, {graphs} are rewritten")
     args = parser.parse_args(argv)
     wanted = [(key, values) for key, values in args.only if key != "impl"]
     cases = [c for c in suite.cases if all(getattr(c, key) in values for key, values in wanted)]

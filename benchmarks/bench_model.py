@@ -41,7 +41,6 @@ than stock's.
 
 import argparse
 import csv
-import functools
 import gc
 import sys
 import time
@@ -52,8 +51,9 @@ from typing import Any, NamedTuple
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks import common
-from benchmarks.bench_lora import FROZEN, only, positive
+from benchmarks import arguments, common
+from benchmarks.arguments import positive
+from benchmarks.bench_lora import FROZEN
 from benchmarks.models import IMPLS, MODES, SIZES, Case, R, Size, all_cases, build, measure, stock_of
 from lora_fast import set_backend, timing
 
@@ -190,9 +190,7 @@ def summarise(rows: list[common.Row]) -> str:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Group]]:
     """(arguments, what to run)."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.bench_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser_of("bench_model", __doc__)
     add = parser.add_argument
     add("--size", nargs="+", choices=SIZES, default=["large"], help="default large")
     add("--mode", nargs="+", choices=MODES, default=["eager"], help="default eager")
@@ -201,23 +199,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Group]]:
     add("--apart", action="store_true", help="each model by itself; frozen only if --only names it, or nothing")
     add("--rounds", type=positive, help="default 8 with large, else 60")
     add("--layers", type=positive, help="in place of the size's")
-    add(
-        "--only",
-        type=functools.partial(only, kinds=KINDS),
-        action="append",
-        default=[],
-        metavar="KEY=VALUE[,VALUE]",
-        help="a part only, for instance --only p=0 --only impl=peft_lora; "
-        f"KEY is one of {', '.join(KINDS)}; frozen always runs",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=common.RESULTS,
-        metavar="DIR",
-        help="where bench_model_CARD.csv is (default benchmarks/results)",
-    )
-    add("--commit", help="what to write as the commit where this is not a git checkout")
+    arguments.add_only(parser, KINDS)
+    arguments.add_files(parser, "bench_model_CARD.csv is")
     args = parser.parse_args(argv)
     if args.tiny:
         args.size = ["tiny"]

@@ -18,8 +18,6 @@ measuring one finds it. What cannot be compiled is named and not measured. Rows 
 file: the compiled ones may come later, with --only impl=eager_compiled,eager_compiled_dora.
 """
 
-import argparse
-import functools
 import gc
 import itertools
 import math
@@ -29,13 +27,13 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks import bench_dora, bench_lora, common
+from benchmarks import arguments, bench_dora, bench_lora, common
+from benchmarks.arguments import positive
 from benchmarks.bench_lora import COLUMNS, FROZEN, Case
 from lora_fast import LoRALinear, set_backend, timing
 from lora_fast.timing import Candidate
@@ -168,26 +166,10 @@ def summarise(rows: list[common.Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.bench_small", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=bench_lora.positive, default=12)
-    parser.add_argument(
-        "--only",
-        type=functools.partial(bench_lora.only, kinds=KEYS),
-        action="append",
-        default=[],
-        metavar="KEY=VALUE[,VALUE]",
-        help=f"a part only; KEY is one of {', '.join(KEYS)}; frozen always runs",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=common.RESULTS,
-        metavar="DIR",
-        help="where bench_small_CARD.csv is (default benchmarks/results)",
-    )
-    parser.add_argument("--commit", help="what to write as the commit where this is not a git checkout")
+    parser = arguments.parser_of("bench_small", __doc__)
+    parser.add_argument("--rounds", type=positive, default=12)
+    arguments.add_only(parser, KEYS)
+    arguments.add_files(parser, "bench_small_CARD.csv is")
     args = parser.parse_args(argv)
     impls: tuple[str, ...] = IMPLS
     wanted = cases()
