@@ -2,6 +2,7 @@
 
 import csv
 
+import pairs
 import pytest
 import torch
 from torch import distributed as dist
@@ -141,8 +142,15 @@ def where(request):
     return request.param
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """On a CPU; a process that has a GPU cannot be."""
+    if NONE:
+        monkeypatch.setattr(torch.multiprocessing, "spawn", pairs.spawn)
+
+
 @pytest.mark.slow
-def test_timed_run(where, tmp_path):
+def test_timed_run(where, forked, tmp_path):
     argv = f"{where} --rounds 2 --only p=0.1 --only mode=ddp,fsdp2_accumulation --commit c0 --out {tmp_path}"
     only = " --only impl=peft_dora,lora_fast_dora"
     assert bench_distributed.main((argv + only).split()) == 0
@@ -166,7 +174,7 @@ def test_timed_run(where, tmp_path):
 
 
 @pytest.mark.slow
-def test_checked_run(where, capfd):
+def test_checked_run(where, forked, capfd):
     """Interpreted kernels on the CPU, DoRA, which has all tensors, in the mode that moves them most."""
     argv = f"{where} --check --steps {2 if 'tiny' in where else 20} --only mode=fsdp2_offload --only impl=peft_dora"
     assert bench_distributed.main(argv.split()) == 0, capfd.readouterr()

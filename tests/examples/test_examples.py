@@ -4,14 +4,13 @@ import importlib
 import math
 import re
 import shlex
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from checkout import ROOT, environment
+from checkout import ROOT
+from pairs import as_torchrun
 
 for package in ("peft", "transformers", "accelerate"):
     pytest.importorskip(package)
@@ -86,12 +85,9 @@ def test_two_steps_of_trl(run, capsys):
 def test_fsdp2():
     if GPU and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs, or none")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = environment()
-    done = subprocess.run([*launch, ROOT / "examples" / "fsdp2.py", *SHORT], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    losses = re.search(r"text: (\S+) at the start, (\S+) at the end", done.stdout).groups()
-    check("fsdp2", SHORT, done.stdout, tuple(map(float, losses)))
+    said = as_torchrun(ROOT / "examples" / "fsdp2.py", SHORT)
+    losses = re.search(r"text: (\S+) at the start, (\S+) at the end", said).groups()
+    check("fsdp2", SHORT, said, tuple(map(float, losses)))
 
 
 def test_the_gallery_lists_them_all():

@@ -2,14 +2,13 @@
 
 import csv
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checkout import ROOT, environment
+from checkout import ROOT
+from pairs import as_torchrun
 from torch import nn
 
 for package in ("peft", "transformers", "accelerate", "tqdm"):
@@ -240,12 +239,8 @@ def test_peft_models(capsys):
 def test_bloom_in_two_processes(tmp_path):
     if GPU and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs, or none")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = environment()
-    argv = [ROOT / "examples" / "peft_models.py", "--steps", "2", "--batch", "4", "--only", "BLOOM"]
-    done = subprocess.run([*launch, *argv], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("BLOOM: loss ") == 1 and "DDP: 2; adapters the same in all" in done.stdout
+    said = as_torchrun(ROOT / "examples" / "peft_models.py", ["--steps", "2", "--batch", "4", "--only", "BLOOM"])
+    assert said.count("BLOOM: loss ") == 1 and "DDP: 2; adapters the same in all" in said
 
 
 def test_others_refuse_several_processes(monkeypatch, capsys):

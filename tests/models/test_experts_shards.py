@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from checkout import two_processes
 from devices import CUDA
 from expert_nets import BOTH, ids, moe_model
+from pairs import two_processes
 from peft_nets import peft
 from torch.distributed.tensor import Shard
 

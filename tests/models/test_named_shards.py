@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from checkout import two_processes
+from pairs import two_processes
 
 
 @pytest.mark.slow

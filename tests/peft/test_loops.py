@@ -8,7 +8,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from checkout import ROOT, two_processes
+from checkout import ROOT
+from pairs import two_processes
 
 from lora_fast import dispatch, patch_peft, set_backend
 

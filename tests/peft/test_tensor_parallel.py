@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from checkout import two_processes
+from pairs import two_processes
 
 from lora_fast.wrappers.gather import TENSOR_PARALLEL
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from checkout import two_processes
+from pairs import two_processes
 from torch import nn
 
 pytest.importorskip("safetensors")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from checkout import two_processes
 from merged import KIND, OWN, base_layers, made, merge, unmerge, weights
+from pairs import two_processes
 from peft_nets import inputs
 from torch import nn
 
