@@ -17,13 +17,6 @@ from lora_fast import DoRALinear, LoRALinear
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
-@pytest.mark.medium
-@NO_GPU
-def test_a_script_says_that_there_is_no_gpu():
-    done = subprocess.run([sys.executable, "-m", "benchmarks.bench_lora"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "NVIDIA GPU" in done.stderr and "Traceback" not in done.stderr
-
-
 @NO_GPU
 @pytest.mark.parametrize("bench", [bench_dora, bench_kernels, bench_host, bench_small])
 def test_says_that_there_is_no_gpu(bench, capsys):
@@ -181,6 +174,9 @@ print("all right")
 def test_kernels_do_what_they_are_named_after():
     """Each of bench_kernels' launches, interpreted, against plain torch."""
     pytest.importorskip("triton")
+    if not torch.cuda.is_available():  # they are interpreted here
+        exec(KERNELS, {"__name__": "__main__"})
+        return
     done = subprocess.run(
         [sys.executable, "-c", KERNELS],
         cwd=ROOT,

@@ -44,6 +44,7 @@ def rows(finished):
 
 @pytest.fixture(scope="module")
 def digits():
+    importlib.import_module("mnist")  # of tests/support
     return demo.load_digits(torch.device("cpu"))
 
 

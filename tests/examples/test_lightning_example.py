@@ -12,6 +12,7 @@ from lora_fast.cli import demo
 for package in ("lightning", "matplotlib", "mlxtend", "peft", "rich", "safetensors"):
     pytest.importorskip(package)
 import lightning_mnist  # noqa: E402
+import mnist  # noqa: E402, F401
 from loops import watched  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 

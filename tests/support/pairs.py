@@ -4,7 +4,7 @@ A started Python with torch, transformers and PEFT takes eight seconds, and a pa
 that they are forked from (multiprocessing's forkserver) has run none of the tests.
 """
 
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import socket
@@ -22,6 +22,7 @@ import torch
 from checkout import ROOT
 from torch.multiprocessing import start_processes
 
+HONEST = multiprocessing.get_context
 LIMIT = 300  # seconds
 IMPORTED = [  # where something is missing, what is left
     "devices",
@@ -59,15 +60,22 @@ def as_torchrun(script: Path, arguments: list[str]) -> str:
     return told(_script, [(script, arguments, where | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"])
 
 
+def forkserver() -> Any:
+    """multiprocessing's context, with its server started."""
+    context: Any = HONEST("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with mock.patch.dict(os.environ, checkout.environment()):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 def told(fn: Callable[..., None], of_each: list[Any]) -> str:
     """What ``fn(rank, of_each)`` tells in so many processes, one after the other. If one fails, all end, and its error
     is raised with what they told."""
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    forkserver()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, str(rank)) for rank in range(len(of_each))]
-        with mock.patch.dict(os.environ, checkout.environment()):  # of the one that they are forked from
-            running = start_processes(_telling, (files, fn, of_each), len(files), join=False, start_method="forkserver")
+        running = start_processes(_telling, (files, fn, of_each), len(files), join=False, start_method="forkserver")
         end = time.monotonic() + LIMIT
         try:
             while not running.join(timeout=1):
