@@ -46,9 +46,10 @@ def test_generate(way, kind):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL")
 @pytest.mark.usefixtures("as_scripts")
+@pytest.mark.parametrize("way", WAYS[1:])
 def test_grpo(way, tmp_path):
     """Two steps of TRL's GRPO, which samples, scores what it sampled with the adapters on and off, and learns: DoRA on
-    the kernels, LoRA on the way that stays stock's."""
+    the kernels."""
     from datasets import Dataset
     from transformers import ByT5Tokenizer, set_seed
     from trl import GRPOConfig, GRPOTrainer
@@ -79,11 +80,11 @@ def test_grpo(way, tmp_path):
             trainer.train()
         return [[log[name] for name in ("loss", "grad_norm", "kl")] for log in trainer.state.log_history[:2]], seen
 
-    stock = tiny_llama(vocab=259, use_dora=way != ("auto", "cpu"))
+    stock = tiny_llama(vocab=259, use_dora=True)
     ours = patched(stock, way)
     expected, none = learn(stock)
     found, seen = learn(ours)
     assert texts[:2] == texts[2:] and texts[0] != texts[1]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-6)
     assert expected[1][2] > 0 and none.calls == 0
-    assert (seen.calls > 2 * 6 * LAYERS) == (seen.launches > 2 * 6 * LAYERS) == (way != ("auto", "cpu"))
+    assert min(seen.calls, seen.launches) > 2 * 6 * LAYERS

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from devices import PATHS
 from kept import new_data, norms_made, step, write
 from peft_nets import inputs, patched, stock_model
 
@@ -147,7 +148,14 @@ CHANGES = [
 
 @pytest.mark.versions
 @pytest.mark.medium
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "path, change",
+    [
+        pytest.param(path[:2], change, marks=path[2], id=f"{'-'.join(path[:2])}-{change.__name__}")
+        for path in PATHS
+        for change in (CHANGES[::3] if path[:2] == ("triton", "cpu") else CHANGES)  # a change is seen before any path
+    ],
+)
 def test_it_is_made_anew(path, change):
     ours, x = model(path), inputs(path)
     assert [evaluated(ours, x) for _ in range(2)] == [2, 0]

@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from devices import PATHS
 from peft_nets import Net, config, inputs, patched, results, same, stir, stock_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -452,10 +453,21 @@ def test_copies_are_independent(path, kind):
     assert scalings(ours)[0].mirrors["default"].item() == 1.5
 
 
+REGION_OF_TWO = {"reference": "model", "triton": "layers"}  # of two adapters, on a CPU
+
+
 @pytest.mark.versions
 @pytest.mark.medium
-@pytest.mark.parametrize("kind", [*KINDS, "two adapters"])
-@pytest.mark.parametrize("region", ["model", "layers"])
+@pytest.mark.parametrize(
+    "path, kind, region",
+    [
+        pytest.param(path[:2], kind, region, marks=path[2], id=f"{'-'.join(path[:2])}-{region}-{kind}")
+        for path in PATHS
+        for kind in (*KINDS, "two adapters")
+        for region in ("model", "layers")
+        if path[1] == "cuda" or region == {"lora": "layers", "dora": "model"}.get(kind, REGION_OF_TWO[path[0]])
+    ],
+)
 def test_compiled_once_for_all(path, kind, region):
     """Whole or layer by layer: one graph (each), also for new values of the adapters and of the scaling."""
     torch._dynamo.reset()
