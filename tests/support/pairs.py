@@ -22,6 +22,7 @@ import torch
 from checkout import ROOT
 from torch.multiprocessing import start_processes
 
+Run = tuple[Path, list[str], dict[str, str]]  # a script, its arguments and its environment
 HONEST = multiprocessing.get_context
 LIMIT = 300  # seconds
 IMPORTED = [  # where something is missing, what is left
@@ -41,7 +42,9 @@ def two_processes(script: str, *arguments: object) -> None:
     """As ``checkout.two_processes``: a script of tests/support, ``RANK ARGUMENT ...``."""
     if torch.cuda.is_available():
         return checkout.two_processes(script, *arguments)
-    runs = [(ROOT / "tests" / "support" / script, [str(rank), *map(str, arguments)], {}) for rank in range(2)]
+    runs: list[Run] = [
+        (ROOT / "tests" / "support" / script, [str(rank), *map(str, arguments)], {}) for rank in range(2)
+    ]
     told(_script, runs)
 
 
@@ -107,7 +110,7 @@ def _telling(rank: int, files: list[Path], fn: Callable[..., None], of_each: lis
         sys.stderr.flush()
 
 
-def _script(rank: int, runs: list[tuple[Path, list[str], dict[str, str]]]) -> None:
+def _script(rank: int, runs: list[Run]) -> None:
     script, arguments, env = runs[rank]
     os.environ |= env
     sys.argv = [str(script), *arguments]
