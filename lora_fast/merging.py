@@ -122,6 +122,9 @@ def merge_peft(
         if safe_merge and not torch.isfinite(layer.base_layer.weight).all():
             raise ValueError(f"safe_merge: the merged weight has NaN or infinite elements in {weight.dtype}")
 
+    from lora_fast.peft.merging import mark_ties
+
+    mark_ties(model)  # as they are by now
     _merge_all(layers, merge)
     return model
 

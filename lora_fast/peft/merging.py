@@ -226,12 +226,13 @@ class KeepingLinear(Linear):
 
 
 def mark_ties(model: nn.Module) -> None:
-    """Tell the layers of ours in the model which of them have a base in common with another of PEFT's layers."""
+    """Tell the layers of ours in the model which of them have a base in common with another of PEFT's layers, by now or
+    when they were told before: what wraps a model may keep a tied parameter twice."""
     bases = {layer: layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
     held = Counter(id(p) for base in bases.values() for p in base.parameters(recurse=False))
     for layer, base in bases.items():
         if isinstance(layer, KeepingLinear):
-            layer.base_is_tied = any(held[id(p)] > 1 for p in base.parameters(recurse=False))
+            layer.base_is_tied |= any(held[id(p)] > 1 for p in base.parameters(recurse=False))
 
 
 def base_is_lent(layer: Any) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_fast.bases.stack import PackedStack
 from lora_fast.peft.batches import naming
+from lora_fast.peft.merging import mark_ties
 
 
 class FastLoraModel(LoraModel):
@@ -28,8 +29,10 @@ class FastLoraModel(LoraModel):
             self.patch_later(self)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT; RuntimeError where an adapter is on packed experts, before anything is merged."""
+        """As in PEFT, with bases as they are tied by now (transformers' ``tie_weights``); RuntimeError where an adapter
+        is on packed experts, before anything is merged."""
         self._refuse_packed_experts()
+        mark_ties(self)
         super().merge_adapter(*args, **kwargs)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:

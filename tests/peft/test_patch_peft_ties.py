@@ -152,6 +152,21 @@ def test_an_embedding_that_gets_its_adapter_later(merged):
     torch.testing.assert_close(weight(model, "lm_head"), before, rtol=1e-5, atol=1e-5)
 
 
+def test_bases_that_are_tied_after_the_patch():
+    torch.manual_seed(0)
+    apart = Twins()
+    apart.down = nn.Linear(16, 16)
+    model = stir(peft.get_peft_model(apart, config())).eval()
+    patch_peft(model)
+    up, down = layers(model, ("up", "down"))
+    down.base_layer.weight = up.base_layer.weight
+    before, expected = weight(model, "up").detach().clone(), outputs(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    torch.testing.assert_close(weight(model, "up"), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_head_alone_is_exact():
     """The embedding it is tied to has no adapter, and so changes nothing."""
     model = headed_at(["lm_head"])
