@@ -24,6 +24,7 @@ from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
 from lora_fast.peft import norms as peft_norms
 from lora_fast.peft.batches import named_call, names_of, unnamed
+from lora_fast.peft.inits import base_watched
 from lora_fast.peft.merging import NOT_KEPT, KeepingLinear, base_is_lent, for_an_adapters_file, spread_scaled
 from lora_fast.peft.rules import (
     BASES,
@@ -72,7 +73,7 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
 
     def release(self) -> None:
         """Make the layer stock again. While it is merged, the base weight that was kept is lost."""
-        self._forget_base()
+        self.forget_base()
         scalings = dict(self.scaling)
         del self._scalings
         for name in (
@@ -238,6 +239,12 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
             save_x=self.save_x,
             kept=None if self.fan_in_fan_out else self.kept_norm(in_graphs=caching),  # each call's W is another view
         )
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; raises as :func:`lora_fast.peft.inits.base_watched`."""
+        with base_watched(self):
+            super().update_layer(*args, **kwargs)
+        self.drop_kept_norm()  # which does not see what is written into data
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in PEFT, but for the weight of a head, which PEFT's files take along: if it is fp8 it is plain there, and

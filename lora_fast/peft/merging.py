@@ -90,7 +90,7 @@ class KeepingLinear(Linear):
             with gathered(self, changed=self.base_layer if common else None):
                 super().unmerge()
             if common:
-                self._forget_base()  # from before it was tied
+                self.forget_base()  # from before it was tied
             else:
                 self._put_back()
 
@@ -147,7 +147,7 @@ class KeepingLinear(Linear):
                 write(tensor, kept)
             else:
                 tensor.data = whole(kept).to(tensor.device)
-        self._forget_base()
+        self.forget_base()
 
     def _base(self) -> dict[str, torch.Tensor]:
         base = self.base_layer
@@ -158,7 +158,8 @@ class KeepingLinear(Linear):
         pairs = [(self._buffers.get(f"unmerged_{name}"), tensor) for name, tensor in self._base().items()]
         return [(kept, tensor) for kept, tensor in pairs if kept is not None]
 
-    def _forget_base(self) -> None:
+    def forget_base(self) -> None:
+        """Have an unmerge be stock PEFT's."""
         for name in ("unmerged_weight", "unmerged_bias"):
             if name in self._buffers:
                 delattr(self, name)

@@ -103,6 +103,10 @@ def load_an_adapter(ours, x):
     peft.set_peft_model_state_dict(ours, {name: 1.5 * t for name, t in values.items()})
 
 
+def add_an_adapter_that_changes_the_base(ours, x):
+    ours.add_adapter("late", peft.LoraConfig(target_modules=["up", "down"], init_lora_weights="olora"))
+
+
 def another_adapter(ours, x):
     activate(ours, "more1")
 
@@ -138,6 +142,7 @@ CHANGES = [
     with_gradients_in_stock_peft,
     load,
     load_an_adapter,
+    add_an_adapter_that_changes_the_base,
     another_adapter,
     rescale,
     *of_each_part(write),

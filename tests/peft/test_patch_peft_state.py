@@ -136,6 +136,34 @@ def test_an_adapter_added_later_is_fast():
     assert dict(ours.base_model.model.up.scaling) == stock.base_model.model.up.scaling == {"late": 2.0}
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changes_the_base_of_a_merged_layer(init):
+    stock = stock_model()
+    ours = patched(stock)
+    for model in (ours, stock):
+        model.merge_adapter()
+        model.add_adapter("late", config(init_lora_weights=init))
+        model.unmerge_adapter()
+        model.set_adapter("late")
+    same(results(ours, inputs()), results(stock, inputs()))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changes_the_base_is_told_where_the_base_is_packed(init, merged):
+    ours = stock_model()
+    patch_peft(ours, base_dtype="float8_e4m3")
+    before = ours(inputs())
+    if merged:
+        ours.merge_adapter()
+    now = ours(inputs())
+    with pytest.raises(ValueError, match="init_lora_weights: got one that changes the base weight"):
+        ours.add_adapter("late", config(init_lora_weights=init))
+    assert torch.equal(ours(inputs()), now)
+    ours.unmerge_adapter()
+    assert torch.equal(ours(inputs()), before)
+
+
 def test_weighted_adapter_of_patched_ones():
     stock = stock_model(more=[{}])
     ours = patched(stock)
