@@ -222,6 +222,7 @@ class LoRAEmbedding(KeepsMagnitude, Merging, nn.Embedding):
 
     def plain(self) -> nn.Embedding:
         """As :meth:`to_embedding`, and still refused in this layer's place."""
+        self.check_weight()
         plain = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
         plain.weight = self.weight
         return plain.train(self.training)

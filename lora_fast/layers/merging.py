@@ -64,6 +64,15 @@ class Merging(nn.Module):
             )
         super().register_parameter(name, param)
 
+    def check_weight(self) -> None:
+        """Raise ValueError where another one cannot take the weight's place, for torch would not leave it there."""
+        if "weight" not in self._parameters:
+            raise ValueError(
+                "weight: is computed in each forward (by torch's prune, weight_norm, spectral_norm, or a "
+                "parametrization), expected a parameter; prune.remove, remove_spectral_norm, remove_parametrizations "
+                "and the like make it one"
+            )
+
     @property
     def merged(self) -> bool:
         return self.unmerged_weight is not None
@@ -91,8 +100,8 @@ class Merging(nn.Module):
         Raises:
             TypeError, ValueError: an ``original`` of another dtype or shape, or that an fp8 base was not made from; a
                 base that is not fp8; with ``safe_merge``, a merged weight that is not finite; a weight that cannot be
-                written to (fp8 in shards or offloaded, on disk, FSDP1's outside summon_full_params). The layer is then
-                as it was.
+                written to (fp8 in shards or offloaded, on disk, FSDP1's outside summon_full_params, computed in each
+                forward). The layer is then as it was.
         """
         if self.merged:
             return
@@ -103,6 +112,8 @@ class Merging(nn.Module):
                 )
             self.weight.check_original(original)
         place = place_of_weight(self)
+        if place is None:
+            self.check_weight()
         with kind_of(self.weight), written(self.parameters()):
             with present(self):
                 merged = self.merged_weight(original).to(self.weight.dtype)
@@ -209,7 +220,8 @@ class MergingLinear(Merging, nn.Linear):
 
     def plain(self) -> nn.Linear:
         """An ``nn.Linear``, or a Conv1D, that shares the present weight and bias; it is still refused in this layer's
-        place."""
+        place. Raises ValueError as :meth:`check_weight`."""
+        self.check_weight()
         linear: Any
         if self.fan_in_fan_out:
             with torch.device("meta"):

@@ -4,10 +4,14 @@ import copy
 import io
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import spectral_norm
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.prune import l1_unstructured
 
 from lora_fast import LoRALinear
 
@@ -147,6 +151,18 @@ def test_safe_merge_refuses_what_is_not_finite(layer, value):
     layer.merge()
     layer.unmerge()
     assert torch.equal(layer.weight, base)
+
+
+@pytest.mark.parametrize("compute", [partial(l1_unstructured, name="weight", amount=0.5), spectral_norm, weight_norm])
+def test_a_weight_that_is_computed_in_each_forward_is_left_alone(layer, compute):
+    """torch would put it back in the next forward, and find the merged one in its way."""
+    compute(layer.eval())
+    x = torch.randn(4, 7)
+    expected = layer(x)
+    for into in (layer.merge, layer.to_linear):
+        with pytest.raises(ValueError, match="weight: is computed in each forward .*, expected a parameter"):
+            into()
+    assert not layer.merged and torch.equal(layer(x), expected)
 
 
 def test_safe_merge_of_an_overflow():
