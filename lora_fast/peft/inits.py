@@ -10,9 +10,19 @@ from torch import nn
 from lora_fast.bases import LABELS
 from lora_fast.bases.packed import PackedWeight
 
+LEAVE_THE_BASE = True, False, "gaussian", "orthogonal", "eva"
+
+
+def asked_for(*args: Any, **kwargs: Any) -> Any:
+    """The ``init_lora_weights`` that an ``update_layer`` of PEFT's is given, in a config or by name."""
+    for given in (*args, *kwargs.values()):
+        if hasattr(given, "init_lora_weights"):
+            return given.init_lora_weights
+    return kwargs.get("init_lora_weights")
+
 
 @contextmanager
-def base_watched(layer: Any) -> Iterator[None]:
+def base_watched(layer: Any, init: Any) -> Iterator[None]:
     """PEFT may initialise an adapter of the layer within. In a merged layer that changes the merged weight, not what
     was kept of the base: this is then forgotten, and the unmerge is stock PEFT's, by subtraction.
 
@@ -21,7 +31,7 @@ def base_watched(layer: Any) -> Iterator[None]:
     """
     base, weight = layer.base_layer, layer.base_layer.weight
     packed = isinstance(weight, PackedWeight)
-    if weight.is_meta or not (packed or layer.merged):
+    if weight.is_meta or init in LEAVE_THE_BASE or not (packed or layer.merged):
         yield
         return
     before = weight.dequantise() if packed else weight.detach().clone()

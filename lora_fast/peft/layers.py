@@ -24,7 +24,7 @@ from lora_fast.layers.merged_state import TO_COME
 from lora_fast.layers.replacing import tell_of_freezing
 from lora_fast.peft import norms as peft_norms
 from lora_fast.peft.batches import named_call, names_of, unnamed
-from lora_fast.peft.inits import base_watched
+from lora_fast.peft.inits import asked_for, base_watched
 from lora_fast.peft.merging import NOT_KEPT, KeepingLinear, base_is_lent, for_an_adapters_file, spread_scaled
 from lora_fast.peft.rules import (
     BASES,
@@ -242,7 +242,7 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; raises as :func:`lora_fast.peft.inits.base_watched`."""
-        with base_watched(self):
+        with base_watched(self, asked_for(*args, **kwargs)):
             super().update_layer(*args, **kwargs)
         self.drop_kept_norm()  # which does not see what is written into data
 
