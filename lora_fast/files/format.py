@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_fast.files.pattern_keys import Pattern, is_name
 from lora_fast.files.ways_out import UNSUPPORTED
+from lora_fast.layers.rules import LEAVE_THE_BASE
 from lora_fast.wrappers.names import plain_name
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -21,7 +22,7 @@ CONFIG_BYTES = 1 << 20  # more than any config needs
 MAX_RANK = 1 << 16
 # Settings of PEFT's under which the same tensors mean something else, with the values that are harmless.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others also change the base weight
+    "init_lora_weights": LEAVE_THE_BASE,
     **dict.fromkeys(("lora_bias", "use_qalora"), (False,)),
     **dict.fromkeys(
         (

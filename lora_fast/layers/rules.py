@@ -103,6 +103,10 @@ def why_not_lora(module: nn.Module) -> str | None:
     return None
 
 
+# PEFT's values of init_lora_weights, but for those that change the base weight.
+LEAVE_THE_BASE = True, False, "gaussian", "eva", "orthogonal"
+
+
 def check_hyperparameters(
     r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, init_lora_weights: bool | str
 ) -> None:

@@ -9,8 +9,7 @@ from torch import nn
 
 from lora_fast.bases import LABELS
 from lora_fast.bases.packed import PackedWeight
-
-LEAVE_THE_BASE = True, False, "gaussian", "orthogonal", "eva"
+from lora_fast.layers.rules import LEAVE_THE_BASE
 
 
 def asked_for(*args: Any, **kwargs: Any) -> Any:
