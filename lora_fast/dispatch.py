@@ -19,7 +19,8 @@ _told: set[str] = set()
 
 
 class SlowPathWarning(UserWarning):
-    """Given once per reason when an operator runs in plain torch instead of the fused kernels."""
+    """Given once for each reason when something runs slower than it could: an operator in plain torch instead of the
+    fused kernels, a patched layer as stock PEFT's, a block layer by layer, a batch's adapters one by one."""
 
 
 def set_backend(backend: str) -> None:

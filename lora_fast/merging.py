@@ -1,4 +1,4 @@
-"""Adapters folded into the weights of a model in memory, over fp8 bases also into those of its checkpoint."""
+"""Adapters folded into the weights of a model in memory, over packed bases also into those of its checkpoint."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -35,20 +35,21 @@ def merge_lora(
     Of several adapters it is the one of this ``name``, which becomes the active one, or the active one. While it is
     merged no other can be active.
 
-    ``original`` names the checkpoint that the model's fp8 bases were made from, a safetensors file or a directory with
-    one or with shards. Layers with such a base are then merged into the weights there, ``<module>.weight`` without the
-    base's rounding, as ``lora-fast merge`` does; DoRA's gain becomes ``m / |W + scaling * B A|`` with that W. Sums in
-    float32, rounded once to the checkpoint's dtype, which is the base's. Unmerging gives the fp8 bases back.
+    ``original`` names the checkpoint that the model's bases in 8 or 4 bits were made from, a safetensors file or a
+    directory with one or with shards. Layers with such a base are then merged into the weights there,
+    ``<module>.weight`` without the base's rounding, as ``lora-fast merge`` does; DoRA's gain becomes
+    ``m / |W + scaling * B A|`` with that W. Sums in float32, rounded once to the checkpoint's dtype, which is the
+    base's. Unmerging gives the packed bases back.
 
     Weights that FSDP shards or accelerate keeps on the CPU are changed where they are; under FSDP every process must
     merge, and ``model`` be the outermost wrapper.
 
     Raises:
         ValueError: no LoRA layer, no adapter of this name; another one merged already; with ``safe_merge``, a merged
-            weight that is not finite; one that cannot be changed where it is (an fp8 base in shards or offloaded; on
+            weight that is not finite; one that cannot be changed where it is (a packed base in shards or offloaded; on
             disk; tied to another layer's, which would change too).
         FileNotFoundError, TypeError, ValueError: ``original`` is no checkpoint, or its weight of a layer is missing,
-            has another dtype or shape, or is not what the base was made from; the model has no fp8 base, or one that
+            has another dtype or shape, or is not what the base was made from; the model has no packed base, or one that
             is merged already. All weights are read and compared before the first layer changes.
         ImportError: an ``original``, without safetensors.
         After any error the layers that this call merged are unmerged again, and the active adapter is the one before.
@@ -95,10 +96,10 @@ def merge_peft(
     model: nn.Module, original: str | os.PathLike[str], safe_merge: bool = False, adapter_names: list[str] | None = None
 ) -> nn.Module:
     """Merge the adapters of a model under :func:`lora_fast.patch_peft` as PEFT's ``merge_adapter`` does, but where the
-    base is fp8 into the weights of the checkpoint that it was made from; return ``model``.
+    base is in 8 or 4 bits into the weights of the checkpoint that it was made from; return ``model``.
 
     ``original`` as in :func:`merge_lora`, its names without PEFT's prefix. Sums are float32, but for the ``B A`` of an
-    adapter in 16 bits, which PEFT rounds to them. PEFT's ``unmerge_adapter`` gives the fp8 bases back, its
+    adapter in 16 bits, which PEFT rounds to them. PEFT's ``unmerge_adapter`` gives the packed bases back, its
     ``merge_and_unload`` a model of the merged weights.
 
     Raises:
@@ -146,7 +147,7 @@ def _merge_all(layers: Mapping[str, Any], merge: Callable[[str, Any], None]) -> 
 def _originals(
     original: str | os.PathLike[str] | None, bases: Mapping[str, Any], layers: Mapping[str, Any]
 ) -> Callable[[str], torch.Tensor | None]:
-    """A reader of the original weights of layers, by name; None of a layer whose base is not fp8."""
+    """A reader of the original weights of layers, by name; None of a layer whose base is not packed."""
     if original is None:
         return lambda name: None
     packed = {name: weight for name, weight in bases.items() if isinstance(weight, PackedWeight)}

@@ -23,7 +23,8 @@ def lora_group(
     Args:
         x: [..., K], any strides, floating point.
         layers: two :class:`lora_fast.blocks.form.Layer` or more over weights [N, K], each with its own N. Ranks,
-            scalings, dropout, biases, magnitudes and the adapters' dtypes may differ; some may have no adapters.
+            scalings, dropout, biases, magnitudes and the adapters' dtypes may differ; some may have no adapters. More
+            than four, and different dropout, run layer by layer, with a :class:`lora_fast.SlowPathWarning`.
         training: False switches dropout off.
         backend: "auto" (what :func:`lora_fast.set_backend` says), "triton" or "reference".
 

@@ -58,7 +58,8 @@ class LoRALinear(KeepsNorm, Joins, MergingLinear):
         lora_A [r, in], lora_B [out, r]: trainable; float32 on a 16-bit base, else the base's dtype.
         merged, enabled: the layer's state.
         keep_in_graphs: True lets evaluation keep the adapter's copies (:class:`lora_fast.layers.keeping.KeepsNorm`).
-        save_x: "x" or "fp8", what the backward of lora_A reads (see :func:`lora_fast.functional.lora_linear`).
+        save_x: "x" or "fp8", what the backward of lora_A reads (see :func:`lora_fast.functional.lora_linear`). With
+            "fp8" the layer runs by itself, in no block or group.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range, before anything is allocated.
@@ -120,8 +121,10 @@ class LoRALinear(KeepsNorm, Joins, MergingLinear):
         Raises:
             TypeError: not an ``nn.Linear`` or Conv1D itself, or one with hooks, a replaced forward or a quantised
                 weight.
-            ValueError: a hyperparameter outside its range; a weight to quantise that is not finite, or a Conv1D's.
-            RuntimeError: fp8 on a GPU that has no units for it (unless ``set_backend("reference")`` is on).
+            ValueError: a hyperparameter outside its range; a weight to quantise that is not finite, of a shape that the
+                base cannot have, or a Conv1D's.
+            RuntimeError: products of 8-bit operands on a GPU that has no units for them (unless
+                ``set_backend("reference")`` is on).
         """
         check_base_dtype(base_dtype, base_compute)
         if why := why_not_lora(linear):

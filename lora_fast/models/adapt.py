@@ -59,18 +59,18 @@ def add_lora(model: nn.Module, config: Any, *, name: str | None = None, blocks: 
     (:func:`lora_fast.set_adapter`), or each sample of a batch names its own (:func:`lora_fast.use_adapters`). One that
     came without a name is then called "default".
 
-    With ``blocks="auto"`` MLPs run as one step each, and layers that their
-    parent calls with one input as a group (:mod:`lora_fast.blocks`); with False every layer runs by itself. Where
-    several adapters come the last call decides.
+    With ``blocks="auto"`` MLPs run as one step each, and layers that their parent calls with one input as a group
+    (docs/blocks.md); with False every layer runs by itself. Where several adapters come the last call decides.
 
     Raises:
         TypeError: not a module, neither of the configs.
         ValueError: a field of PEFT's config asks for what our layers have not; the model has LoRA layers already (and
             this one no ``name``), is itself an ``nn.Linear`` or wrapped by FSDP1; a target is no plain ``nn.Linear`` or
             its forward would not be called; a name or pattern of the config matches nothing; a weight to quantise that
-            is not finite; a base_compute alone where no weight is kept so that it applies; ``blocks`` neither "auto"
-            nor False; a ``name`` that is there already or cannot be one, and what adapters with names have not.
-        RuntimeError: an fp8 base on a GPU that has no units for it.
+            is not finite, or of a shape that the base cannot have; a base_compute alone where no weight is kept so that
+            it applies; ``blocks`` neither "auto" nor False; a ``name`` that is there already or cannot be one, and what
+            adapters with names have not.
+        RuntimeError: an fp8 base, or products of 8-bit operands, on a GPU that has no units for them.
         After any error the model, its modules and its requires_grad flags are as they were.
     """
     if not isinstance(model, nn.Module):

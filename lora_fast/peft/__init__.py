@@ -33,7 +33,7 @@ def patch_peft(
     bitsandbytes', becomes an instance of a subclass of it, and so does the outermost ``ParamWrapper`` of PEFT's around
     a module of transformers' experts (``target_parameters``); parameters, state dict keys and all else that PEFT does
     with the model stay. Layers of adapters that are added later follow by themselves in a ``PeftModel``, with the same
-    ``save`` and ``base_dtype``; in a model with PEFT's layers alone, patch it again then.
+    arguments; in a model with PEFT's layers alone, patch it again then.
 
     What changes after the patch (device, dtype, hooks, active adapters, merging) is looked at in every call: a layer is
     patched on the CPU too, runs in plain torch there and fused once the model is on a GPU. Calls that only stock PEFT
@@ -50,7 +50,8 @@ def patch_peft(
             (an :class:`lora_fast.fp8.Fp8Weight`, or 4 bits), one after the other, the original freed; unpatch_peft
             makes plain ones of them again. A merge puts a 16-bit weight in its place until the unmerge. Layers that are
             merged, whose base trains, or whose base weight is tied to another parameter stay as they are; the report
-            says "fp8 base" of the others. A DoRA magnitude stays PEFT's, the norm is that of what products read.
+            says "fp8 base", "nf4 base" or "mxfp4 base" of the others. A DoRA magnitude stays PEFT's, the norm is that
+            of what products read.
         base_compute: None, or "float8_e4m3": products over a base of 4 bits, bitsandbytes' too, or as an fp8 checkpoint
             holds it, are made from 8-bit operands.
         base_dtype_exclude: a list of names or last parts, or a regex: more layers whose base stays as it is.
@@ -64,9 +65,10 @@ def patch_peft(
     Raises:
         TypeError: not a module; a weight to quantise of another dtype than float16, bfloat16 or float32.
         ValueError: no LoRA layer of PEFT's in it, ``save`` neither "auto" nor "z", an unknown base_dtype, a weight to
-            quantise that is not finite; ``blocks`` neither "auto" nor False. The model is then as it was, as after any
-            other error.
-        RuntimeError: an fp8 base on a GPU that has no units for it.
+            quantise that is not finite or of a shape that the base cannot have; a base_compute without a base_dtype
+            where no weight is kept so that it applies; a base_dtype_exclude without either, or one that matches
+            nothing; ``blocks`` neither "auto" nor False. The model is then as it was, as after any other error.
+        RuntimeError: an fp8 base, or products of 8-bit operands, on a GPU that has no units for them.
         ImportError: without PEFT.
     """
     if save not in ("auto", "z"):

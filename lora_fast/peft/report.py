@@ -40,7 +40,8 @@ class PeftReport:
     """Which of a model's LoRA layers the fused kernels run, as things stood when it was made; prints as a table.
 
     Attributes:
-        layers: all of them.
+        layers: all of them, each with name, fused, reason (why it is not) and remark.
+        fused, not_fused: how many of them are, and are not.
         blocks: names of MLPs whose layers run as one step, where nothing in a call speaks against it.
         groups: of layers that run together where they are given one input, their names.
     """
