@@ -64,7 +64,8 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
         config: r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, rank_pattern and alpha_pattern as
             in :class:`lora_fast.LoRAConfig`. target_modules None: every ``nn.Linear``; "all-linear": all but the
             model's ``get_output_embeddings()``; a list or a regex: those Linear, Conv2d and Embedding layers, of which
-            each entry must match one; then without exclude_modules. No config: LoRAConfig().
+            each entry must match one; then without exclude_modules. Its other fields (base_dtype, base_compute,
+            target_parameters) mean nothing here. No config: LoRAConfig().
         name: of this adapter. It comes after those that a layer has.
 
     Raises:
