@@ -171,6 +171,15 @@ def has_data(t: torch.Tensor) -> bool:
     return not t.is_meta and not (fakes is not None and isinstance(t, fakes.FakeTensor))
 
 
+def refuse_transforms() -> None:
+    """Raise RuntimeError within a transform of torch.func, whose tensors the kernels cannot read."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the fused kernels take no transforms of torch.func (grad, vmap, jvp, ...): set_backend('reference') or "
+            "backend='reference' computes in plain torch, which does"
+        )
+
+
 def tell(what: str, reason: str) -> None:
     """Give a :class:`SlowPathWarning`, once for each reason."""
     if reason not in _told:

@@ -105,7 +105,7 @@ class _Batch(torch.autograd.Function):
         return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward_of(ctx, dy)
 
 
-# What Function.apply comes to where no transform of functorch is at work, and in less time.
+# What Function.apply comes to where no transform of torch.func is at work, and in less time.
 _apply = super(torch.autograd.Function, _Batch).apply
 
 

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_fast.bases.packed import PackedWeight, rounds_norm, tensors_of
 from lora_fast.blocks.form import Layer
-from lora_fast.dispatch import autocast_dtype
+from lora_fast.dispatch import autocast_dtype, refuse_transforms
 from lora_fast.kernels.bases import TURNED
 from lora_fast.kernels.group import backward, forward
 from lora_fast.kernels.problem import MaybeTensor, Needs
@@ -21,9 +21,8 @@ FEW = 128  # rows whose forwards without gradients have kernels of their own, a 
 
 
 def why_apart(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> str | None:
-    """Why such layers do not share launches, in words; None where they do."""
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is at work"
+    """Why such layers do not share launches, in words; None where they do. RuntimeError in transforms of torch.func."""
+    refuse_transforms()
     if len(layers) > MOST:
         return f"it has {len(layers)} layers, and at most {MOST} share their launches"
     for layer in layers:
@@ -210,7 +209,7 @@ class _Group(torch.autograd.Function):
         return _backward_once(ctx, *dys) if torch.is_grad_enabled() else _backward_of(ctx, *dys)
 
 
-# What Function.apply comes to where no transform of functorch is at work, and in less time.
+# What Function.apply comes to where no transform of torch.func is at work, and in less time.
 _apply = super(torch.autograd.Function, _Group).apply
 
 

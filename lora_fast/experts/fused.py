@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_fast.bases.packed import tensors_of
 from lora_fast.bases.stack import PackedStack
-from lora_fast.dispatch import autocast_dtype
+from lora_fast.dispatch import autocast_dtype, refuse_transforms
 from lora_fast.experts import custom_op
 from lora_fast.experts.custom_op import Adapters, Weights, problem_of
 from lora_fast.experts.form import Adapter, ExpertsForm
@@ -115,6 +115,7 @@ class FusedExperts:
         if self.compiling:
             y = custom_op.experts(rows, ids, weights, tuple(adapters), held, self.about, scalings, self.gate)
             return y.to(kind)
+        refuse_transforms()
         with on(x.device):
             call = Call(*scalings)
             if not self.records:

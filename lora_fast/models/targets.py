@@ -54,7 +54,7 @@ def find_targets(
     for parent in model.modules():
         for child in parent.children():
             parents.setdefault(child, []).append(parent)
-    if unfit := [f"{names[m][0]} {why}" for m in targets if (why := _why_not(m, parents[m]))]:
+    if unfit := [f"{names[m][0]}, which {why}" for m in targets if (why := _why_not(m, parents[m]))]:
         raise ValueError(f"target_modules: cannot convert {'; '.join(unfit)} (exclude_modules leaves layers out)")
     return {m: None for m in targets if is_linear(m) or isinstance(m, nn.Embedding)}
 
@@ -144,7 +144,7 @@ def matching(argument: str, patterns: str | Collection[str] | None, names: Mappi
             if (re.fullmatch(entry, name) if isinstance(patterns, str) else f".{name}".endswith(f".{entry}"))
         }
         if not hits:
-            known = [own[0] for target, own in names.items() if is_linear(target)]
+            known = [own[0] for target, own in names.items() if is_linear(getattr(target, "base_layer", target))]
             raise ValueError(f"{argument}: {entry!r} matches nothing (linear layers: {some(known) or 'none'})")
         found |= hits
     return found

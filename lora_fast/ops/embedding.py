@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from lora_fast.dispatch import refuse_transforms
 from lora_fast.kernels.embedding.step import Needs, Problem, backward, forward
 from lora_fast.kernels.memo import Memo
 from lora_fast.kernels.operands import kind
@@ -55,14 +56,14 @@ class FusedEmbedding:
             factor = self._as_tensor(factor, weight)
         if self.compiling:
             return self._compiled(ids, weight, lora_A, lora_B, scaling, magnitude, factor)
+        refuse_transforms()
         if not self.flat:
             ids = ids.reshape(-1).contiguous()
         if magnitude is not None:
             magnitude = magnitude.contiguous()
         if not self.records:
             return forward(self.problem, ids, weight, lora_A, lora_B, scaling, factor, magnitude)[0].view(self.shape)
-        apply = _Embedding.apply if torch._C._are_functorch_transforms_active() else _apply
-        y: torch.Tensor = apply(lora_A, lora_B, magnitude, self, ids, weight, scaling, factor)
+        y: torch.Tensor = _apply(lora_A, lora_B, magnitude, self, ids, weight, scaling, factor)
         return y
 
     def _as_tensor(self, factor: float, like: torch.Tensor) -> torch.Tensor:
@@ -101,7 +102,7 @@ class _Embedding(torch.autograd.Function):
         return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward_of(ctx, dy)
 
 
-# What Function.apply comes to where no transform of functorch is at work, and in less time.
+# What Function.apply comes to where no transform of torch.func is at work, and in less time.
 _apply = super(torch.autograd.Function, _Embedding).apply
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lora_fast.bases.packed import rounds_norm, tensors_of
-from lora_fast.dispatch import autocast_dtype, tell
+from lora_fast.dispatch import autocast_dtype, refuse_transforms, tell
 from lora_fast.kept import Kept
 from lora_fast.kernels import launchers
 from lora_fast.kernels.lora import forward, make_kept
@@ -99,6 +99,7 @@ class FusedLinear:
         call = Call(scaling, draw_seed(x.device) if p > 0 else None, p, held)
         if self.compiling:
             return custom_op.linear(self.problem, call, x, lora_A, lora_B, bias, magnitude)
+        refuse_transforms()
         if not self.records:
             x = x if self.addressable else addressable(x)
             made = None
@@ -106,8 +107,7 @@ class FusedLinear:
                 make = partial(make_kept, self.problem, call, lora_A, lora_B, magnitude)
                 made = kept.get(of_base, adapter, scaling, self.how, make)
             return forward(self.problem, call, x, lora_A, lora_B, bias, magnitude, made)[0]
-        apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply
-        y = apply(x, lora_A, lora_B, bias, magnitude, self, call)
+        y = _apply(x, lora_A, lora_B, bias, magnitude, self, call)
         if call.deferred is not None:
             program, bound, first = call.deferred
             program.run(bound, first)
@@ -155,7 +155,7 @@ class _LoRALinear(torch.autograd.Function):
         return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward_of(ctx, dy)
 
 
-# What Function.apply comes to where no transform of functorch is at work, and in less time.
+# What Function.apply comes to where no transform of torch.func is at work, and in less time.
 _apply = super(torch.autograd.Function, _LoRALinear).apply
 
 

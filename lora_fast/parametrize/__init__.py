@@ -54,6 +54,9 @@ __all__ = [
 ]
 
 
+ELSEWHERE = "bias", "modules_to_save", "target_parameters", "base_dtype", "base_compute", "base_dtype_exclude"
+
+
 def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "default") -> nn.Module:
     """Parametrize the weights of the targeted layers, and freeze these weights (biases and other layers: yours).
 
@@ -64,12 +67,11 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
         config: r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, rank_pattern and alpha_pattern as
             in :class:`lora_fast.LoRAConfig`. target_modules None: every ``nn.Linear``; "all-linear": all but the
             model's ``get_output_embeddings()``; a list or a regex: those Linear, Conv2d and Embedding layers, of which
-            each entry must match one; then without exclude_modules. Its other fields (base_dtype, base_compute,
-            target_parameters) mean nothing here. No config: LoRAConfig().
+            each entry must match one; then without exclude_modules. No config: LoRAConfig().
         name: of this adapter. It comes after those that a layer has.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, bias or modules_to_save in the config, a pattern
+        TypeError, ValueError: an argument of the wrong type or value, another field than these in the config, a pattern
             that matches nothing; a model that FSDP1 wraps; a target that has an adapter of this name, is a LoRALinear,
             an Embedding with sparse=True or has no weight of floats.
     """
@@ -78,9 +80,9 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
     if config is not None and not isinstance(config, LoRAConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a LoRAConfig or None")
     config = replace(config or LoRAConfig())  # its fields may have been assigned since it was checked
-    for field, value in (("bias", config.bias != "none"), ("modules_to_save", config.modules_to_save)):
-        if value:
-            raise ValueError(f"config: got {field}={getattr(config, field)!r}, which only lora_fast.add_lora knows")
+    for field in ELSEWHERE:
+        if (value := getattr(config, field)) not in (None, "none"):
+            raise ValueError(f"config: got {field}={value!r}, which only lora_fast.add_lora knows")
     if fsdp1.holds(model):
         raise ValueError("model: is wrapped by FSDP1 (FullyShardedDataParallel); call add_lora first, then wrap it")
     names = registry.targets(model, config, name)

@@ -134,6 +134,9 @@ def named_call(layer: Any, x: torch.Tensor, names: Sequence[str]) -> torch.Tenso
     place = {name: i for i, name in enumerate(there)}
     which = numbers_on(tuple(place.get(name, -1) for name in names), x.device)
     weight, bias = layer.frozen()
+    rows = x.to(weight.dtype) if layer.casts_back else x
     if kinds[there[0]]:
-        return dora_linear_batch(x, weight, adapters, which, bias, round_norm=True, save=layer.save)
-    return lora_linear_batch(x, weight, adapters, which, bias)
+        y = dora_linear_batch(rows, weight, adapters, which, bias, round_norm=True, save=layer.save)
+    else:
+        y = lora_linear_batch(rows, weight, adapters, which, bias)
+    return y.to(x.dtype) if layer.casts_back else y

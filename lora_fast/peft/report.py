@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from lora_fast import dispatch
 from lora_fast.bases.packed import PackedWeight, is_packed, packed_in
@@ -150,7 +151,7 @@ def _under(name: str, child: str) -> str:
 def _judge_experts(name: str, wrapper: Any, gathered: bool) -> Iterator[tuple[str, bool, str]]:
     """(name, fused, reason) of each parameter with an adapter, of those that one module has."""
     from lora_fast.peft.experts import FastExperts, chain_of, why_never_fused
-    from lora_fast.peft.rules import active
+    from lora_fast.peft.rules import HOOKS_ON_ALL, active
 
     loras: Any = NOT_PATCHED
     if not isinstance(wrapper, FastExperts):
@@ -166,6 +167,8 @@ def _judge_experts(name: str, wrapper: Any, gathered: bool) -> Iterator[tuple[st
             why = "nothing to fuse: none of its adapters is active"
         elif isinstance(loras, str):
             why = loras
+        elif torch_module._has_any_global_hook():
+            why = HOOKS_ON_ALL
         else:
             parameter = one.get_param()
             mesh = getattr(parameter, "device_mesh", None)
@@ -178,7 +181,7 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[Any, ...]:
     """(fused, reason), and a remark where the layer could be fused elsewhere."""
     from lora_fast.peft import embedding
     from lora_fast.peft.layers import FastLinear
-    from lora_fast.peft.rules import active, examine, is_dora, why_never_fused
+    from lora_fast.peft.rules import HOOKS_ON_ALL, active, examine, is_dora, why_never_fused
 
     if isinstance(layer, embedding.FastEmbedding):
         active, examine, is_dora = embedding.active, embedding.examine, embedding.is_dora
@@ -191,6 +194,8 @@ def _judge(layer: Any, gathered: bool, flat: bool) -> tuple[Any, ...]:
         return False, "nothing to fuse: " + ("adapters are disabled" if layer.disable_adapters else "merged")
     if not (names := active(layer)):
         return False, "nothing to fuse: none of its adapters is active"
+    if torch_module._has_any_global_hook():
+        return False, HOOKS_ON_ALL
     if flat and is_packed(layer.base_layer.weight):
         return False, fsdp1.NO_FP8
     parts = examine(layer, names, gathered)

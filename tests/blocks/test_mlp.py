@@ -370,7 +370,7 @@ def test_functorch_is_refused(monkeypatch, first):
 
     if first:
         run(x).backward()
-    with pytest.raises(RuntimeError, match="setup_context"):
+    with pytest.raises(RuntimeError, match="take no transforms of torch.func.*reference"):
         torch.func.grad(run)(x)
     run(x).backward()
     assert any(isinstance(call, FusedMlp) for call in paths.calls.values())

@@ -177,7 +177,7 @@ def test_all_linear_leaves_embeddings_and_a_base_dtype_too():
 def test_targets_that_cannot_be():
     net = Net()
     net.embed.max_norm = 1.0
-    with pytest.raises(ValueError, match=r"cannot convert embed has max_norm=1.0"):
+    with pytest.raises(ValueError, match=r"cannot convert embed, which has max_norm=1.0"):
         add_lora(net, LoRAConfig(target_modules=["embed"]))
 
 

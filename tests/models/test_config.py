@@ -163,8 +163,8 @@ def test_bad_values_name_the_argument(error, name, value):
         ("target_modules: .* matches nothing", {"target_modules": "attn"}),
         ("target_modules: .* leaves no layer", {"target_modules": ["up"], "exclude_modules": ".*"}),
         ("target_modules: .* leaves no layer", {"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}),
-        ("target_modules: cannot convert norm is a LayerNorm", {"target_modules": ["up", "norm"]}),
-        ("target_modules: cannot convert layers.0.attn is a Attention", {"target_modules": ["attn"]}),
+        ("target_modules: cannot convert norm, which is a LayerNorm", {"target_modules": ["up", "norm"]}),
+        ("target_modules: cannot convert layers.0.attn, which is a Attention", {"target_modules": ["attn"]}),
         ("exclude_modules: 'down' matches nothing", {"target_modules": ["up"], "exclude_modules": ["down"]}),
         ("exclude_modules: 'q_proj' matches nothing", {"target_modules": ["up"], "exclude_modules": ["q_proj"]}),
         ("modules_to_save: 'score' matches nothing", {"target_modules": ["up"], "modules_to_save": ["score"]}),
@@ -196,13 +196,13 @@ def shadowed():
 @pytest.mark.parametrize(
     "layer, why",
     [
-        (Subclass(4, 4), "x is a Subclass"),
-        (nn.LazyLinear(4), "x is a LazyLinear"),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "x is a ParametrizedLinear"),
-        (hooked(), "x has hooks"),
-        (shadowed(), "x has hooks or a replaced forward"),
-        (nn.MultiheadAttention(4, 2), "x.out_proj is the output projection of nn.MultiheadAttention"),
-        (nn.TransformerEncoderLayer(4, 2, 4), "x.linear1 is in an nn.TransformerEncoderLayer"),
+        (Subclass(4, 4), "x, which is a Subclass"),
+        (nn.LazyLinear(4), "x, which is a LazyLinear"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "x, which is a ParametrizedLinear"),
+        (hooked(), "x, which has hooks"),
+        (shadowed(), "x, which has hooks or a replaced forward"),
+        (nn.MultiheadAttention(4, 2), "x.out_proj, which is the output projection of nn.MultiheadAttention"),
+        (nn.TransformerEncoderLayer(4, 2, 4), "x.linear1, which is in an nn.TransformerEncoderLayer"),
     ],
 )
 def test_layers_that_lora_could_not_stand_in_for(layer, why):

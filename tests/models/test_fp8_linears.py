@@ -67,7 +67,7 @@ def test_what_cannot_be_is_named(change, message):
     model = Net(lambda n, k: of_transformers(n, k))
     change(model.second)
     kinds = [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match=f"target_modules: cannot convert second .*{message}"):
+    with pytest.raises(ValueError, match=f"target_modules: cannot convert second, which .*{message}"):
         add_lora(model, LoRAConfig(target_modules=["first", "second"]))
     assert kinds == [type(m) for m in model.modules()] and model.first.weight.dtype == E4M3
     with pytest.raises(TypeError, match=f"linear: expected a plain nn.Linear, got one that .*{message}"):

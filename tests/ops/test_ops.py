@@ -192,7 +192,7 @@ def test_second_derivatives_raise_a_clear_error(device):
 def test_functorch_is_refused(transform):
     given = draw(4, 16, 16, 4, FLOAT, "cpu", bias=False)
     a = given.lora_A.requires_grad_()
-    with pytest.raises(RuntimeError, match="setup_context"):
+    with pytest.raises(RuntimeError, match="take no transforms of torch.func.*reference"):
         transform(lambda x: lora_linear(x, given.weight, a, given.lora_B, 2.0, backend="triton").sum())(given.x)
 
 

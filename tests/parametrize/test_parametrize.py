@@ -354,6 +354,12 @@ MISTAKES = [
     (lambda m: loose.add_lora(m, {"r": 4}), TypeError, "config: got dict, expected a LoRAConfig or None"),
     (lambda m: loose.add_lora(m, LoRAConfig(bias="all"), "b"), ValueError, "config: got bias='all'"),
     (lambda m: loose.add_lora(m, LoRAConfig(modules_to_save=["norm"]), "b"), ValueError, "config: got modules_"),
+    (lambda m: loose.add_lora(m, LoRAConfig(base_dtype="nf4"), "b"), ValueError, "config: got base_dtype='nf4'"),
+    (
+        lambda m: loose.add_lora(m, LoRAConfig(target_parameters=["x"]), "b"),
+        ValueError,
+        "config: got target_parameters",
+    ),
     (lambda m: loose.add_lora(m, LoRAConfig(target_modules=["norm"]), "b"), ValueError, "'norm' matches nothing"),
     (lambda m: loose.add_lora(m.norm), ValueError, "target_modules: None leaves no layer of the model to adapt"),
     (lambda m: loose.add_lora(m, LoRAConfig(target_modules=".*", rank_pattern={"x": 2}), "b"), ValueError, "'x'"),

@@ -371,6 +371,7 @@ def test_hooks_on_all_modules_run():
     with register_module_forward_hook(lambda module, _, y: 2 * y if module.__class__ is nn.Linear else None):
         with pytest.warns(SlowPathWarning, match="leaves a layer to stock PEFT: there are hooks on all modules"):
             same(results(ours, inputs()), results(stock, inputs()))
+        assert {layer.reason for layer in peft_report(ours).layers} == {"there are hooks on all modules"}
     assert plainly(ours.base_model.model.up, inputs()) is not None
 
 

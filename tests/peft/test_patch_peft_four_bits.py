@@ -91,6 +91,26 @@ def test_a_step_is_stocks(place, dora, nested, quant_type, dtype, autocast):
     assert torch.equal(again, y) and type(model.base_model.model[0]).__name__ == "Linear4bit"
 
 
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("dora", [False, True])
+def test_names_of_adapters_beside_float32_inputs(place, train, dora):
+    """As prepare_model_for_kbit_training has them; each sample's y is that of its adapter alone."""
+    model = stock(place, dora=dora)
+    model.add_adapter("b", LoraConfig(r=8, target_modules=["0", "2"], use_dora=dora, init_lora_weights=False))
+    patch_peft(model)
+    model.train(train)
+    x, expected = draw(place, torch.float32), []
+    for i, name in enumerate(names := ["default", "b", "default"]):
+        model.set_adapter(name)
+        expected.append(model(x[i : i + 1]))
+    y = model(x, adapter_names=names)
+    assert y.dtype == torch.float32 and far(y.detach(), torch.cat(expected).detach()) < 1e-3
+    if train:
+        y.sum().backward()
+        grads = [p.grad for name, p in model.named_parameters() if ".default" in name]
+        assert grads and all(grad is not None and grad.any() for grad in grads)
+
+
 def test_what_the_report_says(place):
     model = stock(place, bias=False)
     report = patch_peft(model)

@@ -683,7 +683,11 @@ def test_fp8_base_refused_changes_nothing():
     with pytest.raises(ValueError, match="down.*not finite"):
         patch_peft(model, base_dtype="float8_e4m3")
     assert state(model) == before
-    for options in ({"base_dtype": "int4"}, {"base_dtype_exclude": ["up"]}):
-        with pytest.raises(ValueError, match="base_dtype"):
+    for options, said in (
+        ({"base_dtype": "int4"}, "base_dtype: got 'int4'"),
+        ({"base_dtype_exclude": ["up"]}, "base_dtype_exclude"),
+        ({"base_dtype": "nf4", "base_dtype_exclude": ["no"]}, r"'no' matches nothing \(linear layers: .*up"),
+    ):
+        with pytest.raises(ValueError, match=said):
             patch_peft(model, **options)
     assert state(model) == before
