@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import draw, error
+from crossed import crossed
 from devices import TRITON, saving
 from dora_forms import eager, hold, magnitude, op, plain, results
 
@@ -141,7 +142,7 @@ def test_second_derivatives_raise_a_clear_error(device):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("device, bias", crossed([(True,)], (False, True)))
 def test_opcheck(device, bias):
     inputs = draw(6, 40, 24, 3, FLOAT, device)
     leaves = [

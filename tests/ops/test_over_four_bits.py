@@ -42,6 +42,11 @@ def pair(device, e4m3, dtype=torch.float32, k=64, n=96, seed=1, form=None):
     return (packed.for_e4m3(), Fp8Weight.quantise(dense)) if e4m3 else (packed, dense)
 
 
+def width(device, e4m3):
+    """The interpreter takes long to write e4m3."""
+    return 16 if e4m3 and device == "cpu" else 96
+
+
 def call(x, weight, a, b, m, dora, p=0.0):
     if dora:
         return dora_linear(x, weight, a, b, m, 2.0, dropout_p=p, backend="triton")
@@ -59,7 +64,7 @@ def grads(y, leaves, dora):
 )
 def test_compiled(device, dora, e4m3, form):
     torch._dynamo.reset()
-    given, weights = leaves(device), pair(device, e4m3, form=form)
+    given, weights = leaves(device, n=width(device, e4m3)), pair(device, e4m3, n=width(device, e4m3), form=form)
     x, *adapter = given
 
     def layer(x, weight):
@@ -116,7 +121,8 @@ CHECKPOINTED = [(False, False, False), (False, True, False), (True, False, False
     [*((*one, None) for one in CHECKPOINTED), (False, False, False, "e8m0"), (True, True, False, "rows")],
 )
 def test_a_checkpoint_writes_no_weight_that_nothing_reads(device, dora, e4m3, reentrant, form, monkeypatch):
-    given, (packed, dense) = leaves(device), pair(device, e4m3, form=form)
+    n = width(device, e4m3)
+    given, (packed, dense) = leaves(device, n=n), pair(device, e4m3, n=n, form=form)
     x, *adapter = given
     ran, start = [], program.Program.run
 
@@ -159,7 +165,8 @@ def backward_grads(y, leaves, dora):
 @pytest.mark.medium
 @pytest.mark.parametrize("e4m3", [False, True])
 def test_under_autocast(device, e4m3):
-    given, (packed, dense) = leaves(device), pair(device, e4m3)
+    n = width(device, e4m3)
+    given, (packed, dense) = leaves(device, n=n), pair(device, e4m3, n=n)
     results = []
     for weight in (packed, dense):
         with torch.autocast(device, torch.float16):

@@ -41,7 +41,7 @@ def modes_of(choice: tuple[str, str | None, bool], device: str, interpreted: boo
 
 def network(base_dtype: str, base_compute: str | None, dora: bool, device: str, depth: int = 3) -> nn.Sequential:
     torch.manual_seed(0)
-    widths = CHECKPOINT if base_dtype == "checkpoint" else WIDTHS[base_compute]
+    widths: tuple[int, ...] = CHECKPOINT if base_dtype == "checkpoint" else WIDTHS[base_compute]
     widths = widths[:depth] + widths[-1:]
     pairs = zip(widths, widths[1:], strict=False)
     model = nn.Sequential(*(nn.Linear(k, n, bias=n == 32) for k, n in pairs)).to(device)
