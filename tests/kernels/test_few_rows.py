@@ -104,7 +104,7 @@ DECODED += [
 def test_error_rule_without_a_backward(device, dtype, shape, adapter, made):
     """As in decoding: y of few rows, where nothing asks for a gradient."""
     ours, eagers, truths = [], [], []
-    for seed in range(4):
+    for seed in range(2 if device == "cpu" else 4):
         inputs = draw(*shape, dtype, device, seed, bias=seed % 2 > 0, adapter=adapter)
         m = magnitude(inputs)
 
