@@ -119,7 +119,7 @@ def test_error_rule_with_rows_in_any_order(dtype):
     "dtype, bias, p", [(FLOAT, True, 0.0), (FLOAT, False, 0.3), (HALF, False, 0.0), (HALF, True, 0.3)]
 )
 def test_dora(device, dtype, bias, p):
-    seeds = range(1 if device == "cpu" else 16)
+    seeds = range((2 if dtype == HALF else 1) if device == "cpu" else 16)
     hold([drawn((33, 70, 45), (16, 3, 40), dtype, device, seed, p, bias, True) for seed in seeds], dtype)
 
 
@@ -155,7 +155,7 @@ def test_dora_where_blocks_of_rows_are_one_adapters(device, dtype, bias):
 @pytest.mark.parametrize("ranks", [(16, 3), (33, 40)], ids=str)
 def test_norms_whose_terms_come_in_parts(device, ranks):
     """Along a long way, with |w|^2 on the way and by itself."""
-    seeds = range(1 if device == "cpu" else 3)
+    seeds = range(2 if device == "cpu" else 3)
     hold([drawn((24, 1100, 24), ranks, HALF, device, seed, bias=False, dora=True) for seed in seeds], HALF)
 
 

@@ -10,6 +10,7 @@ if not TRITON:
 
 from base_calls import scaled
 from blocks import a_layer, close, results, trained
+from crossed import crossed
 
 from lora_fast import lora_glu, lora_group
 from lora_fast.bases.four_bits import Mxfp4Weight, Nf4Weight
@@ -112,8 +113,10 @@ PACKED = {
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("block", ["group", "glu"])
-@pytest.mark.parametrize("base", PACKED)
+@pytest.mark.parametrize(
+    "device, base, block",
+    crossed([("nf4", "glu"), ("mxfp4", "group"), ("fp8", "group"), ("checkpoint", "glu")], PACKED, ("group", "glu")),
+)
 def test_packed_bases(device, compiled, base, block):
     """Each layer's tensors go in by themselves; x is read once, and h is not kept."""
     gen = torch.Generator(device).manual_seed(0)

@@ -101,7 +101,8 @@ def plain(block, p, shape, device):
     return fn
 
 
-def cases(bases, fast):
+def cases(bases, few):
+    """Interpreted, these few; over nf4 in e4m3 a case would take a minute."""
     found = [
         pytest.param(
             "cpu",
@@ -110,31 +111,41 @@ def cases(bases, fast):
             form,
             0.3 if base == "nf4" else 0.0,
             SMALL,
-            id=f"cpu-{base}-{form}",
-            marks=CPU.marks if (base, form) in fast else (*CPU.marks, pytest.mark.medium),
+            block,
+            id=f"cpu-{base}-{form}-{block}",
+            marks=CPU.marks if form in ("mixed", "some") else (*CPU.marks, pytest.mark.medium),
         )
-        for base in bases
-        if base != "nf4 e4m3"  # a minute each
-        for form in FORMS
-        if base in ("nf4", "fp8") or form == "dora"
+        for base, form, block in few
     ]
     return found + [
-        pytest.param("cuda", BF16, base, form, 0.1, LARGE, id=f"cuda-{base}-{form}", marks=CUDA.marks)
+        pytest.param("cuda", BF16, base, form, 0.1, LARGE, block, id=f"cuda-{base}-{form}-{block}", marks=CUDA.marks)
         for base in bases
         for form in FORMS
+        for block in ("group", "glu")
     ]
 
 
-@pytest.mark.parametrize("block", ["group", "glu"])
-@pytest.mark.parametrize("device, dtype, base, form, p, shape", cases(EXACT, [("nf4", "mixed"), ("nf4", "some")]))
+FEW = [
+    ("nf4", "lora", "group"),
+    ("nf4", "dora", "glu"),
+    ("nf4", "mixed", "group"),
+    ("nf4", "some", "glu"),
+    ("mxfp4", "dora", "group"),
+    ("checkpoint", "dora", "glu"),
+]
+
+
+@pytest.mark.parametrize("device, dtype, base, form, p, shape, block", cases(EXACT, FEW))
 def test_exact(device, dtype, base, form, p, shape, block):
     x, layers, dense, dys = drawn(block, form, EXACT[base], shape, dtype, device, p)
     ours, by = results(fused(block), x, layers, dys), plain(block, p, shape, device)
     compare([ours], [results(by, x, dense, dys)], [results(by, x, dense, dys, torch.float64)], dtype)
 
 
-@pytest.mark.parametrize("block", ["group", "glu"])
-@pytest.mark.parametrize("device, dtype, base, form, p, shape", cases(E4M3, [("fp8", "mixed")]))
+FEW = [("fp8", "lora", "glu"), ("fp8", "dora", "glu"), ("fp8", "mixed", "group"), ("checkpoint e4m3", "dora", "group")]
+
+
+@pytest.mark.parametrize("device, dtype, base, form, p, shape, block", cases(E4M3, FEW))
 def test_products_of_8_bits(device, dtype, base, form, p, shape, block):
     """As layer by layer, whose h and dY are quantised alike; without masks, since each layer draws its own."""
     if form == "some":

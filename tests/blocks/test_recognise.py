@@ -332,8 +332,8 @@ def is_a_layer(module):
 
 
 def candidates(path, seen):
-    """Names of the classes of a file of transformers' that have two linear layers. Its models repeat each other's: of
-    each that was seen, with other names or comments, the first one stands for all, but for those that are WELL_KNOWN."""
+    """Names of the classes of a file of transformers' that have two linear layers. Of those
+    that differ in names and comments alone the first one is enough, but for the WELL_KNOWN."""
     for name, body in GATED.findall(path.read_text()):
         layers = re.findall(r"nn\.Linear\(|Conv1D\(", body)
         if not NO_MLP.search(name) and len(layers) >= 2 and "def forward" in body:
