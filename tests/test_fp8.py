@@ -8,8 +8,9 @@ import re
 import pytest
 import torch
 from accuracy import draw
-from checkout import ROOT, two_processes
+from checkout import ROOT
 from devices import CPU, CUDA, GPU, TRITON, saving
+from pairs import two_processes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from checkout import two_processes
 from devices import CUDA, GPU, TRITON
+from pairs import two_processes
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
