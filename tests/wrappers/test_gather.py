@@ -106,7 +106,7 @@ def test_what_is_on_disk_is_not_changed(kind, offload, tmp_path):
 def test_models_that_are_offloaded_too_early(tmp_path):
     save_adapter(adapted({}), tmp_path)
     model = on_cpu(Model(), tmp_path)
-    with pytest.raises(ValueError, match="fc is dispatched by accelerate: add or load the adapter first"):
+    with pytest.raises(ValueError, match="fc, which is dispatched by accelerate: add or load the adapter first"):
         load_adapter(model, tmp_path)
     assert type(model.fc) is nn.Linear
 
