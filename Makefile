@@ -1,10 +1,10 @@
 # make demo      the main job: LoRA on MNIST, every rank beside the full fine-tune
 # make check     ruff, mypy and the fast tests, in about two minutes on two cores
 # make test      the tests but for the slow ones, in about six
-# make test-all  all tests, those of PEFT models and of the kernels also with other versions, in about twelve
+# make test-all  all tests, those of PEFT models and of the kernels also with other versions, in about thirteen
 # make test-deepspeed  those of DeepSpeed, which is installed beside the environment for them, in two minutes
 # make lint      ruff and mypy
-# make examples  every example, the longer ones shortened, in about ten minutes; outputs in examples-out
+# make examples  every example, the longer ones shortened, in about eight minutes; outputs in examples-out
 # make docs      the documentation as a site, in build/site
 # make clean     removes the virtual environment, builds and caches
 #

@@ -122,6 +122,7 @@ def test_rocm_and_absent_triton_are_named(monkeypatch):
     assert "ROCm" in dispatch.why_not_triton(GPU, torch.float16)
 
 
+@pytest.mark.medium
 def test_without_triton_the_reference_runs():
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -76,6 +76,7 @@ def ours(backend):
     return lambda **given: lora_embedding(**given, backend=backend)
 
 
+@pytest.mark.medium
 @BOTH
 @pytest.mark.parametrize("device, dtype, shape, adapter, factor, padding", CASES, ids=str)
 @pytest.mark.usefixtures("poisoned")
@@ -200,6 +201,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(call, leaves, eps=1e-4, atol=1e-4)
 
 
+@pytest.mark.medium
 @BOTH
 def test_compiles_to_one_graph(path, dora):
     given, dy = draw((20, 9, 8, 2), FLOAT, path[1])

@@ -24,6 +24,7 @@ def close(ours, expected):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "grad",
     [[name for name, on in zip(NAMES, flags, strict=True) if on] for flags in product([False, True], repeat=4)],

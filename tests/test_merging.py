@@ -66,6 +66,7 @@ def inner(weight):
     return {name: getattr(weight, name).float().clone() for name in Fp8Weight.INNER}
 
 
+@pytest.mark.medium
 @BOTH
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("where", ["file", "folder", "shards"])

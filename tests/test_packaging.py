@@ -123,6 +123,7 @@ def test_install_from_a_checkout_without_symlinks(without_symlink, environment):
     environment.check(environment.site / "lora_fast")
 
 
+@pytest.mark.medium
 def test_in_place(checkout, environment):
     """A checkout that is not installed."""
     code = "import lora_fast.__main__\n" + "".join(f"import {name_of(file)}\n" for file in KERNELS)

@@ -39,6 +39,7 @@ def test_error_rule(device, shape, dtype, p, adapter):
 dim = st.integers(1, 24)
 
 
+@pytest.mark.medium
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(
     m=dim,

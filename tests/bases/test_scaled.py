@@ -33,6 +33,7 @@ def oracle(weight):
     return values.to(weight.dtype)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_values(form, dtype):

@@ -58,6 +58,7 @@ def results(weight, magnitude, bias, p, x_grad, device):
     return [y.detach(), *(leaf.grad for leaf in leaves)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("x_grad", [True, False])
 @pytest.mark.parametrize("bias, p", [(False, 0.0), (True, 0.5)])
 @pytest.mark.parametrize("magnitude", [False, True])

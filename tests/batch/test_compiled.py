@@ -39,6 +39,7 @@ FORMS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("device, form", crossed([("lora",), ("dora-dropout-bias",)], FORMS))
 def test_one_graph_for_any_rows(device, form):
     p, dora, biased = FORMS[form]

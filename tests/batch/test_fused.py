@@ -126,6 +126,8 @@ def test_dora(device, dtype, bias, p):
 KINDS = BlockWeight, Nf4Weight, Mxfp4Weight
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "device, kind, dora",
     crossed([(BlockWeight, False), (Nf4Weight, True), (Mxfp4Weight, False)], KINDS, (False, True)),
@@ -152,6 +154,8 @@ def test_dora_where_blocks_of_rows_are_one_adapters(device, dtype, bias):
     hold([(x, weight, adapters, which, bias, dy)], dtype)
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.parametrize("ranks", [(16, 3), (33, 40)], ids=str)
 def test_norms_whose_terms_come_in_parts(device, ranks):
     """Along a long way, with |w|^2 on the way and by itself."""
@@ -159,6 +163,8 @@ def test_norms_whose_terms_come_in_parts(device, ranks):
     hold([drawn((24, 1100, 24), ranks, HALF, device, seed, bias=False, dora=True) for seed in seeds], HALF)
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 def test_magnitudes_that_are_zero_or_tiny(device, dtype):
     """What the forward keeps, y, carries no z where gains are that small: their z is made again, of the adapter's own
@@ -225,6 +231,8 @@ def test_dora_at_real_shapes(dtype):
     hold([(x, weight, adapters, torch.arange(4096, device="cuda") // 1000 - 1, bias, dy)], dtype)
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.parametrize("offset", [1, 63, 64, 127, 128, 129])
 def test_blocks_shared_at_every_offset(device, offset):
     x, weight, adapters, _, bias, dy = drawn((140, 32, 24), (8, 5), FLOAT, device)

@@ -70,6 +70,7 @@ def test_bad_arguments(argv, message, capsys):
     assert done.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("suite", [bench_lora.LORA, bench_dora.DORA], ids=lambda suite: suite.name)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_candidates_compute_the_same(dtype, suite, monkeypatch):

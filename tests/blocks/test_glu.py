@@ -110,6 +110,8 @@ CASES = [
 ]
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.parametrize("device, dtype, form, act, shape, p", CASES)
 def test_error_rule(device, dtype, form, act, shape, p):
     draws = [drawn(form, shape, dtype, device, seed, p) for seed in range(2 if (device, dtype) == ("cpu", HALF) else 1)]

@@ -344,6 +344,7 @@ def test_the_tail_of_a_chain_of_adapters_without_one(ran):
     assert ran == {"group": 0, "glu": 1}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("base_dtype", ["float8_e4m3", "nf4"])
 def test_packed_bases(base_dtype, ran):
     torch.manual_seed(0)

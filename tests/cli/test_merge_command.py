@@ -93,6 +93,7 @@ def refused(capsys, tmp_path, *arguments, bar=False):
     return error
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_probe_is_logistic_regression():
     torch.testing.assert_close(head(x).softmax(1).double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.medium
 @needs_model
 def test_embeddings():
     """Padding changes nothing, the order is the texts', and what means the same lies together."""

@@ -135,6 +135,8 @@ def test_one_expert_has_all_rows_and_the_others_no_gradient():
     assert not found["dB1"].view(-1, r, 4)[..., others].any() and found["dB1"].view(-1, r, 4)[..., 2].any()
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.interpreted
 @pytest.mark.parametrize("share", ["some", "all"])
 def test_slots_of_no_expert(share):

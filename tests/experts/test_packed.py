@@ -116,6 +116,7 @@ def test_the_loop_over_packed_experts(kind, form):
         torch.testing.assert_close(ours[name], dense[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.medium
 @needs_triton
 @pytest.mark.interpreted
 @KINDS
@@ -132,6 +133,7 @@ def test_packed_in_float16(kind):
     same(fused, packed(draw(7, h=64, i=32, r=(3, 0), form=GPT_OSS, dtype=HALF, adapter=torch.float32), kind))
 
 
+@pytest.mark.medium
 @needs_triton
 @pytest.mark.interpreted
 @pytest.mark.parametrize("wanted", [(), ("dx",), ("dw",), ("dA1",)], ids="+".join)

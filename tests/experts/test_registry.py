@@ -75,6 +75,7 @@ def test_a_transformers_with_a_list_of_its_own_is_refused(monkeypatch):
     assert "lora_fast" not in from_moe.ExpertsInterface._global_mapping
 
 
+@pytest.mark.medium
 def test_without_a_model_nothing_is_imported():
     code = "import sys, lora_fast; assert 'transformers' not in sys.modules; lora_fast.register_experts"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

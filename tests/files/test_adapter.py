@@ -155,6 +155,7 @@ def test_a_save_that_fails_leaves_the_old_adapter(base, when, tmp_path, monkeypa
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.medium
 def test_a_save_that_is_killed_leaves_the_old_adapter(base, tmp_path):
     model = converted(base)
     save_adapter(model, tmp_path / "a")

@@ -138,6 +138,7 @@ TIED = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("alone", [False, True], ids=["directory", "file"])
 @pytest.mark.parametrize("case", TIED)
 def test_one_end_alone(case, alone, tmp_path, capsys):
@@ -214,6 +215,7 @@ def test_what_is_not_tied(build, config, targets, full, tmp_path, capsys):
         torch.testing.assert_close(tensor, model.get_parameter(name), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("config", [True, False], ids=["unsaid", "false"])
 @pytest.mark.parametrize("full", [["lm_head"], EMBED, ["embed_tokens", "lm_head"]], ids="-".join)
 def test_both_ends_alike_stay_tied(full, config, tmp_path):

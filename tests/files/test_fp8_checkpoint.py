@@ -129,6 +129,7 @@ def test_8_bit_products(tmp_path):
     torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("where", ["cpu", CUDA])
 @pytest.mark.parametrize("form", ["blocks", "rows"])
 def test_no_weight_of_a_linear_is_ever_in_16_bits(where, form, tmp_path):

@@ -94,6 +94,8 @@ part = st.text("ab+_", min_size=1, max_size=3)
 layers = st.lists(st.lists(part, min_size=1, max_size=3).map(".".join), min_size=1, max_size=6, unique=True)
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @settings(max_examples=300, deadline=None)
 @given(layers, st.data())
 def test_patterns_by_either_rule_of_pefts(names, data):

@@ -56,6 +56,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("blocks", [2, 24], ids=lambda n: f"{n} blocks")  # of 20 names or more PEFT cuts off the heads
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
 def test_peft_adapts_these_layers_alone(targets, blocks, tmp_path):

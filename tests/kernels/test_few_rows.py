@@ -52,6 +52,8 @@ def made(monkeypatch):
     return found
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.parametrize("device, dtype, shape", CASES, ids=ids)
 @pytest.mark.parametrize("p, adapter", [(0.0, None), (0.1, FLOAT), (0.0, FLOAT), (0.1, None)], ids=ids)
 def test_error_rule(device, dtype, shape, p, adapter, tile, made):

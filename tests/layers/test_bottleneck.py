@@ -150,6 +150,7 @@ def test_autocast(path, dtype16):
     compare([ours], [eager], [results(plain, [t.double() for t in tensors])], dtype16)
 
 
+@pytest.mark.medium
 def test_opcheck_and_compile(device):
     *leaves, dy = draw(12, 20, 3, FLOAT, device)
     leaves = [t.requires_grad_() for t in leaves]

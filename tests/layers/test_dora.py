@@ -220,6 +220,7 @@ def test_rows_of_zero_norm_and_zero_magnitude(path, detach):
     assert not results(op(path[0]), inputs, m)["y"][:, [2, 4]].any()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "grad",
     [[name for name, on in zip(NAMES, flags, strict=True) if on] for flags in product([False, True], repeat=5)],
@@ -334,6 +335,7 @@ def test_starts_as_its_base(dtype, bias, device):
     assert bias or device != "cpu" or torch.equal(y, base(x))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_trains_like_its_formula(device, rslora):

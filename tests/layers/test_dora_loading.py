@@ -44,6 +44,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("same_base", [False, True])
 @pytest.mark.parametrize("source", SOURCES)

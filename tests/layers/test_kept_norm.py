@@ -286,6 +286,7 @@ def test_copies_and_state_dicts_are_without(path, clone):
     assert evaluated(clone(layer), x) == 1 and evaluated(layer, x) == 0
 
 
+@pytest.mark.medium
 def test_a_weight_that_is_replaced_is_freed(path):
     """What is kept knows the layer's tensors, but does not hold them."""
     layer, x = made(path[1]), torch.randn(3, 64, device=path[1])
@@ -340,6 +341,7 @@ def wrapped(net, by, mesh):
     return net, layer.weight.to_local()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("by", ["FSDP1", "FSDP2", "accelerate"])
 def test_where_a_wrapper_keeps_the_weights(path, by, late, mesh):

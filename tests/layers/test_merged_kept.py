@@ -182,6 +182,7 @@ def taken(model, wanted):
     return {name: t.detach().clone() for name, t in model.state_dict().items() if wanted(name)}
 
 
+@pytest.mark.medium
 @CASTS
 @KIND
 @pytest.mark.parametrize("merged", [False, True])

@@ -112,6 +112,7 @@ def test_all_linear_means_them_as_in_peft():
     assert {name for name, m in again.named_modules() if isinstance(m, LoRALinear)} == mine
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", KINDS)
 def test_merge_unmerge_and_the_way_back(kind):
     model, plain = adapted(kind), gpt2()

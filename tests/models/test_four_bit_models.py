@@ -77,6 +77,7 @@ def test_quantised_on_the_cpu_then_moved(base_dtype, base_compute, dora, where):
     assert bytes_held < 4 * 64 * 64 * 2
 
 
+@pytest.mark.medium
 @choices
 @dora
 @pytest.mark.parametrize("bits", [4, 16])

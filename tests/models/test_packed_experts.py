@@ -160,6 +160,7 @@ def test_tensors_of_another_number_of_experts_are_refused(base_dtype):
         model.load_state_dict(state)
 
 
+@pytest.mark.medium
 @KINDS
 @DTYPES
 def test_state_dicts_hold_plain_tensors(tmp_path, kind, base_dtype):

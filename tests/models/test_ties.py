@@ -49,6 +49,7 @@ def case_of(name):
     return CASES[name]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("ensure", [False, True], ids=["", "ensure_weight_tying"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_of_peft(case, ensure, tmp_path, recwarn, capsys):
@@ -80,6 +81,7 @@ def test_a_file_of_peft(case, ensure, tmp_path, recwarn, capsys):
     assert doctor.adapter(tmp_path) and "load_adapter takes it" in capsys.readouterr().out
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("case", CASES)
 def test_ours_train_together_and_say_so(case, tmp_path):
     """add_lora trains in place, so both users of a tensor; PEFT and we read that back."""
@@ -112,6 +114,7 @@ def on_disk(model, folder):
     return pytest.importorskip("accelerate").disk_offload(model, folder / "disk", torch.device("cpu"))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "case, offload",
     [(case, offload) for i, case in enumerate(CASES) for offload in (on_cpu, (apart, on_disk)[i % 2])],

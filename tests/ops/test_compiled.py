@@ -24,6 +24,7 @@ def compiled(path):
     return compiled
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("scaling", ["float", "tensor"])
 def test_compiled(call, inputs, compiled, scaling):
     scaling = 1.5 if scaling == "float" else torch.tensor(1.5, device=inputs.x.device)
@@ -65,6 +66,7 @@ def test_new_scalings_hardly_recompile(call, inputs, compiled):
     assert compiled.counter.frame_count <= 3  # the first float, and at most once again
 
 
+@pytest.mark.medium
 def test_new_batch_sizes_hardly_recompile(call, inputs, compiled):
     x, rest = inputs.x, (inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias)
     fn = compiled(lambda x: call(x, *rest))

@@ -78,6 +78,8 @@ def test_compiled(device, dora, e4m3, form):
         torch.testing.assert_close(compiled(x, weights[0]), dense[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 def test_two_block_sizes_are_two_problems(device):
     """As compiled calls share their programs by what they know of the base."""
     from lora_fast.bases.four_bits import BlockWeight
@@ -98,6 +100,8 @@ def test_two_block_sizes_are_two_problems(device):
             assert torch.equal(torch.autograd.grad(found.sum(), [x])[0], expected)
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 def test_scales_of_other_dtypes_are_other_problems(device):
     """Of one shape, each block in a form of its own."""
     torch._dynamo.reset()

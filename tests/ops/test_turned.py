@@ -44,6 +44,7 @@ def with_turned(of):
     return fused_of
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("device, dtype, shape, p, adapter", CASES, ids=str)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_error_rule(device, dtype, shape, p, adapter, kind):

@@ -25,6 +25,8 @@ KINDS = {
 }
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_are_stocks(path, kind):
     stock = stock_model(path[1], **KINDS[kind])

@@ -44,6 +44,8 @@ def test_numbers_are_stocks(path, kind):
     assert list(ours.state_dict()) == list(stock.state_dict())
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 def test_dropout_drops_the_low_rank_branch_alone(path):
     ours, x = patched(stock_model(path, lora_dropout=0.25), path).train(), inputs(path, 4096, 16)
     layer = ours.base_model.model.c_fc
@@ -128,6 +130,8 @@ def test_checkpointing_and_autocast(path, dtype16):
     torch.testing.assert_close(y.float(), theirs.float(), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 def test_compiles_to_one_graph():
     ours, x = patched(stock_model(use_dora=True)), inputs()
     counter = CompileCounterWithBackend("aot_eager")

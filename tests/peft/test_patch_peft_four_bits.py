@@ -91,6 +91,8 @@ def test_a_step_is_stocks(place, dora, nested, quant_type, dtype, autocast):
     assert torch.equal(again, y) and type(model.base_model.model[0]).__name__ == "Linear4bit"
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("dora", [False, True])
 def test_names_of_adapters_beside_float32_inputs(place, train, dora):

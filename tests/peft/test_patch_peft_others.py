@@ -336,6 +336,8 @@ def trained(model, x, steps=2):
     return {"losses": torch.tensor(losses)} | {name: p.detach().clone() for name, p in trainable.items()}
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.interpreted
 @pytest.mark.filterwarnings("ignore:FSDP")
 @BOTH

@@ -136,6 +136,7 @@ def adapted(kind):
     return trained(add_lora(base(), LoRAConfig(r=4, lora_alpha=6, **kind)))
 
 
+@pytest.mark.medium
 @wrappers
 @kinds
 def test_no_trace_in_a_file(wrap, kind, tmp_path):
@@ -157,6 +158,7 @@ def test_no_trace_in_a_file(wrap, kind, tmp_path):
     assert [m.scaling for m in other.modules() if isinstance(m, LoRALinear)] == scalings
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "wrap", [w for name, w in WRAPPERS.items() if "FSDP1" not in name and name != "compiled layer"]
 )

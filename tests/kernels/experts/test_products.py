@@ -96,6 +96,8 @@ def test_product(device, transposed, c, n, ranks):
     assert out[start:].isnan().all(), "memory that nobody wrote"
 
 
+@pytest.mark.versions
+@pytest.mark.medium
 @pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize("experts, r", [(4, 16), (16, 4), (3, 20), (5, 70)])
 @pytest.mark.parametrize("ranks_first", [True, False])
