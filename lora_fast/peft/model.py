@@ -13,8 +13,8 @@ from lora_fast.peft.merging import mark_ties
 
 
 class FastLoraModel(LoraModel):
-    """PEFT's tuner that also makes the layers of adapters fast that come later, as ``patch_later`` does; and merges all
-    layers or none."""
+    """PEFT's tuner that also makes the layers of adapters fast that come later, as ``patch_later`` does; and that
+    merges nothing in a model with packed experts, which cannot be merged so."""
 
     patch_later: Callable[[LoraModel], None] | None = None
 
