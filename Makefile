@@ -103,7 +103,7 @@ endif
 
 docs: $(STAMP)
 	$(PIP) install -c constraints.txt --no-build-isolation --editable ".[docs]"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/site/index.html"
 
 clean:
