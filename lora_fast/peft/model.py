@@ -10,6 +10,7 @@ from torch import nn
 from lora_fast.bases.stack import PackedStack
 from lora_fast.peft.batches import naming
 from lora_fast.peft.merging import mark_ties
+from lora_fast.peft.report import is_wrapper
 
 
 class FastLoraModel(LoraModel):
@@ -41,11 +42,10 @@ class FastLoraModel(LoraModel):
         return super().merge_and_unload(*args, **kwargs)
 
     def _refuse_packed_experts(self) -> None:
-        for module in self.modules():
-            if (name := getattr(module, "parameter_name", None)) is not None:
-                experts = getattr(module.get_base_layer(), name, None)  # type: ignore[operator]
-                if isinstance(experts, PackedStack):
-                    raise RuntimeError(experts.why_not_added_to())
+        wrappers: list[Any] = [module for module in self.modules() if is_wrapper(module)]
+        for experts in (wrapper.get_param() for wrapper in wrappers):
+            if isinstance(experts, PackedStack):
+                raise RuntimeError(experts.why_not_added_to())
 
 
 FastLoraModel.__name__ = LoraModel.__name__  # which tools compare; a pickle finds the class by __qualname__
