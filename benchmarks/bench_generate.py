@@ -5,7 +5,8 @@ or on any machine, a tiny model on the CPU:  python -m benchmarks.bench_generate
 
 transformers' ``generate``, without gradients. Random weights in bf16, LoRA at r=16 on all linears of a layer, adapters
 in the model's dtype and not zero: Llama-3.2-1B's widths, 8 layers, a prompt of 32 tokens, 128 new ones, for 1 and for
-8 texts. Models of one mode and batch share one set of base weights and run in random order each round.
+8 texts. Models of one mode and batch run in random order each round; those that are compiled are each in a process of
+its own, compiled all at once. Others share one set of base weights.
 
 --mode eager   launch by launch, the cache grows
        static  cache_implementation="static": transformers compiles the forward of a token, in a CUDA graph on a GPU
@@ -17,18 +18,17 @@ peft_dora, lora_fast_dora  the same with DoRA
 A patched model must never be slower than stock's. With --only impl=... others stay as they are in the file.
 """
 
-import gc
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks import arguments, common, models
+from benchmarks import apart, arguments, common, models
 from benchmarks.arguments import positive
 from benchmarks.bench_lora import FROZEN
 from benchmarks.models import SMALL, TINY, Case, R, Size, base_model, model_of, stock_of
-from lora_fast import set_backend, timing
+from lora_fast import timing
 
 COLUMNS = (
     "gpu torch triton commit dtype layers batch prompt new r what mode impl median_us p20_us p80_us ratio_to_frozen"
@@ -69,18 +69,32 @@ def build(impls: Sequence[str], size: Size, mode: str, new: int) -> dict[str, Ca
     return {impl: call_of(impl) for impl in impls}
 
 
-def measured(
-    impls: Sequence[str], size: Size, mode: str, rounds: int, new: int, about: common.Row, frozen: float | None = None
-) -> list[common.Row]:
-    """A row for each candidate; ``frozen``: the time of a frozen model that is not among them."""
+def checked(name: str, call: Callable[[], Any], size: Size, new: int) -> None:
+    """Called twice: compiled, if that is asked for, and warm."""
+    call()
+    found = call()
+    assert found.shape == (size.batch, PROMPT + new), f"{name} generated {tuple(found.shape)}"
+
+
+def measured(impls: Sequence[str], size: Size, mode: str, rounds: int, new: int) -> dict[str, list[float]]:
+    """Times of each candidate."""
     calls = build(impls, size, mode, new)
-    for impl, call in calls.items():  # compiled, if that is asked for, and warm
-        call()
-        found = call()
-        assert found.shape == (size.batch, PROMPT + new), f"{impl} generated {tuple(found.shape)}"
-    times = models.measure(calls, rounds, size.device)
-    if "frozen" in times:
-        frozen = timing.summary(times["frozen"])[0]
+    for impl, call in calls.items():
+        checked(impl, call, size, new)
+    return models.measure(calls, rounds, size.device)
+
+
+def one_apart(impl: str, size: Size, mode: str, new: int) -> apart.Made:
+    """A candidate in a process of its own."""
+    models.prepare(size.device)
+    calls = build([impl], size, mode, new)
+    checked(impl, calls[impl], size, new)
+    return lambda: models.measure(calls, 1, size.device)[impl][0], None
+
+
+def rows_of(times: dict[str, list[float]], size: Size, mode: str, new: int, about: common.Row) -> list[common.Row]:
+    """A row for each candidate that has times."""
+    frozen = timing.summary(times["frozen"])[0] if "frozen" in times else None
     rows = []
     for impl, found in times.items():
         median, p20, p80 = timing.summary(found)
@@ -134,21 +148,24 @@ def main(argv: list[str] | None = None) -> int:
     if not args.tiny and (reason := common.why_no_gpu()) is not None:
         print(f"{reason} --tiny runs on the CPU.", file=sys.stderr)
         return 1
-    if not args.tiny:
-        set_backend("triton")  # never the slow path unawares
-    about = common.run_columns(args.commit, "cpu" if args.tiny else "cuda")
+    device = "cpu" if args.tiny else "cuda"
+    models.prepare(device)
+    about = common.run_columns(args.commit, device)
     path, rows = args.out / f"bench_generate_{common.card(about['gpu'])}.csv", list[common.Row]()
-    for mode, batch in common.progress([(mode, batch) for mode in args.mode for batch in args.batch], "bench_generate"):
-        # Compiled models one after the other, so that each is in the file once it is there.
-        parts = [[impl] for impl in impls] if mode == "static" else [impls]
-        frozen = None
-        for part in parts:
-            found = measured(part, size_of(batch, args.tiny, args.new), mode, args.rounds, args.new, about, frozen)
-            frozen = next((row["median_us"] * args.new for row in found if row["impl"] == "frozen"), frozen)
-            common.write_csv(path, COLUMNS, common.others(path, found, SAME) + found)
-            rows += found
-            torch.compiler.reset()
-            gc.collect()
+    for mode in args.mode:
+        sizes = {batch: size_of(batch, args.tiny, args.new) for batch in args.batch}
+        makes: dict[Any, apart.Make] = {}
+        if mode == "static":
+            makes = {(n, impl): (one_apart, impl, size, mode, args.new) for n, size in sizes.items() for impl in impls}
+        with apart.workers(makes) as workers:
+            for batch in common.progress(args.batch, f"bench_generate {mode}"):
+                if makes:
+                    times, _ = apart.measure({impl: workers[batch, impl] for impl in impls}, args.rounds)
+                else:
+                    times = measured(impls, sizes[batch], mode, args.rounds, args.new)
+                found = rows_of(times, sizes[batch], mode, args.new, about)
+                common.write_csv(path, COLUMNS, common.others(path, found, SAME) + found)
+                rows += found
     print(f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}\n")
     print(summarise(rows))
     return 0

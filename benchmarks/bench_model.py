@@ -7,9 +7,8 @@ or on any machine, a tiny model on the CPU:  python -m benchmarks.bench_model --
 Random weights in bf16, LoRA at r=16 on all linears of a layer, adapters not zero. A step is forward, loss and
 backward; the embeddings ask for a gradient (enable_input_require_grads), so that every layer, the frozen model's too,
 makes its dX. Models of one size, batch, mode and checkpointing share one set of base weights and run in random order
-each round; their rows in the file are replaced together, all others stay. With --apart each is built, compiled and
-measured by itself, and is in the file once it is there, beside the frozen one that stands there: compiling many models
-takes minutes.
+each round; their rows in the file are replaced together, all others stay. Compiling many models takes minutes: with
+--apart each is built and compiled in a process of its own, all at once, and only then they are measured, in turns.
 
 --size large   Llama-3-8B's widths, a quarter of its layers (8), and of its vocabulary, so that the head has the share
                that it has there; 2 x 4096 tokens
@@ -40,29 +39,26 @@ than stock's.
 """
 
 import argparse
-import csv
 import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks import arguments, common
+from benchmarks import apart, arguments, common, models
 from benchmarks.arguments import positive
 from benchmarks.bench_lora import FROZEN
 from benchmarks.models import IMPLS, MODES, SIZES, Case, R, Size, all_cases, build, measure, stock_of
-from lora_fast import set_backend, timing
+from lora_fast import timing
 
 COLUMNS = (
     "gpu torch triton commit dtype size layers tokens r p checkpointing what mode impl median_us p20_us p80_us "
     "ratio_to_frozen peak_mib"
 ).split()
 GROUP = ("size", "mode", "layers", "tokens", "checkpointing")  # what rows that are measured together share
-MACHINE = ("gpu", "torch", "triton")
 KINDS: dict[str, Callable[[str], Any]] = {"p": float, "checkpointing": int, "impl": str, "tokens": int}
 MUST = {  # with large, in eager mode
     ("lora_fast_lora", 0): "1.02",
@@ -90,10 +86,8 @@ class Group(NamedTuple):
         return f"{self.name}, {self.size.batch} x {self.size.length} tokens, {self.mode}{checkpointing}"
 
 
-def measured(group: Group, rounds: int, about: common.Row, frozen: float | None = None) -> list[common.Row]:
-    """A row for each case; ``frozen``: the time of the frozen model, if it is not among them."""
-    size, mode, cases = group.size, group.mode, group.cases
-    steps = build(cases, size, mode)
+def warmed(steps: dict[str, Callable[[], Any]], mode: str, device: str) -> dict[str, Any]:
+    """The peak memory of each step, "" where that cannot be told."""
     peaks: dict[str, Any] = dict.fromkeys(steps, "")
     if mode == "reduce-overhead":  # compiled, then warm, then captured; all graphs share their memory
         for name, step in steps.items():
@@ -102,12 +96,35 @@ def measured(group: Group, rounds: int, about: common.Row, frozen: float | None 
                 step()
             if skipped := counters["inductor"]["cudagraph_skips"] - skipped:
                 print(f"{name}: {skipped} of its parts are in no CUDA graph", file=sys.stderr)
-    elif size.device != "cpu":
+    elif device != "cpu":
         peaks = {name: round(timing.peak_mib(step), 1) for name, step in steps.items()}
-    times = measure(steps, rounds, size.device)
-    frozen = next((timing.summary(times[str(case)])[0] for case in cases if case.impl == "frozen"), frozen)
+    return peaks
+
+
+def measured(group: Group, rounds: int, about: common.Row) -> list[common.Row]:
+    """A row for each case."""
+    steps = build(group.cases, group.size, group.mode)
+    peaks = warmed(steps, group.mode, group.size.device)
+    return rows_of(group, measure(steps, rounds, group.size.device), peaks, about)
+
+
+def one_apart(group: Group) -> apart.Made:
+    """The only case of a group, in a process of its own."""
+    models.prepare(group.size.device)
+    device, (case,) = group.size.device, group.cases
+    steps = build([case], group.size, group.mode)
+    return lambda: measure(steps, 1, device)[str(case)][0], warmed(steps, group.mode, device)[str(case)]
+
+
+def rows_of(group: Group, times: dict[str, list[float]], peaks: dict[str, Any], about: common.Row) -> list[common.Row]:
+    """A row for each case that has times."""
+    size = group.size
+    frozen = next((str(case) for case in group.cases if case.impl == "frozen"), "")
+    base = timing.summary(times[frozen])[0] if frozen in times else None
     rows = []
-    for case in cases:
+    for case in group.cases:
+        if str(case) not in times:
+            continue
         median, p20, p80 = timing.summary(times[str(case)])
         rows.append(
             {
@@ -120,35 +137,16 @@ def measured(group: Group, rounds: int, about: common.Row, frozen: float | None 
                 "p": case.p,
                 "checkpointing": case.checkpointing,
                 "what": "fwd+bwd",
-                "mode": mode,
+                "mode": group.mode,
                 "impl": case.impl,
                 "median_us": round(median),
                 "p20_us": round(p20),
                 "p80_us": round(p80),
-                "ratio_to_frozen": "" if frozen is None else round(median / frozen, 4),
+                "ratio_to_frozen": "" if base is None else round(median / base, 4),
                 "peak_mib": peaks[str(case)],
             }
         )
     return rows
-
-
-def frozen_in(path: Path, group: Group, about: common.Row) -> float | None:
-    """The time of the frozen model of a group that an earlier run on this machine left in the file."""
-    if not path.exists():
-        return None
-    case = group.cases[0]
-    same = {name: about[name] for name in MACHINE} | dict(
-        zip(
-            GROUP,
-            (group.name, group.mode, group.size.layers, group.size.batch * group.size.length, case.checkpointing),
-            strict=True,
-        )
-    )
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["impl"] == "frozen" and all(row[name] == str(value) for name, value in same.items()):
-                return float(row["median_us"])
-    return None
 
 
 def summarise(rows: list[common.Row]) -> str:
@@ -196,7 +194,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Group]]:
     add("--mode", nargs="+", choices=MODES, default=["eager"], help="default eager")
     add("--tiny", action="store_true", help="short for --size tiny; patched steps may cost at most 1.05 of stock's")
     add("--compiled", action="store_true", help="short for --size small --mode default --only p=0")
-    add("--apart", action="store_true", help="each model by itself; frozen only if --only names it, or nothing")
+    add("--apart", action="store_true", help="each model in a process of its own")
     add("--rounds", type=positive, help="default 8 with large, else 60")
     add("--layers", type=positive, help="in place of the size's")
     arguments.add_only(parser, KINDS)
@@ -212,7 +210,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Group]]:
         parser.error(f"--only impl: got {', '.join(sorted(unknown))}, expected impls among {', '.join(IMPLS)}")
 
     def wanted(case: Case, size: Size) -> bool:
-        skipped = {"impl", "p"} if case.impl == "frozen" and not args.apart else {"p"} if case.impl in FROZEN else set()
+        skipped = {"impl", "p"} if case.impl == "frozen" else {"p"} if case.impl in FROZEN else set()
         given = {**case._asdict(), "tokens": size.batch * size.length}
         return all(given[key] in values for key, values in args.only if key not in skipped)
 
@@ -237,23 +235,25 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{reason} --tiny runs on the CPU.", file=sys.stderr)
         return 1
     (device,) = devices
-    if device == "cpu":
-        torch.set_num_threads(1)
-    else:
-        set_backend("triton")  # never the slow path unawares
+    models.prepare(device)
     about, start = common.run_columns(args.commit, device), time.monotonic()
     path, rows = args.out / f"bench_model_{common.card(about['gpu'])}.csv", list[common.Row]()
-    same = (*GROUP, "impl", "p") if args.apart else GROUP
+    makes: dict[Any, apart.Make] = {}
     if args.apart:
-        groups = [group._replace(cases=[case]) for group in groups for case in group.cases]
-    for group in common.progress(groups, "bench_model"):
-        frozen = frozen_in(path, group, about) if args.apart else None
-        found = measured(group, args.rounds or (8 if group.name == "large" else 60), about, frozen)
-        common.write_csv(path, COLUMNS, common.others(path, found, same) + found)
-        rows += found
-        torch.compiler.reset()
-        gc.collect()  # models are rings
-        torch.cuda.empty_cache()
+        makes = {(str(g), str(case)): (one_apart, g._replace(cases=[case])) for g in groups for case in g.cases}
+    with apart.workers(makes) as workers:
+        for group in common.progress(groups, "bench_model"):
+            rounds = args.rounds or (8 if group.name == "large" else 60)
+            if args.apart:
+                own = {name: workers[str(group), name] for name in map(str, group.cases)}
+                found = rows_of(group, *apart.measure(own, rounds), about)
+            else:
+                found = measured(group, rounds, about)
+            common.write_csv(path, COLUMNS, common.others(path, found, GROUP) + found)
+            rows += found
+            torch.compiler.reset()
+            gc.collect()  # models are rings
+            torch.cuda.empty_cache()
     print(
         f"\n{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}, "
         f"{time.monotonic() - start:.0f} s\n"

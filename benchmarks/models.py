@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from benchmarks.bench_lora import FROZEN
-from lora_fast import LoRAConfig, add_lora, load_lora_state_dict, patch_peft, register_experts
+from lora_fast import LoRAConfig, add_lora, load_lora_state_dict, patch_peft, register_experts, set_backend
 
 PLAIN = (
     *FROZEN,
@@ -78,6 +78,14 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.impl} p={self.p}" + " checkpointing" * self.checkpointing
+
+
+def prepare(device: str) -> None:
+    """This process, to measure on such a device."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    else:
+        set_backend("triton")  # never the slow path unawares
 
 
 def stock_of(impl: str) -> str:
