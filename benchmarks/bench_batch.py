@@ -4,7 +4,8 @@ backward.
 Run from the repository root, on a machine with an NVIDIA GPU: python -m benchmarks.bench_batch
 
 Rows are split evenly among the adapters, those of one lie together. All candidates of a shape run in random order each
-round, eager; with 2048 rows also in CUDA graphs. Ranks, rates and what a step does are as in bench_lora.
+round, eager, and then in CUDA graphs, where the GPU's time counts and not the host's. Ranks, rates and what a step does
+are as in bench_lora.
 
 frozen            nn.Linear whose weight asks for no gradient; frozen_again is the same once more, to show the noise
 lora_fast_one     LoRALinear: one adapter for all rows; lora_fast_one_dora: DoRALinear
@@ -35,7 +36,8 @@ IMPLS = *FROZEN, "lora_fast_one", "lora_fast_one_dora", "separate", "peft", "lor
 COLUMNS = (
     "gpu torch triton commit dtype M K N r p adapters what impl median_us p20_us p80_us ratio_to_frozen peak_mib"
 ).split()
-GRAPHED = 2048  # rows of the cases that also run in CUDA graphs
+FEW = 2048, 4096, 4096
+MODES = "eager", "graph"
 Step = Callable[[], object]
 
 
@@ -51,7 +53,7 @@ class Case(NamedTuple):
 
 def all_cases() -> list[Case]:
     found = [Case("bf16", *shape, 16, 0.0, count) for shape in common.TARGETS for count in (4, 16, 64)]
-    found += [Case("bf16", GRAPHED, 4096, 4096, 16, 0.0, 4), Case("bf16", *common.TARGETS[0], 16, 0.1, 4)]
+    found += [Case("bf16", *FEW, 16, 0.0, 4), Case("bf16", *common.TARGETS[0], 16, 0.1, 4)]
     return found
 
 
@@ -188,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the first shape and few rows, a third of the rounds")
     parser.add_argument("--impls", default=",".join(IMPLS), help="some of them, by commas; frozen always runs")
     parser.add_argument("--adapters", default="4,16,64", help="how many, by commas (default 4,16,64)")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="default both")
     arguments.add_files(parser, "bench_batch_CARD.csv and bench_batch_graph_CARD.csv are rewritten")
     args = parser.parse_args(argv)
     wanted = {"frozen", *args.impls.split(",")}
@@ -200,21 +203,19 @@ def main(argv: list[str] | None = None) -> int:
     set_backend("triton")  # never the slow path unawares
     about, start = common.run_columns(args.commit), time.monotonic()
     card, rounds = common.card(about["gpu"]), max(3, args.rounds // 3) if args.quick else args.rounds
-    shapes = {common.TARGETS[0], (GRAPHED, 4096, 4096)}
+    shapes = {common.TARGETS[0], FEW}
     counts = {int(count) for count in args.adapters.split(",")}
     cases = [case for case in all_cases() if case.adapters in counts and (not args.quick or case[1:4] in shapes)]
-    rows: list[common.Row] = []
-    graph_rows: list[common.Row] = []
+    rows: dict[str, list[common.Row]] = {mode: [] for mode in args.mode}
     for case in common.progress(cases, "bench_batch"):
-        rows += measured(case, impls, rounds, False, about)
-        common.write_csv(args.out / f"bench_batch_{card}.csv", COLUMNS, rows)
-        if case.M == GRAPHED:
-            graph_rows += measured(case, impls, rounds, True, about)
-            common.write_csv(args.out / f"bench_batch_graph_{card}.csv", COLUMNS, graph_rows)
-        gc.collect()
-        torch.cuda.empty_cache()
+        for mode, found in rows.items():
+            found += measured(case, impls, rounds, mode == "graph", about)
+            common.write_csv(args.out / f"bench_batch{'_graph' * (mode == 'graph')}_{card}.csv", COLUMNS, found)
+            gc.collect()
+            torch.cuda.empty_cache()
     print(f"\n{about['gpu']}, torch {about['torch']}, commit {about['commit']}, {time.monotonic() - start:.0f} s\n")
-    print(summarise(rows))
+    for mode, found in rows.items():
+        print(f"{mode}\n\n{summarise(found)}\n")
     return 0
 
 
