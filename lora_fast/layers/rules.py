@@ -104,7 +104,7 @@ def why_not_lora(module: nn.Module) -> str | None:
 
 
 # PEFT's values of init_lora_weights, but for those that change the base weight.
-LEAVE_THE_BASE = True, False, "gaussian", "eva", "orthogonal"
+LEAVE_THE_BASE = True, False, "gaussian", "eva", "mica", "orthogonal"
 
 
 def check_hyperparameters(

@@ -12,7 +12,7 @@ from lora_fast.checks import FLOATS
 from lora_fast.embedding import lora_embedding
 from lora_fast.kept import PLAIN
 from lora_fast.peft.merging import NOT_KEPT, base_is_lent
-from lora_fast.peft.rules import HOOKS_ON_ALL, is_scaled, parameter, why_embedding_never_fused, why_hooked
+from lora_fast.peft.rules import HOOKS_ON_ALL, NO_VARIANT, is_scaled, parameter, why_embedding_never_fused, why_hooked
 from lora_fast.wrappers import fsdp1, zero3
 from lora_fast.wrappers.placement import settle
 
@@ -24,7 +24,13 @@ except ImportError:  # before PEFT had variants, DoRA was the only one
     from peft.tuners.lora.dora import DoraEmbeddingLayer
 
     DoraEmbeddingVariant = None
+MiCAEmbeddingVariant: Any
+try:
+    from peft.tuners.lora.variants import MiCAEmbeddingVariant
+except ImportError:
+    MiCAEmbeddingVariant = None
 
+FUSED_VARIANTS = type(None), DoraEmbeddingVariant, MiCAEmbeddingVariant
 Part = tuple[str, torch.Tensor, torch.Tensor]  # an adapter's name, A [R, V] and B [N, R]
 
 
@@ -62,9 +68,9 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
         if not gathered and (type(a) not in PLAIN or type(b) not in PLAIN):
             return f"an adapter's weight is a {type(b if type(a) in PLAIN else a).__name__}"
         if DoraEmbeddingVariant is not None:
-            variant = layer.lora_variant.get(name)
-            if variant is not None and type(variant) is not DoraEmbeddingVariant:
-                return f"{type(variant).__name__}: only plain LoRA and DoRA are fused"
+            variant = type(layer.lora_variant.get(name))
+            if variant not in FUSED_VARIANTS:
+                return f"{variant.__name__}: {NO_VARIANT}"
         if not isinstance(layer.scaling[name], (int, float)):
             return f"the scaling is a {type(layer.scaling[name]).__name__}, not a number"
         if is_dora(layer, name):

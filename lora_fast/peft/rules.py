@@ -25,7 +25,14 @@ try:
     from peft.tuners.lora.variants import DoraLinearVariant
 except ImportError:  # before PEFT had variants, DoRA was the only one
     DoraLinearVariant = None
+MiCALinearVariant: Any
+try:
+    from peft.tuners.lora.variants import MiCALinearVariant  # LoRA whose lora_B stays as it starts
+except ImportError:
+    MiCALinearVariant = None
 
+FUSED_VARIANTS = type(None), DoraLinearVariant, MiCALinearVariant
+NO_VARIANT = "only plain LoRA, DoRA and MiCA are fused"
 QUANTISED = {"aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "torchao"}  # PEFT's files of such layers
 HOOKS_ON_ALL = "there are hooks on all modules"
 BASES = (*PLAIN, *KINDS)  # types of the base weights of layers that are fused
@@ -145,9 +152,9 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
         if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p == 1):
             return f"lora_dropout is {dropout}"
         if DoraLinearVariant is not None:
-            variant = layer.lora_variant.get(name)
-            if variant is not None and type(variant) is not DoraLinearVariant:
-                return f"{type(variant).__name__}: only plain LoRA and DoRA are fused"
+            variant = type(layer.lora_variant.get(name))
+            if variant not in FUSED_VARIANTS:
+                return f"{variant.__name__}: {NO_VARIANT}"
         if name not in layer.scaling.mirrors:
             return f"the scaling is a {type(layer.scaling[name]).__name__}, not a number"
         if parts and rate(dropout) != rate(parts[0][3]):

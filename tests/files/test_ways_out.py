@@ -111,3 +111,15 @@ def test_adapters_of_embeddings(tmp_path):
     assert "transformers 5" not in str(error.value)
     ids = torch.arange(6)
     torch.testing.assert_close(load_adapter(model, tmp_path)(ids), theirs(ids))
+
+
+def test_a_start_that_leaves_the_base(tmp_path):
+    """MiCA's file is LoRA's: its lora_B, which stays as it starts, is in it."""
+    try:
+        model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="mica"))
+    except (AttributeError, ValueError):
+        pytest.skip("this PEFT has no such start")
+    perturbed(model, [p for p in model.parameters() if p.requires_grad])
+    model.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(outputs(load_adapter(llama(), tmp_path / "adapter")), outputs(model))
+    assert merged(tmp_path, llama()) == 0

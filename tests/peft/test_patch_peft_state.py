@@ -384,16 +384,25 @@ def test_lora_bias_runs_stock_audibly():
 
 
 @pytest.mark.interpreted
-def test_a_variant_that_is_not_allowed_runs_stock():
-    """MiCA freezes lora_B and starts it elsewhere; whatever else a variant does, it is not ours to guess."""
+def test_variants():
+    """MiCA is LoRA whose lora_B is frozen; what other variants do is not ours to guess."""
     torch.manual_seed(0)
     try:
         stock = peft.get_peft_model(Net(), config(init_lora_weights="mica"))
     except (AttributeError, ValueError):
         pytest.skip("this PEFT has no such variant")
+    for name, parameter in stock.named_parameters():
+        if "lora_A" in name:
+            torch.nn.init.normal_(parameter)
     set_backend("triton")
     ours = copy.deepcopy(stock)
-    assert "only plain LoRA and DoRA are fused" in patch_peft(ours).layers[0].reason
+    assert patch_peft(ours).fused == len(ours.base_model.targeted_module_names)
+    assert not ours.base_model.model.up.lora_B["default"].weight.requires_grad
+    same(results(ours, inputs()), results(stock, inputs()))
+    for layer in (layer for model in (ours, stock) for layer in model.modules() if hasattr(layer, "lora_variant")):
+        variant = type(layer.lora_variant["default"])
+        layer.lora_variant["default"] = type("Another", (variant,), {})()
+    assert "Another: only plain LoRA, DoRA and MiCA are fused" in peft_report(ours).layers[0].reason
     same(results(ours, inputs()), results(stock, inputs()))
 
 
