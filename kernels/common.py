@@ -128,10 +128,17 @@ def mask_words(bits_ptr, rows, col, stride, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def unpack_words(words):
-    """[rows, 32 * words] booleans from mask words."""
-    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1  # [rows, words, 32]
-    return tl.reshape(bits, (words.shape[0], 32 * words.shape[1])) == 1
+def masked(t, words):
+    """t [..., 32 * words], zero where the bits of mask words [..., words] are not set. Numbers of 16 bits by pairs: a
+    shift for each, which puts its bit on top, a choice of bytes by these signs, an and."""
+    words = tl.expand_dims(words, len(words.shape))
+    if COMPILED and t.dtype.primitive_bitwidth == 16:
+        signs = tl.reshape(words << (31 - tl.arange(0, 32)), t.shape)
+        both: tl.constexpr = "{ .reg .b32 m; prmt.b32 m, $2, $3, 0xFFBB; and.b32 $0, $1, m; }"
+        t = tl.inline_asm_elementwise(both, "=r,r,r,r", [t, signs], t.dtype, is_pure=True, pack=2)
+    else:
+        t = tl.where(tl.reshape((words >> tl.arange(0, 32)) & 1, t.shape) == 1, t, 0.0)
+    return t
 
 
 @triton.jit

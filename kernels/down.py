@@ -43,11 +43,11 @@ from lora_fast.kernels.common import (
     load_tile,
     low_scale,
     mask_words,
+    masked,
     mma,
     padded_rank,
     precision,
     store_tile,
-    unpack_words,
     wait_for_stream,
 )
 from lora_fast.kernels.operands import Number, Operand, T, Tiles, as_scaling, launch, run
@@ -128,8 +128,7 @@ def side_by_side(
             word = (k + way) // 32 + tl.arange(0, BLOCK_K // 32)[None, None, :]
             bits_ptrs = bits.ptr + tl.minimum(rows, bits.rows - 1).to(tl.int64)[None, :, None] * bits.stride + word
             words = tl.load(bits_ptrs, mask=word < bits.stride, other=0)  # [WAYS, BLOCK_M, BLOCK_K // 32]
-            each = (words[:, :, :, None] >> tl.arange(0, 32)[None, None, None, :]) & 1
-            tile = tl.where(tl.reshape(each, (WAYS, BLOCK_M, BLOCK_K)) == 1, tile, 0.0)
+            tile = masked(tile, words)
         acc = tl.dot(tile, a_tile.to(DTYPE), acc)
     return tl.sum(acc, 0)
 
@@ -238,7 +237,7 @@ def _down_fwd_kernel(
                         a_tile = a_tile.to(ACC) * _gain(gain_ptr, k, K, BLOCK_K, ACC)
                     if bits_ptr is not None:
                         words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
-                        tile = tl.where(unpack_words(words), tile, 0.0)
+                        tile = masked(tile, words)
                     acc = mma(tile, a_tile.to(DTYPE).T, acc, PRECISION)
             if scales_ptr is not None:
                 scales = tl.load(scales_ptr + ranks, mask=ranks < R, other=0.0)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from lora_fast.kernels import tiles
 from lora_fast.kernels.chip import Chip
-from lora_fast.kernels.common import TL, late, low_scale, mask_words, padded_rank, unpack_words, wait_for_stream
+from lora_fast.kernels.common import TL, late, low_scale, mask_words, masked, padded_rank, wait_for_stream
 from lora_fast.kernels.operands import Number, Operand, Tiles, launch
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import few_rows, rank_block, tma_fits
@@ -73,7 +73,7 @@ def _few_rows_kernel(
     s = (low * (low_scale(scaling, SCALING_PTR, LIFTED) * keep_scale)).to(DTYPE)
     if bits_ptr is not None:
         words = mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, BLOCK_N)
-        acc += tl.where(unpack_words(words), tl.dot(s, late(u).T), 0.0)
+        acc += masked(tl.dot(s, late(u).T), words)
     else:
         acc = tl.dot(s, late(u).T, acc)
     if z is not None:

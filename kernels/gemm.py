@@ -37,10 +37,10 @@ from lora_fast.kernels.common import (
     late,
     load_tile,
     mask_words,
+    masked,
     mma,
     precision,
     store_tile,
-    unpack_words,
     wait_for_stream,
 )
 from lora_fast.kernels.launchers import INTERPRETED
@@ -176,7 +176,7 @@ def _store_masked(out, acc, low, bits, scales, row, col, by):
         for step in tl.static_range(by.RANK_STEPS):  # at run time it would make ptxas serialise the base product
             a, b = _ranks(low, row, col, step * by.BLOCK_R, BLOCK_M, WIDTH, by.BLOCK_R, by.Q_T, by.TMA)
             added = mma(a, b, added, by.PRECISION)
-        added = tl.where(unpack_words(mask_of_tile(bits, row, col, BLOCK_M, WIDTH)), added, 0.0)
+        added = masked(added, mask_of_tile(bits, row, col, BLOCK_M, WIDTH))
         x_scale = _part(scales.x, row, out.rows, BLOCK_M).to(acc.dtype)
         w_scale = _part(scales.w, col, out.cols, WIDTH).to(acc.dtype)
         piece = piece * x_scale[:, None] * w_scale[None, :] + added
@@ -377,7 +377,7 @@ def _gemm_kernel(
                 else:
                     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
             elif MASK and not FP8:
-                acc = tl.where(unpack_words(words), acc, 0.0)
+                acc = masked(acc, words)
                 words = mask_of_tile(Bits(bits_ptr, stride_bits, M), row_next, col_next, BLOCK_M, BLOCK_N)
 
 

@@ -19,10 +19,10 @@ from lora_fast.kernels.common import (
     late,
     load_tile,
     mask_words,
+    masked,
     mma,
     precision,
     store_tile,
-    unpack_words,
     wait_for_stream,
 )
 from lora_fast.kernels.operands import Number, Operand, Tiles, launch
@@ -71,7 +71,7 @@ def _glu_down_kernel(
             store_tile(Matrix(h, M, K, K, 1), tile, row, k, DTYPE, TMA)
         if bits_ptr is not None:
             words = mask_words(bits_ptr, tl.minimum(rows, M - 1), k, stride_bits, BLOCK_K)
-            tile = tl.where(unpack_words(words), tile, 0.0)
+            tile = masked(tile, words)
         if a_ptr is not None:
             acc = mma(tile, a.T, acc, PRECISION)
     if a_ptr is not None:

@@ -26,11 +26,11 @@ from lora_fast.kernels.common import (
     lift_of,
     load_tile,
     mask_words,
+    masked,
     mma,
     padded_rank,
     precision,
     store_tile,
-    unpack_words,
     wait_for_stream,
 )
 from lora_fast.kernels.operands import Number, Operand, Tiles, launch
@@ -115,7 +115,7 @@ def _grad_kernel(
             store_tile(Matrix(dz, M, N, N, 1), tile.to(ACC) * gain[None, :], m, col, DTYPE, TMA)
         if bits_ptr is not None:
             words = mask_words(bits_ptr, tl.minimum(rows, M - 1), col, stride_bits, BLOCK_N)
-            tile = tl.where(unpack_words(words), tile, 0.0)
+            tile = masked(tile, words)
         if row_scale_ptr is not None:
             tile = tile.to(DTYPE)
         if p_ptr is not None:

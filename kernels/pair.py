@@ -17,7 +17,7 @@ from lora_fast.kernels.common import (
     lift_of,
     load_tile,
     mask_words,
-    unpack_words,
+    masked,
     wait_for_stream,
 )
 from lora_fast.kernels.operands import Number, Operand, Tiles, launch
@@ -39,7 +39,7 @@ def _walk(
         tile = load_tile(t, row, col, BLOCK_M, BLOCK_N, True)
         if bits_ptr is not None:
             rows = tl.minimum(row + tl.arange(0, BLOCK_M), t.rows - 1)
-            tile = tl.where(unpack_words(mask_words(bits_ptr, rows, col, stride_bits, BLOCK_N)), tile, 0.0)
+            tile = masked(tile, mask_words(bits_ptr, rows, col, stride_bits, BLOCK_N))
         if sum_ptr is not None:
             sums += tl.sum(tl.reshape(tile.to(tl.float32), (BLOCK_M // 8, 8, BLOCK_N)), 0)
         g = tl.dot(tile.T, load_tile(p, row, 0, BLOCK_M, BLOCK_R), g)
@@ -196,7 +196,7 @@ def pair(x: Operand, ds: Operand, grad_a: Operand, each: Sequence[OverDy], *, bi
 
     x [M, K], dys, ds [M, at least R] and s are in one dtype; bits are of a mask of x's shape."""
     m, k = x.shape
-    tile = pass_tiles.pair(masked=bits is not None)
+    tile = pass_tiles.pair(m, masked=bits is not None)
     rows, cols = tile.m, tile.n
     given: dict[str, Operand | Tiles | Number | int | bool | None] = {}
     for i in range(MOST):

@@ -19,10 +19,10 @@ from lora_fast.kernels.common import (
     Matrix,
     acc_dtype,
     load_tile,
+    masked,
     mma,
     precision,
     store_tile,
-    unpack_words,
     wait_for_stream,
 )
 from lora_fast.kernels.gemm import GROUP_M, halves, mask_of_tile, tile_of
@@ -130,7 +130,7 @@ def _products_kernel(
                 store_tile(whole_out, right, row, col + BLOCK_N // 2, DTYPE, TMA)
                 acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
             elif MASK:
-                acc = tl.where(unpack_words(words), acc, 0.0)
+                acc = masked(acc, words)
                 pid_m, pid_n = tile_of(tile + PROGRAMS, grid_m, grid_n, GROUP_M)
                 words = mask_of_tile(Bits(bits_ptr, stride_bits, M), pid_m * BLOCK_M, pid_n * BLOCK_N, BLOCK_M, BLOCK_N)
 

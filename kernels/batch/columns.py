@@ -29,10 +29,10 @@ from lora_fast.kernels.common import (
     late,
     load_tile,
     mask_words,
+    masked,
     mma,
     precision,
     store_tile,
-    unpack_words,
     wait_for_stream,
     wide,
 )
@@ -157,7 +157,7 @@ def _walk(at, steps, col, of, g, dm, by):
                 tl.store(at.dz_ptr + (zero + m) * at.n + col + whole, dz, mask=mine[:, None] & inside)
         if at.bits_ptr is not None:
             words = mask_words(at.bits_ptr, tl.minimum(rows, at.m - 1), col, at.stride_bits, BLOCK_N)
-            tile = tl.where(unpack_words(words), tile, 0.0)
+            tile = masked(tile, words)
         if at.p_ptr is not None:
             p_ptrs = at.p_ptr + rows.to(tl.int64)[:, None] * at.stride_p + rank + ranks[None, :]
             # Rows of others hold zeros at these ranks.
