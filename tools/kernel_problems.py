@@ -216,22 +216,26 @@ BatchCase = tuple[int, int, int, tuple[int, ...], torch.dtype, float, torch.dtyp
 
 
 def batch(case: BatchCase) -> None:
-    """The launches of a layer with several adapters in one batch, forward and backward, of LoRA and of DoRA."""
+    """The launches of a layer with several adapters in one batch, forward and backward, of LoRA and of DoRA: read where
+    they lie, with dropout from copies."""
     from lora_fast.kernels.batch import run
     from lora_fast.kernels.batch.problem import Problem
-    from lora_fast.kernels.batch.ranks import Ranks, numbers_of
+    from lora_fast.kernels.batch.ranks import Ranks, addresses_on, numbers_of
     from lora_fast.kernels.problem import Kinds, Needs
 
     m, k, n, of, dtype, p, adapter = case
     x, weight, ranks = torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype), Ranks(of)
-    a, b = torch.empty(sum(of), k, dtype=adapter), torch.empty(n * sum(of), dtype=adapter)
-    for magnitudes in (None, torch.empty(len(of), n, dtype=adapter)):
-        dora = magnitudes is not None
+    for dora in (False, True):
+        a, b = torch.empty(sum(of), k, dtype=adapter), torch.empty(n * sum(of), dtype=adapter)
+        magnitudes = torch.empty(len(of), n, dtype=adapter) if dora else None
+        given: tuple[Any, ...] = a, b, None, magnitudes
+        if not p:
+            given = addresses_on([x] * (3 if dora else 2) * len(of), x.device), None, None
         kinds, needs = Kinds(dtype, adapter, adapter, None, adapter), Needs(True, True, True, False, dora)
         problem = Problem((m,), k, n, ranks, kinds, needs, dora)
         numbers = numbers_of(ranks, [2.0] * len(of), [p] * len(of), problem.lifted, x.device)
         call = run.Call((weight,), torch.zeros(m, dtype=torch.int64), numbers, 1 if p else None)
-        y, made = run.forward(problem, call, x, a, b, None, magnitudes)
+        y, made = run.forward(problem, call, x, *given)
         run.backward(problem, torch.empty_like(y), run.to_save(problem, (weight,), numbers.scales, x, made, y))
 
 

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
-from lora_fast.kernels.batch.ranks import Ranks
+from lora_fast.kernels.batch.pack import Given, lying
+from lora_fast.kernels.batch.problem import Problem
 from lora_fast.kernels.batch.terms import GRAMS, GROUP, Packed, Terms, terms_of
 from lora_fast.kernels.chip import Chip
 from lora_fast.kernels.common import TL, Matrix, acc_dtype, load_tile, wait_for_stream
@@ -63,6 +64,7 @@ def _gains_kernel(
     FEW: tl.constexpr,
     SUMS: tl.constexpr,
     ONE: tl.constexpr,
+    M_KIND: tl.constexpr,
     GROUP: tl.constexpr,
     ROUND: tl.constexpr,
     ACC: tl.constexpr,
@@ -81,7 +83,8 @@ def _gains_kernel(
     a, b = Matrix(a_ptr + (zero + first) * K, end - first, K, K, 1), Matrix(b_ptr + first, N, end - first, TOTAL, 1)
     b_tile = load_tile(b, row, 0, BLOCK_N, BLOCK_R)
     to = (zero + adapter) * N
-    m_ptr, n_ptr, g_ptr = m_ptr + to, n_ptr + to, g_ptr + to
+    n_ptr, g_ptr = n_ptr + to, g_ptr + to
+    m_ptr = m_ptr + to if M_KIND is None else lying(m_ptr, adapter, M_KIND)
     if dots_ptr is None:
         norm = row_norm(w, None, LowRank(a, b, b_tile, s), row, BLOCK_K, SUMS, ONE, ACC, PRECISION)
         _store_gains(norm, m_ptr, n_ptr, g_ptr, rows, rows < N, N, ROUND, ACC)
@@ -114,14 +117,15 @@ def _gains_kernel(
 def gains(
     w: Operand,
     of: Packed,
-    m: Operand,
+    given: Given,
     n: Operand,
     gain: Operand,
-    ranks: Ranks,
-    round_norm: bool,
+    problem: Problem,
     scratch: Scratch,
 ) -> list[Launch]:
-    """n and gain [adapters, N] from w [N, K] and m [adapters, N]; norms rounded to w's dtype on request."""
+    """n and gain [adapters, N] from w [N, K] and the magnitudes; norms rounded to w's dtype where the problem says
+    so."""
+    ranks = problem.ranks
     (rows, k), kind, most, count = w.shape, w.dtype, max(ranks.padded), len(ranks.of)
     tile = pass_tiles.norm(rows, most, dtype=kind, kind=kind, chip=Chip.of(w.device))
     launches, terms = list[Launch](), Terms(None, None, None)
@@ -141,7 +145,7 @@ def gains(
             w_ptr=w,
             a_ptr=of.a,
             b_ptr=of.b,
-            m_ptr=m,
+            m_ptr=given.m,
             firsts_ptr=of.tables.firsts,
             low_ptr=of.low,
             scales_ptr=of.scales,
@@ -161,8 +165,9 @@ def gains(
             **constants(tile),
             FEW=16,
             ONE=most <= tile.r,
+            M_KIND=given.kinds[2],
             GROUP=GROUP,
-            ROUND=TL[kind] if round_norm else None,
+            ROUND=TL[kind] if problem.round_norm else None,
             ACC=acc_dtype(kind),
             PRECISION="tf32x3" if kind.itemsize == 4 else "ieee",
         )

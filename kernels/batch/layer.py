@@ -14,7 +14,7 @@ from lora_fast.kernels.batch.ds import LowRank
 from lora_fast.kernels.batch.gain import gains
 from lora_fast.kernels.batch.magnitudes import Again
 from lora_fast.kernels.batch.mixed import gain_mixed
-from lora_fast.kernels.batch.pack import pack
+from lora_fast.kernels.batch.pack import Given, pack
 from lora_fast.kernels.batch.places import Where, lists, places
 from lora_fast.kernels.batch.problem import Problem
 from lora_fast.kernels.batch.ranks import ROWS
@@ -36,10 +36,10 @@ class Forward(NamedTuple):
 
     x: Operand
     which: Operand
-    a: Operand  # [sum of R, K], and [N * sum of R]: see ``pack``
-    b: Operand
+    a: Operand  # see ``Given``; or the addresses of all adapters, and neither b nor magnitudes
+    b: Maybe
     bias: Maybe
-    magnitudes: Maybe  # [adapters, N]
+    magnitudes: Maybe
     y: Operand
     z: Maybe
     room: Operand
@@ -57,7 +57,8 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
     scratch = Scratch(x.device)
     w = problem.base.y(at.held, problem.wanted(scratch))
     lift = at.scales.block(1, 0, 1, ranks.total)
-    packed, bad = pack(at.a, at.b, tables.groups, lift, room.a, room.b, ranks, problem.lifted, scratch)
+    given = Given.at(at.a, problem) if at.b is None else Given(at.a, at.b, at.magnitudes)
+    packed, bad = pack(given, tables.groups, lift, room.a, room.b, problem, scratch)
     launches = [packed, places(at.which, x, tables.firsts, bad, at.scales, ranks, room.places)]
     if at.seed is not None:
         launches.append(mask(at.seed, at.bits, None, at.n_words, own=room.places.own, counts=at.counts))
@@ -67,7 +68,7 @@ def forward_launches(at: Forward, problem: Problem) -> list[Launch]:
         of = Packed(room.a, room.b, low, room.places.scales, tables)
         launches += [
             *w.launches,
-            *gains(w.matrix, of, at.magnitudes, room.norm, room.gain, ranks, problem.round_norm, scratch),
+            *gains(w.matrix, of, given, room.norm, room.gain, problem, scratch),
         ]
         last = [gain_mixed(y, room.gain, at.bias, room.places.own, room.places.whole)]
     launches.append(

@@ -14,6 +14,7 @@ import torch
 
 from lora_fast.kernels.common import padded_rank
 from lora_fast.kernels.mask import keep_count, keep_scale
+from lora_fast.kernels.memo import Memo
 from lora_fast.kernels.operands import Operand
 from lora_fast.kernels.tiles import rank_block
 
@@ -146,7 +147,28 @@ def numbers_of(
     return found
 
 
-_captured: list[Numbers] = []  # what CUDA graphs read
+def addresses_on(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor | None:
+    """Where these tensors lie, int64, for kernels that read them there. None where one does not start at a multiple of
+    16 bytes, or where a CUDA graph is recorded, which cannot take along what the host has not sent before."""
+    found = [t.data_ptr() for t in tensors]
+    bits = 0
+    for address in found:
+        bits |= address
+    if bits % 16:
+        return None
+    key, recorded = (device, *found), device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    table = _tables.get(key)
+    if table is None:
+        if recorded:
+            return None
+        table = _tables.keep(key, _on(device, found, torch.int64))
+    if recorded:
+        _captured.append(table)
+    return table
+
+
+_tables = Memo()  # of addresses, by these
+_captured: list[Numbers | torch.Tensor] = []  # what CUDA graphs read
 
 
 @lru_cache(maxsize=4096)

@@ -51,15 +51,16 @@ def forward(
     call: Call,
     x: torch.Tensor,
     a: torch.Tensor,
-    b: torch.Tensor,
+    b: MaybeTensor,
     bias: MaybeTensor,
     magnitudes: MaybeTensor = None,
 ) -> tuple[torch.Tensor, Made]:
     """y [*lead, N], and what it leaves.
 
     x [..., K], contiguous or the matrix of its rows; a [sum of R, K], A's one below the other, and b [N * sum of R],
-    B's one after the other, contiguous, in any dtype, and DoRA's magnitudes [adapters, N] likewise; the
-    base's tensors in call.held; its ``which`` contiguous, with a seed its numbers with counts.
+    B's one after the other, contiguous, in any dtype, and DoRA's magnitudes [adapters, N] likewise; or in place of
+    a the addresses of all A's, B's and magnitudes, which are contiguous and of the problem's kinds, and neither b nor
+    magnitudes; the base's tensors in call.held; its ``which`` contiguous, with a seed its numbers with counts.
     """
     y = x.new_empty(problem.y_shape)
     words = -(-problem.k // 32)
@@ -90,7 +91,16 @@ def forward(
         *call.held,
     )
     seed = None if call.seed is None else kind_of(call.seed)
-    key = forward_launches, which.dtype, which.shape, x.stride(), call.held[0].stride(), seed, _exact(problem)
+    key = (
+        forward_launches,
+        b is None,
+        which.dtype,
+        which.shape,
+        x.stride(),
+        call.held[0].stride(),
+        seed,
+        _exact(problem),
+    )
     program, bound = _bound(problem, key, Forward, given)
     if call.defers:
         program.run(bound, 0, -program.late)

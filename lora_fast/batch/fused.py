@@ -10,8 +10,7 @@ from lora_fast.bases.packed import PackedWeight, rounds_norm, tensors_of
 from lora_fast.batch.custom_op import beside, each, gradients, kinds_of, needs_of, problem_of
 from lora_fast.batch.form import Adapter, MaybeTensor
 from lora_fast.dispatch import autocast_dtype
-from lora_fast.kernels.batch.problem import Problem
-from lora_fast.kernels.batch.ranks import numbers_of
+from lora_fast.kernels.batch.ranks import addresses_on, numbers_of
 from lora_fast.kernels.batch.run import Call, Made, forward, to_save
 from lora_fast.ops.linear import draw_seed
 from lora_fast.ops.parts import addressable, base_of, contiguous, on, saved_by
@@ -47,6 +46,8 @@ class FusedBatch:
         rounds = round_norm and rounds_norm(weight)
         self.problem = problem_of(x.shape, self.kind, a, b, bias, needs, m, rounds, base_of(weight), keep_z=keep_z)
         self.records, self.kinds = any(needs), kinds_of(a, b, m)
+        # Then kernels read the adapters where they lie.
+        self.in_place = self.kinds is None and all(t.is_contiguous() for t in (*a, *b, *m))
         self.casts, self.tensors_of = x.dtype != self.kind, tensors_of(weight)
 
     def __call__(
@@ -70,19 +71,21 @@ class FusedBatch:
             numbers = numbers_of(self.problem.ranks, scalings, rates, self.problem.lifted, x.device)
             call = Call(held, which.contiguous(), numbers, seed)
             if not self.records:
-                return _forward(self.problem, call, x, small, contiguous(bias))[0]
+                return self.forward(call, x, small, contiguous(bias))[0]
             y = _apply(x, contiguous(bias), self, call, *small)
             if call.deferred is not None:
                 program, bound, first = call.deferred
                 program.run(bound, first)
         return y
 
-
-def _forward(
-    problem: Problem, call: Call, x: torch.Tensor, small: Sequence[torch.Tensor], bias: MaybeTensor
-) -> tuple[torch.Tensor, Made]:
-    a, b, magnitudes = beside(small, len(problem.ranks.of))
-    return forward(problem, call, addressable(x), a, b, bias, magnitudes)
+    def forward(
+        self, call: Call, x: torch.Tensor, small: Sequence[torch.Tensor], bias: MaybeTensor
+    ) -> tuple[torch.Tensor, Made]:
+        rows = addressable(x)
+        if self.in_place and (found := addresses_on(small, x.device)) is not None:
+            return forward(self.problem, call, rows, found, None, bias)
+        a, b, magnitudes = beside(small, len(self.problem.ranks.of))
+        return forward(self.problem, call, rows, a, b, bias, magnitudes)
 
 
 class _Batch(torch.autograd.Function):
@@ -94,7 +97,7 @@ class _Batch(torch.autograd.Function):
     ) -> torch.Tensor:
         problem = fused.problem
         call.defers = not problem.needs.m  # the gradient of a magnitude reads z
-        y, made = _forward(problem, call, x, small, bias)
+        y, made = fused.forward(call, x, small, bias)
         ctx.save_for_backward(*to_save(problem, call.held, call.numbers.scales, x, made, y))
         ctx.rest = problem, fused.kinds
         return y

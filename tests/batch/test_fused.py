@@ -18,6 +18,7 @@ from kept import launched
 
 from lora_fast import SlowPathWarning, dora_linear_batch, lora_linear_batch
 from lora_fast.bases.four_bits import BlockWeight, Mxfp4Weight, Nf4Weight
+from lora_fast.batch import fused as by_addresses
 from lora_fast.batch import reference
 from lora_fast.kernels import mask
 
@@ -333,6 +334,28 @@ def test_two_runs_give_the_same_bits_and_write_nothing_else(device):
     assert all(map(torch.equal, before, tensors))
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapters_are_read_where_they_lie(device, dora, monkeypatch):
+    """With the bits of copies one behind the other, which they are where one does not start as kernels can read it."""
+    asked = []
+    honest = by_addresses.addresses_on
+
+    def watched(*args):
+        asked.append(honest(*args))
+        return asked[-1]
+
+    monkeypatch.setattr(by_addresses, "addresses_on", watched)
+    one = drawn((40, 64, 48), (16, 3, 12), FLOAT, device, dora=dora)
+    found = results(fused, *one)
+    x, weight, adapters, *rest = one
+    memory = torch.empty(3 * 64 + 1, device=device)
+    memory[1:] = adapters[1].lora_A.detach().flatten()
+    shifted = [adapters[0], adapters[1]._replace(lora_A=memory[1:].view(3, 64)), adapters[2]]
+    for name, t in results(fused, x, weight, shifted, *rest).items():
+        assert torch.equal(t, found[name]), name
+    assert asked[0] is not None and asked[-1] is None
+
+
 @pytest.mark.gpu
 def test_a_cuda_graph_serves_any_rows():
     x, weight, adapters, which, bias, dy = drawn((512, 256, 384), (16, 40, 8, 64), BF16, "cuda")
@@ -356,6 +379,8 @@ def test_a_cuda_graph_serves_any_rows():
     for seed in range(3):
         gen = torch.Generator("cuda").manual_seed(seed)
         which.copy_(torch.randint(-1, 4, (512,), generator=gen, device="cuda"))
+        with torch.no_grad():
+            adapters[seed].lora_A.mul_(1.5)  # as a step of an optimiser does
         graph.replay()
         assert all(map(torch.equal, captured, step()))
 
