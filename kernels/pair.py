@@ -196,7 +196,8 @@ def pair(x: Operand, ds: Operand, grad_a: Operand, each: Sequence[OverDy], *, bi
 
     x [M, K], dys, ds [M, at least R] and s are in one dtype; bits are of a mask of x's shape."""
     m, k = x.shape
-    tile = pass_tiles.pair(m, masked=bits is not None)
+    columns = k + sum(one.dy.shape[1] for one in each)
+    tile = pass_tiles.pair(m, columns, chip=Chip.of(x.device), masked=bits is not None)
     rows, cols = tile.m, tile.n
     given: dict[str, Operand | Tiles | Number | int | bool | None] = {}
     for i in range(MOST):

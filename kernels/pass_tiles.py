@@ -97,11 +97,13 @@ def down_quantised(
 
 
 @choice
-def pair(m: int, *, masked: bool) -> Tile:
-    """dA and dB of few rows: m rows a step, n columns a program."""
-    if masked and m > 1024:  # a LoRA step of 2048 x 2048 x 512: 65.4 -> 61.0, 2048 x 2048 105.6 -> 102.0, H200
+def pair(m: int, columns: int, *, chip: Chip, masked: bool) -> Tile:
+    """dA and dB of few rows: m rows a step, n of all the columns of x and the dYs a program."""
+    if masked and m > 1024 and triton.cdiv(columns, 32) <= chip.processors:
+        # A LoRA step of 2048 x 2048 x 512 65.4 -> 61.0, 2048 x 2048 x 2048 105.6 -> 102.0; with 160 programs of 4096 x
+        # 1024 5% worse, and for 512 rows of 4096 x 4096 95 -> 98, H200.
         return Tile(m=512, n=32, warps=8, stages=2)
-    if masked:  # which is applied in registers: more rows, fewer stages; with the tile above 512 x 4096 95 -> 98
+    if masked:  # which is applied in registers: more rows, fewer stages
         return Tile(m=256, n=64, stages=3)
     return Tile(m=128, n=64, stages=4)
 

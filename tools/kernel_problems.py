@@ -300,6 +300,7 @@ FEW_ROWS: list[Case] = [  # which among them take every tile
     (1024, 2048, 2048, 16, BF16, 0.0, BF16, True),
     (256, 4096, 4096, 32, BF16, 0.1, BF16, False),
     (256, 2048, 512, 16, BF16, 0.1, BF16, False),
+    (2048, 2048, 512, 32, BF16, 0.1, BF16, False),
     (256, 4096, 4096, 16, BF16, 0.0, BF16, False),
     (2048, 14336, 4096, 16, BF16, 0.0, BF16, True),
     (256, 2048, 512, 8, torch.float16, 0.1, FLOAT, False),

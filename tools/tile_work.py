@@ -52,7 +52,7 @@ def candidates(kernel: str, shape: Shape, r: int, chip: Chip) -> list[Tile | Non
         side = grid(m=(16, 32), k=(128, 256), r=(ranks,), ways=(4,), warps=(4,), stages=(2, 3, 4))
         made = itertools.chain(whole, side if r <= 32 else ())
     elif kernel == "pair":
-        made = grid(m=(64, 128, 256), n=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4, 5))
+        made = grid(m=(64, 128, 256, 512), n=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4, 5))
     else:
         rows = (rank_block(shape.m, 128),)
         some = grid(m=rows, n=(64, 128), k=(64, 128, 256), r=(64,), warps=(4, 8), stages=(3, 4, 5, 6), fill=(0.5, 1.0))
