@@ -30,7 +30,7 @@ class KeepsNorm(nn.Module):
 
     def kept_norm(self, in_graphs: bool = False) -> Kept | None:
         """Where this forward may keep its norm; None where it may not. ``in_graphs``: as ``keep_in_graphs``."""
-        if is_compiling():
+        if is_compiling() or torch._C._get_tracing_state() is not None:  # torch.jit.trace compares a second run
             return None
         own = vars(self)
         kept: Kept | None = own.get(KEPT_NORM)

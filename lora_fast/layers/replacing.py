@@ -6,7 +6,7 @@ bits) would drop the adapter, and the model would train nothing there.
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +18,14 @@ from lora_fast.wrappers.gather import is_sharded
 
 _EMPTY = nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict  # without children they are nothing at all
 _CLEARED = "_in_place_of_lora"  # in the __dict__ of a module that may take an adapted layer's place
+
+
+class Noted(NamedTuple):
+    """What a module's ``CHILDREN`` in its __dict__ are."""
+
+    children: int  # how many there were when the adapters came
+    adapted: list[str]  # which of them got some
+    whole: bool  # it is what the adapters were given to
 
 
 def cleared(module: Any) -> Any:
@@ -56,12 +64,19 @@ def _drops(old: nn.Module, new: nn.Module) -> bool:
     return not set(map(id, old.parameters())) <= set(map(id, new.parameters()))
 
 
+def _is_whole(module: nn.Module) -> bool:
+    """Whether it is what the adapters were given to, a model of PEFT's or one that was converted: whoever exchanges a
+    whole model means it."""
+    noted = vars(module).get(CHILDREN)
+    return (noted is not None and noted.whole) or isinstance(getattr(module, "peft_config", None), dict)
+
+
 def _check(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     """Called for every module that is assigned to an attribute, or added; raises where that would drop an adapter."""
     old = parent._modules[name] if name in parent._modules else None  # noqa: SIM401 - a ScriptModule's has no get
     if new is old:
         _check_size(name, new)
-    if old is None or new is None or new is old or not _has_adapter(old) or not _drops(old, new):
+    if old is None or new is None or new is old or not _has_adapter(old) or _is_whole(old) or not _drops(old, new):
         return
     raise RuntimeError(
         f"{name}: a {type(new).__name__} would take the place of a {type(old).__name__} and drop its adapter; resize, "
@@ -123,7 +138,7 @@ def note_adapted(model: nn.Module) -> None:
     for module in model.modules():
         forget_adapted(module)
         if names := [name for name, child in module.named_children() if _has_adapter(child)]:
-            vars(module)[CHILDREN] = len(module._modules), names
+            vars(module)[CHILDREN] = Noted(len(module._modules), names, module is model)
 
 
 def lost(model: nn.Module) -> list[str]:
@@ -131,9 +146,9 @@ def lost(model: nn.Module) -> list[str]:
     :func:`note_adapted`."""
     found = []
     for at, module in model.named_modules():
-        count, names = vars(module).get(CHILDREN, (0, ()))
-        if names and len(module._modules) == count:
-            children = [(name, module._modules.get(name)) for name in names]
+        noted = vars(module).get(CHILDREN)
+        if noted is not None and len(module._modules) == noted.children:
+            children = [(name, module._modules.get(name)) for name in noted.adapted]
             found += [f"{at}.{name}".lstrip(".") for name, m in children if m is not None and _is_strange(m)]
     return found
 

@@ -11,8 +11,9 @@ from lora_fast.blocks.gated import hooked
 from lora_fast.checks import FLOATS
 from lora_fast.embedding import lora_embedding
 from lora_fast.kept import PLAIN
-from lora_fast.peft.merging import NOT_KEPT, base_is_lent
+from lora_fast.peft.merging import NOT_KEPT, base_is_lent, speaks_of_merged
 from lora_fast.peft.rules import HOOKS_ON_ALL, NO_VARIANT, is_scaled, parameter, why_embedding_never_fused, why_hooked
+from lora_fast.peft.scalings import is_number
 from lora_fast.wrappers import fsdp1, zero3
 from lora_fast.wrappers.placement import settle
 
@@ -71,8 +72,8 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
             variant = type(layer.lora_variant.get(name))
             if variant not in FUSED_VARIANTS:
                 return f"{variant.__name__}: {NO_VARIANT}"
-        if not isinstance(layer.scaling[name], (int, float)):
-            return f"the scaling is a {type(layer.scaling[name]).__name__}, not a number"
+        if not is_number(layer.scaling[name]):
+            return f"the scaling is {layer.scaling[name]!r}, not a finite number"
         if is_dora(layer, name):
             if len(names) > 1:
                 return "several active adapters, one of them DoRA"
@@ -133,6 +134,12 @@ class FastEmbedding(Embedding):
         """As in PEFT, where :meth:`merge` is."""
         settle(self)
         super().unmerge()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Unmerged first where the dict has something of what is merged, as linear layers are."""
+        if self.merged and speaks_of_merged(self, state_dict, prefix):
+            self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _why_not_this_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if kwargs.get("adapter_names") is not None:

@@ -15,6 +15,7 @@ from lora_fast.experts.functional import lora_experts
 from lora_fast.experts.known import DOWN, GATE_UP, Frozen, form_of, frozen_of, is_experts, why_not_now
 from lora_fast.kept import PLAIN
 from lora_fast.peft.rules import HOOKS_ON_ALL, active, kind_of, parameter
+from lora_fast.peft.scalings import is_number
 from lora_fast.wrappers import zero3
 
 
@@ -179,6 +180,6 @@ def _adapter_of(wrapper: Any, gathered: bool) -> str | Adapter | None:
     a, b = parameter(down, "weight"), parameter(up, "weight")
     if not gathered and (type(a) not in PLAIN or type(b) not in PLAIN):
         return f"an adapter's weight is a {type(b if type(a) in PLAIN else a).__name__}"
-    if not isinstance(scaling := wrapper.scaling[name], (int, float)):
-        return f"the scaling is a {type(scaling).__name__}, not a number"
+    if not is_number(scaling := wrapper.scaling[name]):
+        return f"the scaling is {scaling!r}, not a finite number"
     return Adapter(a, b, float(scaling))

@@ -15,6 +15,7 @@ from torch import nn
 from lora_fast.bases import LABELS
 from lora_fast.bases.packed import PackedWeight, as_plain
 from lora_fast.bases.scaled import ScaledFp8Weight
+from lora_fast.kept import PLAIN
 from lora_fast.layers.merged_state import KEPT, add_kept, read_base
 from lora_fast.layers.packed_state import collect, spread
 from lora_fast.wrappers import zero3
@@ -129,8 +130,10 @@ class KeepingLinear(Linear):
                 yield
 
     def _keep_base(self, original: torch.Tensor | None) -> None:
-        weight = self.base_layer.weight
-        for name, tensor in self._base().items():
+        weight, changes = self.base_layer.weight, self._base()
+        if not any(getattr(self, "lora_bias", {}).values()):  # no merge touches the bias, which may train meanwhile
+            changes.pop("bias", None)
+        for name, tensor in changes.items():
             kept = tensor.detach().clone()
             self.register_buffer(
                 f"unmerged_{name}", kept if offloading(self.base_layer) is None else kept.cpu(), persistent=False
@@ -145,6 +148,8 @@ class KeepingLinear(Linear):
                 self.base_layer.weight = nn.Parameter(kept.to(tensor.device), requires_grad=False)
             elif is_sharded(tensor):
                 write(tensor, kept)
+            elif alike_in_memory(kept, tensor):
+                tensor.data.copy_(kept)  # where others see it, too: in shared memory, in views of one buffer
             else:
                 tensor.data = whole(kept).to(tensor.device)
         self.forget_base()
@@ -210,7 +215,8 @@ class KeepingLinear(Linear):
         return {"weight": self.lora_unmerged_weight, "bias": self.lora_unmerged_offset}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        unmerges = self.merged and not self._is_common()  # a base in common stays merged, as stock's, by all or none
+        # What is not spoken of stays as it is; a base in common stays merged, as stock's, by all or none.
+        unmerges = self.merged and not self._is_common() and speaks_of_merged(self, state_dict, prefix)
         live = self._base() if unmerges else {}
         if unmerges:
             self.unmerge()
@@ -226,14 +232,33 @@ class KeepingLinear(Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def alike_in_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether plain tensors hold as many numbers of one kind in one place."""
+    plain = type(one) in PLAIN and type(other) in PLAIN
+    return plain and (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def speaks_of_merged(layer: Any, state_dict: dict[str, Any], prefix: str) -> bool:
+    """Whether a state dict has something of the layer's base, or of an adapter that is merged into it."""
+    merged = {*layer.merged_adapters}
+    parts = (key[len(prefix) :].split(".") for key in state_dict if key.startswith(prefix))
+    return any(at == "base_layer" or at in KEPT.values() or merged & {*rest} for at, *rest in parts)
+
+
 def mark_ties(model: nn.Module) -> None:
-    """Tell the layers of ours in the model which of them have a base in common with another of PEFT's layers, by now or
-    when they were told before: what wraps a model may keep a tied parameter twice."""
+    """Tell the layers of ours in the model which of them have a base in common with another of PEFT's layers, as one
+    parameter or in one memory, by now or when they were told before: what wraps a model may keep a tied parameter
+    twice."""
     bases = {layer: layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
-    held = Counter(id(p) for base in bases.values() for p in base.parameters(recurse=False))
+    held = Counter(_place_of(p) for base in bases.values() for p in base.parameters(recurse=False))
     for layer, base in bases.items():
         if isinstance(layer, KeepingLinear):
-            layer.base_is_tied |= any(held[id(p)] > 1 for p in base.parameters(recurse=False))
+            layer.base_is_tied |= any(held[_place_of(p)] > 1 for p in base.parameters(recurse=False))
+
+
+def _place_of(p: torch.Tensor) -> object:
+    """What tensors have in common that are one, or that begin in one place."""
+    return (p.device, p.data_ptr()) if type(p) in PLAIN and p.data_ptr() else id(p)
 
 
 def base_is_lent(layer: Any) -> bool:

@@ -156,7 +156,7 @@ def examine(layer: Any, names: list[str], gathered: bool = False) -> str | list[
             if variant not in FUSED_VARIANTS:
                 return f"{variant.__name__}: {NO_VARIANT}"
         if name not in layer.scaling.mirrors:
-            return f"the scaling is a {type(layer.scaling[name]).__name__}, not a number"
+            return f"the scaling is {layer.scaling[name]!r}, not a finite number"
         if parts and rate(dropout) != rate(parts[0][3]):
             return "several active adapters that differ in dropout"
         if is_dora(layer, name):

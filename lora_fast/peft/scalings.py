@@ -1,14 +1,20 @@
 """PEFT's record of its adapters' scalings, as compiled graphs can read it."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 
+def is_number(value: Any) -> bool:
+    """Whether a scaling is one that operators take: a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 class Scalings(dict[str, Any]):
-    """PEFT's dict {adapter: scaling}, each number mirrored into a 0-dim float32 tensor on ``device``, which compiled
-    graphs read: there a Python float would be a constant, and a new value a new compilation."""
+    """PEFT's dict {adapter: scaling}, each finite number mirrored into a 0-dim float32 tensor on ``device``, which
+    compiled graphs read: there a Python float would be a constant, and a new value a new compilation."""
 
     def __init__(
         self, values: Mapping[str, Any], device: torch.device, mirrors: Mapping[str, torch.Tensor] | None = None
@@ -26,7 +32,7 @@ class Scalings(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
-        if not isinstance(value, (int, float)):
+        if not is_number(value):
             self.mirrors.pop(name, None)
         elif name in self.mirrors and self.mirrors[name].device == self.device:
             self.mirrors[name].fill_(value)

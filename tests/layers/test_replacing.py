@@ -260,20 +260,24 @@ class Outer(nn.Module):
 
 @pytest.mark.parametrize("kind", [*KINDS, "peft"])
 def test_a_module_around_adapted_layers(kind):
-    """Is not replaced by one without adapters; by one that has them, or its parameters, or nothing, it is."""
+    """Is not replaced by one without adapters; by one that has them, or its parameters, or nothing, it is. A whole
+    model that PEFT or add_lora gave them to is by anything."""
     model, ids = Outer(kind), torch.arange(9)
     y = model(ids)
+    net = model.net.base_model.model if kind == "peft" else model.net
     for put in PUTS.values():
-        with pytest.raises(RuntimeError, match="^net: a Net would take the place of a .* and drop its adapter"):
-            put(model, "net", Net())
-    with pytest.raises(RuntimeError, match="^list: a ModuleList would take"):
-        (model.net.base_model.model if kind == "peft" else model.net).list = nn.ModuleList([nn.Linear(8, 8)])
+        with pytest.raises(RuntimeError, match="^list: a ModuleList would take the place of a .* and drop its adapter"):
+            put(net, "list", nn.ModuleList([nn.Linear(8, 8)]))
+    net.list = copy.deepcopy(net.list)
     model.net, model.other = copy.deepcopy(model.net), nn.Sequential(model.other)
     assert torch.equal(model(ids), y)
     if kind == "lora":
         model.net = torch.jit.trace(model.net, ids, check_trace=False)
         assert torch.equal(model(ids), y)
-        model.net = Net()  # what is traced says nothing of its adapters
+    if kind.partition(" ")[0] in ("lora", "dora", "peft"):
+        model.net = Net()
+    with pytest.raises(RuntimeError, match="^other: a Net would take the place of a Sequential"):
+        model.other = Net()
     model.other = None
     model.other = Net()
 
