@@ -121,8 +121,9 @@ def dora_scale(
 def _rest_of_base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gain: torch.Tensor) -> torch.Tensor | None:
     """What ``x W^T + bias`` as one product has more than as a product and a sum, where the gain is 1."""
     seen = gain.device.type == "cpu" and has_data(gain) and not torch.compiler.is_compiling()
-    watched = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()  # a trace, say
-    if not seen or watched or not (gain == 1).any():
+    if not seen or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return None
+    if not (gain == 1).any():
         return None
     with torch.no_grad():
         one, two = F.linear(x, weight, bias), F.linear(x, weight)

@@ -100,6 +100,7 @@ class FastEmbedding(Embedding):
 
     STOCK: type = Embedding
     base_layer: Any
+    base_is_tied: bool = False  # as mark_ties saw it
 
     @classmethod
     def adopt(cls, layer: Any) -> None:
@@ -108,6 +109,7 @@ class FastEmbedding(Embedding):
 
     def release(self) -> None:
         """Make the layer stock again."""
+        vars(self).pop("base_is_tied", None)
         self.__class__ = self.STOCK
 
     def _get_name(self) -> str:
@@ -137,7 +139,7 @@ class FastEmbedding(Embedding):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Unmerged first where the dict has something of what is merged, as linear layers are."""
-        if self.merged and speaks_of_merged(self, state_dict, prefix):
+        if self.merged and not self.base_is_tied and speaks_of_merged(self, state_dict, prefix):
             self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -252,7 +252,7 @@ def mark_ties(model: nn.Module) -> None:
     bases = {layer: layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
     held = Counter(_place_of(p) for base in bases.values() for p in base.parameters(recurse=False))
     for layer, base in bases.items():
-        if isinstance(layer, KeepingLinear):
+        if hasattr(layer, "base_is_tied"):
             layer.base_is_tied |= any(held[_place_of(p)] > 1 for p in base.parameters(recurse=False))
 
 

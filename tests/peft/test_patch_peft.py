@@ -319,7 +319,7 @@ REASONS = {
     train_base: "requires grad",
     subclass_weight: "base weight is a Weight",
     subclass_adapter: "adapter's weight is a Weight",
-    tensor_scaling: "scaling is a Tensor",
+    tensor_scaling: "scaling is tensor",
     drop_features: "FeatureAlphaDropout",
     wrap_adapter: "is a Wrapped",
 }
