@@ -3,7 +3,9 @@ instance itself, which takes the branches of its configuration and sees a forwar
 """
 
 import copy
+import gc
 import operator
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_fast.blocks.effects import effect_of
 from lora_fast.dispatch import autocast_dtype
 
 PRODUCTS = (operator.mul, operator.imul, torch.mul)
@@ -51,6 +55,7 @@ class _Leaves(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.modes = _modes()
+        self.proxies: list[weakref.ref[fx.Proxy]] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -59,6 +64,26 @@ class _Leaves(fx.Tracer):
         if _modes() != self.modes:
             raise _Refused("it does something under no_grad, autocast or a checkpoint of its own")
         return super().create_node(*args, **kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = super().proxy(node)
+        self.proxies.append(weakref.ref(made))
+        return made
+
+    def outlived(self) -> bool:
+        """Whether a step's result is kept somewhere after the trace, and not by a cycle alone (as fx's own frames)."""
+        for generation in range(3):
+            if all(proxy() is None for proxy in self.proxies):
+                return False
+            gc.collect(generation)
+        return any(proxy() is not None for proxy in self.proxies)
+
+
+class _NoTensors(TorchDispatchMode):
+    """Raises :class:`_Refused` where something is done to tensors themselves while a forward is traced."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _Refused(f"it also does {func.overloadpacket.__name__} to a tensor that is neither buffer nor parameter")
 
 
 def _modes() -> tuple[Any, ...]:
@@ -78,10 +103,14 @@ def _traced(module: nn.Module, training: bool) -> fx.Graph:
     )
     own["training"] = training
     before = _contents(own)
-    graph = _Leaves().trace(twin)
+    tracer = _Leaves()
+    with _NoTensors():
+        graph = tracer.trace(twin)
     after = _contents(own)
     if changed := [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]:
         raise _Refused(f"it also writes to {', '.join(sorted(changed))}")
+    if tracer.outlived():
+        raise _Refused("it also keeps what it makes")
     return graph
 
 
@@ -103,6 +132,8 @@ def mlp_of(module: nn.Module, is_linear: Callable[[nn.Module], bool]) -> Mlp | s
     children = dict(module.named_children())
     if sum(map(is_linear, children.values())) < 2:
         return "it has fewer than two linear layers"
+    if (effect := effect_of(module)) is not None:
+        return effect
     try:
         graphs = [_traced(module, training) for training in (True, False)]
     except _Refused as why:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -220,12 +221,12 @@ def _remembered(s, x):
 
 
 def _listed(s, x):
-    s.seen.append(s.act(s.fc1(x)))
-    return s.fc2(s.seen[-1])
+    h = s.act(s.fc1(x))
+    return s.fc2(s.seen.append(h) or h)
 
 
 def _counted(s, x):
-    s.calls.add_(1)
+    _ = s.calls.add_(1)
     return s.fc2(s.act(s.fc1(x)))
 
 
@@ -266,6 +267,143 @@ def test_what_is_no_mlp_of_two_layers(name):
     forward, wide, why = NOT_TWO[name]
     found = two(forward, wide=wide)
     assert isinstance(found, str) and why in found, found
+
+
+class Tape:
+    """What the forwards below write to beside the module: h, a list and a count."""
+
+    def __init__(self):
+        self.h, self.items, self.count, self.array = None, [], torch.zeros(()), np.zeros(1)
+
+    def recorded(self, h):
+        self.h = h
+        return h
+
+
+TAPE, FLAGS, CALLS = Tape(), {"double": False}, 0
+
+
+def _taped(s, x):
+    s.tape.h = h = s.act(s.fc1(x))
+    return s.fc2(h)
+
+
+def _taped_by_a_method(s, x):
+    return s.fc2(s.tape.recorded(s.act(s.fc1(x))))
+
+
+def _taped_in_a_list(s, x):
+    h = s.act(s.fc1(x))
+    s.tape.items.append(1)
+    return s.fc2(h)
+
+
+def _set(s, x):
+    h = s.act(s.fc1(x))
+    setattr(s.tape, "h", h)  # noqa: B010
+    return s.fc2(h)
+
+
+def _tensor(s, x):
+    s.tape.count += 1
+    return s.fc2(s.act(s.fc1(x)))
+
+
+def _tensor_by_another_name(s, x):
+    count = s.tape.count
+    count *= 2
+    return s.fc2(s.act(s.fc1(x)))
+
+
+def _array(s, x):
+    s.tape.array[0] += 1
+    return s.fc2(s.act(s.fc1(x)))
+
+
+def _array_by_another_name(s, x):
+    array = s.tape.array
+    array += 1
+    return s.fc2(s.act(s.fc1(x)))
+
+
+def _global(s, x):
+    global CALLS
+    CALLS += 1
+    return s.fc2(s.act(s.fc1(x)))
+
+
+def _flag(s, x):
+    return s.fc2(s.act(s.fc1(2 * x if FLAGS["double"] else x)))
+
+
+def _object(s, x):
+    return s.fc2(s.act(s.fc1(2 * x if TAPE.h is not None else x)))
+
+
+def _closed_over(flags):
+    return lambda s, x: s.fc2(s.act(s.fc1(2 * x if flags["double"] else x)))
+
+
+def _helper(s, h):
+    s.tape.h = h
+    return h
+
+
+def _helped(s, x):
+    return s.fc2(_helper(s, s.act(s.fc1(x))))
+
+
+EFFECTS = {
+    "an attribute of another object": (_taped, "writes to h"),
+    "a method of another object": (_taped_by_a_method, "keeps what it makes"),
+    "a list of another object": (_taped_in_a_list, "calls something for nothing but its effect"),
+    "setattr": (_set, "calls something for nothing but its effect"),
+    "a tensor": (_tensor, "writes to count"),
+    "a tensor by another name": (_tensor_by_another_name, "also does mul_ to a tensor"),
+    "an array": (_array, "writes to an item"),
+    "an array by another name": (_array_by_another_name, "changes something in place"),
+    "a global": (_global, "writes to CALLS"),
+    "a global flag": (_flag, "reads FLAGS"),
+    "a global object": (_object, "reads TAPE"),
+    "a closure": (_closed_over(FLAGS), "reads flags"),
+    "a function that it calls": (_helped, "writes to h"),
+}
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_what_a_forward_does_besides(name):
+    """A trace would do it twice, and then never again."""
+    forward, why = EFFECTS[name]
+    module = type("Variant", (Two,), {"forward": forward})()
+    module.tape = Tape()
+    found = mlp_of(module, is_linear)
+    assert isinstance(found, str) and why in found, found
+    assert module.tape.count == module.tape.array == 0 and not module.tape.items and CALLS == 0
+
+
+def test_effects_of_methods():
+    class Whole(Two):
+        def forward(self, x):
+            return self.fc2(self.hidden(x))
+
+        def hidden(self, x):
+            return self.act(self.fc1(x))
+
+    class Counting(Whole):
+        count = 0
+
+        def hidden(self, x):
+            Counting.count += 1
+            return super().hidden(x)
+
+    class Around(Counting):
+        hidden = Whole.hidden
+
+        def forward(self, x):
+            return super().forward(x)
+
+    assert isinstance(mlp_of(Whole(), is_linear), Found) and isinstance(mlp_of(Around(), is_linear), str)
+    assert mlp_of(Counting(), is_linear) == "it also writes to count"
 
 
 def test_a_branch_is_taken_as_the_instance_takes_it():
