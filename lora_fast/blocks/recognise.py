@@ -104,7 +104,7 @@ def _traced(module: nn.Module, training: bool) -> fx.Graph:
     own["training"] = training
     before = _contents(own)
     tracer = _Leaves()
-    with _NoTensors():
+    with torch.set_grad_enabled(torch.is_grad_enabled()), _NoTensors():  # also ends what a forward switched
         graph = tracer.trace(twin)
     after = _contents(own)
     if changed := [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]:

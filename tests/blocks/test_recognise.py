@@ -406,6 +406,18 @@ def test_effects_of_methods():
     assert mlp_of(Counting(), is_linear) == "it also writes to count"
 
 
+def test_a_forward_that_leaves_gradients_switched():
+    """The one that patches has them as they were."""
+
+    def forward(s, x):
+        before = torch.is_grad_enabled(), torch.set_grad_enabled(False)
+        h = s.fc1(x)
+        return s.fc2(s.act(h)), before
+
+    assert torch.is_grad_enabled() and isinstance(found := two(forward), str)
+    assert torch.is_grad_enabled() and "under no_grad" in found
+
+
 def test_a_branch_is_taken_as_the_instance_takes_it():
     def forward(self, x):
         if self.limit:
