@@ -94,7 +94,10 @@ def why_apart_now(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         found.append(layer)
     if not any(layer.adapted for layer in found):
         return None
-    return tuple(found) if is_compiling() or _proved(module, x) else "its forward gives other numbers than its layers"
+    proved = True if is_compiling() else _proved(module, x)
+    if proved is None:
+        return None
+    return tuple(found) if proved else "its forward gives other numbers than its layers"
 
 
 def _changed(module: Any, mlp: Mlp) -> str | None:
@@ -140,27 +143,35 @@ def hooked(module: nn.Module) -> bool:
 _probed: dict[tuple[Any, ...], bool] = {}
 
 
-def _proved(module: Any, x: torch.Tensor) -> bool:
+def _proved(module: Any, x: torch.Tensor) -> bool | None:
     """Whether two rows of x give the same bits through the module's own forward as through its layers: looked at once
     for each class and each mode, with the same random numbers for both. Tracing cannot see what a forward asks of its
-    input's type."""
+    input's type. None where the rows tell nothing, and the next call's are looked at."""
     dtype = dispatch.autocast_dtype(x.device)
     key = module.PLAIN.forward, vars(module)[MLP], module.training, x.dtype, dtype
     if key not in _probed:
         if x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return True  # no numbers to look at; by the trace alone
-        _probed[key] = _same_numbers(module, x)
+        same = _same_numbers(module, x)
+        if same is None:
+            return None
+        _probed[key] = same
     return _probed[key]
 
 
-def _same_numbers(module: Any, x: torch.Tensor) -> bool:
+def _same_numbers(module: Any, x: torch.Tensor) -> bool | None:
     mlp: Mlp = vars(module)[MLP]
-    rows = x.detach().reshape(-1, x.shape[-1])[:2]
+    rows = x.detach().reshape(-1, x.shape[-1])
+    rows = rows[rows.isfinite().all(-1)][:2]
+    if not len(rows):
+        return None
     devices = [x.device] if x.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         seed = torch.random.initial_seed()
         torch.manual_seed(seed)
         whole = super(FastMlp, module).forward(rows)
+        if not whole.isfinite().all():
+            return None  # NaN equals nothing
         for order in {mlp.inner, mlp.inner[::-1]}:  # in which the layers draw their masks
             torch.manual_seed(seed)
             if torch.equal(whole, _by_layers(module, mlp, rows, order)):

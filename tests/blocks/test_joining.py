@@ -314,6 +314,27 @@ def test_a_forward_that_tracing_takes_for_another():
         torch.testing.assert_close(net(x), expected(x))
 
 
+FIRST = {
+    "NaN": (torch.full((2, 8), torch.nan), 0),
+    "infinite": (torch.full((2, 8), torch.inf), 0),
+    "too large": (torch.full((2, 8), 1e38), 0),  # finite, and the output is not
+    "empty": (torch.empty(0, 8), 0),
+    "one row of NaN": (torch.cat([torch.full((1, 8), torch.nan), torch.ones(2, 8)]), 1),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_first_batch_that_tells_nothing(name, ran, recwarn):
+    """Rows that cannot be compared say nothing of the class: the next batch does."""
+    first, blocks = FIRST[name]
+    apart, joined = nets()
+    gated._probed.clear()
+    torch.testing.assert_close(joined.mlp(first), apart.mlp(first), equal_nan=True)
+    assert ran["glu"] == blocks
+    same(joined.mlp, apart.mlp)
+    assert ran["glu"] == blocks + 1 and not any(issubclass(w.category, SlowPathWarning) for w in recwarn)
+
+
 def test_the_probe_draws_nothing():
     _, joined = nets(lora_dropout=0.5)
     gated._probed.clear()
