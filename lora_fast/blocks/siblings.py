@@ -3,8 +3,10 @@
 Which will probably be given one is found once (predict.py); in each call the tensors themselves decide.
 """
 
+import sys
 import threading
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -83,7 +85,13 @@ class Siblings:
             hooks.pop(self.hook, None)
 
     def enter(self, parent: nn.Module, args: Any) -> None:
-        self._open.setdefault(_thread(), []).append(_Call(parent))
+        calls = self._open.setdefault(_thread(), [])
+        if calls and not is_compiling():
+            del calls[max(_depth(parent, sys._getframe(1)) - 1, 0) :]
+        if self.hook in parent._forward_hooks:
+            calls.append(_Call(parent))
+        elif not calls:
+            del self._open[_thread()]
 
     def leave(self, parent: nn.Module, args: Any, output: Any) -> None:
         calls = self._open.get(_thread())
@@ -136,6 +144,18 @@ class Siblings:
 
 def _thread() -> int:
     return 0 if is_compiling() else threading.get_ident()
+
+
+def _depth(parent: nn.Module, frame: FrameType | None) -> int:
+    """How many calls of the parent are going on in this thread, by the frame that called a hook of the last of them:
+    an interrupt ends a call without its hook behind."""
+    assert frame is not None
+    code, depth = frame.f_code, 0
+    while frame is not None:
+        if frame.f_code is code and frame.f_locals.get("self") is parent:
+            depth += 1
+        frame = frame.f_back
+    return depth
 
 
 def _mode(x: torch.Tensor) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """Gated MLPs and layers with one input, joined in models that were not written so: what runs together, what comes
 apart, and that numbers, state and copies are as without."""
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -228,6 +229,61 @@ def test_a_parent_inside_of_itself(ran):
     x = torch.randn(2, 8)
     torch.testing.assert_close(net(x), 2 * net.q(x) + 2 * net.v(x))
     assert ran["group"] == 2
+
+
+class Interrupted(Attention):
+    """Whose forward is interrupted between q and v, as by Ctrl-C, where it is told to be."""
+
+    interrupt = False
+
+    def forward(self, x, other=None):
+        q = self.q(x)
+        if self.interrupt:
+            raise KeyboardInterrupt
+        return q + self.v(x)
+
+
+def test_an_interrupt_leaves_nothing_to_the_next_call(ran):
+    torch.manual_seed(0)
+    net = add_lora(Interrupted(), LoRAConfig(4, target_modules=["q", "v"], init_lora_weights=False))
+    x, open_calls = torch.randn(2, 8), net.q._siblings._open
+    net.interrupt = True
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            net(x)
+        ((left,),) = open_calls.values()  # torch calls no hook then; never more than one call's
+    net.interrupt = False
+    with torch.no_grad():
+        net.q.lora_B.add_(1)
+    torch.testing.assert_close(net(x), net.q(x) + net.v(x))
+    assert not open_calls and ran["group"] == 3
+
+
+def test_an_interrupt_within_a_parent_inside_of_itself(ran):
+    class Tries(Interrupted):
+        def forward(self, x, other=None):
+            if other is None:
+                q = self.q(x)
+                self.interrupt = True
+                with contextlib.suppress(KeyboardInterrupt):
+                    self(2 * x, x)
+                self.interrupt = False
+                return q + self(3 * x, x) + self.v(x)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    net = add_lora(Tries(), LoRAConfig(4, target_modules=["q", "v"], init_lora_weights=False))
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(net(x), net.q(x) + net.v(x) + net.q(3 * x) + net.v(3 * x))
+    assert not net.q._siblings._open and ran["group"] == 3
+
+
+def test_hooks_that_somebody_cleared(ran):
+    """Without the one that ends a call none begins."""
+    apart, joined = nets()
+    joined.attention._forward_hooks.clear()
+    same(joined, apart)
+    assert not joined.attention.q._siblings._open and ran["group"] == 0
 
 
 APART = {
