@@ -55,6 +55,7 @@ class _Call:
     """A call of the parent that is going on."""
 
     parent: nn.Module
+    saved: Any  # what happens to tensors that are saved, as it was when the call began
     entries: list[_Entry] = field(default_factory=list)
 
 
@@ -89,7 +90,7 @@ class Siblings:
         if calls and not is_compiling():
             del calls[max(_depth(parent, sys._getframe(1)) - 1, 0) :]
         if self.hook in parent._forward_hooks:
-            calls.append(_Call(parent))
+            calls.append(_Call(parent, _saved()))
         elif not calls:
             del self._open[_thread()]
 
@@ -115,7 +116,12 @@ class Siblings:
         name = next((name for name in self.names if modules[name] is layer), None)
         if name is None or not (layer.training or torch.is_grad_enabled()):
             return None  # evaluation keeps more of a layer than a group does
+        if not is_compiling() and x.is_inference():
+            return None  # it counts no writes: whether it is unchanged cannot be known
         mode = _mode(x)
+        if _saved() != call.saved:  # in a checkpoint of its own, which makes this layer again and not its siblings
+            call.entries.append(_Entry(x, mode, {}, {name}))  # theirs would make this one, too
+            return None
         for entry in call.entries:
             if entry.x is x and entry.mode == mode and name not in entry.asked:
                 entry.asked.add(name)
@@ -158,7 +164,12 @@ def _depth(parent: nn.Module, frame: FrameType | None) -> int:
     return depth
 
 
+def _saved() -> Any:
+    """The hooks for what autograd saves, as of the innermost checkpoint. In a graph a checkpoint is a step."""
+    return None if is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 def _mode(x: torch.Tensor) -> tuple[Any, ...]:
     """What the outputs depend on beside the layers and x itself."""
-    version = 0 if is_compiling() or x.is_inference() else x._version
+    version = 0 if is_compiling() else x._version
     return torch.is_grad_enabled(), dispatch.autocast_dtype(x.device), version

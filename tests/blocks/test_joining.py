@@ -158,22 +158,61 @@ def test_a_sibling_with_another_input_makes_its_own(ran):
     assert joined_in(joined).wasted == {"attention.v": (1, 1)}
 
 
-def test_x_changed_in_place_between_siblings():
-    class Writes(Attention):
-        def forward(self, x, other=None):
-            x = x.clone()
-            q = self.q(x)
-            with torch.no_grad():
-                x.mul_(2)
-            return q, self.v(x)
+class Writes(Attention):
+    def forward(self, x, other=None):
+        x = x.clone()
+        q = self.q(x)
+        with torch.no_grad():
+            x.mul_(2)
+        return q, self.v(x)
 
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_x_changed_in_place_between_siblings(mode):
     torch.manual_seed(0)
     net = add_lora(Writes(), LoRAConfig(4, target_modules=["q", "v"], init_lora_weights=False))
     assert net.q._siblings is net.v._siblings
     x = torch.randn(2, 8)
-    q, v = net(x)
+    with mode():
+        q, v = net(x)
     torch.testing.assert_close(q, net.q(x))
     torch.testing.assert_close(v, net.v(2 * x))
+
+
+AGAIN = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+
+
+class Checkpoints(Attention):
+    """Around some of its siblings."""
+
+    def forward(self, x, other=None):
+        run_q, run_v = self.run
+        return run_q(lambda x: self.q(x), x) + run_v(lambda x: self.v(x), x)
+
+
+def _once(f, x):
+    return f(x)
+
+
+@pytest.mark.parametrize(("run", "groups"), [((AGAIN, _once), 0), ((_once, AGAIN), 1), ((AGAIN, AGAIN), 0)])
+def test_a_checkpoint_around_siblings(run, groups, ran):
+    """Which makes its layer again, and not the others."""
+    torch.manual_seed(0)
+    apart = add_lora(Checkpoints(), LoRAConfig(4, target_modules=["q", "v"], init_lora_weights=False), blocks=False)
+    joined = copy.deepcopy(apart)
+    joining.join(joined)
+    joined.run = apart.run = run
+    assert joined.q._siblings is joined.v._siblings
+    same(joined, apart)
+    assert ran["group"] == groups
+
+
+def test_a_checkpoint_within_the_parent_around_its_forward(ran):
+    apart, joined = nets()
+    for net in (apart, joined):
+        net.attention.forward = partial(AGAIN, net.attention.forward)
+    same(joined, apart)
+    assert ran["group"] == 0
 
 
 def test_a_layer_called_from_elsewhere(ran):
