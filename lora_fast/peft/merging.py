@@ -249,7 +249,8 @@ def mark_ties(model: nn.Module) -> None:
     """Tell the layers of ours in the model which of them have a base in common with another of PEFT's layers, as one
     parameter or in one memory, by now or when they were told before: what wraps a model may keep a tied parameter
     twice."""
-    bases = {layer: layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    bases = {layer: layer.get_base_layer() for layer in layers}
     held = Counter(_place_of(p) for base in bases.values() for p in base.parameters(recurse=False))
     for layer, base in bases.items():
         if hasattr(layer, "base_is_tied"):
