@@ -61,11 +61,14 @@ def _serve(pipe: Connection, make: Make, threads: int) -> None:
 
 @contextmanager
 def workers(makes: dict[Any, Make]) -> Iterator[dict[Any, Worker]]:
-    """Within, a worker for each candidate, all at work; they share the machine's processors."""
+    """Within, a worker for each candidate, whose process has made it, or has failed. Meanwhile they share the machine's
+    processors."""
     threads, started = max(1, (os.cpu_count() or 1) // max(1, len(makes))), dict[Any, Worker]()
     try:
         for name, make in makes.items():
             started[name] = Worker(make, threads)
+        for worker in started.values():
+            worker.pipe.poll(None)
         yield started
     finally:
         for worker in started.values():
