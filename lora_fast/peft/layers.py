@@ -134,7 +134,7 @@ class FastLinear(KeepsNorm, Joins, KeepingLinear):
             weight, bias = (None if kept is None else whole(kept) for kept in self._both_kept().values())
             if weight is None:
                 raise ValueError(NOT_KEPT)
-            return F.linear(x, self._seen(weight), bias)
+            return F.linear(x, self._seen(weight), self.base_layer.bias if bias is None else bias)
         return self.stock_forward(x, *args, **kwargs)
 
     def named_call(self, x: torch.Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
