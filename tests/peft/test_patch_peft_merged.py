@@ -23,13 +23,14 @@ def both(**kwargs):
 def test_the_weight_stays_where_others_see_it(safe):
     """A process that shares it, or who holds a view, sees each merge and each unmerge."""
     for name, model in both():
-        weight = model.base_model.model.up.base_layer.weight
+        layer = model.base_model.model.up
+        weight = layer.base_layer.weight
         for _ in range(2):
             base, seen = weight.detach().clone(), weight.data
-            model.merge_adapter(safe_merge=safe)
+            layer.merge(safe_merge=safe)
             seen = weight.data if safe else seen  # with safe_merge stock exchanges the memory, too
             assert torch.equal(seen, weight) and not torch.equal(seen, base), name
-            model.unmerge_adapter()
+            layer.unmerge()
             torch.testing.assert_close(seen, base)
             assert seen.data_ptr() == weight.data_ptr(), name
 
