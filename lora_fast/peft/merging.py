@@ -148,7 +148,7 @@ class KeepingLinear(Linear):
                 self.base_layer.weight = nn.Parameter(kept.to(tensor.device), requires_grad=False)
             elif is_sharded(tensor):
                 write(tensor, kept)
-            elif alike_in_memory(kept, tensor):
+            elif _agree(kept, tensor):
                 tensor.data.copy_(kept)  # where others see it, too: in shared memory, in views of one buffer
             else:
                 tensor.data = whole(kept).to(tensor.device)
@@ -232,12 +232,6 @@ class KeepingLinear(Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def alike_in_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether plain tensors hold as many numbers of one kind in one place."""
-    plain = type(one) in PLAIN and type(other) in PLAIN
-    return plain and (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-
-
 def speaks_of_merged(layer: Any, state_dict: dict[str, Any], prefix: str) -> bool:
     """Whether a state dict has something of the layer's base, or of an adapter that is merged into it."""
     merged = {*layer.merged_adapters}
@@ -257,8 +251,14 @@ def mark_ties(model: nn.Module) -> None:
             layer.base_is_tied |= any(held[_place_of(p)] > 1 for p in base.parameters(recurse=False))
 
 
+def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether these are plain tensors of one shape, dtype and device."""
+    plain = type(one) in PLAIN and type(other) in PLAIN
+    return plain and (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
 def _place_of(p: torch.Tensor) -> object:
-    """What tensors have in common that are one, or that begin in one place."""
+    """What tensors have in common that are one, or that begin in one place, whatever their shapes."""
     return (p.device, p.data_ptr()) if type(p) in PLAIN and p.data_ptr() else id(p)
 
 
