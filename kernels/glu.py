@@ -49,6 +49,7 @@ def _glu_down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    STEPS: tl.constexpr,
     ACT: tl.constexpr,
     TMA: tl.constexpr,
     ACC: tl.constexpr,
@@ -57,10 +58,13 @@ def _glu_down_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_stream(PDL)
-    row, rank = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_R
+    row, rank, first, end = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_R, 0, K
+    if STEPS > 0:
+        rank, first = 0, tl.program_id(1) * BLOCK_K * STEPS
+        end = tl.minimum(first + BLOCK_K * STEPS, K)
     rows, ranks = row + tl.arange(0, BLOCK_M), rank + tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
-    for k in range(0, K, BLOCK_K):
+    for k in range(first, end, BLOCK_K):
         e_tile, g_tile = load_tile(Matrix(e, M, K, stride_e, 1), row, k, BLOCK_M, BLOCK_K, TMA), None
         if g is not None:
             g_tile = load_tile(Matrix(g, M, K, stride_e, 1), row, k, BLOCK_M, BLOCK_K, TMA)
@@ -95,13 +99,13 @@ def glu_down(
     """h [M, K] = act(e) * g, act(e) without g, and with a [R, K], R a multiple of 16, s [M, R] = scales * keep *
     drop(h) a^T, from the bits of a mask on h. All are in one dtype, scales [R] in float32, and contiguous, but for the
     rows of e and g, which may be further apart, alike in both."""
-    (m, k), r = e.shape, 16 if a is None else len(a)
+    (m, k), r = e.shape, 0 if a is None else len(a)
     tma, masked = tma_fits(*(t for t in (e, g, h, a) if t is not None)), bits is not None
-    tile = pass_tiles.glu_down(m, r, dtype=e.dtype, chip=Chip.of(e.device), tma=tma, masked=masked)
-    block, of_a = [tile.m, tile.k], [tile.r, tile.k]
+    tile = pass_tiles.glu_down(m, r, dtype=e.dtype, chip=Chip.of(e.device), tma=tma)
+    block, of_a, steps = [tile.m, tile.k], [tile.r, tile.k], tile.n // tile.k
     return launch(
         _glu_down_kernel,
-        (triton.cdiv(m, tile.m), triton.cdiv(r, tile.r)),
+        (triton.cdiv(m, tile.m), triton.cdiv(k, tile.n) if steps else triton.cdiv(r, tile.r)),
         tile.options,
         e,
         e=Tiles(e, block) if tma else e,
@@ -120,6 +124,7 @@ def glu_down(
         BLOCK_M=tile.m,
         BLOCK_K=tile.k,
         BLOCK_R=tile.r,
+        STEPS=steps,
         ACT=act,
         TMA=tma,
         ACC=acc_dtype(e.dtype),
@@ -209,7 +214,7 @@ Pair = tuple[Operand | None, Operand | None]  # of e and of g
 
 def glu_splits(m: int) -> int:
     """How many parts ``glu_grad`` leaves of a column's sums."""
-    tile = pass_tiles.glu_grad(dora=True)
+    tile = pass_tiles.glu_grad(m, dora=True)
     return triton.cdiv(m, tile.m * tile.k)
 
 
@@ -232,7 +237,8 @@ def glu_grad(
     apart, alike in both: filled with those of the column sums of de * e and of dg * g, without gains. Columns whose
     gain is weak wait for it where there are parts: ``add_parts`` scales them.
     """
-    (m, n), tile = dh.shape, pass_tiles.glu_grad(dora=any(t is not None for t in (*gains, *parts)))
+    m, n = dh.shape
+    tile = pass_tiles.glu_grad(m, dora=any(t is not None for t in (*gains, *parts)))
     some_parts = parts[0] or parts[1]
     return launch(
         _glu_grad_kernel,

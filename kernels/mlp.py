@@ -27,6 +27,7 @@ from lora_fast.kernels.problem import MaybeTensor
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.siblings import Deferred, Given, Siblings
 from lora_fast.kernels.sums import Dora, Parts, add_parts
+from lora_fast.kernels.tiles import FEW
 
 Maybe = Any  # an operand, None where the problem has none
 
@@ -104,7 +105,8 @@ def forward_launches(at: Forward, mlp: Mlp) -> list[Launch]:
             launches.append(mask(seed, bits, count, words))
     launches += outputs(at.x.rows(), ones, held, inner, inner.small(at.room), at.bits, at.keep)
     a = s = scales = None
-    ready = mlp.down.r > 0 and not mlp.down.base.e4m3  # else whoever quantises h makes S
+    # Else whoever quantises h makes S, or of few rows a launch after this, by more programs than there are blocks of rows.
+    ready = mlp.down.r > 0 and not mlp.down.base.e4m3 and outer.m > FEW
     if ready:
         a, s, scales = small.stacked, small.s, small.scales
         launches += stacked(at.h, [down], outer, small)

@@ -12,6 +12,7 @@ from lora_fast.kernels.cast import Cast, cast_adapters
 from lora_fast.kernels.common import FP8
 from lora_fast.kernels.down import Quantised, down
 from lora_fast.kernels.fan import Result, fan, fans
+from lora_fast.kernels.few_rows import product_with_s
 from lora_fast.kernels.gemm import product
 from lora_fast.kernels.norm import Norm, norms, norms_of
 from lora_fast.kernels.operands import Number, Operand, Scratch
@@ -47,22 +48,27 @@ def outputs(
 ) -> list[Launch]:
     """The small things, where they are not ``ready``, and each y, whose products come last."""
     scratch, launches = Scratch(x.device), []
-    adapters = [one for one in each if one.a]
-    quantised = None
-    if adapters and not ready:
-        if any(one.base.e4m3 for one in group.each):
-            quantised = Quantised(scratch.part(x.shape, FP8), scratch.part((group.m,), torch.float32))
-        launches = [
-            *stacked(x, each, group, small),
-            down(x, small.stacked, small.s, None, keep, bits=bits, scales=small.scales, quantised=quantised),
-        ]
     rooms, made = group.rooms(scratch), []
     for one, has, sibling, tensors in zip(each, small.each, group.each, held, strict=True):
         w, b = sibling.base.y(tensors, rooms.wanted(sibling, group)), one.b if has.b is None else has.b
         made.append(_Output(one, has, sibling, w, b))
+    adapters = [one for one in each if one.a]
+    quantised = whole = None
+    if adapters and not ready:
+        if any(one.base.e4m3 for one in group.each):
+            quantised = Quantised(scratch.part(x.shape, FP8), scratch.part((group.m,), torch.float32))
+        launches = stacked(x, each, group, small)
+        if len(made) == 1 and bits is None and not group.packed:
+            whole = made[0].product_with_s(x, small, keep, lifted=group.lifted)
+        if whole is None:
+            launches.append(
+                down(x, small.stacked, small.s, None, keep, bits=bits, scales=small.scales, quantised=quantised)
+            )
     if group.packed:
         return [*launches, *(launch for one in made for launch in one.alone(x, quantised, group, scratch))]
     launches += _gains(made, group, scratch)
+    if whole is not None:
+        return [*launches, whole]
     together = [one for one in made if one.sibling.r and one.has.s and one.one.z is None]
     if len(together) < len(adapters) or not fans(x, [one.result for one in together]):
         together = []
@@ -127,6 +133,25 @@ class _Output(NamedTuple):
         made = product(x, w, s, b, y, transposed=True, bias=bias, gain=gain, z=z, x_scale=x_scale, w_scale=self.w.scale)
         made.late = not self.sibling.needs.m
         return made
+
+    def product_with_s(self, x: Operand, small: Shared, keep: Number, *, lifted: bool) -> Launch | None:
+        """The product and S, which it makes on its way; None where two launches are better, or one cannot do it."""
+        w, _, b, y, gain, bias = self.result
+        return product_with_s(
+            x,
+            w,
+            small.stacked,
+            b,
+            y,
+            s=small.s,
+            scaling=self.one.scaling,
+            keep=keep,
+            transposed=True,
+            bias=bias,
+            gain=gain,
+            z=self.one.z and self.one.z.rows(),
+            lifted=lifted,
+        )
 
     def alone(
         self, x: Operand, quantised: Quantised[Operand] | None, group: Siblings, scratch: Scratch

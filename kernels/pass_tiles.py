@@ -7,7 +7,7 @@ import torch
 import triton
 
 from lora_fast.kernels.chip import Chip
-from lora_fast.kernels.tiles import Tile, choice, few_rows, rank_block
+from lora_fast.kernels.tiles import FEW, Tile, choice, few_rows, rank_block
 
 
 def casts_first(m: int, r: int, *, dtype: torch.dtype, masked: bool) -> bool:
@@ -210,24 +210,24 @@ def batch_gains(r: int, *, chip: Chip) -> Tile:
 
 
 @choice
-def glu_down(m: int, r: int, *, dtype: torch.dtype, chip: Chip, tma: bool, masked: bool) -> Tile:
-    """h = act(e) g and S = h A^T: m rows a program, which walks over K. What is to be hidden is arithmetic: one program
-    a processor, of 64 rows and four warps, took 314 (8192 x 14336, H200), bytes alone 172. So it is several programs a
-    processor; these rows are not measured yet."""
+def glu_down(m: int, r: int, *, dtype: torch.dtype, chip: Chip, tma: bool) -> Tile:
+    """h = act(e) g, of n columns a program, and with ranks S = h A^T, by programs that walk over all of K, m rows each.
+    What is to be hidden is arithmetic: one program a processor, of 64 rows and four warps, took 314 (8192 x 14336,
+    H200), bytes alone 172. So it is several programs a processor; these rows are not measured yet."""
+    if r == 0:  # element by element; with S 512 x 8192 took 64, H200, where few programs had it all
+        return Tile(m=16 if m <= FEW else 32, n=256, k=128 if dtype.itemsize > 2 else 256, r=16)
     block_r = rank_block(r, 64)
     if dtype.itemsize > 2 or not tma or chip.small:
         return Tile(m=32, k=32 if dtype.itemsize > 2 else 64, r=block_r)  # what fits
-    if m <= 2048:
-        return Tile(m=16, k=256, r=block_r)  # few rows: more programs
     return Tile(m=32, k=128, r=block_r, stages=3 if block_r == 64 else 4)  # two programs a processor, of 8192 rows
 
 
 @choice
-def glu_grad(*, dora: bool) -> Tile:
+def glu_grad(m: int, *, dora: bool) -> Tile:
     """de, dg and h, element by element: m rows a step, k steps and n columns a program."""
     if dora:  # gains and sums in registers: with 8 rows twice as many, and half the warps. Not measured yet.
-        return Tile(m=4, n=256, k=32)
-    return Tile(m=8, n=256, k=16)  # 354 for 8192 x 14336, H200: 4 TB/s
+        return Tile(m=4, n=256, k=8 if m <= FEW else 32)
+    return Tile(m=8, n=256, k=2 if m <= FEW else 16)  # 354 for 8192 x 14336, H200: 4 TB/s
 
 
 @choice
