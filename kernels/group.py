@@ -146,6 +146,29 @@ def forward(
     return ys, made, Deferred(program, bound, first) if program.late else None
 
 
+class Grads(NamedTuple):
+    """What a backward makes: dX [*lead, K]; all dA, one below the other, [sum of padded R, K]; and dB, dbias and dm of
+    each layer. None where it is not needed, and for layers whose dY is not there."""
+
+    dx: MaybeTensor
+    stacked: MaybeTensor
+    small: list[MaybeTensor]  # three of each layer
+
+    def of_layers(self, group: Siblings, there: Sequence[bool]) -> list[tuple[MaybeTensor, ...]]:
+        """(dA, dB, dbias, dm) of each layer; ``there``: whose dY is. The A's gradients are parts of one matrix."""
+        found: list[tuple[MaybeTensor, ...]] = []
+        own: Sequence[MaybeTensor] = [None] * len(group.each)
+        if self.stacked is not None:
+            own = self.stacked.split_with_sizes(group.ranks_of)
+        for i, (one, part) in enumerate(zip(group.each, own, strict=True)):
+            if part is not None:
+                part = (part if one.ranks == one.r else part[: one.r]) if one.needs.a and there[i] else None
+                if part is not None and one.kinds.a != group.a_kind:
+                    part = part.to(one.kinds.a)
+            found.append((part, *self.small[3 * i : 3 * i + 3]))
+        return found
+
+
 def backward(
     group: Siblings,
     dys: Sequence[MaybeTensor],
@@ -155,36 +178,33 @@ def backward(
     scalings: Sequence[float | torch.Tensor],
     p: float,
     in_place: bool = False,
-) -> tuple[MaybeTensor, list[tuple[MaybeTensor, ...]]]:
-    """dX [*lead, K], and (dA, dB, dbias, dm) of each layer; None where it is not needed, and for layers whose dY is
-    None. Weights and adapters have the strides that the group's calls agree in.
+) -> Grads:
+    """The gradients. Weights and adapters have the strides that the group's calls agree in.
 
     dys [*lead, N] contiguous, or matrices of their rows, each row contiguous; x and ``kept``, as in ``Kept``, one layer
-    after the other: what the backward reads. The A's gradients are parts of one matrix. With many rows dX comes last,
-    and till then its memory holds what the passes leave for their sums.
+    after the other: what the backward reads. With many rows dX comes last, and till then its memory holds what the
+    passes leave for their sums.
     ``in_place``: DoRA's dZ takes dY's memory, but where launches for few rows may read dY after it is written.
     """
     m, room, bits, kind = group.m, made.room, made.bits, group.kind
     in_place = in_place and m > FEW
-    new, dx, stacked, ds = allocator(room), None, None, None
-    if group.needs_x:
-        dx = new(*group.x_shape, dtype=kind)
+    new, ds = allocator(room), None
+    there = [dy is not None for dy in dys]
+    dx, stacked, *small = [spec and new(*spec[0], dtype=spec[1]) for spec in group.wanted_of(there)]
     strides = [None if dy is None or dy.is_contiguous() else dy.stride() for dy in dys]
-    missing = [i for i, dy in enumerate(dys) if dy is None]
+    missing = [i for i, has in enumerate(there) if not has]
     flat: list[Any] = []
-    for dy, specs in zip(dys, group.specs, strict=True):
-        if dy is None:
-            flat += None, None, None, None
-            continue
-        *three, dz = specs
-        flat += [spec and new(*spec[0], dtype=spec[1]) for spec in three]
-        flat.append(dz and (dy if in_place else new(*dz[0], dtype=dz[1])))
+    for i, (dy, (*_, dz)) in enumerate(zip(dys, group.specs, strict=True)):
+        flat += small[3 * i : 3 * i + 3]
+        if dy is None or dz is None:
+            flat.append(None)
+        else:
+            flat.append(dy if in_place else new(*dz[0], dtype=dz[1]))
     if missing and group.needs_ds:  # whose columns nobody writes
         ds = new(m, group.ranks, dtype=kind).zero_()
-    if group.needs_a and any([one.needs.a and dy is not None for one, dy in zip(group.each, dys, strict=True)]):
-        stacked = new(group.ranks, group.k, dtype=group.a_kind)
+    found = Grads(dx, stacked, small)
     if m == 0:
-        for grad in (dx, stacked, *flat):
+        for grad in (dx, stacked, *small):
             if grad is not None:
                 grad.zero_()
     elif dx is not None or stacked is not None or any([grad is not None for grad in flat]):
@@ -207,14 +227,4 @@ def backward(
         if program is None or (bound := program.bind(*given)) is None:
             program, bound = bound_program(group, key, Backward, given)
         program.run(bound)
-    if stacked is None:
-        return dx, [(None, *flat[i : i + 3]) for i in range(0, len(flat), 4)]
-    found: list[tuple[MaybeTensor, ...]] = []
-    for i, (one, part) in enumerate(zip(group.each, stacked.split_with_sizes(group.ranks_of), strict=True)):
-        own: MaybeTensor = None
-        if one.needs.a and dys[i] is not None:
-            own = part if one.ranks == one.r else part[: one.r]
-            if one.kinds.a != group.a_kind:
-                own = own.to(one.kinds.a)
-        found.append((own, *flat[4 * i : 4 * i + 3]))
-    return dx, found
+    return found

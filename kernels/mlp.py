@@ -25,7 +25,7 @@ from lora_fast.kernels.outputs import OneForward, outputs, stacked
 from lora_fast.kernels.passes import a_pass, launches_of
 from lora_fast.kernels.problem import MaybeTensor
 from lora_fast.kernels.program import Launch
-from lora_fast.kernels.siblings import Deferred, Given, Siblings
+from lora_fast.kernels.siblings import Deferred, Given, Siblings, Spec
 from lora_fast.kernels.sums import Dora, Parts, add_parts
 from lora_fast.kernels.tiles import FEW
 
@@ -60,6 +60,15 @@ class Mlp:
         both = zip(self.inner.each, self.dots, strict=True)
         found = [one.base.read_by(y=dots, dx=self.inner.needs_x) for one, dots in both]
         return [*found, *self.outer.saved]
+
+    @cached_property
+    def wanted(self) -> tuple[list[Spec], list[Spec]]:
+        """Of what the backward's first half makes: dm of the inner layers; dA, dB, dbias and dm of down."""
+        dots = zip(self.inner.each, self.dots, self.dot_kinds, strict=True)
+        dms: list[Spec] = [((one.n,), kind) if has and kind else None for one, has, kind in dots]
+        _, need_a, *_ = self.down.needs
+        of_a: Spec = ((self.down.ranks, self.outer.k), self.down.kinds.a) if need_a else None
+        return dms, [of_a, *self.outer.specs[0][:3]]
 
     def halves(self, found: Sequence[Maybe]) -> tuple[Maybe, Maybe]:
         """What belongs to e and what to g, of matrices whose columns are those of the inner layers' outputs."""
@@ -105,7 +114,7 @@ def forward_launches(at: Forward, mlp: Mlp) -> list[Launch]:
             launches.append(mask(seed, bits, count, words))
     launches += outputs(at.x.rows(), ones, held, inner, inner.small(at.room), at.bits, at.keep)
     a = s = scales = None
-    # Else whoever quantises h makes S, or of few rows a launch after this, by more programs than there are blocks of rows.
+    # Else whoever quantises h makes S, or of few rows a launch after this, by more programs.
     ready = mlp.down.r > 0 and not mlp.down.base.e4m3 and outer.m > FEW
     if ready:
         a, s, scales = small.stacked, small.s, small.scales
@@ -268,23 +277,15 @@ def backward(
     scaling: float | torch.Tensor,
     p: float,
     in_place: bool,
-) -> tuple[Sequence[torch.Tensor], tuple[MaybeTensor, ...], list[MaybeTensor]]:
-    """The gradients of the inner layers' outputs (where ``scaled`` with DoRA's gain), (dA, dB, dbias, dm) of down, and
-    dm of each inner layer where ``Mlp.dots`` says so. ``kept``, each as in ``Kept``, is of the inner layers and down;
-    scaling and p are down's. ``in_place``: the gradients take the memory of the outputs."""
+) -> tuple[Sequence[torch.Tensor], list[MaybeTensor], list[MaybeTensor]]:
+    """The gradients of the inner layers' outputs (where ``scaled`` with DoRA's gain), [dA, dB, dbias, dm] of down, dA
+    with the rows of its padding, and dm of each inner layer where ``Mlp.dots`` says so. ``kept``, each as in ``Kept``,
+    is of the inner layers and down; scaling and p are down's. ``in_place``: the gradients take the memory of the
+    outputs."""
     inner, outer, down, outs, new = mlp.inner, mlp.outer, mlp.down, made.outs, allocator(dy)
     m, width = inner.m, mlp.outer.k
     d_outs = outs if in_place else tuple(map(torch.empty_like, outs))
-    needs, kinds = down.needs, down.kinds
-    grad_a = new(down.ranks, width, dtype=kinds.a) if needs.a else None
-    grad_b = new(down.n, down.r, dtype=kinds.b) if needs.b else None
-    grad_bias = new(down.n, dtype=kinds.bias) if needs.bias else None
-    grad_m = new(down.n, dtype=kinds.m) if needs.m else None
-    dms = [
-        new(one.n, dtype=kind) if dots else None
-        for one, dots, kind in zip(inner.each, mlp.dots, mlp.dot_kinds, strict=True)
-    ]
-    grads = grad_a, grad_b, grad_bias, grad_m
+    dms, grads = ([spec and new(*spec[0], dtype=spec[1]) for spec in specs] for specs in mlp.wanted)
     if m == 0:
         for grad in (*grads, *dms):
             if grad is not None:
@@ -322,6 +323,4 @@ def backward(
         if program is None or (bound := program.bind(*given)) is None:
             program, bound = bound_program(mlp, key, Backward, given)
         program.run(bound)
-    if grad_a is not None:
-        grad_a = grad_a[: down.r]
-    return d_outs, (grad_a, grad_b, grad_bias, grad_m), dms
+    return d_outs, grads, dms

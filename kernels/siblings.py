@@ -18,6 +18,8 @@ from lora_fast.kernels.problem import Kinds, MaybeTensor, Needs, Shapes, Small
 from lora_fast.kernels.program import Bound, Program
 from lora_fast.kernels.sums import weak_gain
 
+Spec = tuple[Size, torch.dtype] | None  # of a tensor, None where it is not wanted
+
 
 @dataclass(frozen=True)
 class Sibling:
@@ -96,6 +98,7 @@ class Siblings:
         self.ranks_of = [one.ranks for one in self.each]
         self.ranks = sum(self.ranks_of)
         self.needs_a = any(one.needs.a for one in self.each)
+        self.z_again = any(one.z_again for one in self.each)
         self.needs_ds = self.ranks > 0 and (self.needs_x or self.needs_a)
         self.adapted = [one for one in self.each if one.r]
         self.packed = any(one.base_name != PLAIN.name for one in self.each)  # each then reads its base by itself
@@ -144,9 +147,9 @@ class Siblings:
         return own, held, flat
 
     @cached_property
-    def specs(self) -> list[list[tuple[Size, torch.dtype] | None]]:
-        """Shape and dtype of dB, dbias, dm and dZ of each layer, None where it is not wanted."""
-        found: list[list[tuple[Size, torch.dtype] | None]] = []
+    def specs(self) -> list[list[Spec]]:
+        """Of dB, dbias, dm and dZ of each layer."""
+        found: list[list[Spec]] = []
         for one in self.each:
             _, _, need_b, need_bias, need_m = one.needs
             by_itself = self.needs_x and not one.base.e4m3  # else dZ is quantised, and read so
@@ -158,6 +161,25 @@ class Siblings:
                 (dz, (self.m, one.n), self.kind),
             )
             found.append([(shape, kind) if wanted and kind else None for wanted, shape, kind in all_of_them])
+        return found
+
+    @cached_property
+    def wanted(self) -> list[Spec]:
+        """Of what a backward makes: dX, all dA one below the other, and dB, dbias and dm of each layer."""
+        dx = (self.x_shape, self.kind) if self.needs_x else None
+        stacked = ((self.ranks, self.k), self.a_kind) if self.needs_a else None
+        return [dx, stacked, *(spec for four in self.specs for spec in four[:3])]
+
+    def wanted_of(self, there: Sequence[bool]) -> list[Spec]:
+        """The same where the dY of some layers alone are there."""
+        if all(there):
+            return self.wanted
+        found = list(self.wanted)
+        if not any([one.needs.a and has for one, has in zip(self.each, there, strict=True)]):
+            found[1] = None
+        for i, has in enumerate(there):
+            if not has:
+                found[2 + 3 * i : 5 + 3 * i] = None, None, None
         return found
 
     @cached_property

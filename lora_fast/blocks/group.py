@@ -1,6 +1,7 @@
 """A group of layers with one input as one differentiable operator."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -107,7 +108,6 @@ class FusedGroup:
         self.records = train and any(
             t is not None and t.requires_grad for t in (x, *(t for layer in layers for t in layer.tensors))
         )
-        self.again = any(one.z_again for one in each)
         self.first = next(i for i, layer in enumerate(layers) if layer.adapted)  # whose dropout is that of all
         self.bases, self.casts = Bases(layers, self.kind), x.dtype != self.kind
         self.contiguous = all(t is None or t.is_contiguous() for layer in layers for t in layer.tensors[1:])
@@ -146,25 +146,6 @@ class FusedGroup:
             call.late.append(late)
         return ys, made
 
-    def to_save(
-        self, x: torch.Tensor, call: Call, small: Sequence[Any], ys: Sequence[torch.Tensor], made: Made
-    ) -> list[MaybeTensor]:
-        """What the backward will read: x, room and bits, and each layer's ``Kept``, its base's tensors last."""
-        group = self.group
-        saved: list[MaybeTensor] = [
-            x if group.needs_a or self.again else None,
-            made.room,
-            made.bits if group.needs_ds else None,
-        ]
-        for i, one in enumerate(group.each):
-            saved += (  # as in ``Kept``
-                small[4 * i + 1] if not one.casts and (group.needs_ds or one.z_again) else None,
-                ys[i] if one.z_again else None,
-                made.z[i] if one.needs.m else None,
-                *kept_held(call.held[i], group.saved[i]),
-            )
-        return saved
-
     def backward(
         self, dys: Sequence[MaybeTensor], saved: Sequence[Any], scalings: Sequence[Any], p: float
     ) -> tuple[MaybeTensor, ...]:
@@ -173,8 +154,32 @@ class FusedGroup:
         rows = [None if dy is None else as_rows(dy) for dy in dys]
         made = Made(room, bits, ())
         x = None if x is None else addressable(x)
-        dx, grads = backward(self.group, rows, x, made, kept, scalings, p)
-        return dx, *(grad for four in grads for grad in four)
+        grads = backward(self.group, rows, x, made, kept, scalings, p)
+        return grads.dx, *chain.from_iterable(grads.of_layers(self.group, [dy is not None for dy in dys]))
+
+
+def saved_of(
+    group: Siblings,
+    x: torch.Tensor,
+    small: Sequence[Any],
+    ys: Sequence[torch.Tensor],
+    made: Made,
+    held: Sequence[Sequence[torch.Tensor]],
+) -> list[MaybeTensor]:
+    """What a group's backward will read: x, room and bits, and each layer's ``Kept``, its base's tensors last."""
+    saved: list[MaybeTensor] = [
+        x if group.needs_a or group.z_again else None,
+        made.room,
+        made.bits if group.needs_ds else None,
+    ]
+    for i, one in enumerate(group.each):
+        saved += (  # as in ``Kept``
+            small[4 * i + 1] if not one.casts and (group.needs_ds or one.z_again) else None,
+            ys[i] if one.z_again else None,
+            made.z[i] if one.needs.m else None,
+            *kept_held(held[i], group.saved[i]),
+        )
+    return saved
 
 
 def as_rows(dy: Any) -> torch.Tensor:
@@ -196,7 +201,7 @@ class _Group(torch.autograd.Function):
         ys, made = fused.forward(x, call, *small)
         scalings: list[Any] = list(call.scalings)
         tensors = [i for i, scaling in enumerate(scalings) if isinstance(scaling, torch.Tensor)]
-        saved = fused.to_save(x, call, small, ys, made)
+        saved = saved_of(fused.group, x, small, ys, made, call.held)
         ctx.save_for_backward(*saved, *(scalings[i] for i in tensors))
         for i in tensors:
             scalings[i] = None

@@ -116,22 +116,6 @@ class FusedMlp:
             call.late.append(late)
         return y, made
 
-    def to_save(
-        self, x: torch.Tensor, call: Call, small: Sequence[Any], y: torch.Tensor, made: Made
-    ) -> list[MaybeTensor]:
-        """What the backward will read: x, the inner outputs, the rooms, the masks' bits, and ``Kept`` of each layer."""
-        inner, down, dots = self.mlp.inner, self.mlp.down, self.mlp.dots
-        again = any(dots)
-        saved: list[MaybeTensor] = [x if inner.needs_a or again else None, *made[:6]]
-        for i, one in enumerate((*inner.each, down)):
-            saved += (  # as in ``Kept``
-                None if one.casts else small[4 * i + 1],
-                y if one.z_again else None,
-                made.z[i] if one.needs.m else None,
-                *kept_held(call.held[i], self.mlp.saved[i]),
-            )
-        return saved
-
     def backward(
         self, dy: torch.Tensor, saved: Sequence[Any], scalings: Sequence[Any], rates: tuple[float, float]
     ) -> tuple[MaybeTensor, ...]:
@@ -141,8 +125,25 @@ class FusedMlp:
             kept.append(saved[at : at + 3 + one.held])
             at += 3 + one.held
         x, made = None if x is None else addressable(x), Made(*saved[1:7])
-        dx, grads = gradients(self.mlp, dy, x, made, kept, scalings, rates, in_place=not _keeps_graph())
-        return dx, *chain.from_iterable(grads)
+        grads = gradients(self.mlp, dy, x, made, kept, scalings, rates, in_place=not _keeps_graph())
+        return grads.dx, *chain.from_iterable(grads.of_layers(self.mlp))
+
+
+class Grads(NamedTuple):
+    """What a backward makes, as it lies in memory."""
+
+    inner: group_kernels.Grads
+    down: list[MaybeTensor]  # dA with the rows of its padding, dB, dbias, dm
+
+    @property
+    def dx(self) -> MaybeTensor:
+        return self.inner.dx
+
+    def of_layers(self, mlp: Mlp) -> list[tuple[MaybeTensor, ...]]:
+        """(dA, dB, dbias, dm) of each layer."""
+        a, *rest = self.down
+        inner = self.inner.of_layers(mlp.inner, [True] * len(mlp.inner.each))
+        return [*inner, (None if a is None else a[: mlp.down.r], *rest)]
 
 
 def gradients(
@@ -154,15 +155,32 @@ def gradients(
     scalings: Sequence[Any],
     rates: tuple[float, float],
     in_place: bool,
-) -> tuple[MaybeTensor, list[Sequence[MaybeTensor]]]:
-    """dX, and dA, dB, dbias and dm of each layer; arguments as of the two kernels' ``backward``."""
+) -> Grads:
+    """The gradients; arguments as of the two kernels' ``backward``."""
     *inner, _ = kept
     d_outs, of_down, dms = mlp_kernels.backward(mlp, as_rows(dy), x, made, kept, scalings[-1], rates[1], in_place)
     shared = MadeOfGroup(made.room, made.bits, ())
     flat = list(chain.from_iterable(inner))
-    dx, found = group_kernels.backward(mlp.inner, d_outs, x, shared, flat, scalings[:-1], rates[0], in_place=True)
-    grads = [(*three, own if dm is None else dm) for (*three, own), dm in zip(found, dms, strict=True)]
-    return dx, [*grads, of_down]
+    grads = group_kernels.backward(mlp.inner, d_outs, x, shared, flat, scalings[:-1], rates[0], in_place=True)
+    for i, dm in enumerate(dms):
+        if dm is not None:
+            grads.small[3 * i + 2] = dm
+    return Grads(grads, of_down)
+
+
+def saved_of(
+    mlp: Mlp, x: torch.Tensor, small: Sequence[Any], y: torch.Tensor, made: Made, held: Sequence[Sequence[torch.Tensor]]
+) -> list[MaybeTensor]:
+    """What the backward will read: x, the inner outputs, the rooms, the masks' bits, and ``Kept`` of each layer."""
+    saved: list[MaybeTensor] = [x if mlp.inner.needs_a or any(mlp.dots) else None, *made[:6]]
+    for i, one in enumerate((*mlp.inner.each, mlp.down)):
+        saved += (  # as in ``Kept``
+            None if one.casts else small[4 * i + 1],
+            y if one.z_again else None,
+            made.z[i] if one.needs.m else None,
+            *kept_held(held[i], mlp.saved[i]),
+        )
+    return saved
 
 
 class _Mlp(torch.autograd.Function):
@@ -173,7 +191,8 @@ class _Mlp(torch.autograd.Function):
         y, made = fused.forward(x, call, *small)
         scalings = list(call.scalings)
         tensors = [i for i, scaling in enumerate(scalings) if isinstance(scaling, torch.Tensor)]
-        ctx.save_for_backward(*fused.to_save(x, call, small, y, made), *(scalings[i] for i in tensors))
+        saved = saved_of(fused.mlp, x, small, y, made, call.held)
+        ctx.save_for_backward(*saved, *(scalings[i] for i in tensors))
         for i in tensors:
             scalings[i] = 1.0
         ctx.rest = fused, scalings, tensors, call.rates

@@ -3,21 +3,25 @@
 What the layers have comes flat: ``held``, the tensors of each one's base, which ``bases`` name; four small tensors of
 each (A, B, bias, magnitude); two flags of each (``round_norm``, and whether z is kept); ``sizes``, K of x and then N of
 each; needs, of x and then of each of those small tensors.
+
+What compiled graphs hold takes one text for what is no tensor of these (``text_of``): every argument of an operator,
+and every element of a list, takes the host its time in each call, and so would finding out anew what layers these are.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.group import Bases, kept_held, sibling
+from lora_fast.blocks.group import Bases, given, sibling
 from lora_fast.dispatch import autocast_dtype
-from lora_fast.kernels.bases import BASES
 from lora_fast.kernels.memo import Memo
-from lora_fast.kernels.problem import MaybeTensor, Needs
-from lora_fast.kernels.siblings import Sibling
+from lora_fast.kernels.problem import Kinds, MaybeTensor, Needs
+from lora_fast.kernels.siblings import Given, Sibling, Spec
 from lora_fast.ops.parts import contiguous, kinds_of
 
 LAYERS = "Tensor[] held, Tensor?[] small, Tensor[] scalings, str[] bases, SymInt[] sizes"
@@ -62,50 +66,62 @@ def each_of(
     return found
 
 
-def held_of(held: Tensors, bases: Sequence[str]) -> list[Tensors]:
-    """The tensors of each layer's base."""
-    found, first = [], 0
-    for base in bases:
-        count = len(BASES[base].tensors)
-        found.append(held[first : first + count])
+class Layers(NamedTuple):
+    """Layers with one x [..., k], and which of what holds their bases is each one's."""
+
+    k: int
+    needs_x: bool
+    each: tuple[Sibling, ...]
+    held: tuple[slice, ...]
+
+    def givens(self, held: Tensors, small: Small, scalings: Tensors) -> list[Given]:
+        return [given(held[own], small[4 * i : 4 * i + 4], scalings[i]) for i, own in enumerate(self.held)]
+
+
+def text_of(
+    kind: torch.dtype,
+    small: Small,
+    bases: Sequence[str],
+    sizes: Sequence[int],
+    flags: Sequence[bool],
+    needs: Any = NONE,
+) -> str:
+    """What decides the launches of such layers, apart from the rows of x, in JSON: a graph may outlive its process."""
+    rows = [
+        (int(one.n), int(one.r), *map(str, one.kinds), *one.needs, one.dora, one.keep_z, one.round_norm, one.base_name)
+        for one in each_of(kind, small, bases, sizes, flags, needs)
+    ]
+    return json.dumps([int(sizes[0]), needs[0], *rows])
+
+
+@cache
+def layers_of(text: str) -> Layers:
+    """What ``text_of`` wrote."""
+    k, needs_x, *rows = json.loads(text)
+    each, held, first = [], [], 0
+    for n, r, *rest in rows:
+        kinds: Any = [getattr(torch, name.removeprefix("torch."), None) for name in rest[:5]]
+        each.append(Sibling(n, r, Kinds(*kinds), Needs(*rest[5:10]), *rest[10:]))
+        count = len(each[-1].base.tensors)
+        held.append(slice(first, first + count))
         first += count
-    return found
+    return Layers(k, needs_x, tuple(each), tuple(held))
 
 
-def key_of(lead: Sequence[int], held: Tensors, small: Small, *rest: Any) -> tuple[Any, ...]:
-    flat = (None if t is None else (t.dtype, t.shape, t.stride()) for t in (*held, *small))
-    return (*lead, held[0].device, *flat, *rest)
+def key_of(x: torch.Tensor, held: Small, *rest: Any) -> tuple[Any, ...]:
+    """What a problem with such rows is kept under; ``rest`` says of which layers."""
+    return (*rest, x.device, x.shape, x.stride(), *[None if t is None else t.stride() for t in held])
 
 
-def kept_of(
-    held: Sequence[Tensors], saved: Sequence[slice], small: Small, kept: Small, siblings: Sequence[Sibling]
-) -> list[list[MaybeTensor]]:
-    """Of each layer what is in ``Kept``, and of its base's tensors those that are ``saved``; ``kept``: y or z of each,
-    which its magnitude's gradient reads."""
-    return [
-        [
-            None if one.casts else small[4 * i + 1],
-            kept[i] if one.z_again else None,
-            kept[i] if one.needs.m and one.keep_z else None,
-            *kept_held(held[i], saved[i]),
-        ]
-        for i, one in enumerate(siblings)
-    ]
+def new_of(like: torch.Tensor, specs: Sequence[Spec]) -> list[torch.Tensor]:
+    """Tensors of those of the shapes and dtypes that are wanted."""
+    return [like.new_empty(spec[0], dtype=spec[1]) for spec in specs if spec is not None]
 
 
-def apart(grads: Sequence[Sequence[MaybeTensor]]) -> list[MaybeTensor]:
-    """All of them, flat; those of A, which are parts of one matrix, in memory of their own, as an operator's must."""
-    return [t.clone() if i == 0 and t is not None else t for four in grads for i, t in enumerate(four)]
-
-
-def fake_gradients(x_shape: Any, kind: torch.dtype, like: torch.Tensor, small: Small, wanted: Any) -> list[Any]:
-    found = [like.new_empty(x_shape, dtype=kind)] if wanted[0] else []
-    found += [
-        like.new_empty(t.shape, dtype=t.dtype)
-        for t, want in zip(small, wanted[1:], strict=True)
-        if want and t is not None
-    ]
-    return found
+def placed(found: Sequence[torch.Tensor], specs: Sequence[Spec]) -> list[MaybeTensor]:
+    """What was wanted, with None where it was not."""
+    rest = iter(found)
+    return [None if spec is None else next(rest) for spec in specs]
 
 
 def register(name: str, run: Callable[..., Any], fake: Callable[..., Any], recorded: Any = None) -> None:
