@@ -334,7 +334,9 @@ BATCHES: list[BatchCase] = [
 MLPS: list[tuple[str, str, GroupCase]] = [
     ("silu", "glu", (8192, 4096, (14336, 4096), 16, BF16, 0.0, BF16, False)),
     ("silu", "glu", (8192, 4096, (14336, 4096), 16, BF16, 0.1, FLOAT, True)),
-    ("gelu", "glu", (2048, 2048, (8192, 2048), 64, BF16, 0.1, BF16, False)),
+    ("gelu", "glu", (4096, 2048, (8192, 2048), 64, BF16, 0.1, BF16, False)),
+    ("silu", "glu", (512, 2048, (8192, 2048), 16, BF16, 0.0, BF16, False)),
+    ("silu", "glu", (512, 2048, (8192, 2048), 16, BF16, 0.1, FLOAT, True)),
     ("gelu_tanh", "glu", (4096, 2048, (8192, 2048), 16, torch.float16, 0.0, FLOAT, False)),
     ("gelu", "glu", (4096, 1024, (2048, 1024), 16, FLOAT, 0.1, FLOAT, False)),
     ("silu", "first", (8192, 4096, (14336, 4096), 16, BF16, 0.1, BF16, False)),

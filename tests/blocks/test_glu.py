@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_fast import SlowPathWarning, dispatch, lora_glu
 from lora_fast.blocks import mlp, paths, reference
-from lora_fast.kernels import activations, mask, program
+from lora_fast.kernels import activations, mask, memo, program
 from lora_fast.kernels import glu as glu_kernels
 from lora_fast.kernels import mlp as mlp_kernels
 from lora_fast.ops import linear
@@ -119,6 +119,31 @@ def test_error_rule(device, dtype, form, act, shape, p):
     ours = [results(fused(act), *draw) for draw in draws]
     eagers = [results(base, *draw) for draw in draws]
     compare(ours, eagers, [results(base, *draw, torch.float64) for draw in draws], dtype)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    "form, shape, p", [("lora", ODD, 0.3), ("ranks", SMALL, 0.0), ("dora", (40, 32, 64, 48, 70), 0.3)]
+)
+def test_s_on_the_way_of_h(device, form, shape, p, monkeypatch):
+    """As with many rows."""
+    monkeypatch.setattr(mlp_kernels, "FEW", 0)
+    memo.forget_all()
+    honest, ranks = mlp_kernels.glu_down, []
+
+    def seen(e, g, h, a, *rest, **others):
+        ranks.append(a is not None)
+        return honest(e, g, h, a, *rest, **others)
+
+    monkeypatch.setattr(mlp_kernels, "glu_down", seen)
+    draws = [drawn(form, shape, HALF, device, seed, p) for seed in range(2)]
+    base = plain("silu", p, shape, device, form)
+    eagers = [results(base, *draw) for draw in draws]
+    compare(
+        [results(fused(), *draw) for draw in draws], eagers, [results(base, *d, torch.float64) for d in draws], HALF
+    )
+    assert ranks and all(ranks)
+    memo.forget_all()
 
 
 @pytest.mark.medium
