@@ -112,7 +112,8 @@ def side_by_side(
     BLOCK_R: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """drop(x) A^T [BLOCK_M, BLOCK_R] for these rows and all ranks, each of so many WAYS making a part of each step."""
+    """drop(x) A^T [BLOCK_M, BLOCK_R] for these rows and the first of A's, each of so many WAYS making a part of each
+    step."""
     rows, ks, ranks = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     way = tl.arange(0, WAYS)[:, None, None] * BLOCK_K
     x_ptrs = x.ptr + rows.to(tl.int64)[None, :, None] * x.stride_r + (way + ks[None, None, :]) * x.stride_c
@@ -227,7 +228,9 @@ def _down_fwd_kernel(
                 rank = tl.load(units + 1 + unit) * BLOCK_R
             rows, ranks = row + tl.arange(0, BLOCK_M), rank + tl.arange(0, BLOCK_R)
             if WAYS:
-                acc = side_by_side(whole_x, whole_a, bits, row, WAYS, BLOCK_M, BLOCK_K, BLOCK_R, DTYPE)
+                here = tl.full((), 0, tl.int64) + rank
+                from_here = Matrix(a_ptr + here * stride_ar, R - rank, K, stride_ar, stride_ak)
+                acc = side_by_side(whole_x, from_here, bits, row, WAYS, BLOCK_M, BLOCK_K, BLOCK_R, DTYPE)
             else:
                 acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
                 for k in range(0, K, BLOCK_K):
@@ -309,7 +312,9 @@ def down(
     chip, masked = Chip.of(x.device), bits is not None
     if quantised is None:
         at_once = r if owned is None else min(r, owned.ranks)
-        tile = pass_tiles.down(m, at_once, dtype=x.dtype, kind=a.dtype, chip=chip, tma=tma, masked=masked)
+        tile = pass_tiles.down(
+            m, at_once, dtype=x.dtype, kind=a.dtype, chip=chip, tma=tma, masked=masked, parts=units is None
+        )
     else:
         tile = pass_tiles.down_quantised(
             m, k, r, dtype=x.dtype, kind=a.dtype, chip=chip, tma=tma, masked=masked, with_gain=gain is not None

@@ -24,7 +24,7 @@ from lora_fast.kernels.operands import Number, Operand, Tiles, launch
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import few_rows, rank_block, tma_fits
 
-MOST = 4  # dys
+MOST, RANKS = 4, 128  # dys, ranks of one layer, at most
 
 
 @triton.jit
@@ -187,8 +187,8 @@ class OverDy(NamedTuple):
 def takes_pair(x: Operand, dys: Sequence[Operand], r: int, dora: bool) -> bool:
     """Whether these matrices have few rows and lie as ``pair`` reads them. With a gain, half as many are few: beyond,
     one pass that makes all from dY is better (grad.py)."""
-    few = few_rows(len(x), r, dtype=x.dtype, chip=Chip.of(x.device), most=1024 if dora else 2048)
-    return few and tma_fits(x, *dys)
+    most = 1024 if dora else 2048
+    return few_rows(len(x), r, dtype=x.dtype, chip=Chip.of(x.device), most=most, ranks=RANKS) and tma_fits(x, *dys)
 
 
 def pair(x: Operand, ds: Operand, grad_a: Operand, each: Sequence[OverDy], *, bits: Operand | None = None) -> Launch:
@@ -197,7 +197,8 @@ def pair(x: Operand, ds: Operand, grad_a: Operand, each: Sequence[OverDy], *, bi
     x [M, K], dys, ds [M, at least R] and s are in one dtype; bits are of a mask of x's shape."""
     m, k = x.shape
     columns = k + sum(one.dy.shape[1] for one in each)
-    tile = pass_tiles.pair(m, columns, chip=Chip.of(x.device), masked=bits is not None)
+    ranks = [rank_block(r, RANKS) for r in (len(grad_a), max(one.grad_b.shape[1] for one in each))]
+    tile = pass_tiles.pair(m, columns, max(ranks), chip=Chip.of(x.device), masked=bits is not None)
     rows, cols = tile.m, tile.n
     given: dict[str, Operand | Tiles | Number | int | bool | None] = {}
     for i in range(MOST):
@@ -231,6 +232,6 @@ def pair(x: Operand, ds: Operand, grad_a: Operand, each: Sequence[OverDy], *, bi
         stride_bits=0 if bits is None else triton.cdiv(k, 32),
         BLOCK_M=rows,
         BLOCK_N=cols,
-        BLOCK_A=rank_block(len(grad_a), 128),
-        BLOCK_R=rank_block(max(one.grad_b.shape[1] for one in each), 32),
+        BLOCK_A=ranks[0],
+        BLOCK_R=ranks[1],
     )

@@ -27,10 +27,12 @@ def down(
     tma: bool,
     masked: bool,
     quantised: bool = False,
+    parts: bool = True,
 ) -> Tile:
     """S = x A^T: m rows a program, which walks over K with up to 128 ranks in its accumulator. ``kind`` is A's dtype.
-    ``quantised``: where ``down_quantised`` starts from."""
+    ``quantised``: where ``down_quantised`` starts from. ``parts``: whether programs may have some of r each."""
     column = kind.itemsize * rank_block(r, 32)  # bytes of a column of A's tile: more spills, on newer chips sooner
+    roomy, narrow = tma and not chip.small and dtype.itemsize <= 2, kind.itemsize <= 2
     if (
         tma
         and not quantised
@@ -41,8 +43,10 @@ def down(
             return Tile(m=32, k=128, r=rank_block(r, 32), ways=4)
         # 256 x 4096: 8.7 -> 4.5, 256 x 14336: 27 -> 10, H200; with 64 along K it is three times slower.
         return Tile(m=16, k=256 if column <= 32 else 128, r=rank_block(r, 32), ways=4)
-    block_r, narrow = rank_block(r, 128 if dtype.itemsize <= 2 else 64), kind.itemsize <= 2
-    roomy = tma and not chip.small and dtype.itemsize <= 2
+    if parts and m <= 1024 and r > 32 and roomy and narrow and not quantised and not chip.newer:
+        # 512 x 4096 10.5 -> 7.8, 1024 x 8192 19 -> 14, r = 128 11.0 -> 6.9, H200; of 2048 rows it is worse.
+        return Tile(m=16, k=128, r=32, stages=4, ways=4)
+    block_r = rank_block(r, 128 if dtype.itemsize <= 2 else 64)
     if block_r == 128:
         if not roomy:
             return Tile(m=64, k=32, r=128, warps=8)  # what fits
@@ -97,8 +101,10 @@ def down_quantised(
 
 
 @choice
-def pair(m: int, columns: int, *, chip: Chip, masked: bool) -> Tile:
+def pair(m: int, columns: int, r: int, *, chip: Chip, masked: bool) -> Tile:
     """dA and dB of few rows: m rows a step, n of all the columns of x and the dYs a program."""
+    if r > 64:  # what fits
+        return Tile(m=128, n=64, stages=3)
     if masked and m > 1024 and triton.cdiv(columns, 32) <= chip.processors:
         # A LoRA step of 2048 x 2048 x 512 65.4 -> 61.0, 2048 x 2048 x 2048 105.6 -> 102.0; with 160 programs of 4096 x
         # 1024 5% worse, and for 512 rows of 4096 x 4096 95 -> 98, H200.
@@ -166,7 +172,9 @@ def grad_splits(m: int, n: int, r: int, *, tile: Tile, chip: Chip) -> tuple[int,
 
 
 @choice
-def batch_columns(r: int, *, dtype: torch.dtype, chip: Chip, tma: bool, masked: bool, fused: bool, dora: bool) -> Tile:
+def batch_columns(
+    m: int, r: int, *, dtype: torch.dtype, chip: Chip, tma: bool, masked: bool, fused: bool, dora: bool
+) -> Tile:
     """G of one adapter among several: n columns a program, m rows a step, a part of a block of rows."""
     if dtype.itemsize > 2 or chip.small or not tma:  # what fits
         many = chip.capability >= 120 and (dora or not tma)
@@ -177,6 +185,8 @@ def batch_columns(r: int, *, dtype: torch.dtype, chip: Chip, tma: bool, masked: 
             warps=8 if many else 4,
             fill=4.0,
         )
+    if m <= FEW and r == 16 and not fused and not dora:  # many programs, each by itself: see layer.py
+        return Tile(m=64, n=64, r=16, stages=4)
     if masked:
         return Tile(m=64, n=128, r=r, fill=2.0)
     if dora and fused:  # with eight rows of sums it spills

@@ -133,10 +133,10 @@ def rank_block(r: int, most: int) -> int:
 FEW = 2048  # rows
 
 
-def few_rows(m: int, r: int, *, dtype: torch.dtype, chip: Chip, most: int = FEW) -> bool:
+def few_rows(m: int, r: int, *, dtype: torch.dtype, chip: Chip, most: int = FEW, ranks: int = 32) -> bool:
     """Whether the launches for few rows serve: those that leave most of the processors idle would, and those that pass
-    over all rows in each program do not take too long for it."""
-    return m <= most and r <= 32 and dtype.itemsize == 2 and chip.has_tma and not chip.small
+    over all rows in each program do not take too long for it. Of how many ranks depends on the launch."""
+    return m <= most and r <= ranks and dtype.itemsize == 2 and chip.has_tma and not chip.small
 
 
 # Tiles of a product's result in 16 bits, and what a step of 64 along the contraction costs the processor that makes it:

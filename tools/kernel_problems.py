@@ -309,6 +309,9 @@ FEW_ROWS: list[Case] = [  # which among them take every tile
     (64, 2048, 2048, 16, BF16, 0.0, FLOAT, True),
     (128, 8192, 2048, 64, BF16, 0.0, BF16, True),
     (128, 14336, 4096, 16, BF16, 0.0, BF16, False),
+    (512, 4096, 4096, 64, BF16, 0.1, BF16, False),
+    (1024, 2048, 2048, 128, BF16, 0.0, BF16, True),
+    (2048, 4096, 1024, 128, BF16, 0.1, BF16, False),
     (4096, 4096, 4096, 40, BF16, 0.0, BF16, False),  # whose B would be loaded by single elements, and spill
 ]
 

@@ -48,9 +48,10 @@ def candidates(kernel: str, shape: Shape, r: int, chip: Chip) -> list[Tile | Non
         made = grid(m=(64, 128), n=(64, 128, 256), k=(64, 128), warps=(4, 8), stages=(3, 4, 5, 6), fill=fills)
     elif kernel == "down":
         ranks = rank_block(r, 128)
+        several = sorted({ranks, min(ranks, 32), min(ranks, 64)})  # or programs for some of the ranks each
         whole = grid(m=(16, 32, 64, 128), k=(64, 128, 256), r=(ranks,), warps=(2, 4, 8), stages=(2, 3, 4))
-        side = grid(m=(16, 32), k=(128, 256), r=(ranks,), ways=(4,), warps=(4,), stages=(2, 3, 4))
-        made = itertools.chain(whole, side if r <= 32 else ())
+        side = grid(m=(16, 32), k=(64, 128, 256), r=several, ways=(4,), warps=(4,), stages=(2, 3, 4))
+        made = itertools.chain(whole, side)
     elif kernel == "pair":
         made = grid(m=(64, 128, 256, 512), n=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4, 5))
     else:

@@ -330,6 +330,7 @@ def columns(
         kept = None if dm is None else dora.kept
     chip, tma = Chip.of(z.device), tma_fits(z, *(() if dz is None else (dz,)))
     tile = pass_tiles.batch_columns(
+        m,
         ranks.block,
         dtype=kind,
         chip=chip,

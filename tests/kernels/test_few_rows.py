@@ -21,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 ROWS = {"cpu": (1, 65), "cuda": (1, 2, 17, 63, 64, 65, 127, 256, 511, 1023, 2048)}
 CASES = [pytest.param("cpu", HALF, (72, 96, 16), marks=pytest.mark.interpreted)]
-LARGE = [(512, 776, 16), (4096, 1024, 8), (1032, 2048, 32), (896, 520, 24)]
+CASES += [pytest.param("cpu", HALF, (72, 96, 40), marks=pytest.mark.interpreted)]
+LARGE = [(512, 776, 16), (4096, 1024, 8), (1032, 2048, 32), (896, 520, 24), (1024, 776, 64), (520, 1024, 100)]
 CASES += [pytest.param("cuda", dtype, shape, marks=pytest.mark.gpu) for dtype in (BF16, HALF) for shape in LARGE]
 
 

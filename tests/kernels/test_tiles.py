@@ -60,8 +60,8 @@ def test_override(module, name, args, others):
     with tiles.override(**{name: TINY}):
         assert chosen() == TINY
         with tiles.override(pair=TINY):
-            assert chosen() == TINY and pass_tiles.pair(512, 4096, chip=Chip(90, 132), masked=False) == TINY
-        assert pass_tiles.pair(512, 4096, chip=Chip(90, 132), masked=False) != TINY
+            assert chosen() == TINY and pass_tiles.pair(512, 4096, 16, chip=Chip(90, 132), masked=False) == TINY
+        assert pass_tiles.pair(512, 4096, 16, chip=Chip(90, 132), masked=False) != TINY
     assert chosen() == before
     assert isinstance(before, Tile) and before != TINY
 

@@ -71,7 +71,7 @@ def test_what_is_not_written_is_wrong():
         ("product_with_s", (256, 4096, 4096), lambda **_: tiles.product_with_s(256, 4096, 4096, **_, masked=False)),
         ("down", (8192, 4096, 4096), lambda **_: pass_tiles.down(8192, 16, kind=HALF, tma=True, **_, masked=True)),
         ("down", (256, 4096, 4096), lambda **_: pass_tiles.down(256, 16, kind=HALF, tma=True, **_, masked=False)),
-        ("pair", (512, 2048, 2048), lambda chip, **_: pass_tiles.pair(512, 4096, chip=chip, masked=True)),
+        ("pair", (512, 2048, 2048), lambda chip, **_: pass_tiles.pair(512, 4096, 16, chip=chip, masked=True)),
         ("decode", (128, 14336, 4096), lambda **_: tiles.decode(128, 4096)),
         ("decode", (1, 2048, 2048), lambda **_: tiles.decode(1, 2048)),
     ],
