@@ -1,7 +1,7 @@
 """dS_i = scale_i * keep * dZ_i B_i of layers with one input, all in one launch, for few rows: dZ_i [M, N_i], B_i [N_i,
 at least R_i], dS [M, sum of padded R], side by side.
 
-A program makes a block of rows of one of them, by warps that take the way along N side by side (down.py).
+A program makes a block of rows and of ranks of one of them, by warps that take the way along N side by side (down.py).
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ import triton.language as tl
 
 from lora_fast.kernels import pass_tiles
 from lora_fast.kernels.chip import Chip
-from lora_fast.kernels.common import TL, Bits, Matrix, wait_for_stream
+from lora_fast.kernels.common import TL, Bits, Matrix, padded_rank, wait_for_stream
 from lora_fast.kernels.down import side_by_side
 from lora_fast.kernels.operands import Number, Operand, launch
+from lora_fast.kernels.pair import RANKS
 from lora_fast.kernels.program import Launch
 from lora_fast.kernels.tiles import few_rows
 
@@ -59,7 +60,7 @@ def _downs_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_stream(PDL)
-    row, which = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    row, which, rank = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2) * BLOCK_R
     z, b, n, r, stride_z, stride_b, first = z0, b0, N0, R0, stride_z0, stride_b0, 0
     if z1 is not None:
         first1 = (R0 + 15) // 16 * 16
@@ -73,9 +74,9 @@ def _downs_kernel(
         first3 = first2 + (R2 + 15) // 16 * 16
         if which == 3:
             z, b, n, r, stride_z, stride_b, first = z3, b3, N3, R3, stride_z3, stride_b3, first3
-    of_z, of_b = Matrix(z, M, n, stride_z, 1), Matrix(b, r, n, 1, stride_b)
+    of_z, of_b = Matrix(z, M, n, stride_z, 1), Matrix(b + rank, r - rank, n, 1, stride_b)
     acc = side_by_side(of_z, of_b, Bits(None, 0, M), row, WAYS, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE)
-    rows, ranks = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    rows, ranks = row + tl.arange(0, BLOCK_M), rank + tl.arange(0, BLOCK_R)
     there = ranks < (r + 15) // 16 * 16
     ds = acc * (tl.load(scales_ptr + first + ranks, mask=there, other=0.0) * keep_scale)[None, :]
     ptrs = ds_ptr + rows.to(tl.int64)[:, None] * stride_ds + (first + ranks)[None, :]
@@ -85,7 +86,7 @@ def _downs_kernel(
 def takes_downs(m: int, r: int, like: Operand) -> bool:
     """Whether ranks of up to r are made by warps side by side, from so many rows like these."""
     chip = Chip.of(like.device)
-    few = few_rows(m, r, dtype=like.dtype, chip=chip)
+    few = few_rows(m, r, dtype=like.dtype, chip=chip, ranks=RANKS)
     return few and pass_tiles.down(m, r, dtype=like.dtype, kind=like.dtype, chip=chip, tma=True, masked=False).ways > 0
 
 
@@ -110,7 +111,7 @@ def downs(each: Sequence[tuple[Operand, Operand, int]], ds: Operand, scales: Ope
         }
     return launch(
         _downs_kernel,
-        (triton.cdiv(m, tile.m), len(each)),
+        (triton.cdiv(m, tile.m), len(each), triton.cdiv(padded_rank(widest), tile.r)),
         tile.options,
         like,
         **given,

@@ -147,7 +147,7 @@ def fans(x: Operand, each: Sequence[Result]) -> bool:
         return False
     r = max(one.q.shape[1] for one in each)
     alike = {(one.gain is None, one.bias and one.bias.dtype) for one in each}
-    few = few_rows(len(x), r, dtype=x.dtype, chip=Chip.of(x.device))
+    few = few_rows(len(x), r, dtype=x.dtype, chip=Chip.of(x.device), ranks=64)  # one step's
     return few and len(alike) == 1 and tma_fits(x, *(t for one in each for t in one[:4]))
 
 

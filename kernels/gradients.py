@@ -20,7 +20,6 @@ from lora_fast.kernels.program import Launch
 from lora_fast.kernels.siblings import Rooms, Shared, Sibling, Siblings
 from lora_fast.kernels.sums import Dora
 
-MOST_RANKS = 64  # of all layers together, whose dA one program of few rows makes
 Maybe = Any  # an operand, None where the problem has none
 
 
@@ -127,7 +126,7 @@ def few_rows(
     forms = {
         tuple(t and t.dtype for t in (one.grad_b, one.grad_bias, one.grad_m, one.z, one.dz)) for one, *_ in adapted
     }
-    if len(forms) > 1 or any(one.one.grad_b is None for one in adapted) or group.ranks > MOST_RANKS:
+    if len(forms) > 1 or any(one.one.grad_b is None for one in adapted):
         return []
     if any(one.one.grad_bias is not None for one in made if not one.sibling.r):
         return []

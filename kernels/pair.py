@@ -55,7 +55,7 @@ def _walk(
 def _over_x(
     x, ds, bits_ptr, grad_a, col, stride_bits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """dA for BLOCK_N columns of x from col on."""
+    """dA for BLOCK_N columns of x from col on, of as many ranks as ``grad_a`` has, up to BLOCK_R."""
     g = _walk(x, ds, bits_ptr, None, col, stride_bits, BLOCK_M, BLOCK_N, BLOCK_R)
     cols, ranks = col + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     ptrs = grad_a.ptr + ranks.to(tl.int64)[None, :] * grad_a.cols + cols[:, None]
@@ -119,14 +119,15 @@ def _pair_kernel(
 ):
     wait_for_stream(PDL)
     program = tl.program_id(0)
-    over_x = tl.cdiv(K, BLOCK_N)
+    over_x = tl.cdiv(K, BLOCK_N) * tl.cdiv(R, BLOCK_A)
     if program < over_x:
+        rank = program // tl.cdiv(K, BLOCK_N) * BLOCK_A
         _over_x(
             Matrix(x, M, K, K, 1),
-            Matrix(ds_ptr, M, stride_ds, stride_ds, 1),
+            Matrix(ds_ptr + rank, M, stride_ds - rank, stride_ds, 1),
             bits_ptr,
-            Matrix(grad_a_ptr, R, K, K, 1),
-            program * BLOCK_N,
+            Matrix(grad_a_ptr + rank.to(tl.int64) * K, R - rank, K, K, 1),
+            program % tl.cdiv(K, BLOCK_N) * BLOCK_N,
             stride_bits,
             BLOCK_M,
             BLOCK_N,
@@ -196,7 +197,8 @@ def pair(x: Operand, ds: Operand, grad_a: Operand, each: Sequence[OverDy], *, bi
 
     x [M, K], dys, ds [M, at least R] and s are in one dtype; bits are of a mask of x's shape."""
     m, k = x.shape
-    columns = k + sum(one.dy.shape[1] for one in each)
+    widths = [one.dy.shape[1] for one in each]
+    columns = k + sum(widths)
     ranks = [rank_block(r, RANKS) for r in (len(grad_a), max(one.grad_b.shape[1] for one in each))]
     tile = pass_tiles.pair(m, columns, max(ranks), chip=Chip.of(x.device), masked=bits is not None)
     rows, cols = tile.m, tile.n
@@ -216,7 +218,7 @@ def pair(x: Operand, ds: Operand, grad_a: Operand, each: Sequence[OverDy], *, bi
         }
     return launch(
         _pair_kernel,
-        (triton.cdiv(k, cols) + sum(triton.cdiv(one.dy.shape[1], cols) for one in each),),
+        (triton.cdiv(k, cols) * triton.cdiv(len(grad_a), ranks[0]) + sum(triton.cdiv(n, cols) for n in widths),),
         tile.options,
         x,
         x=Tiles(x, [rows, cols]),

@@ -210,8 +210,9 @@ def refused(kernel: str, shape: Shape, r: int, dtype: torch.dtype, chip: Chip) -
     m, k, n = shape
     if k % 8 or n % 8:
         return "K and N must be multiples of 8, for tensor descriptors"
-    if kernel in ("product_with_s", "pair") and not tiles.few_rows(m, r, dtype=dtype, chip=chip):
-        return "few rows are up to 2048, of up to 32 ranks, on Hopper and later"
+    most = {"product_with_s": 32, "pair": pair.RANKS}.get(kernel)
+    if most and not tiles.few_rows(m, r, dtype=dtype, chip=chip, ranks=most):
+        return f"few rows are up to 2048, of up to {most} ranks, on Hopper and later"
     if kernel == "decode" and not tiles.decodes(m, n, k, r, dtype=dtype, chip=chip):
         return "decoding takes up to 64 rows (128 where K is at least 2 N), of up to 64 ranks, on Hopper"
     return None

@@ -68,6 +68,7 @@ def plain(p, shape, device):
 
 
 SMALL, ODD = (24, 64, (48, 16, 32, 16), 16), (33, 70, (45, 21, 18, 16), 3)
+WIDE = 24, 64, (48, 16, 32, 16), 56  # in all more ranks than a program takes
 
 
 def here(dtype, form, shape, p=0.0, fast=False):
@@ -84,6 +85,8 @@ CASES = [
     here(HALF, "lora", SMALL, 0.3),
     *(here(HALF, form, SMALL) for form in ("frozen", "biased", "some")),
     here(HALF, "mixed", SMALL, 0.3, fast=True),
+    here(HALF, "lora", WIDE, fast=True),
+    here(HALF, "dora", WIDE, 0.3),
     *(
         pytest.param("cuda", dtype, form, shape, p, marks=CUDA.marks, id=f"cuda-{str(dtype)[6:]}-{form}-{name}-p{p}")
         for dtype in (BF16, HALF, FLOAT)
@@ -92,6 +95,7 @@ CASES = [
             ("many", (4096, 4096, (4096, 1024, 1024, 512), 16), 0.1),
             ("few", (1000, 2048, (2048, 512, 512, 256), 16), 0.0),
             ("odd", (1003, 1001, (1003, 333, 70, 21), 12), 0.1),
+            ("wide", (1000, 2048, (2048, 512, 512, 256), 64), 0.1),
         ]
     ),
 ]
