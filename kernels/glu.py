@@ -59,7 +59,7 @@ def _glu_down_kernel(
 ):
     wait_for_stream(PDL)
     row, rank, first, end = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_R, 0, K
-    if STEPS > 0:
+    if STEPS > 0:  # no ranks: element by element, some columns a program
         rank, first = 0, tl.program_id(1) * BLOCK_K * STEPS
         end = tl.minimum(first + BLOCK_K * STEPS, K)
     rows, ranks = row + tl.arange(0, BLOCK_M), rank + tl.arange(0, BLOCK_R)

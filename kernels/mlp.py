@@ -62,13 +62,24 @@ class Mlp:
         return [*found, *self.outer.saved]
 
     @cached_property
-    def wanted(self) -> tuple[list[Spec], list[Spec]]:
-        """Of what the backward's first half makes: dm of the inner layers; dA, dB, dbias and dm of down."""
+    def of_dots(self) -> list[Spec]:
+        """Of dm of the inner layers that the backward's first half makes."""
         dots = zip(self.inner.each, self.dots, self.dot_kinds, strict=True)
-        dms: list[Spec] = [((one.n,), kind) if has and kind else None for one, has, kind in dots]
-        _, need_a, *_ = self.down.needs
-        of_a: Spec = ((self.down.ranks, self.outer.k), self.down.kinds.a) if need_a else None
-        return dms, [of_a, *self.outer.specs[0][:3]]
+        return [((one.n,), kind) if has and kind else None for one, has, kind in dots]
+
+    @cached_property
+    def of_down(self) -> list[Spec]:
+        """Of dA, with the rows of its padding, dB, dbias and dm of down."""
+        of_a: Spec = ((self.down.ranks, self.outer.k), self.down.kinds.a) if self.down.needs.a else None
+        return [of_a, *self.outer.specs[0][:3]]
+
+    @cached_property
+    def wanted(self) -> list[Spec]:
+        """Of all that a backward makes: what the group of the inner layers does, with all dm, then ``of_down``."""
+        found = list(self.inner.wanted)
+        for i, dm in enumerate(self.of_dots):
+            found[4 + 3 * i] = dm or found[4 + 3 * i]
+        return [*found, *self.of_down]
 
     def halves(self, found: Sequence[Maybe]) -> tuple[Maybe, Maybe]:
         """What belongs to e and what to g, of matrices whose columns are those of the inner layers' outputs."""
@@ -285,7 +296,7 @@ def backward(
     inner, outer, down, outs, new = mlp.inner, mlp.outer, mlp.down, made.outs, allocator(dy)
     m, width = inner.m, mlp.outer.k
     d_outs = outs if in_place else tuple(map(torch.empty_like, outs))
-    dms, grads = ([spec and new(*spec[0], dtype=spec[1]) for spec in specs] for specs in mlp.wanted)
+    dms, grads = ([spec and new(*spec[0], dtype=spec[1]) for spec in specs] for specs in (mlp.of_dots, mlp.of_down))
     if m == 0:
         for grad in (*grads, *dms):
             if grad is not None:

@@ -1,6 +1,7 @@
-"""dA = dS^T (mask * x) and dB = g * (dY^T S) in one launch, for few rows: a program owns 64 columns of x, or of dY, and
-walks over all rows, so that there are no parts to be added up. On its way over dY it also makes dbias, the column sums.
-Of layers with one input x, dS of all lie side by side and dA of all one below the other, and there are several dY.
+"""dA = dS^T (mask * x) and dB = g * (dY^T S) in one launch, for few rows: a program owns 64 columns of x and up to 128
+ranks of dA, or 64 columns of dY, and walks over all rows, so that there are no parts to be added up. On its way over dY
+it also makes dbias, the column sums. Of layers with one input x, dS of all lie side by side and dA of all one below the
+other, and there are several dY.
 """
 
 from collections.abc import Sequence

@@ -31,9 +31,9 @@ from lora_fast.ops.parts import addressable, on
 
 library.define(f"lora_group(Tensor x, {LAYERS}, Tensor? seed, float p, bool[] flags) -> Tensor[]")
 library.define("""lora_group_fwd(Tensor x, Tensor[] held, Tensor?[] small, Tensor[] scalings, Tensor? seed, float p,
-    str layers) -> Tensor[]""")
+    SymInt[] sizes, str layers) -> Tensor[]""")
 library.define("""lora_group_bwd(Tensor?[] dys, Tensor? x, Tensor room, Tensor? bits, Tensor?[] kept, Tensor[] scalings,
-    float p, str layers) -> Tensor[]""")
+    float p, SymInt[] sizes, str layers) -> Tensor[]""")
 
 
 def lora_group(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> tuple[torch.Tensor, ...]:
@@ -43,17 +43,24 @@ def lora_group(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> tupl
     return tuple(torch.ops.lora_fast.lora_group(x, *rest, draw_seed(x.device) if p > 0 else None, p, flags))
 
 
-def _group_of(layers: str, lead: Sequence[int]) -> Siblings:
-    k, needs_x, each, _ = layers_of(layers)
-    return Siblings(tuple(lead), k, each, needs_x)
+def _group_of(lead: Sequence[int], sizes: Sequence[int], layers: str) -> Siblings:
+    of = layers_of(layers)
+    return Siblings(tuple(lead), sizes[0], of.of(sizes), of.needs_x)
 
 
 def _forward(
-    x: torch.Tensor, held: Tensors, small: Small, scalings: Tensors, seed: MaybeTensor, p: float, layers: str
+    x: torch.Tensor,
+    held: Tensors,
+    small: Small,
+    scalings: Tensors,
+    seed: MaybeTensor,
+    p: float,
+    sizes: Sequence[int],
+    layers: str,
 ) -> list[torch.Tensor]:
     """Each y, the room, and what there is of the mask's bits and each z, in this order."""
-    key = key_of(x, held, "group", layers)
-    group = problems.get(key) or problems.keep(key, _group_of(layers, x.shape[:-1]))
+    key = key_of(x, held, "group", layers, *sizes)
+    group = problems.get(key) or problems.keep(key, _group_of(x.shape[:-1], sizes, layers))
     with on(x.device):
         each = layers_of(layers).givens(held, small, scalings)
         ys, made, late = kernels.forward(group, addressable(x), each, seed, p)
@@ -63,9 +70,9 @@ def _forward(
 
 
 def _forward_fake(
-    x: torch.Tensor, held: Any, small: Any, scalings: Any, seed: MaybeTensor, p: float, layers: str
+    x: torch.Tensor, held: Any, small: Any, scalings: Any, seed: MaybeTensor, p: float, *what: Any
 ) -> list[torch.Tensor]:
-    group = _group_of(layers, x.shape[:-1])
+    group = _group_of(x.shape[:-1], *what)
     found = [x.new_empty(*x.shape[:-1], one.n) for one in group.each]
     z = [torch.empty_like(y) for y, one in zip(found, group.each, strict=True) if one.keep_z]
     found.append(x.new_empty(group.bytes, dtype=torch.uint8))
@@ -82,12 +89,13 @@ def _gradients(
     kept: Small,
     scalings: Tensors,
     p: float,
+    sizes: Sequence[int],
     layers: str,
 ) -> list[torch.Tensor]:
     """What there is of ``Grads``, in its order."""
     (first, *_) = (dy for dy in dys if dy is not None)
-    key = key_of(first, kept, "group_bwd", layers)
-    group = problems.get(key) or problems.keep(key, _group_of(layers, first.shape[:-1]))
+    key = key_of(first, kept, "group_bwd", layers, *sizes)
+    group = problems.get(key) or problems.keep(key, _group_of(first.shape[:-1], sizes, layers))
     rows = [None if dy is None else as_rows(dy) for dy in dys]
     with on(first.device):
         x = None if x is None else addressable(x)
@@ -97,7 +105,7 @@ def _gradients(
 
 def _gradients_fake(dys: Small, *rest: Any) -> list[torch.Tensor]:
     (first, *_) = (dy for dy in dys if dy is not None)
-    return new_of(first, _group_of(rest[-1], first.shape[:-1]).wanted_of([dy is not None for dy in dys]))
+    return new_of(first, _group_of(first.shape[:-1], *rest[-2:]).wanted_of([dy is not None for dy in dys]))
 
 
 class _Group(torch.autograd.Function):
@@ -108,21 +116,21 @@ class _Group(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[8:]]
         layers, n = text_of(x.dtype, small, bases, sizes, flags, needs), len(bases)
-        outs = torch.ops.lora_fast.lora_group_fwd(x, held, small, scalings, seed, p, layers)
+        outs = torch.ops.lora_fast.lora_group_fwd(x, held, small, scalings, seed, p, sizes, layers)
         ys, (room, *rest) = outs[:n], outs[n:]
-        bits, group = rest.pop(0) if seed is not None else None, _group_of(layers, x.shape[:-1])
+        bits, group = rest.pop(0) if seed is not None else None, _group_of(x.shape[:-1], sizes, layers)
         made = Made(room, bits, [rest.pop(0) if one.keep_z else None for one in group.each])
         parts = [held[own] for own in layers_of(layers).held]
         ctx.save_for_backward(*saved_of(group, x, small, ys, made, parts), *scalings)
-        ctx.rest = p, layers
+        ctx.rest = p, sizes, layers
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Any) -> tuple[Any, ...]:
-        (x, room, bits, *rest), (p, layers), n = ctx.saved_tensors, ctx.rest, len(dys)
+        (x, room, bits, *rest), (p, *what), n = ctx.saved_tensors, ctx.rest, len(dys)
         (first, *_), there = (dy for dy in dys if dy is not None), [dy is not None for dy in dys]
-        found = torch.ops.lora_fast.lora_group_bwd(dys, x, room, bits, rest[:-n], rest[-n:], p, layers)
-        group = _group_of(layers, first.shape[:-1])
+        found = torch.ops.lora_fast.lora_group_bwd(dys, x, room, bits, rest[:-n], rest[-n:], p, *what)
+        group = _group_of(first.shape[:-1], *what)
         dx, stacked, *small = placed(found, group.wanted_of(there))
         grads = Grads(dx, stacked, small).of_layers(group, there)
         return dx, *(None,) * 7, *(grad for four in grads for grad in four)
@@ -156,7 +164,7 @@ def _alone(
     flags: Any,
 ) -> list[torch.Tensor]:
     layers = text_of(x.dtype, small, bases, sizes, flags)
-    return torch.ops.lora_fast.lora_group_fwd(x, held, small, scalings, seed, p, layers)[: len(bases)]
+    return torch.ops.lora_fast.lora_group_fwd(x, held, small, scalings, seed, p, sizes, layers)[: len(bases)]
 
 
 def _alone_fake(x: torch.Tensor, held: Any, small: Any, scalings: Any, bases: Any, sizes: Any, *rest: Any) -> list[Any]:

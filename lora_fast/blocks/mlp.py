@@ -120,12 +120,7 @@ class FusedMlp:
         self, dy: torch.Tensor, saved: Sequence[Any], scalings: Sequence[Any], rates: tuple[float, float]
     ) -> tuple[MaybeTensor, ...]:
         """dX, then dA, dB, dbias and dm of the inner layers and down."""
-        x, kept, at = saved[0], [], 7
-        for one in (*self.mlp.inner.each, self.mlp.down):
-            kept.append(saved[at : at + 3 + one.held])
-            at += 3 + one.held
-        x, made = None if x is None else addressable(x), Made(*saved[1:7])
-        grads = gradients(self.mlp, dy, x, made, kept, scalings, rates, in_place=not _keeps_graph())
+        grads = gradients(self.mlp, dy, *parted(self.mlp, saved), scalings, rates, in_place=not _keeps_graph())
         return grads.dx, *chain.from_iterable(grads.of_layers(self.mlp))
 
 
@@ -135,9 +130,19 @@ class Grads(NamedTuple):
     inner: group_kernels.Grads
     down: list[MaybeTensor]  # dA with the rows of its padding, dB, dbias, dm
 
+    @classmethod
+    def of(cls, flat: Sequence[MaybeTensor]) -> "Grads":
+        """From what ``Mlp.wanted`` names."""
+        dx, stacked, *small = flat
+        return cls(group_kernels.Grads(dx, stacked, small[:-4]), small[-4:])
+
     @property
     def dx(self) -> MaybeTensor:
         return self.inner.dx
+
+    @property
+    def flat(self) -> list[MaybeTensor]:
+        return [self.inner.dx, self.inner.stacked, *self.inner.small, *self.down]
 
     def of_layers(self, mlp: Mlp) -> list[tuple[MaybeTensor, ...]]:
         """(dA, dB, dbias, dm) of each layer."""
@@ -181,6 +186,16 @@ def saved_of(
             *kept_held(held[i], mlp.saved[i]),
         )
     return saved
+
+
+def parted(mlp: Mlp, saved: Sequence[Any]) -> tuple[MaybeTensor, Made, list[Sequence[Any]]]:
+    """Of what ``saved_of`` gave x, as kernels read it, what the forward made, and ``Kept`` of each layer."""
+    (x, *rest), kept = saved, list[Sequence[Any]]()
+    made, rest = Made(*rest[:6]), rest[6:]
+    for one in (*mlp.inner.each, mlp.down):
+        kept.append(rest[: 3 + one.held])
+        rest = rest[3 + one.held :]
+    return None if x is None else addressable(x), made, kept
 
 
 class _Mlp(torch.autograd.Function):

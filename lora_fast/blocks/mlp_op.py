@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_fast.blocks.form import Layer
-from lora_fast.blocks.mlp import Grads, gradients, mlp_of, rates, saved_of
+from lora_fast.blocks.mlp import Grads, gradients, mlp_of, parted, rates, saved_of
 from lora_fast.blocks.operators import (
     LAYERS,
     Small,
@@ -22,20 +22,18 @@ from lora_fast.blocks.operators import (
     register,
     text_of,
 )
-from lora_fast.kernels import group as group_kernels
 from lora_fast.kernels import mlp as kernels
 from lora_fast.kernels.mlp import Made, Mlp
 from lora_fast.kernels.problem import MaybeTensor
-from lora_fast.kernels.siblings import Spec
 from lora_fast.ops.linear import draw_seed
 from lora_fast.ops.parts import addressable, on
 
 _MASKED = "Tensor? seed, Tensor? h_seed, float p, float h_p"
 library.define(f"lora_mlp(Tensor x, {LAYERS}, {_MASKED}, bool[] flags, str act, str? gate) -> Tensor")
-library.define(f"""lora_mlp_fwd(Tensor x, Tensor[] held, Tensor?[] small, Tensor[] scalings, {_MASKED}, str layers,
-    str act, str? gate) -> Tensor[]""")
-library.define("""lora_mlp_bwd(Tensor dy, Tensor?[] saved, Tensor[] scalings, float p, float h_p, str layers, str act,
-    str? gate) -> Tensor[]""")
+library.define(f"""lora_mlp_fwd(Tensor x, Tensor[] held, Tensor?[] small, Tensor[] scalings, {_MASKED}, SymInt[] sizes,
+    str layers, str act, str? gate) -> Tensor[]""")
+library.define("""lora_mlp_bwd(Tensor dy, Tensor?[] saved, Tensor[] scalings, float p, float h_p, SymInt[] sizes,
+    str layers, str act, str? gate) -> Tensor[]""")
 
 
 def lora_mlp(
@@ -48,13 +46,13 @@ def lora_mlp(
     return torch.ops.lora_fast.lora_mlp(x, *rest, *seeds, p, h_p, flags, activation, gate)
 
 
-def _mlp_of(lead: Sequence[int], layers: str, act: str, gate: str | None) -> Mlp:
-    k, needs_x, each, _ = layers_of(layers)
-    return mlp_of(tuple(lead), k, each, needs_x, act, gate)
+def _mlp_of(lead: Sequence[int], sizes: Sequence[int], layers: str, act: str, gate: str | None) -> Mlp:
+    of = layers_of(layers)
+    return mlp_of(tuple(lead), sizes[0], of.of(sizes), of.needs_x, act, gate)
 
 
 class _Masked(NamedTuple):
-    """What the operators take beside tensors and layers, in their order."""
+    """Masks of x and of h, as the operators take them (``_MASKED``)."""
 
     seed: MaybeTensor
     h_seed: MaybeTensor
@@ -64,11 +62,11 @@ class _Masked(NamedTuple):
 
 def _forward(x: torch.Tensor, held: Tensors, small: Small, scalings: Tensors, *rest: Any) -> list[torch.Tensor]:
     """y, the inner layers' outputs, both rooms, and what there is of the masks' bits and each z, in this order."""
-    of, what = _Masked(*rest[:4]), rest[4:]
-    key = key_of(x, held, "mlp", *what)
-    mlp = problems.get(key) or problems.keep(key, _mlp_of(x.shape[:-1], *what))
+    of, (sizes, layers, *what) = _Masked(*rest[:4]), rest[4:]
+    key = key_of(x, held, "mlp", layers, *what, *sizes)
+    mlp = problems.get(key) or problems.keep(key, _mlp_of(x.shape[:-1], sizes, layers, *what))
     with on(x.device):
-        each = layers_of(what[0]).givens(held, small, scalings)
+        each = layers_of(layers).givens(held, small, scalings)
         y, made, late = kernels.forward(mlp, addressable(x), each, (of.seed, of.h_seed), (of.p, of.h_p))
         if late is not None:
             late.run()
@@ -88,33 +86,26 @@ def _forward_fake(x: torch.Tensor, held: Any, small: Any, scalings: Any, *rest: 
     return found + [torch.empty_like(out) for out, one in both if one.keep_z]
 
 
-def _gradients(dy: torch.Tensor, saved: Any, scalings: Tensors, p: float, h_p: float, *what: Any) -> list[torch.Tensor]:
-    """What there is of ``Grads``, in its order. ``saved``: what ``saved_of`` gave."""
-    key = key_of(dy, saved[7:], "mlp_bwd", *what)
-    mlp = problems.get(key) or problems.keep(key, _mlp_of(dy.shape[:-1], *what))
-    x, made, kept, at = saved[0], Made(*saved[1:7]), [], 7
-    for one in (*mlp.inner.each, mlp.down):
-        kept.append(saved[at : at + 3 + one.held])
-        at += 3 + one.held
+def _gradients(
+    dy: torch.Tensor,
+    saved: Small,
+    scalings: Tensors,
+    p: float,
+    h_p: float,
+    sizes: Sequence[int],
+    layers: str,
+    *what: Any,
+) -> list[torch.Tensor]:
+    """What there is of ``Mlp.wanted``. ``saved``: what ``saved_of`` gave."""
+    key = key_of(dy, saved, "mlp_bwd", layers, *what, *sizes)
+    mlp = problems.get(key) or problems.keep(key, _mlp_of(dy.shape[:-1], sizes, layers, *what))
     with on(dy.device):
-        x = None if x is None else addressable(x)
-        grads = gradients(mlp, dy, x, made, kept, scalings, (p, h_p), in_place=False)
-    dx, stacked, small = grads.inner
-    return [t for t in (dx, stacked, *small, *grads.down) if t is not None]
-
-
-def _wanted(mlp: Mlp) -> list[Spec]:
-    """Of what ``lora_mlp_bwd`` gives."""
-    dms, down = mlp.wanted
-    found = list(mlp.inner.wanted)
-    for i, dm in enumerate(dms):
-        if dm is not None:
-            found[4 + 3 * i] = dm
-    return [*found, *down]
+        grads = gradients(mlp, dy, *parted(mlp, saved), scalings, (p, h_p), in_place=False)
+    return [t for t in grads.flat if t is not None]
 
 
 def _gradients_fake(dy: torch.Tensor, saved: Any, scalings: Any, p: float, h_p: float, *what: Any) -> list[Any]:
-    return new_of(dy, _wanted(_mlp_of(dy.shape[:-1], *what)))
+    return new_of(dy, _mlp_of(dy.shape[:-1], *what).wanted)
 
 
 class _Mlp(torch.autograd.Function):
@@ -123,15 +114,15 @@ class _Mlp(torch.autograd.Function):
         *masked, flags, act, gate = rest
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
         layers = text_of(x.dtype, small, bases, sizes, flags, needs)
-        found = torch.ops.lora_fast.lora_mlp_fwd(x, held, small, scalings, *masked, layers, act, gate)
-        n, of, mlp = len(bases), _Masked(*masked), _mlp_of(x.shape[:-1], layers, act, gate)
+        found = torch.ops.lora_fast.lora_mlp_fwd(x, held, small, scalings, *masked, sizes, layers, act, gate)
+        n, of, mlp = len(bases), _Masked(*masked), _mlp_of(x.shape[:-1], sizes, layers, act, gate)
         y, outs, (room, down_room, *others) = found[0], found[1:n], found[n:]
         bits, h_bits = (others.pop(0) if one is not None else None for one in (of.seed, of.h_seed))
         z = tuple(others.pop(0) if one.keep_z else None for one in (*mlp.inner.each, mlp.down))
         made = Made(outs[0], outs[1] if len(outs) > 1 else None, room, down_room, bits, h_bits, z)
         parts = [held[own] for own in layers_of(layers).held]
         ctx.save_for_backward(*saved_of(mlp, x, small, y, made, parts), *scalings)
-        ctx.rest = of.p, of.h_p, layers, act, gate
+        ctx.rest = of.p, of.h_p, sizes, layers, act, gate
         return y
 
     @staticmethod
@@ -141,9 +132,8 @@ class _Mlp(torch.autograd.Function):
         n = len(mlp.inner.each) + 1
         saved = ctx.saved_tensors
         found = torch.ops.lora_fast.lora_mlp_bwd(dy, saved[:-n], saved[-n:], p, h_p, *what)
-        dx, stacked, *rest = placed(found, _wanted(mlp))
-        grads = Grads(group_kernels.Grads(dx, stacked, rest[:-4]), rest[-4:]).of_layers(mlp)
-        return dx, *(None,) * 5, *(grad for four in grads for grad in four)
+        grads = Grads.of(placed(found, mlp.wanted))
+        return grads.dx, *(None,) * 5, *(grad for four in grads.of_layers(mlp) for grad in four)
 
 
 def _mlp(x: torch.Tensor, held: Any, small: Small, scalings: Any, bases: Any, sizes: Any, *rest: Any) -> torch.Tensor:
@@ -155,7 +145,7 @@ def _mlp(x: torch.Tensor, held: Any, small: Small, scalings: Any, bases: Any, si
 def _alone(x: torch.Tensor, held: Any, small: Small, scalings: Any, bases: Any, sizes: Any, *rest: Any) -> torch.Tensor:
     *masked, flags, act, gate = rest
     layers = text_of(x.dtype, small, bases, sizes, flags)
-    return torch.ops.lora_fast.lora_mlp_fwd(x, held, small, scalings, *masked, layers, act, gate)[0]
+    return torch.ops.lora_fast.lora_mlp_fwd(x, held, small, scalings, *masked, sizes, layers, act, gate)[0]
 
 
 def _alone_fake(x: torch.Tensor, held: Any, small: Any, scalings: Any, bases: Any, sizes: Any, *rest: Any) -> Any:

@@ -1,15 +1,17 @@
 """What the operators of blocks for torch.compile share (group_op.py, mlp_op.py).
 
 What the layers have comes flat: ``held``, the tensors of each one's base, which ``bases`` name; four small tensors of
-each (A, B, bias, magnitude); two flags of each (``round_norm``, and whether z is kept); ``sizes``, K of x and then N of
-each; needs, of x and then of each of those small tensors.
+each (A, B, bias, magnitude), contiguous; two flags of each (``round_norm``, and whether z is kept); ``sizes``, K of x
+and then N of each.
 
-What compiled graphs hold takes one text for what is no tensor of these (``text_of``): every argument of an operator,
-and every element of a list, takes the host its time in each call, and so would finding out anew what layers these are.
+What compiled graphs hold takes one text for what is neither tensor nor size (``text_of``; in it is also who needs a
+gradient): every argument of an operator, and every element of a list, takes the host its time in each call, and so
+would finding out anew what layers these are. Graphs give tensors the strides that they were made for.
 """
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -67,12 +69,15 @@ def each_of(
 
 
 class Layers(NamedTuple):
-    """Layers with one x [..., k], and which of what holds their bases is each one's."""
+    """What decides the launches of layers, apart from sizes, and which of what holds their bases is each one's."""
 
-    k: int
     needs_x: bool
     each: tuple[Sibling, ...]
     held: tuple[slice, ...]
+
+    def of(self, sizes: Sequence[int]) -> tuple[Sibling, ...]:
+        """With their sizes."""
+        return tuple(replace(one, n=n) for one, n in zip(self.each, sizes[1:], strict=True))
 
     def givens(self, held: Tensors, small: Small, scalings: Tensors) -> list[Given]:
         return [given(held[own], small[4 * i : 4 * i + 4], scalings[i]) for i, own in enumerate(self.held)]
@@ -86,31 +91,33 @@ def text_of(
     flags: Sequence[bool],
     needs: Any = NONE,
 ) -> str:
-    """What decides the launches of such layers, apart from the rows of x, in JSON: a graph may outlive its process."""
+    """What ``layers_of`` reads, in JSON: a graph may outlive its process. ``needs``, a gradient: x, then each of the
+    small tensors."""
     rows = [
-        (int(one.n), int(one.r), *map(str, one.kinds), *one.needs, one.dora, one.keep_z, one.round_norm, one.base_name)
+        (int(one.r), *map(str, one.kinds), *one.needs, one.dora, one.keep_z, one.round_norm, one.base_name)
         for one in each_of(kind, small, bases, sizes, flags, needs)
     ]
-    return json.dumps([int(sizes[0]), needs[0], *rows])
+    return json.dumps([needs[0], *rows])
 
 
 @cache
 def layers_of(text: str) -> Layers:
     """What ``text_of`` wrote."""
-    k, needs_x, *rows = json.loads(text)
+    needs_x, *rows = json.loads(text)
     each, held, first = [], [], 0
-    for n, r, *rest in rows:
+    for r, *rest in rows:
         kinds: Any = [getattr(torch, name.removeprefix("torch."), None) for name in rest[:5]]
-        each.append(Sibling(n, r, Kinds(*kinds), Needs(*rest[5:10]), *rest[10:]))
+        each.append(Sibling(0, r, Kinds(*kinds), Needs(*rest[5:10]), *rest[10:]))
         count = len(each[-1].base.tensors)
         held.append(slice(first, first + count))
         first += count
-    return Layers(k, needs_x, tuple(each), tuple(held))
+    return Layers(needs_x, tuple(each), tuple(held))
 
 
-def key_of(x: torch.Tensor, held: Small, *rest: Any) -> tuple[Any, ...]:
-    """What a problem with such rows is kept under; ``rest`` says of which layers."""
-    return (*rest, x.device, x.shape, x.stride(), *[None if t is None else t.stride() for t in held])
+def key_of(x: torch.Tensor, read: Small, *rest: Any) -> tuple[Any, ...]:
+    """What a problem is kept under whose launches read x, or dY, and these tensors; ``rest`` says what layers."""
+    others = [None if t is None else (t.dtype, t.shape, t.stride()) for t in read]
+    return (*rest, x.device, x.dtype, x.shape, x.stride(), *others)
 
 
 def new_of(like: torch.Tensor, specs: Sequence[Spec]) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from blocks import a_layer, close, results, trained
 from crossed import crossed
 
 from lora_fast import lora_glu, lora_group
-from lora_fast.bases.four_bits import Mxfp4Weight, Nf4Weight
+from lora_fast.bases.four_bits import BlockWeight, Mxfp4Weight, Nf4Weight
 from lora_fast.fp8 import Fp8Weight
 
 FLOAT = torch.float32
@@ -144,6 +144,41 @@ def test_packed_bases(device, compiled, base, block):
     called = [str(node.target) for node in graph[0].nodes if "lora_fast" in str(node.target)]
     name = "mlp" if block == "glu" else "group"
     assert called == [f"lora_fast.lora_{name}"], "one operator, not the layers'"
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("block", ["group", "glu"])
+def test_bases_that_differ_in_the_size_of_their_blocks(device, compiled, block, monkeypatch):
+    """One base, one N and K, tensors of other sizes: nothing of one is the other's."""
+    gen = torch.Generator(device).manual_seed(0)
+    x = torch.randn(24, 128, generator=gen, device=device)
+    dys = [torch.randn(24, 128, generator=gen, device=device) for _ in range(1 if block == "glu" else 2)]
+    dense = [a_layer(128, 128, 4, dtype=FLOAT, device=device, gen=gen) for _ in range(3 if block == "glu" else 2)]
+    for size in (64, 128, 32):
+        monkeypatch.setattr(BlockWeight, "BLOCK", size)
+        weights = [BlockWeight.quantise(layer.weight) for layer in dense]
+
+        def fn(x, layers, weights=weights):
+            layers = [layer._replace(weight=weight) for layer, weight in zip(layers, weights, strict=True)]
+            if block == "glu":
+                return lora_glu(x, *layers, backend="triton")
+            return lora_group(x, layers, backend="triton")
+
+        same(results(compiled(fn), x, dense, dys), results(fn, x, dense, dys))
+
+
+@pytest.mark.medium
+def test_other_sizes_hardly_recompile(device, compiled):
+    def fn(x, layers):
+        return lora_group(x, layers, backend="triton")
+
+    once, gen = compiled(fn), torch.Generator(device).manual_seed(0)
+    for n, k in ((32, 16), (48, 16), (64, 16), (64, 24), (64, 32), (64, 40)):
+        layers = [a_layer(n, k, 4, dtype=FLOAT, device=device, gen=gen) for _ in range(2)]
+        x = torch.randn(6, k, generator=gen, device=device)
+        dys = [torch.randn(6, n, generator=gen, device=device) for _ in range(2)]
+        same(results(once, x, layers, dys), results(fn, x, layers, dys))
+    assert compiled.counter.frame_count <= 3
 
 
 @pytest.mark.medium
