@@ -243,9 +243,9 @@ def build(cases: Sequence[Case], size: Size, mode: str = "eager") -> dict[str, C
     return {name: step_of(model, ids, mode) for name, model in models.items()}
 
 
-def measure(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """timing.measure for steps as long as a model's: in each round, in a new random order, one step to warm up and one
-    that is timed; but for transformers, whose forward waits once, at its start, to look for packed sequences, nothing
+def measure(steps: dict[str, Callable[[], Any]], rounds: int, device: str, in_a_row: int = 1) -> dict[str, list[float]]:
+    """timing.measure for steps as long as a model's: in each round, in a new random order, one step to warm up and then
+    some in a row that are timed, their mean; but for transformers, whose forward waits once, at its start, to look for packed sequences, nothing
     waits before the round's end. On the CPU it is CPU time, which other work on the machine disturbs least."""
 
     def now() -> Any:
@@ -263,10 +263,12 @@ def measure(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> di
         for name in order:
             steps[name]()
             began = now()
-            steps[name]()
+            for _ in range(in_a_row):
+                steps[name]()
             marks.append((name, began, now()))
         if device != "cpu":
             torch.cuda.synchronize()
         for name, began, ended in marks:
-            times[name].append((ended - began) * 1e6 if device == "cpu" else began.elapsed_time(ended) * 1000)
+            took = (ended - began) * 1e6 if device == "cpu" else began.elapsed_time(ended) * 1000
+            times[name].append(took / in_a_row)
     return times

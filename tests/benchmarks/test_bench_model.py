@@ -81,7 +81,7 @@ def test_rows_and_table(monkeypatch):
     times = dict(zip(map(str, cases), ([1e5, 2e5, 3e5], [4e5], [3e5]), strict=True))
     peaks = iter([100.04, 300, 150])
     monkeypatch.setattr(bench_model, "build", lambda cases, size, mode: {str(case): str for case in cases})
-    monkeypatch.setattr(bench_model, "measure", lambda steps, rounds, device: times)
+    monkeypatch.setattr(bench_model, "measure", lambda steps, rounds, device, in_a_row: times)
     monkeypatch.setattr(bench_model.timing, "peak_mib", lambda step: next(peaks))
     about = {"gpu": "g", "torch": "t", "triton": "t", "commit": "c"}
     size = SIZE._replace(device="cuda")

@@ -162,3 +162,6 @@ def test_each_timed_step_follows_one_of_its_own(device, monkeypatch):
     rounds = [ran[i : i + each] for i in range(0, len(ran), each)]
     assert len(rounds) == 6 and len({tuple(r) for r in rounds}) > 1
     assert all(r[0:5:2] == r[1:6:2] and sorted(r[0:5:2]) == list("abc") and r[6:] in ([], ["end"]) for r in rounds)
+    ran.clear()
+    times = models.measure({"a": step("a")}, 2, device, in_a_row=3)
+    assert times == {"a": [1e6 if device == "cpu" else 1000] * 2} and ran.count("a") == 2 * 4
