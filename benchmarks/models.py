@@ -245,8 +245,9 @@ def build(cases: Sequence[Case], size: Size, mode: str = "eager") -> dict[str, C
 
 def measure(steps: dict[str, Callable[[], Any]], rounds: int, device: str, in_a_row: int = 1) -> dict[str, list[float]]:
     """timing.measure for steps as long as a model's: in each round, in a new random order, one step to warm up and then
-    some in a row that are timed, their mean; but for transformers, whose forward waits once, at its start, to look for packed sequences, nothing
-    waits before the round's end. On the CPU it is CPU time, which other work on the machine disturbs least."""
+    some in a row that are timed, their mean; but for transformers, whose forward waits once, at its start, to look for
+    packed sequences, nothing waits before the round's end. On the CPU it is CPU time, which other work on the machine
+    disturbs least."""
 
     def now() -> Any:
         if device == "cpu":
