@@ -148,11 +148,11 @@ def each(
     ranks, n = problem.ranks.of, problem.n
     found: list[MaybeTensor] = [None] * (len(grads) * len(ranks))
     if grad_a is not None:
-        found[: len(ranks)] = grad_a.view(-1, problem.k).split(ranks)
+        found[: len(ranks)] = grad_a.view(-1, problem.k).split_with_sizes(ranks)  # past the Python of ``split``
     if grad_b is not None and len(set(ranks)) == 1:
-        found[len(ranks) : 2 * len(ranks)] = grad_b.view(-1, ranks[0]).split(n)
+        found[len(ranks) : 2 * len(ranks)] = grad_b.view(-1, ranks[0]).split_with_sizes((n,) * len(ranks))
     elif grad_b is not None:
-        parts = zip(grad_b.split([n * r for r in ranks]), ranks, strict=True)
+        parts = zip(grad_b.split_with_sizes([n * r for r in ranks]), ranks, strict=True)
         found[len(ranks) : 2 * len(ranks)] = [part.view(n, r) for part, r in parts]
     if rest and rest[0] is not None:
         found[2 * len(ranks) :] = rest[0].unbind()

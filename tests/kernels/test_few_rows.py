@@ -58,6 +58,8 @@ def made(monkeypatch):
 @pytest.mark.parametrize("device, dtype, shape", CASES, ids=ids)
 @pytest.mark.parametrize("p, adapter", [(0.0, None), (0.1, FLOAT), (0.0, FLOAT), (0.1, None)], ids=ids)
 def test_error_rule(device, dtype, shape, p, adapter, tile, made):
+    if device == "cpu" and shape[2] > 32 and tile != tiles.LEAST:
+        pytest.skip("the product makes no S of so many ranks: other tiles make no difference")
     if device == "cpu" and (p > 0) != (adapter == FLOAT):
         pytest.skip("the interpreter is slow; float16 needs copies of the adapters in any case")
     for m in ROWS[device]:
@@ -73,6 +75,8 @@ def test_error_rule(device, dtype, shape, p, adapter, tile, made):
 @pytest.mark.parametrize("device, dtype, shape", CASES, ids=ids)
 @pytest.mark.parametrize("p", [0.1, 0.0])
 def test_error_rule_of_dora(device, dtype, shape, p, tile, made):
+    if device == "cpu" and shape[2] > 32 and tile != tiles.LEAST:
+        pytest.skip("see above")
     if device == "cpu" and p == 0:
         pytest.skip("the interpreter is slow")
     for m in ROWS[device]:
