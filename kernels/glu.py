@@ -59,7 +59,7 @@ def _glu_down_kernel(
 ):
     wait_for_stream(PDL)
     row, rank, first, end = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_R, 0, K
-    if STEPS > 0:  # no ranks: element by element, some columns a program
+    if STEPS > 0:  # of few rows, without ranks: element by element, some columns a program
         rank, first = 0, tl.program_id(1) * BLOCK_K * STEPS
         end = tl.minimum(first + BLOCK_K * STEPS, K)
     rows, ranks = row + tl.arange(0, BLOCK_M), rank + tl.arange(0, BLOCK_R)
@@ -105,7 +105,7 @@ def glu_down(
     block, of_a, steps = [tile.m, tile.k], [tile.r, tile.k], tile.n // tile.k
     return launch(
         _glu_down_kernel,
-        (triton.cdiv(m, tile.m), triton.cdiv(k, tile.n) if steps else triton.cdiv(r, tile.r)),
+        (triton.cdiv(m, tile.m), triton.cdiv(k, tile.n) if steps else triton.cdiv(max(r, 1), tile.r)),
         tile.options,
         e,
         e=Tiles(e, block) if tma else e,
@@ -118,7 +118,7 @@ def glu_down(
         keep_scale=keep,
         M=m,
         K=k,
-        R=r,
+        R=max(r, 16),
         stride_e=e.stride(0),
         stride_bits=triton.cdiv(k, 32) if masked else 0,
         BLOCK_M=tile.m,

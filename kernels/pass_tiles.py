@@ -221,11 +221,11 @@ def batch_gains(r: int, *, chip: Chip) -> Tile:
 
 @choice
 def glu_down(m: int, r: int, *, dtype: torch.dtype, chip: Chip, tma: bool) -> Tile:
-    """h = act(e) g, of n columns a program, and with ranks S = h A^T, by programs that walk over all of K, m rows each.
+    """h = act(e) g, of n columns a program, or by programs of m rows that walk over all of K, with ranks S = h A^T too.
     What is to be hidden is arithmetic: one program a processor, of 64 rows and four warps, took 314 (8192 x 14336,
     H200), bytes alone 172; several programs a processor take 180."""
-    if r == 0:  # element by element; with S 512 x 8192 took 64, H200, where few programs had it all
-        return Tile(m=16 if m <= FEW else 32, n=256, k=128 if dtype.itemsize > 2 else 256, r=16)
+    if r == 0 and m <= FEW:  # element by element; with S 512 x 8192 took 64, H200, where few programs had it all
+        return Tile(m=16, n=256, k=128 if dtype.itemsize > 2 else 256, r=16)
     block_r = rank_block(r, 64)
     if dtype.itemsize > 2 or not tma or chip.small:
         return Tile(m=32, k=32 if dtype.itemsize > 2 else 64, r=block_r)  # what fits

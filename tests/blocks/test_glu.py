@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_fast import SlowPathWarning, dispatch, lora_glu
 from lora_fast.blocks import mlp, paths, reference
-from lora_fast.kernels import activations, mask, memo, program
+from lora_fast.kernels import activations, mask, memo, pass_tiles, program
 from lora_fast.kernels import glu as glu_kernels
 from lora_fast.kernels import mlp as mlp_kernels
 from lora_fast.ops import linear
@@ -143,6 +143,19 @@ def test_s_on_the_way_of_h(device, form, shape, p, monkeypatch):
         [results(fused(), *draw) for draw in draws], eagers, [results(base, *d, torch.float64) for d in draws], HALF
     )
     assert ranks and all(ranks)
+    memo.forget_all()
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("dtype", [HALF, FLOAT], ids=str)
+def test_h_alone_of_many_rows(device, dtype, monkeypatch):
+    """As where something else makes S: the bits are those of few rows."""
+    x, layers, dys = drawn("lora", ODD, dtype, device)
+    few = results(fused(), x, layers, dys)
+    monkeypatch.setattr(pass_tiles, "FEW", 0)
+    memo.forget_all()
+    many = results(fused(), x, layers, dys)
+    assert all(torch.equal(few[name], many[name]) for name in few)
     memo.forget_all()
 
 
