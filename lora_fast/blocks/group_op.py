@@ -45,7 +45,7 @@ def lora_group(x: torch.Tensor, layers: Sequence[Layer], training: bool) -> tupl
 
 def _group_of(lead: Sequence[int], sizes: Sequence[int], layers: str) -> Siblings:
     of = layers_of(layers)
-    return Siblings(tuple(lead), sizes[0], of.of(sizes), of.needs_x)
+    return Siblings(tuple(lead), sizes[0], of.sized(sizes), of.needs_x)
 
 
 def _forward(
@@ -115,13 +115,12 @@ class _Group(torch.autograd.Function):
     ) -> Any:
         ctx.set_materialize_grads(False)
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[8:]]
-        layers, n = text_of(x.dtype, small, bases, sizes, flags, needs), len(bases)
+        layers, n = text_of(x.dtype, small, bases, flags, needs), len(bases)
         outs = torch.ops.lora_fast.lora_group_fwd(x, held, small, scalings, seed, p, sizes, layers)
         ys, (room, *rest) = outs[:n], outs[n:]
         bits, group = rest.pop(0) if seed is not None else None, _group_of(x.shape[:-1], sizes, layers)
         made = Made(room, bits, [rest.pop(0) if one.keep_z else None for one in group.each])
-        parts = [held[own] for own in layers_of(layers).held]
-        ctx.save_for_backward(*saved_of(group, x, small, ys, made, parts), *scalings)
+        ctx.save_for_backward(*saved_of(group, x, small, ys, made, layers_of(layers).bases(held)), *scalings)
         ctx.rest = p, sizes, layers
         return tuple(ys)
 
@@ -136,35 +135,16 @@ class _Group(torch.autograd.Function):
         return dx, *(None,) * 7, *(grad for four in grads for grad in four)
 
 
-def _group(
-    x: torch.Tensor,
-    held: Tensors,
-    small: Small,
-    scalings: Any,
-    bases: Any,
-    sizes: Any,
-    seed: MaybeTensor,
-    p: float,
-    flags: Any,
-) -> Sequence[Any]:
+def _group(x: torch.Tensor, held: Tensors, small: Small, scalings: Any, *rest: Any) -> Sequence[Any]:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *small)):
-        return list(_Group.apply(x, held, scalings, bases, sizes, seed, p, flags, *small))
-    return _alone(x, held, small, scalings, bases, sizes, seed, p, flags)
+        return list(_Group.apply(x, held, scalings, *rest, *small))
+    return _alone(x, held, small, scalings, *rest)
 
 
-def _alone(
-    x: torch.Tensor,
-    held: Any,
-    small: Any,
-    scalings: Any,
-    bases: Any,
-    sizes: Any,
-    seed: MaybeTensor,
-    p: float,
-    flags: Any,
-) -> list[torch.Tensor]:
-    layers = text_of(x.dtype, small, bases, sizes, flags)
-    return torch.ops.lora_fast.lora_group_fwd(x, held, small, scalings, seed, p, sizes, layers)[: len(bases)]
+def _alone(x: torch.Tensor, held: Any, small: Small, scalings: Any, *rest: Any) -> list[torch.Tensor]:
+    bases, sizes, *masked, flags = rest
+    layers = text_of(x.dtype, small, bases, flags)
+    return torch.ops.lora_fast.lora_group_fwd(x, held, small, scalings, *masked, sizes, layers)[: len(bases)]
 
 
 def _alone_fake(x: torch.Tensor, held: Any, small: Any, scalings: Any, bases: Any, sizes: Any, *rest: Any) -> list[Any]:

@@ -48,7 +48,7 @@ def lora_mlp(
 
 def _mlp_of(lead: Sequence[int], sizes: Sequence[int], layers: str, act: str, gate: str | None) -> Mlp:
     of = layers_of(layers)
-    return mlp_of(tuple(lead), sizes[0], of.of(sizes), of.needs_x, act, gate)
+    return mlp_of(tuple(lead), sizes[0], of.sized(sizes), of.needs_x, act, gate)
 
 
 class _Masked(NamedTuple):
@@ -113,15 +113,14 @@ class _Mlp(torch.autograd.Function):
     def forward(ctx: Any, x: Any, held: Any, scalings: Any, bases: Any, sizes: Any, rest: Any, *small: Any) -> Any:
         *masked, flags, act, gate = rest
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
-        layers = text_of(x.dtype, small, bases, sizes, flags, needs)
+        layers = text_of(x.dtype, small, bases, flags, needs)
         found = torch.ops.lora_fast.lora_mlp_fwd(x, held, small, scalings, *masked, sizes, layers, act, gate)
         n, of, mlp = len(bases), _Masked(*masked), _mlp_of(x.shape[:-1], sizes, layers, act, gate)
         y, outs, (room, down_room, *others) = found[0], found[1:n], found[n:]
         bits, h_bits = (others.pop(0) if one is not None else None for one in (of.seed, of.h_seed))
         z = tuple(others.pop(0) if one.keep_z else None for one in (*mlp.inner.each, mlp.down))
         made = Made(outs[0], outs[1] if len(outs) > 1 else None, room, down_room, bits, h_bits, z)
-        parts = [held[own] for own in layers_of(layers).held]
-        ctx.save_for_backward(*saved_of(mlp, x, small, y, made, parts), *scalings)
+        ctx.save_for_backward(*saved_of(mlp, x, small, y, made, layers_of(layers).bases(held)), *scalings)
         ctx.rest = of.p, of.h_p, sizes, layers, act, gate
         return y
 
@@ -144,7 +143,7 @@ def _mlp(x: torch.Tensor, held: Any, small: Small, scalings: Any, bases: Any, si
 
 def _alone(x: torch.Tensor, held: Any, small: Small, scalings: Any, bases: Any, sizes: Any, *rest: Any) -> torch.Tensor:
     *masked, flags, act, gate = rest
-    layers = text_of(x.dtype, small, bases, sizes, flags)
+    layers = text_of(x.dtype, small, bases, flags)
     return torch.ops.lora_fast.lora_mlp_fwd(x, held, small, scalings, *masked, sizes, layers, act, gate)[0]
 
 

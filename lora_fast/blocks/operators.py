@@ -54,20 +54,6 @@ def prepared(x: torch.Tensor, layers: Sequence[Layer]) -> tuple[Any, ...]:
     return x.to(kind), held, small, scalings, bases, [x.shape[-1], *(layer.weight.shape[0] for layer in layers)], flags
 
 
-def each_of(
-    kind: torch.dtype, small: Small, bases: Sequence[str], sizes: Sequence[int], flags: Sequence[bool], needs: Any
-) -> list[Sibling]:
-    """What decides the launches of each layer, whose products are made in ``kind``."""
-    found: list[Sibling] = []
-    for i, (base, n) in enumerate(zip(bases, sizes[1:], strict=True)):
-        a, b, bias, magnitude = small[4 * i : 4 * i + 4]
-        kinds, wants = kinds_of(kind, a, b, bias, magnitude), Needs(False, *needs[4 * i + 1 : 4 * i + 5])
-        round_norm, keep_z = flags[2 * i : 2 * i + 2]
-        r = 0 if a is None else len(a)
-        found.append(Sibling(n, r, kinds, wants, magnitude is not None, keep_z, round_norm, base))
-    return found
-
-
 class Layers(NamedTuple):
     """What decides the launches of layers, apart from sizes, and which of what holds their bases is each one's."""
 
@@ -75,28 +61,28 @@ class Layers(NamedTuple):
     each: tuple[Sibling, ...]
     held: tuple[slice, ...]
 
-    def of(self, sizes: Sequence[int]) -> tuple[Sibling, ...]:
-        """With their sizes."""
+    def sized(self, sizes: Sequence[int]) -> tuple[Sibling, ...]:
         return tuple(replace(one, n=n) for one, n in zip(self.each, sizes[1:], strict=True))
 
+    def bases(self, held: Tensors) -> list[Tensors]:
+        """What holds each one's base."""
+        return [held[own] for own in self.held]
+
     def givens(self, held: Tensors, small: Small, scalings: Tensors) -> list[Given]:
-        return [given(held[own], small[4 * i : 4 * i + 4], scalings[i]) for i, own in enumerate(self.held)]
+        return [given(base, small[4 * i : 4 * i + 4], scalings[i]) for i, base in enumerate(self.bases(held))]
 
 
 def text_of(
-    kind: torch.dtype,
-    small: Small,
-    bases: Sequence[str],
-    sizes: Sequence[int],
-    flags: Sequence[bool],
-    needs: Any = NONE,
+    kind: torch.dtype, small: Small, bases: Sequence[str], flags: Sequence[bool], needs: Sequence[bool] = NONE
 ) -> str:
-    """What ``layers_of`` reads, in JSON: a graph may outlive its process. ``needs``, a gradient: x, then each of the
-    small tensors."""
-    rows = [
-        (int(one.r), *map(str, one.kinds), *one.needs, one.dora, one.keep_z, one.round_norm, one.base_name)
-        for one in each_of(kind, small, bases, sizes, flags, needs)
-    ]
+    """What ``layers_of`` reads, of layers whose products are made in ``kind``; in JSON, for a graph may outlive its
+    process. ``needs``, a gradient: x, then each of the small tensors."""
+    rows = []
+    for i, base in enumerate(bases):
+        a, b, bias, magnitude = small[4 * i : 4 * i + 4]
+        kinds, (round_norm, keep_z) = kinds_of(kind, a, b, bias, magnitude), flags[2 * i : 2 * i + 2]
+        own = *map(str, kinds), False, *needs[4 * i + 1 : 4 * i + 5], magnitude is not None, keep_z, round_norm, base
+        rows.append((0 if a is None else len(a), *own))
     return json.dumps([needs[0], *rows])
 
 
